@@ -1,0 +1,1 @@
+"""Triton kernels, each with the torch reference beside it. They know nothing of ranks."""

@@ -1,0 +1,1 @@
+"""The GPT family: model, presets, parameter table and FLOPs."""
