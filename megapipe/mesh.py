@@ -1,0 +1,129 @@
+"""The mesh: which rank stands where on the pipeline, data and tensor axes.
+
+A mesh is built once and passed down; nothing here is global, and two meshes can live in one
+process. An axis of size one exists like any other and its collectives cost nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One rank's view of a set of ranks that communicate.
+
+    `rank` is the index within `ranks` (global ranks, in axis order); `group` is None exactly when
+    the axis has one rank, so a collective over it is the identity.
+    """
+
+    name: str
+    ranks: tuple[int, ...] = (0,)
+    rank: int = 0
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.rank == self.size - 1
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Where one rank stands. Ranks count tensor first, then data, then pipeline.
+
+    `replica` holds the ranks that share a data index: together they own one copy of the model and
+    read one share of each batch. `world` holds all ranks.
+    """
+
+    device: torch.device
+    pipeline: Axis
+    data: Axis
+    tensor: Axis
+    replica: Axis
+    world: Axis
+    device_mesh: DeviceMesh | None = None
+
+    @staticmethod
+    def single(device: torch.device) -> "Mesh":
+        """The mesh of one process: every axis has size one and no process group is needed."""
+        names = ("pipeline", "data", "tensor", "replica", "world")
+        return Mesh(device, *(Axis(name) for name in names))
+
+    @property
+    def rank(self) -> int:
+        return self.world.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.world.size
+
+    def global_rank(self, pipeline: int, data: int, tensor: int) -> int:
+        return (pipeline * self.data.size + data) * self.tensor.size + tensor
+
+    def describe(self) -> str:
+        return (
+            f"rank {self.rank} (pipeline {self.pipeline.rank}, data {self.data.rank}, "
+            f"tensor {self.tensor.rank})"
+        )
+
+
+def build_mesh(*, pipeline: int, data: int, tensor: int, device: torch.device) -> Mesh:
+    """Arrange the default process group's ranks as pipeline x data x tensor.
+
+    Collective: every rank of the world calls it. With a product of one no process group is needed.
+    """
+    sizes = (pipeline, data, tensor)
+    world_size = pipeline * data * tensor
+    if world_size == 1:
+        return Mesh.single(device)
+    assert dist.get_world_size() == world_size, (dist.get_world_size(), sizes)
+    device_mesh = init_device_mesh(
+        device.type, sizes, mesh_dim_names=("pipeline", "data", "tensor")
+    )
+
+    def axis(name: str) -> Axis:
+        part = device_mesh[name]
+        ranks = tuple(part.mesh.tolist())
+        return Axis(
+            name, ranks, part.get_local_rank(), part.get_group() if len(ranks) > 1 else None
+        )
+
+    replicas = [
+        [(p * data + d) * tensor + t for p, t in product(range(pipeline), range(tensor))]
+        for d in range(data)
+    ]
+    return Mesh(
+        device=device,
+        pipeline=axis("pipeline"),
+        data=axis("data"),
+        tensor=axis("tensor"),
+        replica=split_world("replica", replicas),
+        world=Axis("world", tuple(range(world_size)), dist.get_rank(), dist.group.WORLD),
+        device_mesh=device_mesh,
+    )
+
+
+def split_world(name: str, groups: Sequence[Sequence[int]]) -> Axis:
+    """Make one process group for each of the disjoint `groups`; return the caller's own.
+
+    Collective: every rank of the world calls it with the same groups in the same order. A rank that
+    is in none of them gets an axis of itself alone.
+    """
+    own = Axis(name, (dist.get_rank(),))
+    for ranks in groups:
+        group = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+        if dist.get_rank() in ranks:
+            own = Axis(name, tuple(ranks), list(ranks).index(dist.get_rank()), group)
+    return own
