@@ -58,8 +58,14 @@ class Mesh:
     @staticmethod
     def single(device: torch.device) -> "Mesh":
         """The mesh of one process: every axis has size one and no process group is needed."""
-        names = ("pipeline", "data", "tensor", "replica", "world")
-        return Mesh(device, *(Axis(name) for name in names))
+        return Mesh(
+            device,
+            pipeline=Axis("pipeline"),
+            data=Axis("data"),
+            tensor=Axis("tensor"),
+            replica=Axis("replica"),
+            world=Axis("world"),
+        )
 
     @property
     def rank(self) -> int:
