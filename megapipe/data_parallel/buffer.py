@@ -1,0 +1,102 @@
+"""Contiguous storage: weights, main gradients and master weights of many parameters in a row.
+
+One buffer holds the parameters that share an optimizer setting (decayed or not). Offsets are the
+same in the weight, gradient and master tensors, and the length is a multiple of the data-parallel
+size, so that an optimizer may later work on equal flat shards.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megapipe.tensor_parallel.parameter import Piece, ShardedParameter
+
+ALIGNMENT = 64
+"""Elements: each parameter begins at a multiple of this (256 bytes in float32)."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a parameter lies in its buffer."""
+
+    parameter: ShardedParameter
+    offset: int
+
+    def view(self, flat: Tensor) -> Tensor:
+        """The parameter's part of a flat tensor laid out like the buffer, in its shape."""
+        shape = self.parameter.shape
+        return flat.narrow(0, self.offset, shape.numel()).view(shape)
+
+
+class ParameterBuffer:
+    """Parameters moved into one flat tensor, beside their gradients and master weights.
+
+    `weights` [length] is in the model's dtype, `gradients` and `master` in `main_dtype`; where both
+    dtypes are the same, `master` is `weights`.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[ShardedParameter],
+        *,
+        main_dtype: torch.dtype,
+        data_size: int,
+    ) -> None:
+        assert parameters, "a buffer without parameters"
+        first = parameters[0]
+        self.decay = first.decay
+        self.slots: list[Slot] = []
+        length = 0
+        for parameter in parameters:
+            assert (parameter.dtype, parameter.decay) == (first.dtype, first.decay)
+            self.slots.append(Slot(parameter, length))
+            length += _round_up(parameter.numel(), ALIGNMENT)
+        length = _round_up(length, ALIGNMENT * data_size)
+
+        self.weights = torch.zeros(length, dtype=first.dtype, device=first.device)
+        self.gradients = torch.zeros(length, dtype=main_dtype, device=first.device)
+        for slot in self.slots:
+            view = slot.view(self.weights)
+            view.copy_(slot.parameter.data)
+            slot.parameter.data = view
+            slot.parameter.attach_main_grad(slot.view(self.gradients))
+        same = first.dtype == main_dtype
+        self.master = self.weights if same else self.weights.to(main_dtype)
+
+    def pieces(self, flat: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+        """Each piece of a global tensor with its rectangle of `flat`, laid out like the buffer."""
+        for slot in self.slots:
+            local = slot.view(flat)
+            for piece in slot.parameter.pieces:
+                yield piece, piece.view(local)
+
+    def publish_master(self) -> None:
+        """Round the master weights into the weights that the model computes with."""
+        if self.master is not self.weights:
+            self.weights.copy_(self.master)
+
+
+def build_buffers(
+    stages: Iterable[nn.Module], *, main_dtype: torch.dtype, data_size: int
+) -> list[ParameterBuffer]:
+    """Move all parameters of this rank's stages into buffers: decayed ones, then the others.
+
+    A parameter that two stages share (tied embeddings on one rank) gets one slot.
+    """
+    unique: dict[ShardedParameter, None] = {}
+    for stage in stages:
+        for parameter in stage.parameters():
+            assert isinstance(parameter, ShardedParameter)
+            unique[parameter] = None
+    groups = [[p for p in unique if p.decay], [p for p in unique if not p.decay]]
+    return [
+        ParameterBuffer(group, main_dtype=main_dtype, data_size=data_size)
+        for group in groups
+        if group
+    ]
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

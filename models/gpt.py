@@ -1,0 +1,518 @@
+"""The GPT family: one decoder-only transformer whose settings give GPT-2/3, Llama, Mistral, Qwen.
+
+    tokens -> embedding (+ learned positions) -> num_layers x Block -> norm -> output -> loss
+
+A pipeline stage is a run of blocks; the first stage adds the embedding in front, the last the norm,
+output and loss behind. Notable: query, key and value are one matmul, gate and up another; rotary
+positions; grouped-query attention; every layer names its collectives (megapipe/tensor_parallel);
+dropout draws from (seed, sample, position, feature), so it is the same in every layout.
+
+Shapes: S sequence, B sequences in a microbatch, H hidden, N query heads and K key/value heads on
+this tensor rank, D head dim, V vocabulary rows on this rank. S_local is S, or S / tensor ranks
+under sequence parallelism. Activations between layers are [S_local, B, H].
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megapipe import kernels
+from megapipe.config import ModelConfig
+from megapipe.mesh import Axis
+from megapipe.microbatch import MicroBatch
+from megapipe.tensor_parallel.collectives import own_sequence_slice
+from megapipe.tensor_parallel.embedding import VocabParallelEmbedding, vocabulary_parameter
+from megapipe.tensor_parallel.linear import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    column_parallel_linear,
+    replicated_parameter,
+)
+from megapipe.tensor_parallel.loss import vocab_parallel_cross_entropy
+from megapipe.tensor_parallel.parameter import Piece, ShardedParameter
+from megapipe.tensor_parallel.weight_grad import WeightGradStore
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a stage is to be built on this rank: handed to every layer.
+
+    `key_value_copies` are the tensor ranks that hold the same key/value head, when there are fewer
+    of those than tensor ranks; `seed` is the one that dropout draws from.
+    """
+
+    tensor: Axis
+    key_value_copies: Axis
+    sequence_parallel: bool
+    recompute: bool
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+    store: WeightGradStore
+
+    @property
+    def layer(self) -> dict[str, object]:
+        return {"tensor": self.tensor, "dtype": self.dtype, "device": self.device}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every block of a microbatch needs beside the hidden states."""
+
+    samples_B: Tensor
+    mask: Tensor | None  # True where a query may look; None: plain causal
+    cos: Tensor | None  # [S, D / 2]
+    sin: Tensor | None
+
+
+class KeyValueCache:
+    """Keys and values of the tokens so far, for one layer: [max_length, B, K, D] each."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[0]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.keys is not None and self.values is not None:
+            keys = torch.cat([self.keys, keys])
+            values = torch.cat([self.values, values])
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last dimension, in float32 inside."""
+
+    def __init__(self, name: str, model: ModelConfig, place: Placement) -> None:
+        super().__init__()
+        make = partial(
+            replicated_parameter,
+            shape=(model.hidden_size,),
+            tensor=place.tensor,
+            partial_gradient=place.sequence_parallel,  # each rank sees its part of the sequence
+            dtype=place.dtype,
+            device=place.device,
+        )
+        self.weight = make(f"{name}.weight")
+        self.bias = make(f"{name}.bias") if model.norm == "layernorm" else None
+        self.epsilon = model.norm_epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is None:
+            return kernels.rms_norm(x, self.weight, self.epsilon)
+        return kernels.layer_norm(x, self.weight, self.bias, self.epsilon)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention: heads are cut over tensor ranks."""
+
+    def __init__(self, name: str, model: ModelConfig, place: Placement) -> None:
+        super().__init__()
+        tensor = place.tensor
+        self.head_dim = model.head_dim
+        self.heads = model.num_heads // tensor.size
+        self.first_head = self.heads * tensor.rank
+        self.kv_heads = max(1, model.num_kv_heads // tensor.size)
+        self.qkv = ColumnParallelLinear(
+            model.hidden_size,
+            self._qkv_pieces(name, model, place),
+            bias=model.qkv_bias,
+            tensor=tensor,
+            sequence_parallel=place.sequence_parallel,
+            store=place.store,
+            dtype=place.dtype,
+            device=place.device,
+        )
+        self.output = RowParallelLinear(
+            model.num_heads * model.head_dim,
+            model.hidden_size,
+            f"{name}.output.weight",
+            bias=model.bias,
+            tensor=tensor,
+            sequence_parallel=place.sequence_parallel,
+            store=place.store,
+            dtype=place.dtype,
+            device=place.device,
+        )
+        self.q_norm = self.k_norm = None
+        if model.qk_norm:
+            make = partial(
+                replicated_parameter,
+                shape=(model.head_dim,),
+                tensor=tensor,
+                partial_gradient=True,  # each rank sees its heads only
+                dtype=place.dtype,
+                device=place.device,
+            )
+            self.q_norm, self.k_norm = make(f"{name}.q_norm.weight"), make(f"{name}.k_norm.weight")
+        self.norm_epsilon = model.norm_epsilon
+        self.dropout = model.attention_dropout
+        self.dropout_seed = kernels.fold(place.seed, f"{name}.dropout")
+
+    def _qkv_pieces(self, name: str, model: ModelConfig, place: Placement) -> list[Piece]:
+        width, copies = model.head_dim, place.key_value_copies
+        q_rows, kv_rows = self.heads * width, self.kv_heads * width
+        first_kv_head = place.tensor.rank * model.num_kv_heads // place.tensor.size
+        q = Piece(
+            f"{name}.q.weight",
+            global_shape=(model.num_heads * width, model.hidden_size),
+            start=(self.first_head * width, 0),
+            shape=(q_rows, model.hidden_size),
+        )
+        kv = [
+            Piece(
+                f"{name}.{which}.weight",
+                global_shape=(model.num_kv_heads * width, model.hidden_size),
+                start=(first_kv_head * width, 0),
+                shape=(kv_rows, model.hidden_size),
+                sum_over=copies if copies.size > 1 else None,
+                counted=copies.is_first,
+            )
+            for which in ("k", "v")
+        ]
+        return [q, *kv]
+
+    def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [S, B, N + 2K, D]
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = kernels.rms_norm(q, self.q_norm, self.norm_epsilon)
+            k = kernels.rms_norm(k, self.k_norm, self.norm_epsilon)
+        if context.cos is not None and context.sin is not None:
+            q, k = kernels.rope(q, k, context.cos, context.sin)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [B, heads, S, D]
+        if self.dropout > 0 and self.training:
+            out = self._attend_with_dropout(q, k, v, context)
+        else:
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=context.mask,
+                is_causal=context.mask is None,
+                enable_gqa=self.heads != self.kv_heads,
+            )
+        return self.output(out.permute(2, 0, 1, 3).flatten(2))
+
+    def _attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """The formula itself, with probabilities in memory: [B, N, S, S].
+
+        scaled_dot_product_attention draws its dropout from a generator, which differs by layout.
+        """
+        k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+        mask = context.mask
+        if mask is None:
+            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        scores = (q @ k.mT) * self.head_dim**-0.5
+        probabilities = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        keep = kernels.attention_dropout_mask(
+            self.dropout,
+            self.dropout_seed,
+            context.samples_B,
+            heads=range(self.first_head, self.first_head + self.heads),
+            length=q.shape[-2],
+        )
+        return (probabilities * keep.to(q.dtype) / (1 - self.dropout)) @ v
+
+
+class FeedForward(nn.Module):
+    """down(act(up(x))), or down(silu(gate(x)) * up(x)) with SwiGLU; cut along its inner width."""
+
+    def __init__(self, name: str, model: ModelConfig, place: Placement) -> None:
+        super().__init__()
+        tensor = place.tensor
+        local = model.ffn_hidden_size // tensor.size
+        matrices = ("gate", "up") if model.activation == "swiglu" else ("up",)
+        pieces = [
+            Piece(
+                f"{name}.{which}.weight",
+                global_shape=(model.ffn_hidden_size, model.hidden_size),
+                start=(local * tensor.rank, 0),
+                shape=(local, model.hidden_size),
+            )
+            for which in matrices
+        ]
+        self.up = ColumnParallelLinear(
+            model.hidden_size,
+            pieces,
+            bias=model.bias,
+            tensor=tensor,
+            sequence_parallel=place.sequence_parallel,
+            store=place.store,
+            dtype=place.dtype,
+            device=place.device,
+        )
+        self.down = RowParallelLinear(
+            model.ffn_hidden_size,
+            model.hidden_size,
+            f"{name}.down.weight",
+            bias=model.bias,
+            tensor=tensor,
+            sequence_parallel=place.sequence_parallel,
+            store=place.store,
+            dtype=place.dtype,
+            device=place.device,
+        )
+        self.activation = model.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(x)
+        if self.activation == "swiglu":
+            return self.down(kernels.swiglu(y))
+        return self.down(kernels.gelu(y, approximate=self.activation == "gelu_tanh"))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x)), each branch with dropout."""
+
+    def __init__(self, layer: int, model: ModelConfig, place: Placement) -> None:
+        super().__init__()
+        name = f"layers.{layer}"
+        self.attention_norm = Norm(f"{name}.attention_norm", model, place)
+        self.attention = Attention(f"{name}.attention", model, place)
+        self.mlp_norm = Norm(f"{name}.mlp_norm", model, place)
+        self.mlp = FeedForward(f"{name}.mlp", model, place)
+        self.attention_residual = Dropout(f"{name}.attention_dropout", model, place)
+        self.mlp_residual = Dropout(f"{name}.mlp_dropout", model, place)
+
+    def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
+        branch = self.attention(self.attention_norm(x), context, cache)
+        x = self.attention_residual(branch, x, context.samples_B)
+        return self.mlp_residual(self.mlp(self.mlp_norm(x)), x, context.samples_B)
+
+
+class Dropout(nn.Module):
+    """branch -> residual + dropout(branch), with bits drawn from global indices."""
+
+    def __init__(self, name: str, model: ModelConfig, place: Placement) -> None:
+        super().__init__()
+        self.probability = model.dropout
+        self.seed = kernels.fold(place.seed, name)
+        self.rank = place.tensor.rank if place.sequence_parallel else 0
+
+    def forward(self, branch: Tensor, residual: Tensor | None, samples_B: Tensor) -> Tensor:
+        if self.probability == 0 or not self.training:
+            return branch if residual is None else residual + branch
+        first = self.rank * branch.shape[0]  # global position of the local part's first row
+        if residual is None:
+            return kernels.dropout(branch, self.probability, self.seed, samples_B, first)
+        return kernels.dropout_add(branch, residual, self.probability, self.seed, samples_B, first)
+
+
+class Embedding(nn.Module):
+    """tokens [B, S] -> [S_local, B, H]: token rows, learned positions if any, dropout."""
+
+    def __init__(self, model: ModelConfig, place: Placement) -> None:
+        super().__init__()
+        self.tokens = VocabParallelEmbedding(
+            "embedding.weight",
+            model.vocab_size,
+            model.hidden_size,
+            tensor=place.tensor,
+            sequence_parallel=place.sequence_parallel,
+            dtype=place.dtype,
+            device=place.device,
+        )
+        self.positions = None
+        if model.position == "learned":
+            self.positions = replicated_parameter(
+                "position_embedding.weight",
+                (model.max_sequence_length, model.hidden_size),
+                tensor=place.tensor,
+                partial_gradient=place.sequence_parallel,
+                dtype=place.dtype,
+                device=place.device,
+                decay=True,
+            )
+        self.dropout = Dropout("embedding.dropout", model, place)
+        self.place = place
+
+    def forward(self, batch: MicroBatch, offset: int = 0) -> Tensor:
+        assert batch.tokens_BS is not None
+        x = self.tokens(batch.tokens_BS)
+        if self.positions is not None:
+            positions_SB = _positions(batch.tokens_BS, batch.documents_BS).t() + offset
+            if self.place.sequence_parallel:
+                positions_SB = own_sequence_slice(positions_SB, self.place.tensor)
+            x = x + F.embedding(positions_SB, self.positions)
+        return self.dropout(x, None, batch.samples_B)
+
+
+class Head(nn.Module):
+    """The last norm, the output projection and the loss.
+
+    `weight` is given where the output shares the embedding's parameter on this rank.
+    """
+
+    def __init__(
+        self, model: ModelConfig, place: Placement, weight: ShardedParameter | None
+    ) -> None:
+        super().__init__()
+        self.norm = Norm("final_norm", model, place)
+        if weight is None:
+            weight = vocabulary_parameter(
+                "embedding.weight" if model.tie_embeddings else "output.weight",
+                model.vocab_size,
+                model.hidden_size,
+                tensor=place.tensor,
+                dtype=place.dtype,
+                device=place.device,
+            )
+        self.weight = weight
+        self.vocab_size = model.vocab_size
+        self.place = place
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[S_local, B, H] -> [S, B, V]: this rank's columns, padding included."""
+        return column_parallel_linear(
+            self.norm(x),
+            self.weight,
+            None,
+            tensor=self.place.tensor,
+            sequence_parallel=self.place.sequence_parallel,
+            store=self.place.store,
+        )
+
+    def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
+        """The sum of the losses of all targets that are not ignored."""
+        assert batch.targets_BS is not None
+        return vocab_parallel_cross_entropy(
+            self.logits(x),
+            batch.targets_BS.t(),
+            vocab_size=self.vocab_size,
+            tensor=self.place.tensor,
+        )
+
+
+class GPTStage(nn.Module):
+    """A run of blocks, with the embedding in front on the first stage and the head on the last.
+
+    `stage(inputs, batch)`: inputs are [S_local, B, H] from the stage before (None on the first);
+    returns the same shape, or on the last stage the sum of the microbatch's token losses.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        place: Placement,
+        *,
+        layers: Sequence[int],
+        is_first: bool,
+        is_last: bool,
+        tied_weight: ShardedParameter | None = None,
+    ) -> None:
+        super().__init__()
+        self.embedding = Embedding(model, place) if is_first else None
+        self.layers = nn.ModuleList(Block(layer, model, place) for layer in layers)
+        if is_first and is_last and model.tie_embeddings:
+            assert self.embedding is not None
+            tied_weight = self.embedding.tokens.weight
+        self.head = Head(model, place, tied_weight) if is_last else None
+        self.weight_grads = place.store
+        self.model = model
+        self.place = place
+
+    def forward(self, inputs: Tensor | None, batch: MicroBatch) -> Tensor:
+        x = self.hidden(inputs, batch)
+        return x if self.head is None else self.head(x, batch)
+
+    def hidden(
+        self,
+        inputs: Tensor | None,
+        batch: MicroBatch,
+        caches: Sequence[KeyValueCache] | None = None,
+    ) -> Tensor:
+        """The residual stream after this stage's blocks: [S_local, B, H]."""
+        offset = caches[0].length if caches else 0
+        x = inputs
+        if self.embedding is not None:
+            x = self.embedding(batch, offset)
+        assert x is not None
+        length = x.shape[0] * (self.place.tensor.size if self.place.sequence_parallel else 1)
+        context = self._context(batch, offset, length)
+        for index, block in enumerate(self.layers):
+            if self.place.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, context, caches[index] if caches else None)
+        assert x is not None
+        return x
+
+    def logits(self, tokens_BS: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
+        """Next-token logits [S, B, vocab_size] of a model that is one stage on one rank."""
+        assert self.head is not None
+        assert self.place.tensor.size == 1
+        samples = torch.zeros(tokens_BS.shape[0], dtype=torch.long, device=tokens_BS.device)
+        batch = MicroBatch(tokens_BS, None, None, samples)
+        return self.head.logits(self.hidden(None, batch, caches))[..., : self.model.vocab_size]
+
+    def _context(self, batch: MicroBatch, offset: int, length: int) -> Context:
+        cos = sin = None
+        if self.model.position == "rope":
+            positions = torch.arange(offset, offset + length, device=self.place.device)
+            cos, sin = rope_table(self.model, positions, self.place.dtype)
+        mask = attention_mask(
+            length,
+            offset=offset,
+            window=self.model.sliding_window,
+            documents_BS=batch.documents_BS,
+            device=self.place.device,
+        )
+        return Context(batch.samples_B, mask, cos, sin)
+
+
+def rope_table(
+    model: ModelConfig, positions_S: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency, [S, D / 2] each; angles in float64, so that position
+    100,000 keeps its low bits."""
+    frequencies = kernels.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
+    angles = positions_S.double()[:, None] * frequencies.to(positions_S.device).double()
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def attention_mask(
+    length: int,
+    *,
+    offset: int,
+    window: int | None,
+    documents_BS: Tensor | None,
+    device: torch.device,
+) -> Tensor | None:
+    """True where query (row) may see key (column): [S, keys] or [B, 1, S, S]; None: plain causal.
+
+    `offset` tokens stand before the first query (in a key/value cache).
+    """
+    keys = offset + length
+    windowed = window is not None and window < keys
+    if documents_BS is None and not windowed and offset == 0:
+        return None
+    query = torch.arange(offset, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None, :]
+    mask = key <= query
+    if window is not None:
+        mask &= query - key < window
+    if documents_BS is not None:
+        same = documents_BS[:, None, :, None] == documents_BS[:, None, None, :]
+        return same & mask
+    return mask
+
+
+def _positions(tokens_BS: Tensor, documents_BS: Tensor | None) -> Tensor:
+    """[B, S]: positions count from each document's first token where documents are kept apart."""
+    positions = torch.arange(tokens_BS.shape[1], device=tokens_BS.device).expand_as(tokens_BS)
+    if documents_BS is None:
+        return positions
+    begins = F.pad(documents_BS[:, 1:] != documents_BS[:, :-1], (1, 0), value=True)
+    return positions - torch.where(begins, positions, 0).cummax(dim=1).values
