@@ -1,0 +1,20 @@
+"""[checkpoint]: when to save, how many to keep, where to go on from."""
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from megapipe.config.section import Section
+
+
+class CheckpointConfig(Section):
+    """Checkpoints lie in <train.run_dir>/checkpoints and load in any layout."""
+
+    every: NonNegativeInt = Field(
+        default=1000, description="Steps between checkpoints; 0 saves at the end only."
+    )
+    keep: PositiveInt = Field(default=3, description="The newest so many are kept.")
+    resume: str = Field(
+        default="auto",
+        min_length=1,
+        description="auto: go on from the newest whole checkpoint of train.run_dir, or start anew; "
+        "never: start anew; or the path of a checkpoint.",
+    )

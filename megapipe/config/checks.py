@@ -1,0 +1,236 @@
+"""What must hold between keys. Each problem names its key, says why, and what to write instead."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megapipe.config.data import DataConfig
+from megapipe.config.model import ModelConfig
+from megapipe.config.optimizer import OptimizerConfig
+from megapipe.config.parallel import ParallelConfig
+from megapipe.config.train import TrainConfig
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`key` is the dotted path of what to change first; `text` is a sentence, the fix included."""
+
+    key: str
+    text: str
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def _choices(numbers: list[int], most: int = 8) -> str:
+    shown = [str(number) for number in numbers[:most]]
+    if len(numbers) > most:
+        return ", ".join(shown) + ", ..."
+    return " or ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else shown[0]
+
+
+def model_problems(model: ModelConfig) -> Iterator[Problem]:
+    """The shape against itself."""
+    if "head_dim" not in model.model_fields_set and model.hidden_size % model.num_heads:
+        yield Problem(
+            "model.hidden_size",
+            f"does not divide by model.num_heads = {model.num_heads}; change one of them, "
+            "or set model.head_dim",
+        )
+    if model.num_heads % model.num_kv_heads:
+        yield Problem(
+            "model.num_kv_heads",
+            f"must divide model.num_heads = {model.num_heads}: "
+            f"use {_choices(divisors(model.num_heads))}",
+        )
+    if model.position == "rope" and model.head_dim % 2:
+        yield Problem(
+            "model.head_dim", 'must be even when model.position = "rope", which turns pairs'
+        )
+    if model.position != "rope" and model.rope_scaling is not None:
+        yield Problem(
+            "model.rope_scaling",
+            f'has no effect when model.position = "{model.position}"; remove it, '
+            'or set model.position = "rope"',
+        )
+
+
+def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    """The shape against the tensor and pipeline sizes."""
+    tensor = parallel.tensor
+    usable = [size for size in divisors(model.num_heads) if _splits(model, size)]
+    if model.num_heads % tensor:
+        yield Problem(
+            "parallel.tensor",
+            f"must divide model.num_heads = {model.num_heads}: use {_choices(usable)}",
+        )
+    elif not _shares_kv_heads(model, tensor):
+        yield Problem(
+            "parallel.tensor",
+            f"must divide model.num_kv_heads = {model.num_kv_heads} or be a multiple of it "
+            f"(key and value heads are then copied): use {_choices(usable)}",
+        )
+    elif model.ffn_hidden_size % tensor:
+        yield Problem(
+            "parallel.tensor",
+            f"must divide model.ffn_hidden_size = {model.ffn_hidden_size}: "
+            f"use {_choices(usable)}, or change model.ffn_hidden_size",
+        )
+    yield from _stage_problems(model, parallel)
+
+
+def _shares_kv_heads(model: ModelConfig, tensor: int) -> bool:
+    return model.num_kv_heads % tensor == 0 or tensor % model.num_kv_heads == 0
+
+
+def _splits(model: ModelConfig, tensor: int) -> bool:
+    return _shares_kv_heads(model, tensor) and model.ffn_hidden_size % tensor == 0
+
+
+def _stage_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:
+    stages = parallel.pipeline * parallel.virtual
+    product = f"parallel.pipeline {parallel.pipeline} * parallel.virtual {parallel.virtual}"
+    given = parallel.layers_per_stage
+    if stages > model.num_layers:
+        yield Problem(
+            "parallel.virtual" if parallel.virtual > 1 else "parallel.pipeline",
+            f"is too large: {product} = {stages} stages need at least {stages} layers, "
+            f"and model.num_layers = {model.num_layers}",
+        )
+    if given is not None and len(given) != stages:
+        yield Problem(
+            "parallel.layers_per_stage",
+            f"has {len(given)} entries, and {product} = {stages} stages: give one for each stage, "
+            "or leave the key out to have layers balanced by cost",
+        )
+    if given is not None and sum(given) != model.num_layers:
+        yield Problem(
+            "parallel.layers_per_stage",
+            f"adds up to {sum(given)} layers, and model.num_layers = {model.num_layers}: "
+            "they must be equal",
+        )
+
+
+def parallel_problems(parallel: ParallelConfig) -> Iterator[Problem]:
+    """The schedule against the number of stages."""
+    interleaved = parallel.schedule == "interleaved-1f1b"
+    if parallel.virtual > 1 and not interleaved:
+        yield Problem(
+            "parallel.virtual",
+            f'must be 1 with parallel.schedule = "{parallel.schedule}", which has one group of '
+            'layers per rank; set it to 1, or parallel.schedule = "interleaved-1f1b"',
+        )
+    if interleaved and parallel.virtual == 1:
+        yield Problem(
+            "parallel.schedule",
+            "needs parallel.virtual of 2 or more; with one group of layers per rank it is "
+            'parallel.schedule = "1f1b"',
+        )
+    if interleaved and parallel.pipeline == 1:
+        yield Problem(
+            "parallel.schedule",
+            "needs parallel.pipeline of 2 or more; on one pipeline rank use "
+            'parallel.schedule = "1f1b" and parallel.virtual = 1',
+        )
+
+
+def train_problems(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
+    """The sequence against what the model is made for."""
+    if train.sequence_length > model.max_sequence_length:
+        yield Problem(
+            "train.sequence_length",
+            f"is longer than model.max_sequence_length = {model.max_sequence_length}; "
+            "shorten it, or raise model.max_sequence_length",
+        )
+
+
+def batch_problems(parallel: ParallelConfig, train: TrainConfig) -> Iterator[Problem]:
+    """The batch against the layout."""
+    batch, micro = train.global_batch_size, train.micro_batch_size
+    if parallel.data is None:
+        if batch % micro:
+            yield Problem(
+                "train.global_batch_size",
+                f"must be a multiple of train.micro_batch_size = {micro}: "
+                f"use {_near_multiples(batch, micro)}",
+            )
+    elif batch % (parallel.data * micro):
+        unit = parallel.data * micro
+        yield Problem(
+            "train.global_batch_size",
+            f"must be a multiple of parallel.data {parallel.data} * train.micro_batch_size {micro}"
+            f" = {unit}: use {_near_multiples(batch, unit)}",
+        )
+    if parallel.sequence_parallel and train.sequence_length % parallel.tensor:
+        yield Problem(
+            "train.sequence_length",
+            f"must be a multiple of parallel.tensor = {parallel.tensor} when "
+            f"parallel.sequence_parallel is on: "
+            f"use {_near_multiples(train.sequence_length, parallel.tensor)}",
+        )
+
+
+def _near_multiples(number: int, unit: int) -> str:
+    below = number // unit * unit
+    return _choices([below, below + unit] if below else [unit])
+
+
+def optimizer_problems(train: TrainConfig, optimizer: OptimizerConfig) -> Iterator[Problem]:
+    """The learning rate's course against the length of the run."""
+    if optimizer.warmup_steps > train.steps:
+        yield Problem(
+            "optimizer.warmup_steps",
+            f"is longer than the run, train.steps = {train.steps}; shorten it",
+        )
+    decays = optimizer.schedule != "constant"
+    if decays and optimizer.min_learning_rate > optimizer.learning_rate:
+        yield Problem(
+            "optimizer.min_learning_rate",
+            f"is above optimizer.learning_rate = {optimizer.learning_rate:g}, from which "
+            "the rate decays; lower it",
+        )
+    if optimizer.decay_steps is None:
+        return
+    if not decays:
+        yield Problem(
+            "optimizer.decay_steps",
+            'has no effect when optimizer.schedule = "constant"; remove it or choose "linear", '
+            '"cosine" or "wsd"',
+        )
+    elif optimizer.schedule == "wsd" and (
+        optimizer.warmup_steps + optimizer.decay_steps > train.steps
+    ):
+        yield Problem(
+            "optimizer.decay_steps",
+            f"does not fit: optimizer.warmup_steps {optimizer.warmup_steps} + decay_steps "
+            f"{optimizer.decay_steps} is more than train.steps = {train.steps}",
+        )
+
+
+def data_problems(parallel: ParallelConfig, data: DataConfig) -> Iterator[Problem]:
+    """Streams against replicas."""
+    if parallel.data is not None and data.streams % parallel.data:
+        multiple = parallel.data * max(1, data.streams // parallel.data)
+        yield Problem(
+            "data.streams",
+            f"must be a multiple of parallel.data = {parallel.data}, since each replica reads "
+            f"whole streams: use {multiple} or {multiple + parallel.data}",
+        )
+    if data.validation_sources and data.validation_fraction:
+        yield Problem(
+            "data.validation_fraction",
+            "and data.validation_sources are both given; keep one of them",
+        )
+
+
+def validation_problems(train: TrainConfig, data: DataConfig) -> Iterator[Problem]:
+    """A validation loss needs text."""
+    if train.validation_every and not (data.validation_sources or data.validation_fraction):
+        yield Problem(
+            "train.validation_every",
+            "asks for a validation loss and there is no text for it; set data.validation_fraction "
+            "(0.01, say) or data.validation_sources, or train.validation_every = 0",
+        )

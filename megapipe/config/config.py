@@ -1,0 +1,82 @@
+"""The whole config, and what must hold between its sections."""
+
+from collections.abc import Mapping
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from megapipe.config import checks
+from megapipe.config.checkpoint import CheckpointConfig
+from megapipe.config.data import DataConfig
+from megapipe.config.logging import LoggingConfig
+from megapipe.config.model import ModelConfig
+from megapipe.config.optimizer import OptimizerConfig
+from megapipe.config.parallel import ParallelConfig
+from megapipe.config.problems import show
+from megapipe.config.section import Section
+from megapipe.config.train import TrainConfig
+from megapipe.errors import ConfigError
+
+
+class Config(Section):
+    """One training run, complete: the TOML file, its preset and the command line together.
+
+    Raises ConfigError when sections contradict each other. A copy with changes, checked again,
+    is `Config(**{**dict(config), "train": changed})`; `model_copy` checks nothing.
+    """
+
+    model: ModelConfig = Field(description="The shape of the network.")
+    parallel: ParallelConfig = Field(
+        default=ParallelConfig(),
+        description="The layout over processes; it never changes the loss.",
+    )
+    train: TrainConfig = Field(description="How long, how much at a time, in which arithmetic.")
+    optimizer: OptimizerConfig = Field(
+        default=OptimizerConfig(), description="The update rule and its learning rate over time."
+    )
+    data: DataConfig = Field(description="The text, the tokenizer, the order.")
+    checkpoint: CheckpointConfig = Field(
+        default=CheckpointConfig(), description="When to save, how many to keep, where to go on."
+    )
+    logging: LoggingConfig = Field(
+        default=LoggingConfig(), description="Console, Weights & Biases, TensorBoard."
+    )
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        sections = {name: getattr(self, name) for name in type(self).model_fields}
+        problems = list(cross_problems(sections))
+        if problems:
+            raise ConfigError([f"{contradiction(problem, sections)}." for problem in problems])
+        return self
+
+
+def contradiction(problem: checks.Problem, sections: Mapping[str, Section]) -> str:
+    """`key = value` and what is wrong with it."""
+    section, key = problem.key.split(".")
+    return f"{problem.key} = {show(getattr(sections[section], key))} {problem.text}"
+
+
+def cross_problems(sections: Mapping[str, Section]) -> list[checks.Problem]:
+    """All contradictions between the sections given (those that are valid by themselves)."""
+    found: list[checks.Problem] = []
+    model, parallel = sections.get("model"), sections.get("parallel")
+    train, data = sections.get("train"), sections.get("data")
+    optimizer = sections.get("optimizer")
+    if isinstance(model, ModelConfig):
+        found += checks.model_problems(model)
+    if isinstance(parallel, ParallelConfig):
+        found += checks.parallel_problems(parallel)
+    if isinstance(model, ModelConfig) and isinstance(parallel, ParallelConfig):
+        found += checks.layout_problems(model, parallel)
+    if isinstance(model, ModelConfig) and isinstance(train, TrainConfig):
+        found += checks.train_problems(model, train)
+    if isinstance(parallel, ParallelConfig) and isinstance(train, TrainConfig):
+        found += checks.batch_problems(parallel, train)
+    if isinstance(train, TrainConfig) and isinstance(optimizer, OptimizerConfig):
+        found += checks.optimizer_problems(train, optimizer)
+    if isinstance(parallel, ParallelConfig) and isinstance(data, DataConfig):
+        found += checks.data_problems(parallel, data)
+    if isinstance(train, TrainConfig) and isinstance(data, DataConfig):
+        found += checks.validation_problems(train, data)
+    return found

@@ -1,0 +1,103 @@
+"""From a TOML file, presets and the command line to a Config, or to every reason why not."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from megapipe.config.config import Config, contradiction, cross_problems
+from megapipe.config.problems import nearest, section_problem, sentence, show
+from megapipe.config.section import Section
+from megapipe.config.source import (
+    Source,
+    apply_overrides,
+    merge,
+    parse_overrides,
+    parse_source,
+    read_source,
+)
+from megapipe.errors import ConfigError
+
+Presets = Mapping[str, Mapping[str, object]]
+
+
+def section_types() -> dict[str, type[Section]]:
+    """The sections of the config by name, in order."""
+    types: dict[str, type[Section]] = {}
+    for name, field in Config.model_fields.items():
+        assert isinstance(field.annotation, type), name
+        types[name] = field.annotation
+    return types
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = (), presets: Presets = {}) -> Config:  # noqa: B006 (read only)
+    """Reads a config, its preset under it and the command line over it.
+
+    `overrides` are command-line words: `--parallel.tensor 4`, `--train.run_dir=runs/x`; values are
+    TOML, and a word that is not TOML is text. Raises ConfigError with all problems at once.
+    """
+    source = read_source(Path(path))
+    problems = apply_overrides(source, parse_overrides(overrides))
+    problems += _merge_preset(source, presets)
+    return _build(source, problems)
+
+
+def parse_config(text: str, name: str = "config") -> Config:
+    """A config that `dump_config` wrote: complete, so that no preset is consulted."""
+    return _build(parse_source(text, name), [])
+
+
+def _merge_preset(source: Source, presets: Presets) -> list[str]:
+    model = source.tree.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("preset"), str):
+        return []
+    name = model["preset"]
+    if name == "none":
+        del model["preset"]
+        return []
+    if name not in presets:
+        source.preset_unknown = True
+        close = nearest(name, list(presets))
+        known = f'did you mean "{close}"?' if close else f"there are {', '.join(presets)}"
+        where = source.where(("model", "preset"))
+        return [sentence(where, f"model.preset = {show(name)} does not exist; {known}")]
+    source.preset, source.preset_keys = name, frozenset(presets[name])
+    source.tree["model"] = merge(presets[name], model)
+    return []
+
+
+def _build(source: Source, problems: list[str]) -> Config:
+    types = section_types()
+    for name in source.tree:
+        if name not in types:
+            problems.append(_unknown_section(name, source, list(types)))
+    sections: dict[str, Section] = {}
+    for name, kind in types.items():
+        try:
+            sections[name] = kind.model_validate(source.tree.get(name, {}))
+        except ValidationError as error:
+            problems += _validation_problems(name, error, source, types)
+    for problem in cross_problems(sections):
+        where = source.where(tuple(problem.key.split(".")))
+        problems.append(sentence(where, contradiction(problem, sections)))
+    if problems:
+        raise ConfigError(problems)
+    return Config(**sections)  # type: ignore[arg-type]  # one value of its own type for each name
+
+
+def _validation_problems(
+    section: str, error: ValidationError, source: Source, types: Mapping[str, type[BaseModel]]
+) -> list[str]:
+    sentences = [
+        section_problem(detail, (section, *detail["loc"]), source, dict(types))
+        for detail in error.errors(include_url=False)
+        # What an unknown preset would have given says nothing more.
+        if not (detail["type"] == "missing" and section == "model" and source.preset_unknown)
+    ]
+    return [sentence for sentence in sentences if sentence is not None]
+
+
+def _unknown_section(name: str, source: Source, names: list[str]) -> str:
+    close = nearest(name, names)
+    meant = f"did you mean [{close}]?" if close else f"the sections are {', '.join(names)}"
+    return sentence(source.where((name,)), f"{name} is not a section; {meant}")

@@ -1,0 +1,58 @@
+"""A config as text: TOML that loads back to an equal config, and a JSON schema for editors."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from megapipe.config.config import Config
+from megapipe.errors import MegapipeError
+
+
+def dump_config(config: Config) -> str:
+    """TOML with every value spelled out; `parse_config` and `load_config` give an equal config."""
+    tree = {name: _plain(section) for name, section in config.model_dump(mode="json").items()}
+    # What a preset would set is written even where it is absent, or the preset would set it again.
+    for key in ("rope_scaling", "sliding_window"):
+        if config.model.preset is not None:
+            tree["model"].setdefault(key, "none")
+    return tomli_w.dumps(tree)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items() if entry is not None}
+    return [_plain(entry) for entry in value] if isinstance(value, list) else value
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes `dump_config` in one step, so that no reader sees half of it.
+
+    Raises MegapipeError where the disk is full or the directory can't be written.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_text(dump_config(config), encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise MegapipeError(
+            f"{path}: can't be written: {error.strerror}. Free some space there, or write to "
+            "another directory (train.run_dir)."
+        ) from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of the config file, for completion and checks in editors."""
+    described = Config.model_json_schema()
+    # A preset may give the keys that have no default.
+    shape = described["$defs"]["ModelConfig"]
+    shape["anyOf"] = [{"required": ["preset"]}, {"required": shape.pop("required")}]
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        **described,
+        "title": "megapipe config",
+    }

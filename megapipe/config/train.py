@@ -1,0 +1,48 @@
+"""[train]: how long, how much at a time, in which arithmetic."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from megapipe.config.section import Section
+
+
+class TrainConfig(Section):
+    """The training run."""
+
+    run_dir: str = Field(
+        min_length=1,
+        description="Where config, metrics and checkpoints of the run are written; made if it "
+        "does not exist. A relative path starts at the current directory.",
+    )
+    steps: PositiveInt = Field(description="Optimizer steps in the whole run, restarts included.")
+    seed: NonNegativeInt = Field(
+        default=1234,
+        lt=2**63,
+        description="Fixes initial weights, data order and dropout, in every layout alike.",
+    )
+    global_batch_size: PositiveInt = Field(description="Sequences in one optimizer step.")
+    micro_batch_size: PositiveInt = Field(
+        default=1, description="Sequences that go through the model at once on one replica."
+    )
+    sequence_length: PositiveInt = Field(description="Tokens in a sequence.")
+    precision: Literal["fp32", "bf16", "fp64"] = Field(
+        default="bf16",
+        description="Arithmetic of the model. bf16 keeps float32 master weights and gradients; "
+        "fp64 is for proofs; on a CPU use fp32 (bf16 is slow there).",
+    )
+    recompute: Literal["none", "full"] = Field(
+        default="none",
+        description="full: keep only each layer's input and compute the rest again in the "
+        "backward pass (less memory, about a third more arithmetic).",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="auto takes a GPU where there is one. cuda also means AMD's ROCm.",
+    )
+    validation_every: NonNegativeInt = Field(
+        default=0, description="Steps between validation losses; 0 for never."
+    )
+    validation_batches: PositiveInt = Field(
+        default=8, description="Global batches averaged into one validation loss."
+    )

@@ -1,0 +1,37 @@
+"""A small valid config as text, to be changed by tests."""
+
+from pathlib import Path
+
+TEXT = """\
+[model]
+num_layers = 8
+hidden_size = 64
+num_heads = 8
+num_kv_heads = 4
+vocab_size = 500
+max_sequence_length = 128
+
+[parallel]
+tensor = 2
+pipeline = 2
+
+[train]
+run_dir = "runs/x"
+steps = 100
+global_batch_size = 16
+micro_batch_size = 2
+sequence_length = 64
+
+[data]
+tokenizer = "t.model"
+
+[[data.sources]]
+path = "a/*.txt"
+"""
+
+
+def write(directory: Path, text: str = TEXT) -> Path:
+    """The text as a file named run.toml."""
+    path = directory / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return path

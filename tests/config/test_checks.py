@@ -1,0 +1,122 @@
+"""Contradictions between keys: each is refused, and says what to change."""
+
+from pathlib import Path
+
+import pytest
+
+from megapipe.config import Config, load_config
+from megapipe.config.checks import divisors
+from megapipe.errors import ConfigError
+from tests.config.examples import write
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        ("--model.hidden_size=65", "model.hidden_size = 65 does not divide by model.num_heads"),
+        ("--model.num_kv_heads=3", "model.num_kv_heads = 3 must divide model.num_heads = 8"),
+        ("--model.head_dim=7", "model.head_dim = 7 must be even"),
+        (
+            "--model.position=learned --model.rope_scaling={factor=2.0}",
+            "model.rope_scaling = {factor = 2.0, low_frequency_factor = 1.0, high_frequency_fa",
+        ),
+        (
+            "--model.num_heads=12 --model.head_dim=8 --model.num_kv_heads=4 --parallel.tensor=6 "
+            "--model.ffn_hidden_size=96",
+            "parallel.tensor = 6 must divide model.num_kv_heads = 4 or be a multiple of it (key "
+            "and value heads are then copied): use 1, 2, 4 or 12.",
+        ),
+        (
+            "--model.ffn_hidden_size=99",
+            "parallel.tensor = 2 must divide model.ffn_hidden_size = 99",
+        ),
+        ("--parallel.pipeline=9", "parallel.pipeline = 9 is too large: parallel.pipeline 9 *"),
+        (
+            "--parallel.layers_per_stage=[4,2,2]",
+            "parallel.layers_per_stage = [4, 2, 2] has 3 entries, and parallel.pipeline 2 *",
+        ),
+        (
+            "--parallel.layers_per_stage=[4,5]",
+            "parallel.layers_per_stage = [4, 5] adds up to 9 layers, and model.num_layers = 8",
+        ),
+        ("--parallel.virtual=2", 'parallel.virtual = 2 must be 1 with parallel.schedule = "1f1b"'),
+        (
+            "--parallel.schedule=interleaved-1f1b",
+            'parallel.schedule = "interleaved-1f1b" needs parallel.virtual of 2 or more',
+        ),
+        (
+            "--parallel.schedule=interleaved-1f1b --parallel.pipeline=1 --parallel.virtual=2",
+            'parallel.schedule = "interleaved-1f1b" needs parallel.pipeline of 2 or more',
+        ),
+        (
+            "--train.sequence_length=129",
+            "train.sequence_length = 129 is longer than model.max_sequence_length = 128",
+        ),
+        (
+            "--parallel.sequence_parallel=true --train.sequence_length=63",
+            "train.sequence_length = 63 must be a multiple of parallel.tensor = 2 when "
+            "parallel.sequence_parallel is on: use 62 or 64.",
+        ),
+        (
+            "--train.micro_batch_size=3",
+            "train.global_batch_size = 16 must be a multiple of train.micro_batch_size = 3: use "
+            "15 or 18.",
+        ),
+        (
+            "--parallel.data=3 --data.streams=6",
+            "train.global_batch_size = 16 must be a multiple of parallel.data 3 * "
+            "train.micro_batch_size 2 = 6: use 12 or 18.",
+        ),
+        (
+            "--parallel.data=4 --data.streams=6",
+            "data.streams = 6 must be a multiple of parallel.data = 4",
+        ),
+        ("--optimizer.warmup_steps=101", "optimizer.warmup_steps = 101 is longer than the run"),
+        ("--optimizer.min_learning_rate=1.0", "optimizer.min_learning_rate = 1.0 is above"),
+        (
+            "--optimizer.schedule=constant --optimizer.decay_steps=5",
+            "optimizer.decay_steps = 5 has no effect when",
+        ),
+        (
+            "--optimizer.schedule=wsd --optimizer.warmup_steps=50 --optimizer.decay_steps=60",
+            "optimizer.decay_steps = 60 does not fit: optimizer.warmup_steps 50 + decay_steps 60",
+        ),
+        (
+            '--data.validation_fraction=0.1 --data.validation_sources=[{path="x"}]',
+            "data.validation_fraction = 0.1 and data.validation_sources are both given",
+        ),
+        ("--train.validation_every=5", "train.validation_every = 5 asks for a validation loss"),
+    ],
+)
+def test_contradictions(tmp_path: Path, overrides: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path), overrides.split())
+    assert any(said in problem for problem in caught.value.problems), caught.value.problems
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        "--parallel.tensor=8",  # more ranks than key/value heads: copied
+        "--model.head_dim=10 --model.hidden_size=60",
+        "--parallel.layers_per_stage=[3,5]",
+        "--parallel.schedule=interleaved-1f1b --parallel.virtual=4",
+        "--parallel.data=4",
+        "--train.validation_every=5 --data.validation_fraction=0.1",
+        "--train.sequence_length=63",
+    ],
+)
+def test_what_is_allowed(tmp_path: Path, overrides: str) -> None:
+    load_config(write(tmp_path), overrides.split())
+
+
+def test_a_config_made_in_python_is_checked_too(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path))
+    wrong = config.parallel.model_copy(update={"tensor": 3})
+    with pytest.raises(ConfigError, match=r"parallel.tensor = 3 must divide model.num_heads"):
+        Config(**{**dict(config), "parallel": wrong})
+
+
+def test_divisors() -> None:
+    for number in range(1, 200):
+        assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]
