@@ -1,0 +1,142 @@
+"""Bytes on disk: durable writes, reads that check what they open, checksums.
+
+Reads use `pread` into a buffer of ours, not `mmap`: a file that shrinks or a disk that fails is
+then an error with a name, where a mapped page would end the process with SIGBUS.
+"""
+
+import errno
+import os
+import shutil
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import xxhash
+
+from megapipe.errors import CheckpointError
+
+BLOCK_BYTES = 16 * 2**20
+"""Unit of checksums. Reading a part of a chunk reads whole blocks: small enough that a slice costs
+little more than itself, large enough that a checkpoint of 12 TB has under a million of them."""
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The disk, the user's quota, or the limit on the size of one file (`ulimit -f`)."""
+
+
+def checksum(data: bytes | memoryview) -> str:
+    """xxh3_128 in hex: it finds damage, not intent (it is no signature). 6.6 GB/s on one core."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def blocks(data: memoryview) -> Iterator[memoryview]:
+    """The bytes of one chunk, block by block."""
+    for begin in range(0, len(data), BLOCK_BYTES):
+        yield data[begin : begin + BLOCK_BYTES]
+
+
+def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Create `path` (it must not exist) with `parts` and return when they are on the disk."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o640)
+    try:
+        for part in parts:
+            rest = memoryview(part)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[int]:
+    """A descriptor of a regular file: symbolic links, pipes and devices are refused."""
+    try:
+        # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        reason = {errno.ENOENT: "is missing", errno.ELOOP: "is a symbolic link"}.get(
+            error.errno or 0, f"can't be opened ({error.strerror})"
+        )
+        raise CheckpointError(f"{path} {reason}") from error
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise CheckpointError(f"{path} is not a regular file")
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def check_size(descriptor: int, path: Path, expected: int) -> None:
+    size = os.fstat(descriptor).st_size
+    if size != expected:
+        raise CheckpointError(f"{path} has {size} bytes, its manifest says {expected}")
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
+    """Fill `buffer` from byte `offset` of the file."""
+    while buffer:
+        try:
+            count = os.preadv(descriptor, [buffer], offset)
+        except OSError as error:
+            raise CheckpointError(f"{path} can't be read ({error.strerror})") from error
+        if count == 0:
+            raise CheckpointError(f"{path} ends at byte {offset}, {len(buffer)} bytes too early")
+        buffer, offset = buffer[count:], offset + count
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """A whole file of at most `limit` bytes."""
+    with open_regular(path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        if size > limit:
+            raise CheckpointError(f"{path} has {size} bytes, more than the {limit} allowed here")
+        data = bytearray(size)
+        read_into(descriptor, memoryview(data), 0, path)
+    return bytes(data)
+
+
+def free_bytes(directory: Path) -> int:
+    """Bytes that this user may still write to the file system of `directory`."""
+    status = os.statvfs(directory)
+    return status.f_bavail * status.f_frsize
+
+
+@contextmanager
+def space_explained(needed: int, directory: Path) -> Iterator[None]:
+    """Say how much was needed and how much is free when a write finds no room."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise CheckpointError(
+            f"{os.strerror(error.errno).lower()}: needs {format_bytes(needed)} in all, "
+            f"{format_bytes(free_bytes(directory))} free when the write failed"
+        ) from error
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory and what is in it; nothing happens when it is gone already."""
+    with suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+def format_bytes(count: float) -> str:
+    """Bytes for people: `4.2 GiB`."""
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,92 @@
+"""Reading a manifest, and proving that every byte is the one that was written. Needs no torch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from megapipe.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, decode
+from megapipe.checkpoint.steps import MANIFEST_NAME
+from megapipe.checkpoint.storage import (
+    BLOCK_BYTES,
+    check_size,
+    checksum,
+    open_regular,
+    read_into,
+    read_small,
+)
+from megapipe.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Span:
+    """A range of bytes under one checksum."""
+
+    file: str
+    offset: int
+    bytes: int
+    checksum: str
+    holds: str
+    """What the bytes are, for the message."""
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a committed checkpoint. Raises CheckpointError naming the file."""
+    path = directory / MANIFEST_NAME
+    if not path.exists() and not path.is_symlink():
+        hint = "it is not there" if not directory.exists() else f"it holds no {MANIFEST_NAME}"
+        raise CheckpointError(f"{directory} is not a checkpoint: {hint}")
+    data = read_small(path, MAX_MANIFEST_BYTES)
+    try:
+        return decode(data)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def spans(manifest: Manifest) -> Iterator[Span]:
+    """Every byte of every file but the manifest, each exactly once."""
+    for name, extra in manifest.files.items():
+        yield Span(name, 0, extra.bytes, extra.checksum, "the file")
+    for name, shard in manifest.shards.items():
+        yield Span(name, 0, shard.header_bytes, shard.header_checksum, "the safetensors header")
+    for name, entry in manifest.tensors.items():
+        for chunk in entry.chunks:
+            for number, expected in enumerate(chunk.checksums):
+                begin = number * BLOCK_BYTES
+                size = min(BLOCK_BYTES, chunk.bytes - begin)
+                yield Span(chunk.file, chunk.offset + begin, size, expected, f"tensor {name}")
+
+
+def damage(
+    directory: Path, manifest: Manifest, *, part: int = 0, parts: int = 1, read: bool = True
+) -> list[str]:
+    """What is wrong with the files of a checkpoint, one sentence each; empty when it is whole.
+
+    Files must have their exact sizes and, unless `read` is False, every byte its checksum. With
+    `parts` > 1 this process looks at its share only: of `parts` equal shares, number `part`.
+    """
+    sizes = {name: file.bytes for name, file in (manifest.files | manifest.shards).items()}
+    by_place = sorted(spans(manifest), key=lambda span: (span.file, span.offset))
+    share = by_place[len(by_place) * part // parts : len(by_place) * (part + 1) // parts]
+    buffer = memoryview(bytearray(max((span.bytes for span in share), default=0) if read else 0))
+    problems = []
+    for name, in_file in groupby(share, key=lambda span: span.file):
+        path = directory / name
+        try:
+            with open_regular(path) as descriptor:
+                check_size(descriptor, path, sizes[name])
+                for span in in_file if read else ():
+                    view = buffer[: span.bytes]
+                    read_into(descriptor, view, span.offset, path)
+                    if checksum(view) != span.checksum:
+                        problems.append(describe(path, span))
+        except CheckpointError as error:
+            problems.append(str(error))
+    return problems
+
+
+def describe(path: Path, span: Span) -> str:
+    return (
+        f"{path} is damaged: bytes {span.offset} to {span.offset + span.bytes} ({span.holds}) "
+        "are not the ones that were written"
+    )

@@ -1,0 +1,92 @@
+"""Stepping back over damaged checkpoints, and keeping the newest valid ones."""
+
+from pathlib import Path
+
+import pytest
+
+from megapipe.checkpoint.retention import newest_valid, prune
+from megapipe.checkpoint.steps import committed
+from tests.checkpoint.samples import edit_manifest, leftovers, save_sample
+from tests.ranks import run_ranks
+
+SHARD = "shard-00000-of-00001.safetensors"
+
+
+def flip(path: Path) -> None:
+    content = bytearray((path / SHARD).read_bytes())
+    content[-3] ^= 16
+    (path / SHARD).write_bytes(content)
+
+
+def test_steps_back_to_the_newest_that_verifies(tmp_path: Path) -> None:
+    paths = [save_sample(tmp_path, step) for step in (1, 2, 3, 4)]
+    assert newest_valid(tmp_path).path == paths[3]
+    flip(paths[3])
+    (paths[2] / "config.toml").unlink()
+    found = newest_valid(tmp_path)
+    assert found.path == paths[1]
+    assert [one.path for one in found.skipped] == [paths[3], paths[2]]
+    assert SHARD in found.skipped[0].problems[0]
+    assert "config.toml is missing" in found.skipped[1].problems[0]
+
+
+def test_none_whole_is_told_apart_from_none_there(tmp_path: Path) -> None:
+    assert newest_valid(tmp_path / "gone").path is None
+    assert newest_valid(tmp_path).skipped == ()
+    flip(save_sample(tmp_path, 1))
+    found = newest_valid(tmp_path)
+    assert found.path is None
+    assert len(found.skipped) == 1
+
+
+def test_prune_keeps_the_newest(tmp_path: Path) -> None:
+    paths = [save_sample(tmp_path, step) for step in range(1, 6)]
+    (tmp_path / ".tmp-step-00000009-00000000").mkdir()
+    assert prune(tmp_path, 2) == [paths[2], paths[1], paths[0]]
+    assert list(committed(tmp_path).values()) == [paths[4], paths[3]]
+    assert leftovers(tmp_path) == []
+    assert prune(tmp_path, 2) == []
+    assert prune(tmp_path / "gone", 2) == []
+
+
+def test_prune_counts_only_valid_ones(tmp_path: Path) -> None:
+    paths = [save_sample(tmp_path, step) for step in range(1, 6)]
+    flip(paths[4])
+    edit_manifest(paths[2], lambda document: document.update(version=0))
+    assert prune(tmp_path, 2) == [paths[0]]  # 5 and 3 are damaged, 4 and 2 are kept
+    assert prune(tmp_path, 3) == []
+    assert newest_valid(tmp_path).path == paths[3]
+
+
+def test_prune_never_removes_the_last_valid_one(tmp_path: Path) -> None:
+    paths = [save_sample(tmp_path, step) for step in range(1, 5)]
+    for path in paths[1:]:
+        flip(path)
+    assert prune(tmp_path, 1) == []
+    assert newest_valid(tmp_path).path == paths[0]
+
+
+def test_trusted_ones_are_not_read_back_but_must_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [save_sample(tmp_path, step) for step in range(1, 5)]
+    (paths[3] / SHARD).unlink()
+    flip(paths[2])
+    assert prune(tmp_path, 1, trusted=paths) == paths[1::-1]
+    assert list(committed(tmp_path).values()) == [paths[3], paths[2]]
+
+
+def find_together(root: Path) -> tuple[object, list[Path]]:
+    import torch.distributed as dist
+
+    where = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "group": None}
+    return newest_valid(root, **where), prune(root, 1, **where)
+
+
+def test_ranks_share_the_reading_and_agree(tmp_path: Path) -> None:
+    paths = [save_sample(tmp_path, step) for step in (1, 2, 3)]
+    flip(paths[2])
+    alone = newest_valid(tmp_path)
+    answers = run_ranks(find_together, 3, tmp_path)
+    assert answers == [(alone, [paths[0]])] * 3
+    assert list(committed(tmp_path)) == [3, 2]
