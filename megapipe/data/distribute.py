@@ -1,0 +1,237 @@
+"""One reader per replica: its first rank reads, the others receive the tokens by broadcast.
+
+Each step is one int32 broadcast: two words of header, then tokens, then document numbers where
+attention is masked by them. A reader that failed says so in the header; a second broadcast
+carries its message, and every rank of the replica raises it.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megapipe.config import Config
+from megapipe.data.feed import BatchFeed, State, merge_states
+from megapipe.data.tokenizer import check_vocabulary, load_tokenizer
+from megapipe.errors import DataError, MegapipeError
+from megapipe.mesh import Axis, Mesh
+from megapipe.microbatch import MicroBatch
+
+HEADER = 2
+OK, USER_ERROR, PROGRAM_ERROR = 0, 1, 2
+
+T = TypeVar("T")
+
+
+class ReplicaFeed:
+    """Gives every rank its microbatches of step 0, 1, 2, ...
+
+    Constructor, `next` and `load` are collective over the replica and raise the reader's error on
+    all of its ranks; `state` is collective over the data axis. A rank gets
+    tokens only if it hosts the first stage, targets only if it hosts the last.
+
+    With `validation` it gives the validation batches; `restart` begins with the first again. Those
+    given before are kept in host memory, 4 bytes a token, and not read twice.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        *,
+        hosts_first: bool,
+        hosts_last: bool,
+        validation: bool = False,
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self._config = config
+        self._mesh = mesh
+        self._hosts_first = hosts_first
+        self._hosts_last = hosts_last
+        self._validation = validation
+        self._step = 0
+        self._given: list[Tensor] = []
+        self._feed = self._read(lambda: self._open(say))
+
+    def next(self) -> list[MicroBatch]:
+        """The microbatches of the next step, in order."""
+        if self._step < len(self._given):
+            wire = self._given[self._step].to(self._mesh.device)
+        else:
+            wire = self._receive()
+            if self._validation:
+                self._given.append(wire.cpu())
+        batches = self._split(wire)
+        self._step += 1
+        return batches
+
+    def restart(self) -> None:
+        """Begins again with the first validation batch."""
+        assert self._validation
+        self._step = 0
+
+    def state(self) -> State:
+        """The state of all streams behind the last step, on readers; empty on other ranks.
+
+        Collective over the data axis of the readers.
+        """
+        if self._feed is None:
+            return {}
+        return merge_states(_all_gather_json(self._feed.state_dict(), self._mesh))
+
+    def load(self, state: State) -> None:
+        """Goes on behind `state`, saved in any layout. Every rank passes the same state."""
+        assert not self._validation
+
+        def work() -> None:
+            assert self._feed is not None
+            self._feed.load_state_dict(state)
+
+        self._read(work)
+        self._step = state["step"]
+
+    @property
+    def wait_seconds(self) -> float:
+        """How long the last step waited for its batch; 0 on ranks that do not read."""
+        return self._feed.wait_seconds if self._feed else 0.0
+
+    @property
+    def epoch(self) -> int:
+        return self._feed.epoch if self._feed else 0
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """Bad rows met by this rank's reader, by reason; empty on ranks that do not read."""
+        return self._feed.skipped if self._feed else Counter()
+
+    def close(self) -> None:
+        if self._feed:
+            self._feed.close()
+
+    @property
+    def _samples_per_rank(self) -> int:
+        return self._config.train.global_batch_size // self._mesh.data.size
+
+    @property
+    def _masked(self) -> bool:
+        return self._config.data.mask_documents
+
+    def _open(self, say: Callable[[str], None] | None) -> BatchFeed:
+        config = self._config
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        assert config.model.vocab_size is not None
+        check_vocabulary(tokenizer, config.model.vocab_size)
+        return BatchFeed(
+            config.data,
+            seed=config.train.seed,
+            tokenizer=tokenizer,
+            data_rank=self._mesh.data.rank,
+            data_size=self._mesh.data.size,
+            global_batch_size=config.train.global_batch_size,
+            sequence_length=config.train.sequence_length,
+            validation=self._validation,
+            say=say,
+        )
+
+    def _read(self, work: Callable[[], T]) -> T | None:
+        """Does `work` on the reader; raises its error on every rank of the replica."""
+        return _share(self._mesh, work, torch.zeros(HEADER, dtype=torch.int32))[0]
+
+    def _receive(self) -> Tensor:
+        """The next step's wire tensor, header included, on the device."""
+        count, length = self._samples_per_rank, self._config.train.sequence_length
+        size = HEADER + count * (length + 1) + (count * length if self._masked else 0)
+        wire = torch.zeros(size, dtype=torch.int32)
+
+        def fill() -> None:
+            assert self._feed is not None
+            batch = next(self._feed)
+            parts = [batch.tokens, batch.documents] if self._masked else [batch.tokens]
+            content = np.concatenate([part.reshape(-1) for part in parts])
+            wire[HEADER:] = torch.from_numpy(content)
+
+        return _share(self._mesh, fill, wire)[1]
+
+    def _split(self, wire: Tensor) -> list[MicroBatch]:
+        train, data = self._config.train, self._mesh.data
+        count, length, size = self._samples_per_rank, train.sequence_length, train.micro_batch_size
+        end = HEADER + count * (length + 1)
+        tokens = wire[HEADER:end].view(count, length + 1)
+        inputs = tokens[:, :-1].long() if self._hosts_first else None
+        targets = tokens[:, 1:].long() if self._hosts_last else None
+        documents = wire[end:].view(count, length) if self._masked else None
+        samples = torch.arange(count, device=wire.device) * data.size + data.rank
+        samples += self._step * train.global_batch_size
+
+        def part(tensor: Tensor | None, start: int) -> Tensor | None:
+            return None if tensor is None else tensor[start : start + size]
+
+        return [
+            MicroBatch(
+                tokens_BS=part(inputs, start),
+                targets_BS=part(targets, start),
+                documents_BS=part(documents, start),
+                samples_B=samples[start : start + size],
+            )
+            for start in range(0, count, size)
+        ]
+
+
+def _share(mesh: Mesh, work: Callable[[], T], wire: Tensor) -> tuple[T | None, Tensor]:
+    """Does `work` on the replica's reader and sends `wire`, or the error, to the others."""
+    replica = mesh.replica
+    result: T | None = None
+    error: Exception | None = None
+    if replica.is_first:
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+            wire.zero_()
+            wire[0] = USER_ERROR if isinstance(caught, MegapipeError) else PROGRAM_ERROR
+            wire[1] = len(_message(caught))
+    wire = wire.to(mesh.device)
+    if replica.size > 1:
+        dist.broadcast(wire, src=replica.ranks[0], group=replica.group)
+    if error is None and (replica.is_first or int(wire[0]) == OK):
+        return result, wire
+    text = _send_message(mesh, replica, error, int(wire[1]))
+    if error is not None:
+        raise error
+    raise DataError(text) if int(wire[0]) == USER_ERROR else RuntimeError(text)
+
+
+def _send_message(mesh: Mesh, replica: Axis, error: Exception | None, size: int) -> str:
+    content = torch.zeros(size, dtype=torch.uint8)
+    if error is not None:
+        content = torch.tensor(list(_message(error)), dtype=torch.uint8)
+    content = content.to(mesh.device)
+    if replica.size > 1:
+        dist.broadcast(content, src=replica.ranks[0], group=replica.group)
+    return bytes(content.tolist()).decode(errors="replace")
+
+
+def _message(error: Exception) -> bytes:
+    name = "" if isinstance(error, MegapipeError) else f"the data reader failed: {error!r} "
+    return (name + str(error)).encode(errors="replace") or b"the data reader failed"
+
+
+def _all_gather_json(value: State, mesh: Mesh) -> list[State]:
+    """The values of all ranks of the data axis, in order; sent as JSON, padded to one size."""
+    axis = mesh.data
+    if axis.size == 1:
+        return [value]
+    content = json.dumps(value).encode()
+    sizes = [torch.zeros(1, dtype=torch.int64, device=mesh.device) for _ in range(axis.size)]
+    dist.all_gather(sizes, torch.tensor([len(content)], device=mesh.device), group=axis.group)
+    longest = max(int(size) for size in sizes)
+    padded = torch.tensor(list(content.ljust(longest)), dtype=torch.uint8, device=mesh.device)
+    parts = [torch.empty_like(padded) for _ in range(axis.size)]
+    dist.all_gather(parts, padded, group=axis.group)
+    values: list[Any] = [json.loads(bytes(part.tolist())) for part in parts]
+    return values

@@ -1,0 +1,59 @@
+"""Packing: a stream of documents becomes sequences, with no token lost and none twice.
+
+Legend: S = sequence length.
+"""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Tokens = NDArray[np.int32]
+
+
+class Reader(Protocol):
+    """Gives the next tokens of a stream: at least one, at most `limit`, of one document.
+
+    The flag says that they begin the document. A document's last token is the end-of-document one.
+    """
+
+    def read(self, limit: int) -> tuple[Tokens, bool]: ...
+
+
+class Sequence(NamedTuple):
+    """S + 1 tokens: inputs are the first S, targets the last S.
+
+    `documents` [S] numbers the documents of the inputs from 0; the end-of-document token belongs
+    to the document that it ends.
+    """
+
+    tokens: Tokens
+    documents: Tokens
+
+
+class Packer:
+    """Cuts a stream into sequences that overlap by one token, so that each is a target once.
+
+    (The very first token of the stream is never a target.) `last` is the overlap: the final token
+    of the sequence before; with the reader's own position it is the whole state.
+    """
+
+    def __init__(self, reader: Reader, sequence_length: int) -> None:
+        self.last: int | None = None
+        self._reader = reader
+        self._size = sequence_length + 1
+
+    def next(self) -> Sequence:
+        tokens = np.empty(self._size, dtype=np.int32)
+        begins = np.zeros(self._size, dtype=np.int32)
+        filled = 0
+        if self.last is not None:
+            tokens[0], filled = self.last, 1
+        while filled < self._size:
+            part, begins_document = self._reader.read(self._size - filled)
+            tokens[filled : filled + len(part)] = part
+            begins[filled] = begins_document
+            filled += len(part)
+        self.last = int(tokens[-1])
+        documents = np.cumsum(begins[:-1], dtype=np.int32) - begins[0]
+        return Sequence(tokens, documents)
