@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megapipe.tensor_parallel.parameter import Piece, ShardedParameter
+from megapipe.tensor_parallel.parameter import Piece, ShardedParameter, sharded_parameters
 
 ALIGNMENT = 64
 """Elements: each parameter begins at a multiple of this (256 bytes in float32)."""
@@ -87,9 +87,7 @@ def build_buffers(
     """
     unique: dict[ShardedParameter, None] = {}
     for stage in stages:
-        for parameter in stage.parameters():
-            assert isinstance(parameter, ShardedParameter)
-            unique[parameter] = None
+        unique.update(dict.fromkeys(sharded_parameters(stage)))
     groups = [[p for p in unique if p.decay], [p for p in unique if not p.decay]]
     return [
         ParameterBuffer(group, main_dtype=main_dtype, data_size=data_size)

@@ -1,5 +1,6 @@
 """Parameters that know which part of which global tensor they hold."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -78,11 +79,18 @@ class ShardedParameter(nn.Parameter):
         self.pieces = tuple(replace(p, sum_over=sum_over, counted=counted) for p in self.pieces)
 
 
+def sharded_parameters(module: nn.Module) -> Iterator[ShardedParameter]:
+    """The module's parameters, each once, in the order in which the module made them."""
+    for parameter in module.parameters():
+        assert isinstance(parameter, ShardedParameter), "a layer made an ordinary parameter"
+        yield parameter
+
+
 def _move_to_main_grad(parameter: Tensor) -> None:
     assert isinstance(parameter, ShardedParameter)
-    assert parameter.grad is not None
-    parameter.main_grad.add_(parameter.grad)
-    parameter.grad = None
+    if parameter.grad is not None:  # None: the layer has added to main_grad itself
+        parameter.main_grad.add_(parameter.grad)
+        parameter.grad = None
 
 
 def add_weight_grad(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> None:

@@ -1,0 +1,89 @@
+"""A trained model on one process: from a checkpoint of any layout to `module(tokens) -> logits`."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
+from megapipe.checkpoint.retention import newest_valid
+from megapipe.config import ModelConfig
+from megapipe.errors import CheckpointError
+from megapipe.mesh import Axis
+from megapipe.models.gpt import GPTStage, KeyValueCache, Placement
+from megapipe.tensor_parallel.parameter import sharded_parameters
+from megapipe.tensor_parallel.weight_grad import WeightGradStore
+
+
+class PretrainedGPT(nn.Module):
+    """A whole model for inference: `module(tokens_BS) -> logits_BSV`, without padded columns."""
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        place = Placement(
+            tensor=Axis("tensor"),
+            key_value_copies=Axis("key_value_copies"),
+            sequence_parallel=False,
+            recompute=False,
+            dtype=dtype,
+            device=device,
+            seed=0,
+            store=WeightGradStore(),
+        )
+        self.config = model
+        self.stage = GPTStage(
+            model, place, layers=range(model.num_layers), is_first=True, is_last=True
+        ).eval()
+
+    @torch.no_grad()
+    def forward(self, tokens_BS: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
+        """Logits [B, S, V]; with `caches` (one per layer) tokens continue what those hold."""
+        return self.stage.logits(tokens_BS, caches).transpose(0, 1)
+
+    def new_caches(self) -> list[KeyValueCache]:
+        """Empty key/value caches, one per layer."""
+        return [KeyValueCache() for _ in range(self.config.num_layers)]
+
+
+def load_pretrained(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> PretrainedGPT:
+    """The model of a checkpoint directory, or of the newest whole checkpoint of a run directory.
+
+    Raises CheckpointError if there is none, a byte of it is damaged, or a tensor is missing.
+    """
+    reader = open_checkpoint(find_checkpoint(Path(path)))
+    module = PretrainedGPT(model_config(reader), dtype, torch.device(device))
+    fill(module, reader)
+    return module
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint that the user means by a path: itself, or the newest whole one of a run."""
+    root = path / "checkpoints"
+    if not root.is_dir():
+        return path
+    found = newest_valid(root)
+    if found.path is None:
+        damaged = f" ({len(found.skipped)} are damaged)" if found.skipped else ""
+        raise CheckpointError(f"{root} holds no whole checkpoint{damaged}")
+    return found.path
+
+
+def model_config(reader: CheckpointReader) -> ModelConfig:
+    """The shape of the model that the checkpoint's run trained."""
+    return ModelConfig.model_validate(reader.config["model"])
+
+
+def fill(module: nn.Module, reader: CheckpointReader) -> None:
+    """Read every piece of every parameter; a tensor that is missing is an error."""
+    parameters = list(sharded_parameters(module))
+    pieces = [piece for parameter in parameters for piece in parameter.pieces]
+    reader.require({f"weights/{piece.name}": piece.global_shape for piece in pieces})
+    for parameter in parameters:
+        for piece in parameter.pieces:
+            values = reader.read(f"weights/{piece.name}", piece.start, piece.shape)
+            piece.view(parameter.data).copy_(values)
