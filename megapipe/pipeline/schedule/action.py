@@ -1,0 +1,103 @@
+"""Actions and programs, and their text form, which is that of torch's pipelining CSV files."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from megapipe.errors import ScheduleError
+
+
+class Kind(StrEnum):
+    """What an action does with a microbatch at a stage.
+
+    RECEIVE posts a receive into a free buffer without waiting; the action that uses the arrival
+    waits. SEND hands the tensor over without waiting. A SEND names the stage that sends, a RECEIVE
+    the stage that receives.
+    """
+
+    FORWARD = "F"
+    BACKWARD = "B"  # gradients of input and weights
+    BACKWARD_INPUT = "I"
+    BACKWARD_WEIGHT = "W"
+    SEND_FORWARD = "SEND_F"
+    RECEIVE_FORWARD = "RECV_F"
+    SEND_BACKWARD = "SEND_B"
+    RECEIVE_BACKWARD = "RECV_B"
+
+    @property
+    def computes(self) -> bool:
+        return self in COMPUTE
+
+    @property
+    def sends(self) -> bool:
+        return self in (Kind.SEND_FORWARD, Kind.SEND_BACKWARD)
+
+    @property
+    def receives(self) -> bool:
+        return self in (Kind.RECEIVE_FORWARD, Kind.RECEIVE_BACKWARD)
+
+
+COMPUTE = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT})
+GIVES_INPUT_GRADIENT = frozenset({Kind.BACKWARD, Kind.BACKWARD_INPUT})
+_TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)(\d+)")
+
+
+@dataclass(frozen=True, order=True)
+class Action:
+    """One step of a rank: `2F0` is stage 2, forward, microbatch 0."""
+
+    stage: int
+    kind: Kind
+    microbatch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{self.kind}{self.microbatch}"
+
+    @staticmethod
+    def parse(text: str) -> "Action":
+        """The action that `str` wrote. Raises ScheduleError."""
+        match = _TEXT.fullmatch(text.strip())
+        if match is None:
+            raise ScheduleError(f"{text!r} is not an action: expected, say, 2F0 or 1SEND_B3")
+        stage, kind, microbatch = match.groups()
+        return Action(int(stage), Kind(kind), int(microbatch))
+
+
+Program = list[list[Action]]
+"""For each pipeline rank, its actions in order. Idle time is what a simulation shows, not an entry."""
+
+
+def compute_only(program: Program) -> Program:
+    """The program without its communication."""
+    return [[action for action in actions if action.kind.computes] for actions in program]
+
+
+def stage_ranks(program: Program) -> dict[int, int]:
+    """Which rank computes each stage. Raises ScheduleError where two do."""
+    ranks: dict[int, int] = {}
+    for rank, actions in enumerate(program):
+        for action in actions:
+            if action.kind.computes and ranks.setdefault(action.stage, rank) != rank:
+                raise ScheduleError(
+                    f"stage {action.stage} is computed on rank {ranks[action.stage]} and, by "
+                    f"{action}, on rank {rank}"
+                )
+    if sorted(ranks) != list(range(len(ranks))):
+        missing = sorted(set(range(max(ranks, default=0))) - set(ranks))
+        raise ScheduleError(f"no rank computes stages {missing}")
+    return ranks
+
+
+def to_csv(program: Program) -> str:
+    """One line per rank, actions between commas."""
+    return "".join(",".join(map(str, actions)) + "\n" for actions in program)
+
+
+def from_csv(text: str) -> Program:
+    """The program that `to_csv` (or torch's pipelining) wrote; empty cells are idle time."""
+    return [_parse_row(line.split(",")) for line in text.splitlines() if line.strip()]
+
+
+def _parse_row(cells: Iterable[str]) -> list[Action]:
+    return [Action.parse(cell) for cell in cells if cell.strip()]

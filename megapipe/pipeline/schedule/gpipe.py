@@ -1,0 +1,11 @@
+"""GPipe (Huang et al. 2019): all forwards, then all backwards."""
+
+from megapipe.pipeline.schedule.action import Action, Kind, Program
+
+
+def gpipe(pipeline: int, microbatches: int) -> Program:
+    """Bubble (p - 1) / m; every microbatch's activations are live at once."""
+    return [
+        [Action(rank, kind, m) for kind in (Kind.FORWARD, Kind.BACKWARD) for m in range(microbatches)]
+        for rank in range(pipeline)
+    ]

@@ -1,0 +1,126 @@
+"""The run's checkpoints: what is saved, and how a run goes on from it in any layout."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megapipe.checkpoint.exchange import Peers
+from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
+from megapipe.checkpoint.retention import newest_valid, prune
+from megapipe.checkpoint.save import save_checkpoint
+from megapipe.checkpoint.shard import Shard
+from megapipe.config import Config
+from megapipe.errors import CheckpointError
+from megapipe.mesh import Mesh
+from megapipe.train.engine import Engine
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0  # optimizer steps taken
+    tokens: int = 0  # targets seen
+
+
+class Checkpoints:
+    """Saves and restores weights, optimizer, progress and data position of one run.
+
+    Dropout and initial weights are pure functions of the seed, so no random state is kept.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        engine: Engine,
+        files: Mapping[str, bytes | Path],
+        say: Callable[[str], None],
+    ) -> None:
+        self.config, self.mesh, self.engine = config, mesh, engine
+        self.root = Path(config.train.run_dir) / "checkpoints"
+        self._files = files
+        self._say = say
+        self._peers = Peers(mesh.rank, mesh.world_size, mesh.world.group)
+        self._own: list[Path] = []
+
+    def save(self, progress: Progress, data_state: dict[str, Any]) -> Path:
+        """Write a checkpoint and remove the ones beyond checkpoint.keep; collective."""
+        parallel = self.config.parallel
+        where = {"rank": self._peers.rank, "world_size": self._peers.size}
+        path = save_checkpoint(
+            self.root,
+            progress.step,
+            self._shards(),
+            state={
+                "tokens": progress.tokens,
+                "optimizer_steps": self.engine.optimizer.steps,
+                "data": data_state,
+                "layout": parallel.model_dump(mode="json"),
+            },
+            files=self._files,
+            group=self._peers.group,
+            **where,
+        )
+        self._own.append(path)
+        prune(
+            self.root,
+            self.config.checkpoint.keep,
+            trusted=self._own,
+            group=self._peers.group,
+            **where,
+        )
+        return path
+
+    def _shards(self) -> Iterator[Shard]:
+        """Every rectangle once: of the first replica, by the rank that counts it."""
+        if not self.mesh.data.is_first:
+            return
+        for kind, piece, values in self.engine.optimizer.state():
+            if piece.counted and values.numel() > 0:
+                yield Shard(f"{kind}/{piece.name}", piece.global_shape, piece.start, values)
+
+    def restore(self) -> tuple[Progress, dict[str, Any] | None]:
+        """Load what checkpoint.resume says; (progress, data state), or a fresh start and None.
+
+        Collective. Damaged checkpoints are stepped over, loudly; with none whole that is an error.
+        """
+        path = self._to_resume()
+        if path is None:
+            return Progress(), None
+        reader = open_checkpoint(path)
+        self._load(reader)
+        self._say(f"Resumed from {path} at step {reader.step}.")
+        return Progress(reader.step, int(reader.state["tokens"])), reader.state["data"]
+
+    def _to_resume(self) -> Path | None:
+        resume = self.config.checkpoint.resume
+        if resume == "never":
+            return None
+        if resume != "auto":
+            return Path(resume)
+        found = newest_valid(
+            self.root,
+            rank=self._peers.rank,
+            world_size=self._peers.size,
+            group=self._peers.group,
+        )
+        for skipped in found.skipped:
+            self._say(f"Skipping damaged checkpoint {skipped.path}: {skipped.problems[0]}")
+        if found.path is None and found.skipped:
+            raise CheckpointError(
+                f"no checkpoint in {self.root} is whole ({len(found.skipped)} are damaged). "
+                'Set checkpoint.resume to a checkpoint elsewhere, or to "never" to start anew.'
+            )
+        return found.path
+
+    def _load(self, reader: CheckpointReader) -> None:
+        """Fill every piece, copies included, then round the master weights into the model's."""
+        state = list(self.engine.optimizer.state())
+        reader.require({f"{kind}/{piece.name}": piece.global_shape for kind, piece, _ in state})
+        for kind, piece, values in state:
+            values.copy_(reader.read(f"{kind}/{piece.name}", piece.start, piece.shape))
+        self.engine.optimizer.steps = int(reader.state["optimizer_steps"])
+        for buffer in self.engine.buffers:
+            buffer.publish_master()

@@ -1,0 +1,176 @@
+"""One rank's share of a training step: its stages, buffers, optimizer and pipeline program."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from megapipe.config import Config
+from megapipe.data_parallel.buffer import build_buffers
+from megapipe.data_parallel.reduce import local_squared_norm, reduce_gradients
+from megapipe.errors import MegapipeError
+from megapipe.mesh import Mesh
+from megapipe.microbatch import IGNORED_TARGET, MicroBatch
+from megapipe.pipeline.executor import PipelineExecutor
+from megapipe.pipeline.p2p import make_channels
+from megapipe.pipeline.schedule import build_program, forward_program, lower, validate
+from megapipe.tensor_parallel.collectives import all_reduce_
+from megapipe.train.optimizer import Optimizer
+
+BuildStages = Callable[[Config, Mesh], Mapping[int, nn.Module]]
+"""Makes this rank's stages, by stage number; the engine knows nothing else of the model."""
+
+MODEL_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+MAIN_DTYPE = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+"""Gradients, master weights and moments."""
+
+
+class NonFiniteError(MegapipeError):
+    """Loss or gradient is NaN or infinite; weights were left as they were."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step tells, the same on every rank."""
+
+    loss: float  # mean over all targets of the global batch
+    grad_norm: float  # before clipping
+    tokens: int  # targets that counted
+    stop: bool  # some rank was asked to stop
+
+
+class Engine:
+    """Steps the model on one rank of a mesh; every rank of the mesh calls the same methods.
+
+    Building is collective. Gradients are sums over tokens until `train_step` divides them by the
+    number of tokens in the global batch, so microbatches and replicas of unequal token counts weigh
+    what they should.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, build_stages: BuildStages) -> None:
+        self.config, self.mesh = config, mesh
+        self.stages = dict(sorted(build_stages(config, mesh).items()))
+        self.buffers = build_buffers(
+            self.stages.values(),
+            main_dtype=MAIN_DTYPE[config.train.precision],
+            data_size=mesh.data.size,
+        )
+        self.optimizer = Optimizer(self.buffers, config.optimizer)
+        self._channels = make_channels(mesh)
+        parallel = config.parallel
+        program = build_program(
+            parallel.schedule,
+            pipeline=parallel.pipeline,
+            virtual=parallel.virtual,
+            microbatches=self.microbatches,
+        )
+        self._training = self._executor(program)
+        self._validating = self._executor(
+            forward_program(parallel.pipeline, parallel.virtual, self.microbatches)
+        )
+        self.holds_loss = max(self.stages) == parallel.pipeline * parallel.virtual - 1
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches of one replica in a step."""
+        train = self.config.train
+        return train.global_batch_size // (self.mesh.data.size * train.micro_batch_size)
+
+    def _executor(self, program: object) -> PipelineExecutor:
+        lowered = lower(program)
+        validate(lowered)
+        config = self.config
+        length = config.train.sequence_length
+        if config.parallel.sequence_parallel:
+            length //= self.mesh.tensor.size
+        return PipelineExecutor(
+            lowered,
+            self.stages,
+            self._channels,
+            hidden_shape=(length, config.train.micro_batch_size, config.model.hidden_size),
+            dtype=MODEL_DTYPE[config.train.precision],
+            device=self.mesh.device,
+        )
+
+    def train_step(
+        self, batches: Sequence[MicroBatch], learning_rate: float, *, stop: bool = False
+    ) -> StepResult:
+        """One optimizer step on this replica's microbatches.
+
+        Raises NonFiniteError, before any weight changes, on every rank at once.
+        """
+        self.zero_gradients()
+        losses = self._training.run(batches)
+        reduce_gradients(self.buffers, self.mesh.data)
+        result = self._totals(losses, batches, stop)
+        if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
+            raise NonFiniteError(
+                f"loss {result.loss}, gradient norm {result.grad_norm}: the step was not taken and "
+                "weights are as before. Lower optimizer.learning_rate, or resume from an earlier "
+                "checkpoint with checkpoint.resume."
+            )
+        self._scale_gradients(result)
+        self.optimizer.step(learning_rate)
+        return result
+
+    def validation_loss(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        """(sum of token losses, tokens) of one global batch, without touching the weights."""
+        for stage in self.stages.values():
+            stage.eval()
+        losses = self._validating.run(batches)
+        for stage in self.stages.values():
+            stage.train()
+        loss, tokens, *_ = self._sum_over_world(losses, batches, squared_norm=None, stop=False)
+        return loss, int(tokens)
+
+    def zero_gradients(self) -> None:
+        for buffer in self.buffers:
+            buffer.gradients.zero_()
+
+    def _totals(
+        self, losses: Sequence[Tensor], batches: Sequence[MicroBatch], stop: bool
+    ) -> StepResult:
+        squared_norm = local_squared_norm(self.buffers)
+        loss, tokens, squared, stops = self._sum_over_world(losses, batches, squared_norm, stop)
+        if tokens == 0:
+            raise MegapipeError("a global batch has no target that counts towards the loss")
+        return StepResult(
+            loss=loss / tokens,
+            grad_norm=math.sqrt(squared) / tokens if squared >= 0 else math.nan,
+            tokens=int(tokens),
+            stop=stops > 0,
+        )
+
+    def _sum_over_world(
+        self,
+        losses: Sequence[Tensor],
+        batches: Sequence[MicroBatch],
+        squared_norm: Tensor | None,
+        stop: bool,
+    ) -> list[float]:
+        """[loss sum, tokens, squared gradient norm, stop requests] over all ranks: one collective.
+
+        Each quantity is given by one rank for each thing it counts: losses by tensor rank 0 of the
+        last stage, norms by the first replica (all replicas have the same gradients by then).
+        """
+        totals = torch.zeros(4, dtype=torch.float64, device=self.mesh.device)
+        if self.holds_loss and self.mesh.tensor.is_first:
+            totals[0] = torch.stack(list(losses)).double().sum()
+            for batch in batches:
+                assert batch.targets_BS is not None
+                totals[1] += (batch.targets_BS != IGNORED_TARGET).sum()
+        if squared_norm is not None and self.mesh.data.is_first:
+            totals[2] = squared_norm
+        totals[3] = float(stop)
+        return all_reduce_(totals, self.mesh.world).tolist()
+
+    def _scale_gradients(self, result: StepResult) -> None:
+        """Sums over tokens -> means, clipped to the configured global norm."""
+        scale = 1 / result.tokens
+        limit = self.config.optimizer.clip_grad_norm
+        if 0 < limit < result.grad_norm:
+            scale *= limit / result.grad_norm
+        for buffer in self.buffers:
+            buffer.gradients.mul_(scale)

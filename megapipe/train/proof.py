@@ -1,0 +1,209 @@
+"""Proof that a layout computes what one process computes, tensor by tensor.
+
+Every rank of the mesh steps its share of the model; rank 0 also steps the whole model alone, on the
+same tokens. After each step each rank holds its own pieces of gradients and weights against the
+one-process values. In float64 agreement to 1e-9 tells a bug from rounding.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megapipe.checkpoint.exchange import Peers
+from megapipe.config import Config, ParallelConfig
+from megapipe.mesh import Mesh
+from megapipe.microbatch import MicroBatch
+from megapipe.tensor_parallel.parameter import Piece, sharded_parameters
+from megapipe.train.engine import BuildStages, Engine
+
+FLOOR = {"initial weight": 1e-6, "gradient": 1e-6, "weight": 1e-3}
+"""A tensor's error is relative to its own largest value, but to no less than this share of the
+largest value of all tensors. Some gradients are zero but for rounding (a key bias's: softmax cancels
+it), and have no relative error worth the name; Adam then divides that rounding by its epsilon, so
+such a weight differs by learning_rate / epsilon times more, 1e5 at the defaults. A tolerance of 1e-9
+still asks for 1e-15 of the largest gradient and 1e-12 of the largest weight."""
+
+TokenSource = Callable[[int, Mesh], Sequence[MicroBatch]]
+"""(step, mesh) -> the microbatches that this rank of the mesh sees in that step."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest error of one tensor (or the loss) on one rank in one step."""
+
+    step: int
+    kind: str  # "initial weight", "loss", "gradient", "weight"
+    name: str
+    error: float  # relative, as FLOOR says
+    absolute: float
+    rank: int
+    where: str  # the rank's coordinates
+    stage: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All steps' losses of both runs and every difference, largest per tensor, step and kind."""
+
+    losses: list[tuple[float, float]]  # (layout, one process) by step
+    differences: list[Difference]
+
+    def worst(self, kind: str) -> float:
+        return max((d.error for d in self.differences if d.kind == kind), default=0.0)
+
+    def first_beyond(self, tolerance: float) -> Difference | None:
+        """The earliest difference beyond the tolerance: by step, then loss, gradients, weights in
+        model order. NaN counts as beyond."""
+        return next((d for d in self.differences if not d.error <= tolerance), None)
+
+
+def prove(
+    config: Config, mesh: Mesh, build_stages: BuildStages, tokens: TokenSource, steps: int
+) -> Verdict | None:
+    """Step the layout and one process side by side; the verdict is returned on rank 0.
+
+    Collective over the mesh, whose ranks share a file system's temporary directory.
+    """
+    layout = Engine(config, mesh, build_stages)
+    single_mesh = Mesh.single(mesh.device)
+    single = Engine(one_process(config), single_mesh, build_stages) if mesh.rank == 0 else None
+    losses: list[tuple[float, float]] = []
+    found: list[Difference] = []
+    with _shared_directory(mesh) as folder:
+        found += _compare(layout, single, 0, "initial weight", folder)
+        for step in range(steps):
+            rate = config.optimizer.learning_rate
+            loss = layout.train_step(tokens(step, mesh), rate).loss
+            if single is not None:
+                expected = single.train_step(tokens(step, single_mesh), rate).loss
+                losses.append((loss, expected))
+                found.append(_loss_difference(step, loss, expected, mesh))
+            found += _compare(layout, single, step, "gradient", folder)
+            found += _compare(layout, single, step, "weight", folder)
+    return Verdict(losses, found) if mesh.rank == 0 else None
+
+
+def one_process(config: Config) -> Config:
+    """The same run without any parallelism."""
+    parallel = ParallelConfig(tensor=1, pipeline=1, virtual=1, data=1, schedule="1f1b")
+    return config.model_copy(update={"parallel": parallel})
+
+
+def _values(engine: Engine, kind: str) -> Iterator[tuple[int, Piece, Tensor]]:
+    """(stage, piece, local values) of all this rank's gradients or weights."""
+    for stage, module in engine.stages.items():
+        for parameter in sharded_parameters(module):
+            local = parameter.main_grad if kind == "gradient" else parameter.data
+            for piece in parameter.pieces:
+                yield stage, piece, piece.view(local)
+
+
+def _compare(
+    layout: Engine, single: Engine | None, step: int, kind: str, folder: Path
+) -> list[Difference]:
+    """Hold each piece of the layout against the one-process tensor; rows arrive on rank 0."""
+    file = folder / "reference.safetensors"
+    mesh = layout.mesh
+    if single is not None:
+        whole = _assemble(single, kind)
+        largest = max(float(t.abs().max()) for t in whole.values())
+        save_file(whole, file, metadata={"largest": largest.hex()})
+    _barrier(mesh)
+    rows = []
+    with safe_open(file, framework="pt") as reference:
+        largest = float.fromhex(reference.metadata()["largest"])
+        for stage, piece, values in _values(layout, kind):
+            if values.numel() == 0:
+                continue
+            cut = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
+            expected = reference.get_slice(piece.name)[cut]
+            absolute = float((values - expected).abs().max())
+            scale = max(float(expected.abs().max()), FLOOR[kind] * largest)
+            error = absolute / scale if scale > 0 else absolute
+            rows.append(
+                Difference(
+                    step, kind, piece.name, error, absolute, mesh.rank, mesh.describe(), stage
+                )
+            )
+    gathered = _peers(mesh).all_gather([asdict(row) for row in rows])
+    _barrier(mesh)  # nobody still reads when the next reference is written
+    everything = [Difference(**row) for rank_rows in gathered for row in rank_rows]
+    return sorted(everything, key=lambda row: row.stage)
+
+
+def _assemble(engine: Engine, kind: str) -> dict[str, Tensor]:
+    """Global tensors of a one-process engine, by name."""
+    whole: dict[str, Tensor] = {}
+    for _, piece, values in _values(engine, kind):
+        assert piece.shape == piece.global_shape, "one process holds whole tensors"
+        whole[piece.name] = values.contiguous().clone()
+    return whole
+
+
+def _loss_difference(step: int, loss: float, expected: float, mesh: Mesh) -> Difference:
+    absolute = abs(loss - expected)
+    return Difference(
+        step, "loss", "loss", absolute / abs(expected), absolute, mesh.rank, "all ranks", -1
+    )
+
+
+@contextmanager
+def _shared_directory(mesh: Mesh) -> Iterator[Path]:
+    """A temporary directory that rank 0 makes and removes and all ranks know."""
+    with ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory()) if mesh.rank == 0 else ""
+        yield Path(_peers(mesh).all_gather(name)[0])
+
+
+def _peers(mesh: Mesh) -> Peers:
+    return Peers(mesh.rank, mesh.world_size, mesh.world.group)
+
+
+def _barrier(mesh: Mesh) -> None:
+    if mesh.world.group is not None:
+        dist.barrier(mesh.world.group)
+
+
+def synthetic_tokens(config: Config) -> TokenSource:
+    """Random tokens that are a pure function of (seed, sample index), with document boundaries
+    where attention is kept within documents. Every rank gets tokens, targets and documents."""
+
+    def source(step: int, mesh: Mesh) -> list[MicroBatch]:
+        train = config.train
+        first = step * train.global_batch_size
+        own = range(first + mesh.data.rank, first + train.global_batch_size, mesh.data.size)
+        samples = list(own)
+        groups = [
+            samples[i : i + train.micro_batch_size]
+            for i in range(0, len(samples), train.micro_batch_size)
+        ]
+        return [_synthetic_microbatch(config, group, mesh.device) for group in groups]
+
+    return source
+
+
+def _synthetic_microbatch(
+    config: Config, samples: Sequence[int], device: torch.device
+) -> MicroBatch:
+    length = config.train.sequence_length
+    rows, documents = [], []
+    for sample in samples:
+        generator = torch.Generator().manual_seed(config.train.seed * 1_000_003 + sample)
+        rows.append(torch.randint(0, config.model.vocab_size, (length + 1,), generator=generator))
+        begins = torch.rand(length, generator=generator) < 4 / length
+        documents.append(begins.cumsum(0).to(torch.int32))
+    tokens = torch.stack(rows).to(device)
+    return MicroBatch(
+        tokens_BS=tokens[:, :-1],
+        targets_BS=tokens[:, 1:],
+        documents_BS=torch.stack(documents).to(device) if config.data.mask_documents else None,
+        samples_B=torch.tensor(samples, device=device),
+    )

@@ -1,0 +1,119 @@
+"""THE test: every layout computes what one process computes, in float64.
+
+Each case steps a model in its layout and in one process on the same tokens, and compares losses,
+every gradient and every updated weight (see megapipe/train/proof.py).
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from megapipe.config import Config, load_config
+from megapipe.mesh import build_mesh
+from megapipe.models.build import build_stages
+from megapipe.models.presets import PRESETS
+from megapipe.train.proof import Verdict, prove, synthetic_tokens
+from tests.ranks import run_ranks
+
+CONFIGS = Path(__file__).parent / "configs"
+TOLERANCE = 1e-9
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees and schedule; `overrides` are config keys as a user would type them."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    virtual: int = 1
+    schedule: str = "1f1b"
+    sequence_parallel: bool = False
+    overrides: tuple[str, ...] = field(default=())
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def config(self, shape: str, *more: str) -> Config:
+        keys = {
+            "tensor": self.tensor,
+            "pipeline": self.pipeline,
+            "data": self.data,
+            "virtual": self.virtual,
+            "schedule": self.schedule,
+            "sequence_parallel": str(self.sequence_parallel).lower(),
+        }
+        words = [w for key, value in keys.items() for w in (f"--parallel.{key}", str(value))]
+        path = CONFIGS / f"{shape}_shape.toml"
+        return load_config(path, [*words, *self.overrides, *more], PRESETS)
+
+    def __str__(self) -> str:
+        degrees = {"tp": self.tensor, "pp": self.pipeline, "dp": self.data, "v": self.virtual}
+        parts = [f"{name}{degree}" for name, degree in degrees.items() if degree > 1]
+        parts += ["sp"] * self.sequence_parallel + [self.schedule] * (self.schedule == "gpipe")
+        return "-".join(parts + [o.split(".")[-1].split("=")[0] for o in self.overrides]) or "one"
+
+
+INTERLEAVED = "interleaved-1f1b"
+DROPOUT = ("--model.dropout=0.1", "--model.attention_dropout=0.1")
+DOCUMENTS = ("--data.mask_documents=true",)
+LAYOUTS = [
+    Layout(tensor=2),
+    Layout(tensor=4),
+    Layout(pipeline=2),
+    Layout(pipeline=4),
+    Layout(pipeline=2, schedule="gpipe"),
+    Layout(pipeline=2, virtual=2, schedule=INTERLEAVED),
+    Layout(pipeline=3, overrides=("--parallel.layers_per_stage=[1, 2, 3]",)),
+    Layout(data=2),
+    Layout(data=4),
+    Layout(tensor=2, sequence_parallel=True),
+    Layout(tensor=4, sequence_parallel=True, overrides=DROPOUT),
+    Layout(tensor=2, pipeline=2),
+    Layout(
+        tensor=2,
+        pipeline=2,
+        virtual=2,
+        schedule=INTERLEAVED,
+        sequence_parallel=True,
+        overrides=DOCUMENTS + DROPOUT,
+    ),
+    Layout(tensor=2, pipeline=2, data=2, sequence_parallel=True, overrides=DOCUMENTS),
+    Layout(tensor=2, pipeline=2, overrides=("--train.recompute=full", *DROPOUT)),
+]
+
+
+def _prove(config: Config, steps: int) -> Verdict | None:
+    parallel = config.parallel
+    assert parallel.data is not None
+    mesh = build_mesh(
+        pipeline=parallel.pipeline,
+        data=parallel.data,
+        tensor=parallel.tensor,
+        device=torch.device("cpu"),
+    )
+    return prove(config, mesh, build_stages, synthetic_tokens(config), steps)
+
+
+def check(config: Config, steps: int = STEPS) -> None:
+    parallel = config.parallel
+    ranks = parallel.tensor * parallel.pipeline * (parallel.data or 1)
+    verdict = run_ranks(_prove, ranks, config, steps)[0]
+    assert verdict is not None
+    kinds = {row.kind for row in verdict.differences}
+    assert kinds == {"initial weight", "loss", "gradient", "weight"}
+    assert verdict.worst("initial weight") == 0.0, "initial weights are bitwise the same"
+    assert verdict.first_beyond(TOLERANCE) is None
+    assert verdict.losses[0][1] != verdict.losses[-1][1], "the weights move"
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layout_equals_one_process(layout: Layout, shape: str) -> None:
+    if shape == "gpt2" and layout.pipeline == 3:
+        layout = Layout(pipeline=3)  # 7 layers, balanced by cost
+    check(layout.config(shape))

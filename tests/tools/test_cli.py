@@ -1,0 +1,167 @@
+"""The command line as a user meets it, without a training run."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megapipe import __version__
+from megapipe.config import section_types
+from megapipe.errors import ConfigError, MegapipeError
+from megapipe.models.presets import PRESETS
+from megapipe.tools import cli
+from megapipe.tools.arguments import config_keys, split_overrides
+from tests.config.examples import TEXT, write
+
+HEAVY = {"torch", "numpy", "datasets", "wandb", "triton", "transformers", "rich", "safetensors"}
+
+
+def heavy_imports(*words: str) -> set[str]:
+    """Which heavy packages a command imports."""
+    program = (
+        "import sys; from megapipe.tools.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "print('\\n' + ' '.join(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.splitlines()[-1].split()) & (HEAVY | {"pydantic"})
+
+
+def test_every_listed_command_exists_and_is_listed_in_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for name, summary in cli.COMMANDS.items():
+        assert importlib.util.find_spec(f"megapipe.tools.{name}") is not None, name
+        assert summary in shown
+
+
+def test_help_imports_nothing_heavy() -> None:
+    assert heavy_imports("--help") == set()
+    assert heavy_imports("train", "--help") <= {"pydantic"}
+    assert heavy_imports("schema") <= {"pydantic"}
+    assert heavy_imports("train", "no-such-file.toml") <= {"pydantic"}
+
+
+def test_train_help_lists_every_key(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--help"])
+    assert ended.value.code == 0
+    shown = capsys.readouterr().out
+    flat = " ".join(shown.split())
+    for section, kind in section_types().items():
+        assert f"[{section}]" in shown
+        for key, field in kind.model_fields.items():
+            assert f"--{section}.{key} " in shown
+            assert " ".join((field.description or "").split()) in flat
+    assert "--parallel.schedule gpipe|1f1b|interleaved-1f1b" in shown
+    assert "--parallel.layers_per_stage [INTEGER, ...]|none" in shown
+    assert "--data.sources.0.path TEXT" in shown
+    assert "--model.rope_scaling.factor NUMBER" in shown
+    assert "Optimizer steps in the whole run, restarts included. (required)" in flat
+    assert "--train.seed INTEGER Fixes initial weights, data order and dropout, in every" in flat
+    assert "in every layout alike. [1234]" in flat
+    assert all(preset in flat for preset in PRESETS)
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_version_and_module_entry() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "megapipe", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"megapipe {__version__}\n"
+
+
+def test_unknown_command_names_a_near_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["trian"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("megapipe: 'trian' is not a command; did you mean `megapipe train`?")
+
+
+def test_errors_are_one_message_and_status_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path, TEXT.replace("tensor = 2", "tensr = 2"))
+    assert cli.main(["train", str(path), "--train.steps=0"]) == 1
+    assert capsys.readouterr().err == (
+        "megapipe: 2 problems with the config:\n"
+        f"  {path}:10: parallel.tensr is not a key that exists; did you mean parallel.tensor?\n"
+        "  command line: train.steps = 0 must be more than 0.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "the following arguments are required: CONFIG.toml. Type `megapipe train --help`."),
+        (["RUN", "--steps", "5"], "--steps is not an option of `megapipe train`; did you mean "),
+        (["RUN", "--steps", "5"], "--train.steps?"),
+        (["RUN", "--dryrun"], "did you mean --dry-run?"),
+        (["RUN", "more"], "'more' is one word too many"),
+        (["RUN", "--world-size", "8"], "--world-size belongs to --dry-run"),
+        (["RUN", "--dry-run", "--world-size", "0"], "--world-size 0 must be 1 or more"),
+        (["RUN", "--dry-run", "--world-size", "x"], "argument --world-size: invalid int value"),
+        (["RUN", "--train.steps"], "--train.steps needs a value"),
+    ],
+)
+def test_wrong_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    path = str(write(tmp_path))
+    assert cli.main(["train", *(path if word == "RUN" else word for word in words)]) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("megapipe: ")
+    assert said in shown
+
+
+def test_overrides_are_set_apart_wherever_they_stand() -> None:
+    words = ["--parallel.tensor", "4", "run.toml", "--x", "--a.b=1", "--dry-run", "--c.d", "-1"]
+    assert split_overrides(words) == (
+        ["run.toml", "--x", "--dry-run"],
+        ["--parallel.tensor", "4", "--a.b=1", "--c.d", "-1"],
+    )
+    assert split_overrides(["--world-size=1.5"]) == (["--world-size=1.5"], [])
+
+
+def test_interrupt_is_status_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_command", interrupted)
+    assert cli.main(["train"]) == 130
+    assert capsys.readouterr().err == "megapipe: interrupted\n"
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m megapipe schema | head -c 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, done.stderr) == ("{", "")
+
+
+def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["schema"]) == 0
+    assert set(json.loads(capsys.readouterr().out)["properties"]) == set(section_types())
+
+
+def test_render_shows_one_problem_in_one_line() -> None:
+    assert cli.render(ConfigError(["a"])) == "megapipe: a"
+    assert cli.render(MegapipeError("b")) == "megapipe: b"
+    assert len(config_keys()) == len(set(config_keys())) > 60

@@ -1,0 +1,115 @@
+"""`megapipe inspect`: the summary, the verdict, the exit status."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megapipe.errors import CheckpointError
+from megapipe.tools.inspect import run
+from tests.checkpoint.samples import edit_manifest, save_sample
+
+SHARD = "shard-00000-of-00001.safetensors"
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 16
+    file.write_bytes(content)
+
+
+def test_a_whole_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_sample(tmp_path, 1200)
+    assert run([str(path), "--tensors"]) == 0
+    out = capsys.readouterr().out
+    lines = {" ".join(line.split()) for line in out.splitlines()}
+    assert str(path) in lines
+    for line in (
+        "step 1,200",
+        "tokens 1,200,000",
+        "data 1 streams",
+        "model num_layers 2, hidden_size 8",
+        "bfloat16 0 values",
+        "float32 24 values",
+        "files 1 shards, config.toml, tokenizer.model",
+        "whole yes, every byte verified",
+        "│ float32/layers.2.weight │ float32 │ [4, 6] │ 1 │",
+    ):
+        assert line in lines, out
+
+
+def test_a_damaged_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_sample(tmp_path, 3)
+    flip(path / SHARD)
+    assert run([str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "whole" in out
+    assert "NO" in out
+    assert f"{path / SHARD} is damaged: bytes " in out
+    assert run([str(path), "--no-verify"]) == 0
+    assert "sizes agree, bytes not read" in capsys.readouterr().out
+    (path / SHARD).unlink()
+    assert run([str(path), "--no-verify"]) == 1
+    assert f"{path / SHARD} is missing" in capsys.readouterr().out
+
+
+def test_a_damaged_config_is_named_and_not_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = save_sample(tmp_path, 3)
+    (path / "config.toml").write_text("[model]\nnum_layers = 99\n")
+    assert run([str(path)]) == 1
+    out = capsys.readouterr().out
+    assert "config.toml has 24 bytes, its manifest says" in out
+    assert "num_layers" not in out
+
+
+@pytest.mark.parametrize("below", ["checkpoints", "."])
+def test_a_run_lists_its_checkpoints(
+    below: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / below
+    for step in (1, 2, 3):
+        save_sample(root, step)
+    assert run([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("yes, every byte verified") == 3
+    flip(root / "step-00000002" / SHARD)
+    (root / "step-00000003" / "manifest.json").write_bytes(b"{}")
+    assert run([str(tmp_path)]) == 1
+    out = capsys.readouterr().out
+    rows = [" ".join(line.split()) for line in out.splitlines() if line.startswith("│")]
+    assert [row.split(" │ ")[0] for row in rows] == ["│ 3", "│ 2", "│ 1"]
+    assert ["DAMAGED" in row for row in rows] == [True, True, False]
+    assert "manifest.json is damaged" in out
+    assert f"step-00000002/{SHARD} is damaged" in out
+
+
+def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="gone does not exist"):
+        run([str(tmp_path / "gone")])
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint: it holds no manifest\.json"):
+        run([str(tmp_path)])
+
+
+def test_tensors_are_those_of_one_checkpoint(tmp_path: Path) -> None:
+    path = save_sample(tmp_path, 3)
+    with pytest.raises(CheckpointError, match=f"--tensors lists .*{path}$"):
+        run([str(tmp_path), "--tensors"])
+
+
+def test_hostile_state_is_shown_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_sample(tmp_path, 3)
+    hostile = {"tokens": "\x1b[2J[red]", "[bold]": "[/]", "\x1b[2J": 1}
+    edit_manifest(path, lambda document: document.update(state=hostile))
+    assert run([str(path)]) == 0
+    assert run([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "[red]" in out
+    assert "[bold]" in out
+
+
+def test_needs_no_torch() -> None:
+    code = "import sys, megapipe.tools.inspect; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

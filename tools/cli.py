@@ -1,0 +1,83 @@
+"""`megapipe`: finds the command, runs it, and turns what went wrong into one message.
+
+A command is a file of this folder with `run(argv) -> int`, imported when it is chosen, so that
+`megapipe --help` costs nothing.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from megapipe import __version__
+from megapipe.errors import ConfigError, MegapipeError
+
+COMMANDS = {
+    "train": "pretrain the model of a config; --dry-run shows what would run where",
+    "verify": "prove that a config's layout computes what one process computes",
+    "tokenizer": "train a tokenizer on text files, or look into one",
+    "inspect": "what is in a checkpoint, and is it whole",
+    "generate": "continue a text with a checkpoint",
+    "bench": "measure speed on this machine",
+    "schema": "print the JSON schema of config files, for editors",
+}
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(help_text())
+        return 0
+    if words[0] in ("--version", "-V"):
+        print(f"megapipe {__version__}")
+        return 0
+    try:
+        return _command(words[0])(words[1:])
+    except MegapipeError as error:
+        print(render(error), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("megapipe: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of a pipe (`| head`) has seen enough; keep the flush at exit from failing too.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def help_text() -> str:
+    """What `megapipe --help` prints."""
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Pretrain GPT models under tensor, pipeline and data parallelism.",
+            "",
+            "usage: megapipe COMMAND ...",
+            "       megapipe COMMAND --help      (train --help lists every key of a config)",
+            "       megapipe --version",
+            "",
+            "commands:",
+            *lines,
+        ]
+    )
+
+
+def render(error: MegapipeError) -> str:
+    """The message a user sees; many problems with a config are listed under their number."""
+    if isinstance(error, ConfigError) and len(error.problems) > 1:
+        lines = [f"  {problem}" for problem in error.problems]
+        return "\n".join([f"megapipe: {len(lines)} problems with the config:", *lines])
+    return f"megapipe: {error}"
+
+
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    if name not in COMMANDS:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        meant = f"did you mean `megapipe {close[0]}`?" if close else "see `megapipe --help`."
+        raise MegapipeError(f"{name!r} is not a command; {meant} There are {', '.join(COMMANDS)}.")
+    run: Callable[[Sequence[str]], int] = importlib.import_module(f"megapipe.tools.{name}").run
+    return run

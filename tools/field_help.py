@@ -1,0 +1,82 @@
+"""Every key of a config as help text: what it takes, what it means, what it is by default."""
+
+import shutil
+import textwrap
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, BeforeValidator
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from megapipe.config import Config, section_types
+from megapipe.config.problems import show
+
+_WORDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "true|false"}
+
+
+def field_help() -> str:
+    """All sections, one entry a key, in the width of the terminal."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    sections = section_types()
+    lines: list[str] = []
+    for name, field in Config.model_fields.items():
+        lines += ["", f"[{name}]  {field.description}"]
+        lines += _section(name, sections[name], width)
+    return "\n".join(lines).strip("\n")
+
+
+def _section(prefix: str, model: type[BaseModel], width: int) -> Iterator[str]:
+    for key, field in model.model_fields.items():
+        name = f"{prefix}.{key}"
+        table = table_of(field.annotation)
+        words = value_words(field.annotation)
+        if any(isinstance(entry, BeforeValidator) for entry in field.metadata):
+            words += "|none"
+        yield f"  --{name} {words}"
+        about = f"{field.description} {_default(field)}".strip()
+        yield from textwrap.wrap(about, width, initial_indent=" " * 8, subsequent_indent=" " * 8)
+        if table is not None:
+            many = get_origin(_bare(field.annotation)) is tuple
+            yield from _section(f"{name}.0" if many else name, table, width)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.default_factory is not None:
+        return ""  # the description says what it follows from
+    if field.default is PydanticUndefined:
+        return "(required)"
+    if field.default is None or field.default == ():
+        return "" if "Default:" in (field.description or "") else "[none]"
+    return f"[{show(field.default)}]"
+
+
+def _bare(kind: Any) -> Any:
+    """The type without Annotated and without `| None`."""
+    if get_origin(kind) is Annotated:
+        return _bare(get_args(kind)[0])
+    if get_origin(kind) in (Union, types.UnionType):
+        inner = [part for part in get_args(kind) if part is not type(None)]
+        assert len(inner) == 1, kind
+        return _bare(inner[0])
+    return kind
+
+
+def table_of(kind: Any) -> type[BaseModel] | None:
+    """The model of a table, or of the entries of a list of tables."""
+    kind = _bare(kind)
+    if get_origin(kind) is tuple:
+        return table_of(get_args(kind)[0])
+    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def value_words(kind: Any) -> str:
+    """What to type for a value: `INTEGER`, `gpipe|1f1b`, `[INTEGER, ...]`."""
+    kind = _bare(kind)
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple:
+        inner = [value_words(part) if part is not ... else "..." for part in get_args(kind)]
+        return f"[{', '.join(inner)}]"
+    return "TABLE" if table_of(kind) is not None else _WORDS[kind]

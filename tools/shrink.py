@@ -1,0 +1,139 @@
+"""A small config that has every feature and the layout of a large one, for `megapipe verify`."""
+
+from megapipe.config import Config, ModelConfig, ParallelConfig, TrainConfig
+
+MAX_RANKS = 8
+HEAD_DIM = 8
+SEQUENCE = 32
+VOCABULARY = (256, 251)  # where the real one divides evenly over tensor ranks, and where not
+
+
+def shrink(config: Config) -> tuple[Config, list[str]]:
+    """The config to prove, and a sentence for each way in which it differs from the user's.
+
+    Kept: every switch of [model], head ratios, whether layers and vocabulary divide evenly, the
+    schedule, sequence parallelism, and the layout up to 8 ranks. Reduced: sizes, and degrees beyond
+    8 ranks, each to no less than 2.
+    """
+    parallel = _shrink_parallel(config)
+    model = _shrink_model(config, parallel)
+    parallel = _shrink_layers_per_stage(config, parallel, model)
+    train = _shrink_train(config, parallel)
+    assert parallel.data is not None
+    streams = config.data.streams if config.data.streams % parallel.data == 0 else parallel.data
+    small = Config(
+        **{
+            **dict(config),
+            "model": model,
+            "parallel": parallel,
+            "train": train,
+            "data": config.data.model_copy(update={"streams": streams}),
+            "optimizer": config.optimizer.model_copy(
+                update={"warmup_steps": 0, "decay_steps": None}
+            ),
+        }
+    )
+    return small, [
+        *_changes("model", config.model, small.model),
+        *_changes("parallel", config.parallel, small.parallel),
+        *_changes("train", config.train, small.train),
+    ]
+
+
+def _shrink_parallel(config: Config) -> ParallelConfig:
+    old = config.parallel
+    degrees = {"tensor": old.tensor, "pipeline": old.pipeline, "data": old.data or 0}
+    if old.data is None:
+        degrees["data"] = 2 if 2 * old.tensor * old.pipeline <= MAX_RANKS else 1
+    while degrees["tensor"] * degrees["pipeline"] * degrees["data"] > MAX_RANKS:
+        largest = max(("data", "pipeline", "tensor"), key=lambda axis: degrees[axis])
+        degrees[largest] = max(2, degrees[largest] // 2)
+    virtual = min(old.virtual, max(2, MAX_RANKS // degrees["pipeline"]))
+    return old.model_copy(update={**degrees, "virtual": virtual, "layers_per_stage": None})
+
+
+def _shrink_model(config: Config, parallel: ParallelConfig) -> ModelConfig:
+    old, tensor = config.model, parallel.tensor
+    ratio = old.num_heads // old.num_kv_heads
+    if old.num_kv_heads < config.parallel.tensor:  # each head on several ranks: keep it so
+        kv_heads = max(1, tensor * old.num_kv_heads // config.parallel.tensor)
+        heads = tensor * (1 if kv_heads < tensor else min(ratio, 2))
+    else:
+        kv_heads = tensor
+        heads = tensor * min(ratio, 2)
+    head_dim = min(old.head_dim, HEAD_DIM)
+    hidden = max(2, heads) * head_dim
+    if old.hidden_size != old.num_heads * old.head_dim:
+        hidden += head_dim
+    stages = parallel.pipeline * parallel.virtual
+    old_stages = config.parallel.pipeline * config.parallel.virtual
+    layers = max(2, stages)
+    if old.num_layers % old_stages != 0 or config.parallel.layers_per_stage is not None:
+        layers = stages + 1
+    even = old.vocab_size % (64 * config.parallel.tensor) == 0
+    length = _sequence_length(config, tensor)
+    window = old.sliding_window
+    if window is not None:
+        window = length // 4 if window < config.train.sequence_length else length
+    return old.model_copy(
+        update={
+            "num_layers": min(old.num_layers, layers),
+            "hidden_size": hidden,
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "ffn_hidden_size": min(old.ffn_hidden_size, tensor * 12),
+            "vocab_size": min(old.vocab_size, VOCABULARY[0] if even else VOCABULARY[1]),
+            "max_sequence_length": min(old.max_sequence_length, 2 * length),
+            "sliding_window": window,
+        }
+    )
+
+
+def _shrink_layers_per_stage(
+    config: Config, parallel: ParallelConfig, model: ModelConfig
+) -> ParallelConfig:
+    """Keep the pattern of an explicit split: the smallest stages get one layer, others two."""
+    old = config.parallel.layers_per_stage
+    stages = parallel.pipeline * parallel.virtual
+    if old is None or len(old) != stages:
+        return parallel
+    extra = model.num_layers - stages
+    longest_first = sorted(range(stages), key=lambda stage: -old[stage])[:extra]
+    split = [2 if stage in longest_first else 1 for stage in range(stages)]
+    return parallel.model_copy(update={"layers_per_stage": split})
+
+
+def _shrink_train(config: Config, parallel: ParallelConfig) -> TrainConfig:
+    old, data = config.train, parallel.data
+    assert data is not None
+    micro = min(old.micro_batch_size, 2)
+    old_data = config.parallel.data or data
+    count = max(1, old.global_batch_size // (old_data * old.micro_batch_size))
+    pipeline = parallel.pipeline
+    if count > 2 * pipeline:
+        count = 2 * pipeline + count % config.parallel.pipeline
+    return old.model_copy(
+        update={
+            "micro_batch_size": micro,
+            "global_batch_size": data * micro * count,
+            "sequence_length": _sequence_length(config, parallel.tensor),
+            "precision": "fp64",
+            "device": "cpu",
+            "validation_every": 0,
+        }
+    )
+
+
+def _sequence_length(config: Config, tensor: int) -> int:
+    length = min(config.train.sequence_length, SEQUENCE)
+    return max(tensor, length // tensor * tensor)
+
+
+def _changes(section: str, old: object, new: object) -> list[str]:
+    before, after = dict(old), dict(new)  # type: ignore[call-overload]
+    return [
+        f"{section}.{key}: {before[key]} -> {after[key]}"
+        for key in before
+        if before[key] != after[key] and key not in ("preset", "validation_every")
+    ]

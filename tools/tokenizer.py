@@ -1,0 +1,334 @@
+"""`megapipe tokenizer train FILES...` and `megapipe tokenizer inspect M.model|DIR`."""
+
+import argparse
+import io
+import os
+import re
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megapipe.config import SourceConfig
+from megapipe.data.rows import BadRowError
+from megapipe.data.sources import COMPRESSED, Source, file_format, open_source
+from megapipe.data.tokenizer import (
+    HuggingFaceTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
+from megapipe.errors import DataError
+
+SENTENCE_CHARACTERS = 4000
+SENTENCE_BYTES = 4 * SENTENCE_CHARACTERS  # sentencepiece leaves out what is longer than its limit
+CHECKED_BYTES = 2 << 20
+SAMPLE_TEXT = 'def greet(name):\n    print(f"Hello, {name}!")\n'
+
+SETTINGS: dict[str, Any] = {
+    "model_type": "bpe",
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False,
+    "byte_fallback": True,
+    "split_digits": True,
+    "allow_whitespace_only_pieces": True,
+    "character_coverage": 0.9999,
+}
+"""With these, text comes back byte by byte and ids are the same after export to Hugging Face.
+Line ends are not part of pieces: they are the byte piece <0x0A>, as in Llama 2."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train a tokenizer or describe one. Raises DataError for what can't be read or trained."""
+    arguments = _parser().parse_args(argv)
+    if arguments.action == "train":
+        return _train(arguments)
+    return _inspect(arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="megapipe tokenizer", description="Train a sentencepiece tokenizer, or look into one."
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    train = actions.add_parser(
+        "train",
+        help="train a byte-pair tokenizer on text files",
+        description="Train a lossless sentencepiece BPE tokenizer. The same files give the same "
+        "model.",
+    )
+    train.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILES",
+        help="paths, globs or directories of txt, md, py, jsonl (also .gz, .zst), parquet, arrow",
+    )
+    train.add_argument(
+        "--vocab-size", type=int, required=True, help="tokens, special ones included"
+    )
+    train.add_argument("--out", type=Path, required=True, help="the .model file to write")
+    train.add_argument(
+        "--sample-bytes",
+        type=int,
+        default=64 << 20,
+        help="train on about this much text, taken evenly from all files (default 64 MiB)",
+    )
+    train.add_argument("--text-field", default="text", help="field of jsonl and tables")
+    inspect = actions.add_parser("inspect", help="describe a tokenizer and show it at work")
+    inspect.add_argument("path", type=Path, help="a .model file or a Hugging Face directory")
+    inspect.add_argument("--text", default=SAMPLE_TEXT, help="the text to tokenise")
+    return parser
+
+
+@dataclass
+class Sampler:
+    """Takes `share` of what passes, evenly and without chance."""
+
+    share: float
+    seen: int = 0
+    taken: int = 0
+
+    def takes(self, size: int) -> bool:
+        self.seen += size
+        if self.taken + size > self.share * self.seen:
+            return False
+        self.taken += size
+        return True
+
+
+@dataclass
+class Corpus:
+    """Texts of all sources in order; counts what passes and keeps some to check the result on."""
+
+    sources: list[Source]
+    texts: int = 0
+    sample: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(source.total_bytes or 0 for source in self.sources)
+
+    def sentences(self, sample_bytes: int) -> Iterator[str]:
+        """Lines, the long ones cut, of about `sample_bytes` in all."""
+        lines = Sampler(min(1.0, sample_bytes / self.total_bytes))
+        checked = Sampler(min(1.0, CHECKED_BYTES / self.total_bytes))
+        for text in self._texts():
+            self.texts += 1
+            if checked.takes(len(text)) or not self.sample:
+                self.sample.append(text[: CHECKED_BYTES // 4])
+            for line in text.split("\n"):
+                for start in range(0, len(line), SENTENCE_CHARACTERS):
+                    part = line[start : start + SENTENCE_CHARACTERS]
+                    if lines.takes(len(part)):
+                        yield part
+
+    def _texts(self) -> Iterator[str]:
+        for source in self.sources:
+            for index, file in enumerate(source.files):
+                for number, (raw, _) in enumerate(file.rows(0, 0)):
+                    try:
+                        text = source.text(index, raw)
+                    except BadRowError as error:
+                        self.skipped.append(f"{file.name}, row {number + 1}: {error}")
+                        continue
+                    if text is not None:
+                        yield text
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    out: Path = arguments.out
+    if out.suffix != ".model":
+        raise DataError(f"--out {out} has to end with .model, by which a config knows its kind.")
+    if arguments.sample_bytes <= 0:
+        raise DataError(f"--sample-bytes {arguments.sample_bytes} has to be above 0.")
+    corpus = Corpus(_open_all(arguments.files, arguments.text_field))
+    started = time.perf_counter()
+    content = _train_model(corpus, arguments.vocab_size, arguments.sample_bytes)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content)
+        tokenizer = SentencePieceTokenizer(partial)
+        partial.replace(out)
+    except OSError as error:
+        raise DataError(f"--out {out} can't be written: {error.strerror}.") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    _print_skipped(corpus.skipped)
+    seconds = time.perf_counter() - started
+    files = sum(len(source.files) for source in corpus.sources)
+    print(f"{out}: {tokenizer.vocab_size:,} tokens, trained in {seconds:.1f} s")
+    print(f"  text        {files:,} files, {corpus.total_bytes:,} bytes")
+    print(f"  end token   {tokenizer.end_of_document}")
+    print(f"  {_measure(tokenizer, corpus.sample)}")
+    return 0
+
+
+def _open_all(patterns: Sequence[str], text_field: str) -> list[Source]:
+    sources = []
+    for pattern in patterns:
+        found = _files_under(Path(pattern)) if Path(pattern).is_dir() else [pattern]
+        sources += [
+            open_source(SourceConfig(path=path, text_field=text_field), "FILES", streams=1)
+            for path in found
+        ]
+    return sources
+
+
+def _files_under(directory: Path) -> list[str]:
+    """Text files of a directory and all below it; what does not look like text is left out."""
+    paths = (path for path in directory.rglob("*") if path.is_file() and file_format(path))
+    found = sorted(str(path) for path in paths)
+    if not found:
+        raise DataError(
+            f"FILES: there is no text in the directory {directory} (txt, md, py, jsonl, parquet, "
+            f"arrow; also {', '.join(COMPRESSED)}); name its files by a glob."
+        )
+    return found
+
+
+def _train_model(corpus: Corpus, vocab_size: int, sample_bytes: int) -> bytes:
+    import sentencepiece
+
+    if corpus.total_bytes == 0:
+        raise DataError("FILES: all files are empty; there is no text to train on.")
+    written = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=corpus.sentences(sample_bytes),
+            model_writer=written,
+            vocab_size=vocab_size,
+            max_sentence_length=SENTENCE_BYTES,
+            num_threads=1,  # more gain nothing for BPE
+            minloglevel=2,
+            **SETTINGS,
+        )
+    except RuntimeError as error:
+        if not corpus.texts:
+            _print_skipped(corpus.skipped)
+            raise DataError("FILES: there is no usable text in any of the files.") from None
+        raise DataError(_trainer_message(str(error), vocab_size)) from None
+    return written.getvalue()
+
+
+def _trainer_message(error: str, vocab_size: int) -> str:
+    if match := re.search(r"too high.*<= (\d+)", error):
+        return (
+            f"--vocab-size {vocab_size} is more than this text gives; set at most {match[1]}, "
+            "or train on more text."
+        )
+    if match := re.search(r"smaller than required_chars\D*\d+ vs (\d+)", error):
+        return (
+            f"--vocab-size {vocab_size} is too small: bytes, special tokens and the characters of "
+            f"this text take {match[1]}; set more."
+        )
+    return f"sentencepiece can't train on this text: {error}"
+
+
+def _print_skipped(skipped: Sequence[str], shown: int = 5) -> None:
+    for line in skipped[:shown]:
+        print(f"skipped {line}")
+    if len(skipped) > shown:
+        print(f"skipped {len(skipped) - shown} more rows that are empty, malformed or not UTF-8")
+
+
+def _measure(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
+    """Bytes per token, and whether texts come back as they were."""
+    size = sum(len(text.encode()) for text in texts)
+    encoded = tokenizer.encode_batch(texts)
+    tokens = sum(map(len, encoded))
+    lossy = [
+        text for text, ids in zip(texts, encoded, strict=True) if tokenizer.decode(ids) != text
+    ]
+    verdict = f"{len(texts) - len(lossy)} of {len(texts)} texts come back exactly"
+    return f"measured    {size / max(tokens, 1):.2f} bytes per token; {verdict}"
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    tokenizer = load_tokenizer(arguments.path)
+    lines = {
+        "vocabulary": f"{tokenizer.vocab_size:,} tokens",
+        "end token": str(tokenizer.end_of_document),
+        "sha256": tokenizer.sha256,
+        "files": ", ".join(path.name for path in tokenizer.files),
+    }
+    lines |= (
+        _sentencepiece_lines(tokenizer)
+        if isinstance(tokenizer, SentencePieceTokenizer)
+        else _hugging_face_lines(tokenizer)
+    )
+    print(arguments.path)
+    for name, value in lines.items():
+        print(f"  {name:<12}{value}")
+    ids = tokenizer.encode(arguments.text)
+    print(f"  {'text':<12}{arguments.text!r}")
+    print(f"  {'tokens':<12}{' '.join(repr(_piece(tokenizer, id_)) for id_ in ids)}")
+    print(f"  {'ids':<12}{' '.join(map(str, ids))}")
+    print(f"  {_measure(tokenizer, [arguments.text])}")
+    return 0
+
+
+def _sentencepiece_lines(tokenizer: SentencePieceTokenizer) -> dict[str, str]:
+    from sentencepiece import sentencepiece_model_pb2
+
+    messages: Any = sentencepiece_model_pb2
+    model = messages.ModelProto.FromString(tokenizer.files[0].read_bytes())
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    processor = tokenizer.processor
+    kind = trainer.ModelType.Name(trainer.model_type).lower()
+    settings = {
+        "normaliser": normalizer.name,
+        "dummy prefix": normalizer.add_dummy_prefix,
+        "removes extra spaces": normalizer.remove_extra_whitespaces,
+        "byte fallback": trainer.byte_fallback,
+        "splits digits": trainer.split_digits,
+    }
+    safe = (
+        kind == "bpe"
+        and normalizer.name == "identity"
+        and not normalizer.add_dummy_prefix
+        and not normalizer.remove_extra_whitespaces
+        and trainer.byte_fallback
+    )
+    return {
+        "type": f"sentencepiece {kind}",
+        "special ids": f"unknown {processor.unk_id()}, begin {processor.bos_id()}, "
+        f"end {processor.eos_id()}, padding {processor.pad_id()} (-1: none)",
+        "settings": ", ".join(f"{name} {value}" for name, value in settings.items()),
+        "export": "ids stay the same in Hugging Face form"
+        if safe
+        else "ids may change in Hugging Face form (needs BPE, identity normaliser, byte fallback, "
+        "no dummy prefix, no removal of spaces)",
+    }
+
+
+def _hugging_face_lines(tokenizer: Tokenizer) -> dict[str, str]:
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    engine = tokenizer.engine
+    special = sorted(
+        (id_, token.content)
+        for id_, token in engine.get_added_tokens_decoder().items()
+        if token.special
+    )
+    parts = {
+        "normaliser": engine.normalizer,
+        "pre-tokeniser": engine.pre_tokenizer,
+        "decoder": engine.decoder,
+    }
+    named = (f"{name} {type(part).__name__ if part else 'none'}" for name, part in parts.items())
+    return {
+        "type": f"tokenizers {type(engine.model).__name__}",
+        "special ids": ", ".join(f"{content} {id_}" for id_, content in special[:8]) or "none",
+        "settings": ", ".join(named),
+    }
+
+
+def _piece(tokenizer: Tokenizer, id_: int) -> str:
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        piece: str = tokenizer.processor.id_to_piece(id_)
+        return piece
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    return tokenizer.engine.id_to_token(id_) or ""

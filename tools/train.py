@@ -1,0 +1,64 @@
+"""`megapipe train CONFIG.toml [--section.key VALUE ...]`: pretrain a model."""
+
+import textwrap
+from collections.abc import Sequence
+
+from megapipe.config import load_config
+from megapipe.models.presets import PRESETS
+from megapipe.tools.arguments import Parser, UsageError
+from megapipe.tools.field_help import field_help
+
+_DESCRIPTION = """\
+Pretrain the model of a config.
+
+Under torchrun or srun it joins the job. Started alone, it starts the local ranks that the layout
+needs. It goes on from the newest whole checkpoint of train.run_dir (checkpoint.resume)."""
+
+_KEYS = """\
+keys of the config, in its file or here as --section.key VALUE:
+  A value is TOML (4, true, [2, 3], "a b"); a word that is not TOML is text. The command line wins
+  over the file, the file over the preset. (required) has no default; [x] is the default.
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Exit status 0 when the run is complete, or was shown (--dry-run)."""
+    asked = any(word in ("--help", "-h") for word in argv)
+    parser = Parser("train", _DESCRIPTION, epilog=_epilog() if asked else None)
+    parser.usage = "megapipe train CONFIG.toml [--section.key VALUE ...] [options]"
+    parser.add_argument("config", metavar="CONFIG.toml", help="the config of the run")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print config, layout, parameters, memory of model states and FLOPs; start nothing, "
+        "need no GPU",
+    )
+    parser.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="with --dry-run: the number of processes (default: the fewest the layout needs)",
+    )
+    arguments, overrides = parser.parse(argv)
+    if arguments.world_size is not None and not arguments.dry_run:
+        raise UsageError(
+            "--world-size belongs to --dry-run. A real run has as many processes as torchrun or "
+            "srun start, or, started alone, tensor * pipeline * data of [parallel]."
+        )
+    if arguments.world_size is not None and arguments.world_size < 1:
+        raise UsageError(f"--world-size {arguments.world_size} must be 1 or more.")
+    config = load_config(arguments.config, overrides, PRESETS)
+    if arguments.dry_run:
+        from megapipe.tools.dry_run import dry_run
+
+        print(dry_run(config, arguments.config, arguments.world_size))
+        return 0
+
+    from megapipe.tools.training import start
+
+    return start(config, arguments.config, overrides)
+
+
+def _epilog() -> str:
+    presets = textwrap.fill(", ".join(PRESETS), 98, initial_indent="  ", subsequent_indent="  ")
+    return f"{_KEYS}\n{field_help()}\n\npresets, for --model.preset:\n{presets}"
