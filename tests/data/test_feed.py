@@ -54,6 +54,12 @@ def open_all(config: DataConfig, size: int, state: State | None = None) -> list[
     return feeds
 
 
+def passes_of_first_source(feed: BatchFeed) -> list[int]:
+    """How many passes over the first source each stream has ended."""
+    addresses = [part["sources"][0]["address"] for part in feed.state_dict()["streams"].values()]
+    return [0 if address is None else address[1] for address in addresses]
+
+
 def hashes(feeds: Sequence[BatchFeed], steps: int) -> list[str]:
     return [digest([next(feed) for feed in feeds]) for _ in range(steps)]
 
@@ -184,7 +190,7 @@ def test_the_blend_is_met_in_tokens(config: DataConfig) -> None:
 def test_bad_rows_are_counted_and_said_and_counts_survive_a_resume(config: DataConfig) -> None:
     said: list[str] = []
     feed = open_feed(config, say=said.append)
-    while feed.epoch < 3:
+    while min(passes_of_first_source(feed)) < 2:  # the second pass meets the bad rows again
         next(feed)
     assert feed.skipped == Counter({"malformed JSON": 1, "empty": 1})
     assert sorted(line.split("/")[-1] for line in said) == [
