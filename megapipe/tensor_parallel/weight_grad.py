@@ -8,6 +8,8 @@ instead hand each weight gradient here as a closure.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
+
 
 class WeightGradStore:
     """Runs weight-gradient closures at once, or collects them while `defer` is active.
@@ -26,7 +28,7 @@ class WeightGradStore:
         if self._pending is None:
             compute()
         else:
-            self._pending.append(compute)
+            self._pending.append(torch.no_grad()(compute))  # as inside a backward
 
     @contextmanager
     def defer(self) -> Iterator[list[Callable[[], None]]]:

@@ -1,0 +1,83 @@
+"""The mesh: who stands where, and groups that join the ranks they say."""
+
+from itertools import product
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megapipe.mesh import Axis, Mesh, build_mesh, split_world
+from megapipe.tensor_parallel.collectives import all_gather
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+LAYOUTS = [(2, 1, 2), (1, 2, 2), (2, 2, 1), (4, 1, 1)]
+
+
+def _describe_mesh(pipeline: int, data: int, tensor: int) -> dict[str, list[int]]:
+    """For each axis, the ranks that a gather over it brings together."""
+    mesh = build_mesh(pipeline=pipeline, data=data, tensor=tensor, device=CPU)
+    assert mesh.rank == dist.get_rank()
+    assert mesh.rank == mesh.global_rank(mesh.pipeline.rank, mesh.data.rank, mesh.tensor.rank)
+    axes = (mesh.pipeline, mesh.data, mesh.tensor, mesh.replica, mesh.world)
+    for axis in axes:
+        gathered = all_gather(torch.tensor([mesh.rank]), axis)
+        assert gathered.tolist() == list(axis.ranks)
+        assert axis.ranks[axis.rank] == mesh.rank
+    return {axis.name: list(axis.ranks) for axis in axes}
+
+
+@pytest.mark.parametrize(("pipeline", "data", "tensor"), LAYOUTS)
+def test_axes_join_the_ranks_that_share_the_other_coordinates(
+    pipeline: int, data: int, tensor: int
+) -> None:
+    found = run_ranks(_describe_mesh, pipeline * data * tensor, pipeline, data, tensor)
+    grid = {
+        place: rank
+        for rank, place in enumerate(product(range(pipeline), range(data), range(tensor)))
+    }
+    for (p, d, t), rank in grid.items():
+        assert found[rank] == {
+            "pipeline": [grid[i, d, t] for i in range(pipeline)],
+            "data": [grid[p, i, t] for i in range(data)],
+            "tensor": [grid[p, d, i] for i in range(tensor)],
+            "replica": [grid[i, d, j] for i in range(pipeline) for j in range(tensor)],
+            "world": list(range(len(grid))),
+        }
+
+
+def test_one_process_is_a_mesh_of_ones_without_a_process_group() -> None:
+    mesh = build_mesh(pipeline=1, data=1, tensor=1, device=CPU)
+    assert mesh == Mesh.single(CPU)
+    assert not dist.is_initialized()
+    axes = (mesh.pipeline, mesh.data, mesh.tensor, mesh.replica, mesh.world)
+    assert all(axis.size == 1 and axis.group is None and axis.is_first for axis in axes)
+    assert torch.equal(all_gather(torch.arange(3), mesh.tensor), torch.arange(3))
+
+
+def _two_meshes() -> tuple[int, int]:
+    """Two meshes over the same ranks live side by side and do not mix."""
+    one = build_mesh(pipeline=1, data=1, tensor=2, device=CPU)
+    other = build_mesh(pipeline=2, data=1, tensor=1, device=CPU)
+    value = torch.tensor([dist.get_rank() + 1])
+    return (
+        int(all_gather(value, one.tensor).sum()) * int(all_gather(value, one.pipeline).sum()),
+        int(all_gather(value, other.tensor).sum()) * int(all_gather(value, other.pipeline).sum()),
+    )
+
+
+def test_two_meshes_live_in_one_process() -> None:
+    assert run_ranks(_two_meshes, 2) == [(3, 3), (6, 6)]
+
+
+def _own_group(groups: list[list[int]]) -> Axis:
+    axis = split_world("x", groups)
+    total = all_gather(torch.tensor([dist.get_rank()]), axis)
+    assert total.tolist() == list(axis.ranks)
+    return Axis(axis.name, axis.ranks, axis.rank)
+
+
+def test_splitting_the_world_leaves_others_alone() -> None:
+    found = run_ranks(_own_group, 4, [[0, 3], [1]])
+    assert [axis.ranks for axis in found] == [(0, 3), (1,), (2,), (0, 3)]
+    assert [axis.rank for axis in found] == [0, 0, 0, 1]
