@@ -105,7 +105,7 @@ def check(config: Config, steps: int = STEPS) -> None:
     verdict = run_ranks(_prove, ranks, config, steps)[0]
     assert verdict is not None
     kinds = {row.kind for row in verdict.differences}
-    assert kinds == {"initial weight", "loss", "gradient", "weight"}
+    assert kinds == {"initial weight", "loss", "gradient norm", "gradient", "weight"}
     assert verdict.worst("initial weight") == 0.0, "initial weights are bitwise the same"
     assert verdict.first_beyond(TOLERANCE) is None
     assert verdict.losses[0][1] != verdict.losses[-1][1], "the weights move"

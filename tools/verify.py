@@ -17,6 +17,7 @@ TOLERANCE = 1e-9
 KINDS = {
     "initial weight": "initial weights",
     "loss": "losses",
+    "gradient norm": "gradient norms",
     "gradient": "gradients",
     "weight": "updated weights",
 }

@@ -37,6 +37,7 @@ class StepResult:
 
     loss: float  # mean over all targets of the global batch
     grad_norm: float  # before clipping
+    clip: float  # what clipping multiplied the gradients by: 1, or optimizer.clip_grad_norm / norm
     tokens: int  # targets that counted
     stop: bool  # some rank was asked to stop
 
@@ -136,9 +137,12 @@ class Engine:
         loss, tokens, squared, stops = self._sum_over_world(losses, batches, squared_norm, stop)
         if tokens == 0:
             raise MegapipeError("a global batch has no target that counts towards the loss")
+        norm = math.sqrt(squared) / tokens if squared >= 0 else math.nan
+        limit = self.config.optimizer.clip_grad_norm
         return StepResult(
             loss=loss / tokens,
-            grad_norm=math.sqrt(squared) / tokens if squared >= 0 else math.nan,
+            grad_norm=norm,
+            clip=limit / norm if 0 < limit < norm else 1.0,
             tokens=int(tokens),
             stop=stops > 0,
         )
@@ -168,9 +172,5 @@ class Engine:
 
     def _scale_gradients(self, result: StepResult) -> None:
         """Sums over tokens -> means, clipped to the configured global norm."""
-        scale = 1 / result.tokens
-        limit = self.config.optimizer.clip_grad_norm
-        if 0 < limit < result.grad_norm:
-            scale *= limit / result.grad_norm
         for buffer in self.buffers:
-            buffer.gradients.mul_(scale)
+            buffer.gradients.mul_(result.clip / result.tokens)

@@ -26,10 +26,10 @@ from megapipe.train.engine import BuildStages, Engine
 
 FLOOR = {"initial weight": 1e-6, "gradient": 1e-6, "weight": 1e-3}
 """A tensor's error is relative to its own largest value, but to no less than this share of the
-largest value of all tensors. Some gradients are zero but for rounding (a key bias's: softmax cancels
-it), and have no relative error worth the name; Adam then divides that rounding by its epsilon, so
-such a weight differs by learning_rate / epsilon times more, 1e5 at the defaults. A tolerance of 1e-9
-still asks for 1e-15 of the largest gradient and 1e-12 of the largest weight."""
+largest value of all tensors. Some gradients are zero but for rounding (a key bias's: softmax
+cancels it), and have no relative error worth the name; Adam then divides that rounding by its
+epsilon, so such a weight differs by learning_rate / epsilon times more, 1e5 at the defaults. A
+tolerance of 1e-9 still asks for 1e-15 of the largest gradient and 1e-12 of the largest weight."""
 
 TokenSource = Callable[[int, Mesh], Sequence[MicroBatch]]
 """(step, mesh) -> the microbatches that this rank of the mesh sees in that step."""
@@ -37,10 +37,10 @@ TokenSource = Callable[[int, Mesh], Sequence[MicroBatch]]
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest error of one tensor (or the loss) on one rank in one step."""
+    """The largest error of one tensor (or of loss or norm) on one rank in one step."""
 
     step: int
-    kind: str  # "initial weight", "loss", "gradient", "weight"
+    kind: str  # "initial weight", "loss", "gradient norm", "gradient", "weight"
     name: str
     error: float  # relative, as FLOOR says
     absolute: float
@@ -60,8 +60,8 @@ class Verdict:
         return max((d.error for d in self.differences if d.kind == kind), default=0.0)
 
     def first_beyond(self, tolerance: float) -> Difference | None:
-        """The earliest difference beyond the tolerance: by step, then loss, gradients, weights in
-        model order. NaN counts as beyond."""
+        """The earliest difference beyond the tolerance: by step, then loss, gradients,
+        norm, weights, tensors in model order. NaN counts as beyond."""
         return next((d for d in self.differences if not d.error <= tolerance), None)
 
 
@@ -81,12 +81,18 @@ def prove(
         found += _compare(layout, single, 0, "initial weight", folder)
         for step in range(steps):
             rate = config.optimizer.learning_rate
-            loss = layout.train_step(tokens(step, mesh), rate).loss
-            if single is not None:
-                expected = single.train_step(tokens(step, single_mesh), rate).loss
-                losses.append((loss, expected))
-                found.append(_loss_difference(step, loss, expected, mesh))
-            found += _compare(layout, single, step, "gradient", folder)
+            result = layout.train_step(tokens(step, mesh), rate)
+            expected = single and single.train_step(tokens(step, single_mesh), rate)
+            if expected is not None:
+                losses.append((result.loss, expected.loss))
+                found.append(_difference(step, "loss", result.loss, expected.loss))
+            # Before clipping: it would hide gradients that are all too large by one factor, and
+            # spread the error of one tensor over all.
+            clips = (result.clip, expected.clip if expected else 1.0)
+            found += _compare(layout, single, step, "gradient", folder, clips)
+            if expected is not None:
+                norms = (result.grad_norm, expected.grad_norm)
+                found.append(_difference(step, "gradient norm", *norms))
             found += _compare(layout, single, step, "weight", folder)
     return Verdict(losses, found) if mesh.rank == 0 else None
 
@@ -107,13 +113,21 @@ def _values(engine: Engine, kind: str) -> Iterator[tuple[int, Piece, Tensor]]:
 
 
 def _compare(
-    layout: Engine, single: Engine | None, step: int, kind: str, folder: Path
+    layout: Engine,
+    single: Engine | None,
+    step: int,
+    kind: str,
+    folder: Path,
+    scales: tuple[float, float] = (1.0, 1.0),
 ) -> list[Difference]:
-    """Hold each piece of the layout against the one-process tensor; rows arrive on rank 0."""
+    """Hold each piece of the layout against the one-process tensor; rows arrive on rank 0.
+
+    `scales` are what the layout's and the one process's values have been multiplied by.
+    """
     file = folder / "reference.safetensors"
     mesh = layout.mesh
     if single is not None:
-        whole = _assemble(single, kind)
+        whole = {name: t / scales[1] for name, t in _assemble(single, kind).items()}
         largest = max(float(t.abs().max()) for t in whole.values())
         save_file(whole, file, metadata={"largest": largest.hex()})
     _barrier(mesh)
@@ -125,7 +139,7 @@ def _compare(
                 continue
             cut = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
             expected = reference.get_slice(piece.name)[cut]
-            absolute = float((values - expected).abs().max())
+            absolute = float((values / scales[0] - expected).abs().max())
             scale = max(float(expected.abs().max()), FLOOR[kind] * largest)
             error = absolute / scale if scale > 0 else absolute
             rows.append(
@@ -144,15 +158,14 @@ def _assemble(engine: Engine, kind: str) -> dict[str, Tensor]:
     whole: dict[str, Tensor] = {}
     for _, piece, values in _values(engine, kind):
         assert piece.shape == piece.global_shape, "one process holds whole tensors"
-        whole[piece.name] = values.contiguous().clone()
+        whole[piece.name] = values
     return whole
 
 
-def _loss_difference(step: int, loss: float, expected: float, mesh: Mesh) -> Difference:
-    absolute = abs(loss - expected)
-    return Difference(
-        step, "loss", "loss", absolute / abs(expected), absolute, mesh.rank, "all ranks", -1
-    )
+def _difference(step: int, kind: str, value: float, expected: float) -> Difference:
+    """Of a number that all ranks share."""
+    absolute = abs(value - expected)
+    return Difference(step, kind, kind, absolute / abs(expected), absolute, 0, "all ranks", -1)
 
 
 @contextmanager

@@ -1,0 +1,25 @@
+"""`megapipe bench NAME`: measure speed on this machine. Ratios within one run are what counts."""
+
+import importlib
+from collections.abc import Callable, Sequence
+
+from megapipe.tools.arguments import UsageError
+
+BENCHES = {
+    "train": "tokens per second and memory of a training step, by layout",
+}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run the bench that the first word names."""
+    words = list(argv)
+    if not words or words[0] in ("--help", "-h"):
+        width = max(map(len, BENCHES)) + 2
+        print("usage: megapipe bench NAME [options]\n")
+        print("\n".join(f"  {name:<{width}}{summary}" for name, summary in BENCHES.items()))
+        return 0
+    if words[0] not in BENCHES:
+        raise UsageError(f"{words[0]!r} is not a bench; there are {', '.join(BENCHES)}.")
+    module = importlib.import_module(f"megapipe.tools.bench.{words[0]}")
+    bench: Callable[[Sequence[str]], int] = module.run
+    return bench(words[1:])

@@ -1,0 +1,57 @@
+"""What has to be known of a machine to read a figure that was measured on it."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from megapipe import __version__
+
+PACKAGES = ("torch", "triton", "transformers")
+
+
+def describe_machine() -> dict[str, object]:
+    """Processor, versions, commit and command line, for the JSON of a bench."""
+    return {
+        "command": " ".join(["megapipe", *sys.argv[1:]]),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "megapipe": __version__,
+        "commit": commit(),
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def processor() -> str:
+    """The processor's name as the kernel gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def commit() -> str | None:
+    """The checkout's commit, `+` behind it where files differ; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    try:
+        head = _git("rev-parse", "HEAD", cwd=here)
+        return head + ("+" if _git("status", "--porcelain", "-uno", cwd=here) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*words: str, cwd: Path) -> str:
+    done = subprocess.run(["git", *words], cwd=cwd, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

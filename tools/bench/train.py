@@ -1,0 +1,194 @@
+"""`megapipe bench train`: tokens per second and memory of a training step, by layout.
+
+Every contender is a set of processes with one thread per rank; they take steps in turn, so that
+each repeat compares all of them under the same conditions.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from megapipe.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    SourceConfig,
+    TrainConfig,
+    dump_config,
+)
+from megapipe.errors import MegapipeError
+from megapipe.models.presets import PRESETS
+from megapipe.tools.arguments import Parser, UsageError
+from megapipe.tools.bench.crew import Crew
+from megapipe.tools.bench.machine import describe_machine
+
+LAYOUTS: dict[str, ParallelConfig] = {
+    "1 process": ParallelConfig(data=1),
+    "tp2": ParallelConfig(tensor=2, data=1, sequence_parallel=True),
+    "pp2": ParallelConfig(pipeline=2, data=1),
+    "dp2": ParallelConfig(data=2),
+    "tp2-pp2": ParallelConfig(tensor=2, pipeline=2, data=1, sequence_parallel=True),
+}
+PEERS = ("transformers",)
+
+
+@dataclass
+class Result:
+    """What one contender did."""
+
+    contender: str
+    layout: str
+    ranks: int
+    seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    def tokens_per_second(self, tokens: int) -> list[float]:
+        return [tokens / seconds for seconds in self.seconds]
+
+
+def run(argv: Sequence[str]) -> int:
+    """Measure, print the table, write the JSON."""
+    parser = Parser(
+        "bench train",
+        "Tokens per second and memory of a training step on this machine's CPU: float32, one\n"
+        "thread per rank, random tokens.",
+    )
+    parser.add_argument("--preset", default="llama-tiny", help="the model (default: llama-tiny)")
+    parser.add_argument(
+        "--layouts",
+        default=",".join(LAYOUTS),
+        help=f"which of them, between commas (default: {','.join(LAYOUTS)})",
+    )
+    parser.add_argument(
+        "--against", choices=PEERS, help="another library, same model and tokens, in one process"
+    )
+    parser.add_argument("--repeats", type=int, default=5, help="measured steps each (default: 5)")
+    parser.add_argument("--sequence-length", type=int, default=256, help="tokens (default: 256)")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="sequences (default: 4)")
+    parser.add_argument("--microbatches", type=int, default=8, help="in a step (default: 8)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    options = parser.parse_args(list(argv))
+    _check(options)
+    results = _measure(options)
+    tokens = options.microbatches * options.micro_batch_size * options.sequence_length
+    _print_table(results, tokens)
+    if options.json is not None:
+        _write(options, results, tokens)
+    return 0
+
+
+def _check(options: Any) -> None:
+    for name in ("repeats", "sequence_length", "micro_batch_size", "microbatches"):
+        if getattr(options, name) < 1:
+            raise UsageError(
+                f"--{name.replace('_', '-')} {getattr(options, name)} must be 1 or more."
+            )
+    if options.preset not in PRESETS:
+        raise UsageError(f"--preset {options.preset} does not exist; see `megapipe train --help`.")
+    if options.against == "transformers" and not options.preset.startswith("llama"):
+        raise UsageError(f"--against transformers compares llama presets, not {options.preset}.")
+    for name in options.layouts.split(","):
+        if name not in LAYOUTS:
+            raise UsageError(f"--layouts: {name!r} is not one of {', '.join(LAYOUTS)}.")
+
+
+def _config(options: Any, parallel: ParallelConfig) -> Config:
+    sequences = options.microbatches * options.micro_batch_size
+    return Config(
+        model=ModelConfig(**PRESETS[options.preset]),
+        parallel=parallel,
+        train=TrainConfig(
+            run_dir="unused",
+            steps=options.repeats + 1,
+            global_batch_size=sequences,
+            micro_batch_size=options.micro_batch_size,
+            sequence_length=options.sequence_length,
+            precision="fp32",
+            device="cpu",
+        ),
+        optimizer=OptimizerConfig(),
+        data=DataConfig(tokenizer="unused", sources=(SourceConfig(path="unused"),)),
+    )
+
+
+def _measure(options: Any) -> list[Result]:
+    """One unmeasured step of each contender, then `repeats` rounds in which each takes one."""
+    contenders = [("transformers", "1 process")] if options.against else []
+    contenders += [("megapipe", layout) for layout in options.layouts.split(",")]
+    results, crews = [], []
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        for contender, layout in contenders:
+            parallel = LAYOUTS[layout]
+            assert parallel.data is not None
+            ranks = parallel.tensor * parallel.pipeline * parallel.data
+            spec = {"contender": contender, "config": dump_config(_config(options, parallel))}
+            crew = stack.enter_context(Crew(f"{contender} {layout}", ranks, spec, folder))
+            crew.wait_until_ready()
+            crew.step()
+            crews.append(crew)
+            results.append(Result(contender, layout, ranks))
+        for repeat in range(options.repeats):
+            for crew, result in zip(crews, results, strict=True):
+                seconds, answers = crew.step()
+                result.seconds.append(seconds)
+                result.losses.append(answers[0]["loss"])
+                result.peak_bytes = max(answer["peak_bytes"] for answer in answers)
+            print(f"repeat {repeat + 1} of {options.repeats}", file=sys.stderr, flush=True)
+    return results
+
+
+def _print_table(results: Sequence[Result], tokens: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        "", "layout", "ranks", "tokens/s, median", "min", "max", "ratio", "peak RSS per rank, MiB"
+    )
+    base = median(results[0].tokens_per_second(tokens))
+    for result in results:
+        speeds = result.tokens_per_second(tokens)
+        table.add_row(
+            result.contender,
+            result.layout,
+            str(result.ranks),
+            *(f"{value:.0f}" for value in (median(speeds), min(speeds), max(speeds))),
+            f"{median(speeds) / base:.2f}",
+            f"{result.peak_bytes / 2**20:.0f}",
+        )
+    Console(width=110).print(table)
+
+
+def _write(options: Any, results: Sequence[Result], tokens: int) -> None:
+    content = {
+        "bench": "train",
+        **describe_machine(),
+        "options": {name: value for name, value in vars(options).items() if name != "json"},
+        "tokens_per_step": tokens,
+        "results": [
+            {
+                "contender": result.contender,
+                "layout": result.layout,
+                "ranks": result.ranks,
+                "tokens_per_second": result.tokens_per_second(tokens),
+                "median_tokens_per_second": median(result.tokens_per_second(tokens)),
+                "peak_rss_bytes": result.peak_bytes,
+                "losses": result.losses,
+            }
+            for result in results
+        ],
+    }
+    try:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise MegapipeError(f"--json {options.json} can't be written: {error.strerror}.") from error

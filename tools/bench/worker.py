@@ -1,0 +1,129 @@
+"""One process of a contender: builds its model, then takes one step for each line it reads.
+
+`python -m megapipe.tools.bench.worker SPEC`, where SPEC is JSON: contender ("megapipe" or
+"transformers"), rank, store (a file for the rendezvous), config (TOML). It answers with a line of
+JSON when it is ready and after each step.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megapipe.config import Config, parse_config
+from megapipe.mesh import build_mesh
+from megapipe.models.build import build_stages
+from megapipe.models.parameters import parameter_count
+from megapipe.train.engine import Engine
+from megapipe.train.proof import synthetic_tokens
+
+Step = Callable[[int], float]
+"""Takes the step of that number and returns its loss."""
+
+
+def main(spec: dict[str, Any]) -> None:
+    """Serve until standard input ends."""
+    torch.set_num_threads(1)
+    config = parse_config(spec["config"])
+    make = {"megapipe": _megapipe, "transformers": _transformers}[spec["contender"]]
+    step = make(config, spec)
+    _answer(ready=True)
+    for number, _ in enumerate(sys.stdin):
+        loss = step(number)
+        _answer(loss=loss, peak_bytes=peak_memory())
+
+
+def _answer(**fields: object) -> None:
+    print(json.dumps(fields), flush=True)
+
+
+def peak_memory() -> int:
+    """Bytes that this process had resident at most since it began (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (kibibytes,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
+    return int(kibibytes) * 1024
+
+
+def _megapipe(config: Config, spec: dict[str, Any]) -> Step:
+    parallel = config.parallel
+    assert parallel.data is not None
+    ranks = parallel.pipeline * parallel.data * parallel.tensor
+    if ranks > 1:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(spec["store"], ranks),
+            rank=spec["rank"],
+            world_size=ranks,
+            timeout=timedelta(minutes=5),
+        )
+    mesh = build_mesh(
+        pipeline=parallel.pipeline,
+        data=parallel.data,
+        tensor=parallel.tensor,
+        device=torch.device("cpu"),
+    )
+    engine = Engine(config, mesh, build_stages)
+    tokens = synthetic_tokens(config)
+
+    def step(number: int) -> float:
+        return engine.train_step(tokens(number, mesh), config.optimizer.learning_rate).loss
+
+    return step
+
+
+def _transformers(config: Config, spec: dict[str, Any]) -> Step:
+    """The loop that its users write: accumulate, clip, fused AdamW; the loss on plain logits."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model, train, optimizer = config.model, config.train, config.optimizer
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.ffn_hidden_size,
+            num_hidden_layers=model.num_layers,
+            num_attention_heads=model.num_heads,
+            num_key_value_heads=model.num_kv_heads,
+            head_dim=model.head_dim,
+            max_position_embeddings=model.max_sequence_length,
+            tie_word_embeddings=model.tie_embeddings,
+            attn_implementation="sdpa",
+        )
+    )
+    assert sum(p.numel() for p in theirs.parameters()) == parameter_count(model), "another model"
+    adamw = torch.optim.AdamW(
+        theirs.parameters(),
+        lr=optimizer.learning_rate,
+        betas=optimizer.betas,
+        weight_decay=optimizer.weight_decay,
+        fused=True,
+    )
+    tokens = synthetic_tokens(config)
+    mesh = build_mesh(pipeline=1, data=1, tensor=1, device=torch.device("cpu"))
+    count = train.global_batch_size // train.micro_batch_size
+
+    def step(number: int) -> float:
+        adamw.zero_grad(set_to_none=True)
+        total = 0.0
+        for batch in tokens(number, mesh):
+            assert batch.targets_BS is not None
+            logits = theirs(input_ids=batch.tokens_BS, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), batch.targets_BS.flatten()
+            )
+            (loss / count).backward()
+            total += loss.item() / count
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), optimizer.clip_grad_norm)
+        adamw.step()
+        return total
+
+    return step
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
