@@ -100,7 +100,7 @@ def _shrink_layers_per_stage(
         return parallel
     extra = model.num_layers - stages
     longest_first = sorted(range(stages), key=lambda stage: -old[stage])[:extra]
-    split = [2 if stage in longest_first else 1 for stage in range(stages)]
+    split = tuple(2 if stage in longest_first else 1 for stage in range(stages))
     return parallel.model_copy(update={"layers_per_stage": split})
 
 
