@@ -78,7 +78,7 @@ def _prove_with_bug(config: Config, plant: Plant | None) -> Difference | None:
     [
         (norm_not_reduced, "gradient", "layers.2.mlp_norm.weight"),
         (tied_gradient_not_summed, "gradient", "embedding.weight"),
-        (microbatches_scaled_wrongly, "gradient", "embedding.weight"),
+        (microbatches_scaled_wrongly, "gradient", "position_embedding.weight"),
     ],
 )
 def test_a_planted_bug_is_found_and_named(plant: Plant, kind: str, name: str) -> None:

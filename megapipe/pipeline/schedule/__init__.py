@@ -1,15 +1,17 @@
 """Pipeline schedules as plain data: for each rank, the order of its actions.
 
-Read `action` first, then a generator (`one_f_one_b`, `interleaved`), then the passes: `lower` adds
-the communication, `validate` proves that the program finishes, `simulate` tells how long it takes.
-Standard library only.
+Read `action` first, then a generator (`one_f_one_b`, `interleaved`), then `dependencies` and the
+passes: `lower` adds the communication, `validate` proves that the program finishes, `simulate`
+tells how long it takes. Standard library only.
 """
 
 from megapipe.pipeline.schedule.action import Action, Kind, Program
 from megapipe.pipeline.schedule.balance import balance
+from megapipe.pipeline.schedule.buffers import assign_buffers
 from megapipe.pipeline.schedule.build import SCHEDULES, build_program, forward_program
 from megapipe.pipeline.schedule.lower import lower
-from megapipe.pipeline.schedule.simulate import Costs, Timeline, simulate
+from megapipe.pipeline.schedule.simulate import Costs, simulate
+from megapipe.pipeline.schedule.timeline import Span, Timeline
 from megapipe.pipeline.schedule.validate import validate
 
 __all__ = [
@@ -18,7 +20,9 @@ __all__ = [
     "Costs",
     "Kind",
     "Program",
+    "Span",
     "Timeline",
+    "assign_buffers",
     "balance",
     "build_program",
     "forward_program",

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from megapipe.errors import ScheduleError
 
@@ -12,8 +12,8 @@ class Kind(StrEnum):
     """What an action does with a microbatch at a stage.
 
     RECEIVE posts a receive into a free buffer without waiting; the action that uses the arrival
-    waits. SEND hands the tensor over without waiting. A SEND names the stage that sends, a RECEIVE
-    the stage that receives.
+    waits. SEND hands the tensor over and may wait until its RECEIVE has been posted. A SEND names
+    the stage that sends, a RECEIVE the stage that receives.
     """
 
     FORWARD = "F"
@@ -39,17 +39,30 @@ class Kind(StrEnum):
 
 
 COMPUTE = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT})
-GIVES_INPUT_GRADIENT = frozenset({Kind.BACKWARD, Kind.BACKWARD_INPUT})
+LAST_OF_A_BACKWARD = frozenset({Kind.BACKWARD, Kind.BACKWARD_WEIGHT})
+"""What ends a microbatch's work at a stage: its activations are freed."""
+
+_COUNTERPART = {
+    Kind.SEND_FORWARD: (1, Kind.RECEIVE_FORWARD),
+    Kind.RECEIVE_FORWARD: (-1, Kind.SEND_FORWARD),
+    Kind.SEND_BACKWARD: (-1, Kind.RECEIVE_BACKWARD),
+    Kind.RECEIVE_BACKWARD: (1, Kind.SEND_BACKWARD),
+}
 _TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)(\d+)")
 
 
-@dataclass(frozen=True, order=True)
-class Action:
+class Action(NamedTuple):
     """One step of a rank: `2F0` is stage 2, forward, microbatch 0."""
 
     stage: int
     kind: Kind
     microbatch: int
+
+    @property
+    def counterpart(self) -> "Action":
+        """The RECEIVE of a SEND, the SEND of a RECEIVE."""
+        step, kind = _COUNTERPART[self.kind]
+        return Action(self.stage + step, kind, self.microbatch)
 
     def __str__(self) -> str:
         return f"{self.stage}{self.kind}{self.microbatch}"
@@ -65,7 +78,7 @@ class Action:
 
 
 Program = list[list[Action]]
-"""For each pipeline rank, its actions in order. Idle time is what a simulation shows, not an entry."""
+"""For each pipeline rank, its actions in order. Idle time is what a simulation shows, no entry."""
 
 
 def compute_only(program: Program) -> Program:
@@ -84,7 +97,7 @@ def stage_ranks(program: Program) -> dict[int, int]:
                     f"{action}, on rank {rank}"
                 )
     if sorted(ranks) != list(range(len(ranks))):
-        missing = sorted(set(range(max(ranks, default=0))) - set(ranks))
+        missing = sorted(set(range(max(ranks))) - set(ranks))
         raise ScheduleError(f"no rank computes stages {missing}")
     return ranks
 

@@ -1,7 +1,7 @@
 """Cutting layers into stages of equal cost."""
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from megapipe.errors import ScheduleError
 
@@ -24,8 +24,8 @@ def balance(
         extra = (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
         return upto[end] - upto[begin] + extra
 
-    # best[n]: the smallest maximum for the first n layers in the stages so far; cut[s][n]: where the
-    # last of them begins.
+    # best[n]: the smallest maximum for the first n layers in the stages so far; cuts[s - 1][n]:
+    # where stage s, the last of them, begins.
     best = [cost(0, n, 0) for n in range(layers + 1)]
     cuts: list[list[int]] = []
     for stage in range(1, stages):
@@ -43,4 +43,4 @@ def balance(
         bounds.append(cut[bounds[-1]])
     bounds.append(0)
     bounds.reverse()
-    return [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
+    return [end - begin for begin, end in pairwise(bounds)]

@@ -6,6 +6,10 @@ from megapipe.pipeline.schedule.action import Action, Kind, Program
 def gpipe(pipeline: int, microbatches: int) -> Program:
     """Bubble (p - 1) / m; every microbatch's activations are live at once."""
     return [
-        [Action(rank, kind, m) for kind in (Kind.FORWARD, Kind.BACKWARD) for m in range(microbatches)]
+        [
+            Action(rank, kind, m)
+            for kind in (Kind.FORWARD, Kind.BACKWARD)
+            for m in range(microbatches)
+        ]
         for rank in range(pipeline)
     ]

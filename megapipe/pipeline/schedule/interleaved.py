@@ -1,5 +1,7 @@
 """Interleaved 1F1B (Narayanan et al. 2021, section 2.2): several model chunks on each rank."""
 
+from itertools import pairwise
+
 from megapipe.pipeline.schedule.action import Action, Kind, Program
 from megapipe.pipeline.schedule.one_f_one_b import alternate
 
@@ -8,7 +10,9 @@ def interleaved(pipeline: int, virtual: int, microbatches: int) -> Program:
     """Bubble (p - 1) / (v m) when p divides m.
 
     Microbatches go through the chunks in groups of p: the group through chunk 0, through chunk 1,
-    and so on. A last group that is smaller is allowed and costs some bubble.
+    and so on. Where p does not divide m, groups are larger than p, as few by as little as can be:
+    a group smaller than p would come to its next chunk before its first microbatch has, and the
+    order would deadlock.
     """
     chunks = range(virtual)
     program = []
@@ -24,12 +28,17 @@ def interleaved(pipeline: int, virtual: int, microbatches: int) -> Program:
 
         forwards = actions(Kind.FORWARD, list(chunks))
         backwards = actions(Kind.BACKWARD, list(reversed(chunks)))
-        first_group = min(pipeline, microbatches)
+        # The first group is the largest: all backwards of a group find its forwards done.
+        first_group = len(groups(microbatches, pipeline)[0])
         warmup = 2 * (pipeline - rank - 1) + (virtual - 1) * first_group
         program.append(alternate(forwards, backwards, warmup))
     return program
 
 
 def groups(microbatches: int, size: int) -> list[range]:
-    """Consecutive microbatches in groups of `size`; the last may be smaller."""
-    return [range(m, min(m + size, microbatches)) for m in range(0, microbatches, size)]
+    """Consecutive microbatches in groups of at least `size`, the larger first; with fewer than
+    `size` in all, one group."""
+    count = max(1, microbatches // size)
+    smallest, larger = divmod(microbatches, count)
+    bounds = [group * smallest + min(group, larger) for group in range(count + 1)]
+    return [range(begin, end) for begin, end in pairwise(bounds)]

@@ -16,7 +16,5 @@ def one_f_one_b(pipeline: int, microbatches: int) -> Program:
 def alternate(forwards: list[Action], backwards: list[Action], warmup: int) -> list[Action]:
     """`warmup` forwards, then forward and backward in turn, then the backwards that are left."""
     warmup = min(warmup, len(forwards))
-    steady = [
-        action for pair in zip(forwards[warmup:], backwards, strict=False) for action in pair
-    ]
+    steady = [action for pair in zip(forwards[warmup:], backwards, strict=False) for action in pair]
     return forwards[:warmup] + steady + backwards[len(forwards) - warmup :]

@@ -1,0 +1,211 @@
+"""Runs one rank's part of a lowered program: a table from action kind to method, and a loop.
+
+All that the program fixes is worked out when the executor is built: which buffer each receive
+fills, which channel and tag each tensor takes. A run then allocates nothing for communication, and
+makes no shape negotiation and no barrier.
+
+What is in memory when: a stage's input (a receive buffer, or the output of a stage on the same
+rank) and its autograd graph, from forward to backward. The output itself is not kept: the backward
+starts from its gradient edge in the graph, so the tensor is freed when it has been sent.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from time import perf_counter
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from megapipe.microbatch import MicroBatch
+from megapipe.pipeline.p2p import Channel, Channels
+from megapipe.pipeline.schedule import Action, Kind, Program, Span, assign_buffers
+from megapipe.pipeline.schedule.action import stage_ranks
+from megapipe.tensor_parallel.weight_grad import WeightGradStore
+
+CONTEXT = 6
+"""Actions shown on either side of one that failed."""
+
+
+class PipelineExecutor:
+    """Calls `stage(inputs, batch)` and autograd in the order of the program.
+
+    `program` was lowered and validated. `stages` are those of this rank, by number; where the
+    program has BACKWARD_INPUT, each has a WeightGradStore as `weight_grads`. Tensors between stages
+    have shape `hidden_shape`. The last stage returns the sum of its microbatch's losses.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        stages: Mapping[int, nn.Module],
+        channels: Channels,
+        *,
+        hidden_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        ranks = stage_ranks(program)
+        self.rank = channels.rank
+        self.program = program[self.rank]
+        assert set(stages) == {stage for stage, rank in ranks.items() if rank == self.rank}
+        self.recorded: list[Span] = []
+        """What the last run did: host times of `perf_counter`, without the wait for arrivals."""
+
+        self._stages = stages
+        self._channels = channels
+        self._last_stage = len(ranks) - 1
+        self._microbatches = 1 + max(action.microbatch for action in self.program)
+        self._trains = any(a.kind.computes and a.kind is not Kind.FORWARD for a in self.program)
+
+        numbers = assign_buffers(self.program)
+        pool = [
+            torch.empty(hidden_shape, dtype=dtype, device=device)
+            for _ in range(1 + max(numbers.values(), default=-1))
+        ]
+        self._buffers = {receive: pool[number] for receive, number in numbers.items()}
+        self._pool_storages = {buffer.untyped_storage().data_ptr() for buffer in pool}
+        self._hidden = (torch.Size(hidden_shape), dtype)
+        self._routes = {
+            action: self._route(action, ranks)
+            for action in self.program
+            if not action.kind.computes
+        }
+        self._methods: dict[Kind, Callable[[Action], None]] = {
+            Kind.FORWARD: self._forward,
+            Kind.BACKWARD: self._backward,
+            Kind.BACKWARD_INPUT: self._backward_input,
+            Kind.BACKWARD_WEIGHT: self._backward_weight,
+            Kind.SEND_FORWARD: self._send,
+            Kind.RECEIVE_FORWARD: self._receive,
+            Kind.SEND_BACKWARD: self._send,
+            Kind.RECEIVE_BACKWARD: self._receive,
+        }
+        self._reset([])
+
+    def run(self, batches: Sequence[MicroBatch]) -> Sequence[Tensor]:
+        """The detached losses of the microbatches, in order, on the rank that has the last stage;
+        elsewhere nothing. Gradients are added to what the parameters hold.
+
+        An error of an action carries a note that says where in the program it happened.
+        """
+        assert len(batches) == self._microbatches, (len(batches), self._microbatches)
+        self._reset(batches)
+        try:
+            with torch.set_grad_enabled(self._trains):
+                for action in self.program:
+                    self._began = perf_counter()
+                    self._methods[action.kind](action)
+                    self.recorded.append(Span(action, self._began, perf_counter()))
+            self._channels.finish()
+        except Exception as error:
+            error.add_note(self._where())
+            raise
+        return [self._losses[microbatch] for microbatch in sorted(self._losses)]
+
+    # --- Actions ---------------------------------------------------------------------------------
+
+    def _forward(self, action: Action) -> None:
+        stage, _, microbatch = action
+        inputs = None
+        if stage > 0:
+            arrived = self._arrival(Action(stage, Kind.RECEIVE_FORWARD, microbatch))
+            inputs = arrived.requires_grad_(self._trains)
+        output: Tensor = self._stages[stage](inputs, self._batches[microbatch])
+        if stage == self._last_stage:
+            self._losses[microbatch] = output.detach()
+        else:
+            self._put(Action(stage, Kind.SEND_FORWARD, microbatch), output.detach())
+        if self._trains:
+            self._live[stage, microbatch] = (inputs, get_gradient_edge(output))
+
+    def _backward(self, action: Action) -> None:
+        stage, _, microbatch = action
+        inputs, edge = self._live.pop((stage, microbatch))
+        gradient = None  # that of a loss is one
+        if stage < self._last_stage:
+            gradient = self._arrival(Action(stage, Kind.RECEIVE_BACKWARD, microbatch))
+        torch.autograd.backward(edge, gradient)
+        if inputs is not None:
+            assert inputs.grad is not None, f"stage {stage} does not use its input"
+            self._put(Action(stage, Kind.SEND_BACKWARD, microbatch), inputs.grad)
+
+    def _backward_input(self, action: Action) -> None:
+        """Gradients of what has no separate weight gradient (norms, biases) are computed here."""
+        store = cast(WeightGradStore, self._stages[action.stage].weight_grads)
+        with store.defer() as weight_grads:
+            self._backward(action)
+        self._deferred[action.stage, action.microbatch] = weight_grads
+
+    def _backward_weight(self, action: Action) -> None:
+        weight_grads = self._deferred.pop((action.stage, action.microbatch))
+        weight_grads.reverse()
+        while weight_grads:  # each frees what it has used
+            weight_grads.pop()()
+
+    def _send(self, action: Action) -> None:
+        channel, tag = self._routes[action]
+        tensor = self._outbox.pop(action).contiguous()
+        assert (tensor.shape, tensor.dtype) == self._hidden, (action, tensor.shape, tensor.dtype)
+        channel.send(tensor, tag)
+
+    def _receive(self, action: Action) -> None:
+        channel, tag = self._routes[action]
+        self._arriving[action] = channel.receive(self._buffers[action], tag)
+
+    # --- Tensors between stages ------------------------------------------------------------------
+
+    def _put(self, send: Action, tensor: Tensor) -> None:
+        """Keep for its SEND, or for a stage on this rank, what a stage has computed.
+
+        Where a stage only passes on (a view of) what came, it must leave the receive buffer, which
+        may be filled again before the tensor has been sent.
+        """
+        if tensor.untyped_storage().data_ptr() in self._pool_storages:
+            tensor = tensor.clone()
+        self._outbox[send] = tensor
+
+    def _arrival(self, receive: Action) -> Tensor:
+        """What the RECEIVE has brought, after waiting for it; from a stage on this rank there is
+        none, and what would be sent is here."""
+        work = self._arriving.pop(receive, None)
+        if work is None:
+            return self._outbox.pop(receive.counterpart)
+        work.wait()
+        self._began = perf_counter()
+        return self._buffers[receive].detach()
+
+    def _route(self, action: Action, ranks: dict[int, int]) -> tuple[Channel, int]:
+        """The channel of a SEND or RECEIVE, and a tag that is the same at both ends."""
+        other = ranks[action.counterpart.stage]
+        pair = (self.rank, other) if action.kind.sends else (other, self.rank)
+        stage, kind, microbatch = action if action.kind.sends else action.counterpart
+        backward = kind is Kind.SEND_BACKWARD
+        return self._channels[pair], 2 * (stage * self._microbatches + microbatch) + backward
+
+    # --- A run's state ---------------------------------------------------------------------------
+
+    def _reset(self, batches: Sequence[MicroBatch]) -> None:
+        self._batches = batches
+        self._began = 0.0
+        self.recorded = []
+        self._losses: dict[int, Tensor] = {}
+        self._live: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
+        self._deferred: dict[tuple[int, int], list[Callable[[], None]]] = {}
+        self._arriving: dict[Action, dist.Work] = {}
+        self._outbox: dict[Action, Tensor] = {}
+
+    def _where(self) -> str:
+        """The part of this rank's program around the first action that was not completed."""
+        index, count = len(self.recorded), len(self.program)
+        if index == count:
+            return f"pipeline rank {self.rank}: after the last action, in waiting for its sends"
+        before = self.program[max(0, index - CONTEXT) : index]
+        after = self.program[index + 1 : index + 1 + CONTEXT]
+        words = [*map(str, before), f">>> {self.program[index]} <<<", *map(str, after)]
+        dots = ("... " * (index > CONTEXT), " ..." * (index + 1 + CONTEXT < count))
+        return (
+            f"pipeline rank {self.rank}, in {self.program[index]}, action {index} of {count}:\n"
+            f"  {dots[0]}{' '.join(words)}{dots[1]}"
+        )

@@ -1,0 +1,145 @@
+"""Channels between neighbouring pipeline ranks, one for each ordered pair, each one-way.
+
+gloo: all channels of a pipeline use its one process group. Each message has a tag of its own, and a
+thread of gloo's moves the data once both ends have asked for it.
+
+NCCL has no tags and matches the k-th send of a communicator to its k-th receive, and an operation
+at the head of a communicator's stream holds up those behind it. So each channel is a communicator
+of two ranks that is only ever used in one direction. Why it can't deadlock: a validated program
+posts the receives of a channel in the order of its sends, so the head of a channel always meets its
+other end; channels don't wait for each other, being on streams of their own; and compute waits for
+arrivals in program order, for which `validate` has shown that all of them come. (One communicator
+for both directions would fail this: a receive posted ahead would hold up the sends behind it that
+the other rank must have before it can answer.)
+"""
+
+from collections import deque
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megapipe.mesh import Mesh, split_world
+
+UNDER_WAY = 2
+"""Sends of a channel whose tensors are kept at a time. A validated program finishes with none; with
+two, a rank need not wait for the transfer of what it has just computed."""
+
+Pair = tuple[int, int]
+"""Pipeline ranks: source, destination."""
+
+
+class Channel:
+    """This rank's end of a one-way channel: the source only sends, the other only receives."""
+
+    def __init__(self, group: dist.ProcessGroup, peer: int) -> None:
+        """`peer` is the global rank of the other end."""
+        self._group = group
+        self._peer = dist.get_group_rank(group, peer)
+        self._sending: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def send(self, tensor: Tensor, tag: int) -> None:
+        """Hand over a contiguous tensor, which nobody may change any more; it is kept until sent.
+
+        Waits where the other end is more than UNDER_WAY receives late.
+        """
+        while len(self._sending) >= UNDER_WAY:
+            self._finish_oldest()
+        work = dist.isend(tensor, group=self._group, group_dst=self._peer, tag=tag)
+        assert work is not None
+        self._sending.append((work, tensor))
+
+    def receive(self, buffer: Tensor, tag: int) -> dist.Work:
+        """Post a receive; `wait()` of the result returns when the tensor is in `buffer`."""
+        work = dist.irecv(buffer, group=self._group, group_src=self._peer, tag=tag)
+        assert work is not None
+        return work
+
+    def finish(self) -> None:
+        """Wait until all that was sent has arrived."""
+        while self._sending:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        work, _ = self._sending.popleft()
+        work.wait()
+
+
+class Channels:
+    """This rank's channels to and from its neighbours on the ring of pipeline ranks."""
+
+    def __init__(self, rank: int, channels: Mapping[Pair, Channel]) -> None:
+        self.rank = rank
+        self._channels = channels
+
+    def __getitem__(self, pair: Pair) -> Channel:
+        return self._channels[pair]
+
+    def finish(self) -> None:
+        for channel in self._channels.values():
+            channel.finish()
+
+
+def make_channels(mesh: Mesh) -> Channels:
+    """Collective over the world. A pipeline of one rank has no channels and needs no group."""
+    axis = mesh.pipeline
+    if axis.group is None:
+        return Channels(axis.rank, {})
+    if mesh.device.type == "cpu":
+        return _own_ends(mesh, dict.fromkeys(ring_pairs(axis.size), axis.group))
+    channels = _own_ends(mesh, pair_groups(mesh))
+    connect(channels, axis.size, mesh.device)
+    return channels
+
+
+def ring_pairs(size: int) -> list[Pair]:
+    """Both directions between all neighbours, such that those next to each other share no rank
+    where that can be: first the links that begin at even ranks, then the others."""
+    links = sorted(
+        ((rank, (rank + 1) % size) for rank in range(size)), key=lambda link: link[0] % 2
+    )
+    return list(dict.fromkeys(pair for a, b in links for pair in ((a, b), (b, a))))
+
+
+def pair_groups(mesh: Mesh) -> dict[Pair, dist.ProcessGroup]:
+    """A process group of two for each channel that this rank has an end of. Collective."""
+    groups = {}
+    for source, destination in ring_pairs(mesh.pipeline.size):
+        pairs = [
+            [mesh.global_rank(pipeline, data, tensor) for pipeline in (source, destination)]
+            for data in range(mesh.data.size)
+            for tensor in range(mesh.tensor.size)
+        ]
+        group = split_world(f"pipeline_{source}_to_{destination}", pairs).group
+        if group is not None:
+            groups[source, destination] = group
+    return groups
+
+
+def connect(channels: Channels, size: int, device: torch.device) -> None:
+    """Send one element over every channel, so that NCCL makes its communicators here: making one
+    waits for the other end, which posting a receive must never do.
+
+    All ranks go through the channels in the same order, so the first one that is not made yet can
+    always be made. Collective over the pipeline.
+    """
+    element = torch.zeros(1, device=device)
+    for pair in ring_pairs(size):
+        if channels.rank == pair[0]:
+            channels[pair].send(element, tag=0)
+            channels[pair].finish()
+        elif channels.rank == pair[1]:
+            channels[pair].receive(element, tag=0).wait()
+
+
+def _own_ends(mesh: Mesh, groups: Mapping[Pair, dist.ProcessGroup]) -> Channels:
+    rank, ranks = mesh.pipeline.rank, mesh.pipeline.ranks
+    return Channels(
+        rank,
+        {
+            (source, destination): Channel(group, ranks[destination if rank == source else source])
+            for (source, destination), group in groups.items()
+            if rank in (source, destination)
+        },
+    )

@@ -1,0 +1,89 @@
+"""When each action of each rank began and ended, simulated or recorded."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megapipe.pipeline.schedule.action import LAST_OF_A_BACKWARD, Action, Kind
+
+
+class Span(NamedTuple):
+    """An action and its time, from when all that it waits for was there."""
+
+    action: Action
+    begin: float
+    end: float
+
+    @property
+    def duration(self) -> float:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """For each rank its spans in order, in whatever unit of time made them."""
+
+    spans: list[list[Span]]
+
+    @property
+    def makespan(self) -> float:
+        begin = min((spans[0].begin for spans in self.spans if spans), default=0.0)
+        return max((spans[-1].end for spans in self.spans if spans), default=begin) - begin
+
+    @property
+    def bubble(self) -> float:
+        """Idle time over busy time, all ranks together: time / ideal - 1, where the ideal shares
+        the work equally among the ranks and never waits."""
+        busy = sum(span.duration for spans in self.spans for span in _computing(spans))
+        return (len(self.spans) * self.makespan - busy) / busy
+
+    @property
+    def peak_live(self) -> list[int]:
+        """For each rank, the most activations it ever holds, in chunks of one microbatch.
+
+        An activation lives from the begin of its forward to the end of its backward, or of the
+        weight gradient where that is apart. In forward-only programs none outlives its forward.
+        """
+        return [_peak_live([span.action for span in spans]) for spans in self.spans]
+
+    @property
+    def peak_microbatches(self) -> list[float]:
+        """`peak_live` in microbatches of a full rank, all of its chunks."""
+        stages = [len({span.action.stage for span in _computing(spans)}) for spans in self.spans]
+        return [live / (count or 1) for live, count in zip(self.peak_live, stages, strict=True)]
+
+    def text(self, columns: int = 48) -> str:
+        """A picture: a row for each rank, two characters for the time of the shortest action.
+
+        `F3` is a forward of microbatch 3 (of 13, 23 and so on: one digit), `B3--` a backward twice
+        as long, dots are idle time. What comes after `columns` shortest actions is cut off.
+        """
+        computing = [_computing(spans) for spans in self.spans]
+        begin = min((spans[0].begin for spans in computing if spans), default=0.0)
+        unit = min((s.duration for spans in computing for s in spans if s.duration > 0), default=1)
+        rows = []
+        for rank, spans in enumerate(computing):
+            cells = [".."] * min(columns, round(self.makespan / unit))
+            for action, start, end in spans:
+                first = round((start - begin) / unit)
+                last = max(first + 1, round((end - begin) / unit))
+                marks = [f"{action.kind}{action.microbatch % 10}"] + ["--"] * (last - first - 1)
+                cells[first:last] = marks[: max(0, len(cells) - first)]
+            cut = " ..." if columns < round(self.makespan / unit) else ""
+            rows.append(f"rank {rank:<3}{''.join(cells)}{cut}\n")
+        return "".join(rows)
+
+
+def _computing(spans: list[Span]) -> list[Span]:
+    return [span for span in spans if span.action.kind.computes]
+
+
+def _peak_live(actions: list[Action]) -> int:
+    live = peak = 0
+    keeps = any(action.kind in LAST_OF_A_BACKWARD for action in actions)
+    for action in actions:
+        if action.kind is Kind.FORWARD:
+            live += 1
+            peak = max(peak, live)
+        if action.kind in LAST_OF_A_BACKWARD or (action.kind is Kind.FORWARD and not keeps):
+            live -= 1
+    return peak
