@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: forked ranks hang on a parent's thread pool
 
 import pytest
 
+from tests.corpus import write_config, write_text, write_tokenizer
 from tests.ranks import POOL
 
 
@@ -14,3 +16,13 @@ from tests.ranks import POOL
 def _ranks() -> Iterator[None]:
     yield
     POOL.close()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with real text, a tokenizer trained on it, and run.toml: 8 steps of both."""
+    folder = tmp_path_factory.mktemp("corpus")
+    write_text(folder)
+    write_tokenizer(folder)
+    write_config(folder, steps=8)
+    return folder

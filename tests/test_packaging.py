@@ -1,5 +1,6 @@
 """The wheel: whole, without links, and at work in an environment where only it is megapipe."""
 
+import json
 import os
 import shutil
 import stat
@@ -95,6 +96,27 @@ def test_metadata(wheel: Path) -> None:
     assert "\nLicense-Expression: Apache-2.0\n" in text
     assert any(name.endswith("/licenses/LICENSE") for name in names)
     assert "\nRequires-Dist: torch" in text
+
+
+CONFIG = """\
+model = { preset = "llama-micro", vocab_size = 400 }
+logging = { wandb = "off" }
+train = { run_dir = "run", steps = 2, global_batch_size = 2, sequence_length = 16, \
+precision = "fp32", device = "cpu" }
+data = { tokenizer = "t.model", sources = [{ path = "*.txt" }] }
+"""
+
+
+def test_the_installed_command_trains_from_an_empty_directory(
+    installed: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.toml").write_text(CONFIG, encoding="utf-8")
+    (tmp_path / "text.txt").write_text(Path(json.decoder.__file__).read_text(), encoding="utf-8")
+    words = ("tokenizer", "train", "text.txt", "--vocab-size", "400", "--out", "t.model")
+    run(installed / "megapipe", *words, cwd=tmp_path)
+    run(installed / "megapipe", "train", "run.toml", cwd=tmp_path)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
 
 
 def test_the_installed_command_works_from_an_empty_directory(

@@ -4,6 +4,7 @@ Imports are read from the source, so those inside functions and under TYPE_CHECK
 """
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -272,8 +273,9 @@ def test_the_command_leaves_the_name_kernels_to_others(tmp_path: Path) -> None:
         "spec = importlib.util.find_spec('kernels')\n"
         f"assert spec is None or not str(spec.origin).startswith({str(ROOT)!r}), spec\n"
     )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     for folder in (tmp_path, ROOT):
-        subprocess.run([sys.executable, str(script)], cwd=folder, check=True)
+        subprocess.run([sys.executable, str(script)], cwd=folder, env=environment, check=True)
 
 
 # --- The rules themselves, on houses with a fault ------------------------------------------------

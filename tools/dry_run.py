@@ -31,7 +31,7 @@ def dry_run(config: Config, name: str, world_size: int | None = None) -> str:
     )
     blocks = [
         [f"# {name}, resolved", dump_config(config).strip()],
-        [*_layout(config), "", *_ranks(config, placed)],
+        [*layout_lines(config), "", *_ranks(config, placed)],
         list(_stages(config, placed)),
         list(_memory(config, placed)),
         list(_work(config)),
@@ -51,7 +51,8 @@ def _microbatches(config: Config) -> int:
 # --- Layout --------------------------------------------------------------------------------------
 
 
-def _layout(config: Config) -> Iterator[str]:
+def layout_lines(config: Config) -> Iterator[str]:
+    """Ranks and schedule, a line each; parallel.data has to be filled in."""
     parallel = config.parallel
     world = parallel.tensor * parallel.pipeline * _data(config)
     yield (

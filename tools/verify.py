@@ -11,6 +11,7 @@ from megapipe.tools.arguments import Parser, UsageError
 from megapipe.tools.shrink import shrink
 
 if TYPE_CHECKING:
+    from megapipe.tools.rendezvous import Rendezvous
     from megapipe.train.proof import Verdict
 
 TOLERANCE = 1e-9
@@ -51,7 +52,7 @@ def run(argv: Sequence[str]) -> int:
     return launch_local(partial(_verify_rank, small, arguments.steps), ranks)
 
 
-def _verify_rank(config: Config, steps: int, rendezvous: object) -> int:
+def _verify_rank(config: Config, steps: int, rendezvous: "Rendezvous") -> int:
     import torch
 
     from megapipe.mesh import build_mesh

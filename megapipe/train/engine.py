@@ -15,7 +15,7 @@ from megapipe.mesh import Mesh
 from megapipe.microbatch import IGNORED_TARGET, MicroBatch
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import make_channels
-from megapipe.pipeline.schedule import build_program, forward_program, lower, validate
+from megapipe.pipeline.schedule import Program, build_program, forward_program, lower, validate
 from megapipe.tensor_parallel.collectives import all_reduce_
 from megapipe.train.optimizer import Optimizer
 
@@ -79,7 +79,7 @@ class Engine:
         train = self.config.train
         return train.global_batch_size // (self.mesh.data.size * train.micro_batch_size)
 
-    def _executor(self, program: object) -> PipelineExecutor:
+    def _executor(self, program: Program) -> PipelineExecutor:
         lowered = lower(program)
         validate(lowered)
         config = self.config

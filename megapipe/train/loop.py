@@ -1,16 +1,16 @@
 """The training loop, on one page. Every rank of the mesh runs it in step with the others."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megapipe.config import Config
 from megapipe.data.distribute import ReplicaFeed
+from megapipe.errors import CheckpointError
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine, StepResult
 from megapipe.train.learning_rate import learning_rate
 from megapipe.train.loggers import Loggers
-from megapipe.train.metrics import Metrics
+from megapipe.train.metrics import Metrics, device_peak_flops, peak_memory_bytes
 from megapipe.train.signals import StopRequest
 
 
@@ -26,6 +26,7 @@ class Run:
     loggers: Loggers  # speaks on rank 0 only
     stop: StopRequest
     progress: Progress
+    flops_per_token: float
 
 
 def train(run: Run) -> Progress:
@@ -34,7 +35,6 @@ def train(run: Run) -> Progress:
     The stop flag travels with the step's own reduction, so all ranks leave after the same step.
     """
     config, progress = run.config, run.progress
-    saved = progress.step
     while progress.step < config.train.steps:
         began = time.perf_counter()
         rate = learning_rate(progress.step, config.optimizer, config.train.steps)
@@ -45,15 +45,69 @@ def train(run: Run) -> Progress:
         seconds = time.perf_counter() - began
 
         validation = None
-        if _due(progress.step, config.train.validation_every, config.train.steps):
+        if _due(progress.step, config.train.validation_every, last=config.train.steps):
             validation = validation_loss(run)
         run.loggers.log(_metrics(run, progress, result, rate, seconds, waited, validation))
         leaving = result.stop or progress.step == config.train.steps
         if leaving or _due(progress.step, config.checkpoint.every):
-            path = run.checkpoints.save(progress, run.feed.state())
-            run.loggers.event(f"Saved {path}")
-            saved = progress.step
+            save(run, progress, last=leaving)
         if result.stop:
             break
-    assert saved == progress.step, "the last step is saved"
     return progress
+
+
+def save(run: Run, progress: Progress, *, last: bool) -> None:
+    """Write a checkpoint. One that can't be written (a full disk) is told, and tried again when the
+    next is due: older checkpoints are whole. The last one has to succeed: CheckpointError."""
+    try:
+        path = run.checkpoints.save(progress, run.feed.state())
+    except CheckpointError as error:
+        if last:
+            raise
+        run.loggers.event(f"NOT SAVED at step {progress.step}, training goes on: {error}")
+    else:
+        run.loggers.event(f"Saved {path}")
+
+
+def validation_loss(run: Run) -> float:
+    """Mean loss per token over the first train.validation_batches batches of validation text."""
+    assert run.validation is not None
+    run.validation.restart()
+    total, count = 0.0, 0
+    for _ in range(run.config.train.validation_batches):
+        loss, tokens = run.engine.validation_loss(run.validation.next())
+        total, count = total + loss, count + tokens
+    return total / count
+
+
+def _due(step: int, every: int, *, last: int | None = None) -> bool:
+    return every > 0 and (step % every == 0 or step == last)
+
+
+def _metrics(
+    run: Run,
+    progress: Progress,
+    result: StepResult,
+    rate: float,
+    seconds: float,
+    waited: float,
+    validation: float | None,
+) -> Metrics:
+    mesh = run.engine.mesh
+    speed = result.tokens / seconds
+    peak = device_peak_flops(mesh.device, run.config.train.precision)
+    return Metrics(
+        step=progress.step,
+        loss=result.loss,
+        grad_norm=result.grad_norm,
+        learning_rate=rate,
+        tokens=progress.tokens,
+        tokens_per_second=speed,
+        step_seconds=seconds,
+        mfu=speed * run.flops_per_token / (peak * mesh.world_size) if peak else None,
+        data_wait_seconds=waited,
+        memory_bytes=peak_memory_bytes(mesh.device),
+        epoch=run.feed.epoch,
+        skipped_rows=run.feed.skipped.total(),
+        validation_loss=validation,
+    )

@@ -82,8 +82,9 @@ def prove(
         for step in range(steps):
             rate = config.optimizer.learning_rate
             result = layout.train_step(tokens(step, mesh), rate)
-            expected = single and single.train_step(tokens(step, single_mesh), rate)
-            if expected is not None:
+            expected = None
+            if single is not None:
+                expected = single.train_step(tokens(step, single_mesh), rate)
                 losses.append((result.loss, expected.loss))
                 found.append(_difference(step, "loss", result.loss, expected.loss))
             # Before clipping: it would hide gradients that are all too large by one factor, and

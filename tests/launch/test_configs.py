@@ -29,9 +29,7 @@ def world_sizes(path: Path) -> set[int]:
     for command in commands(path):
         if nodes := re.search(r"sbatch --nodes (\d+)", command):
             sizes.add(int(nodes[1]) * GPUS_PER_NODE)
-        elif size := re.search(r"--world-size (\d+)", command):
-            sizes.add(int(size[1]))
-        elif size := re.search(r"NPROC_PER_NODE=(\d+)", command):
+        elif size := re.search(r"(?:--world-size |NPROC_PER_NODE=)(\d+)", command):
             sizes.add(int(size[1]))
         else:
             parallel = load(path).parallel

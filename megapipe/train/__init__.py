@@ -1,0 +1,1 @@
+"""From parts to a run: engine, optimizer, learning rate, checkpoints, metrics, the loop."""

@@ -1,0 +1,133 @@
+"""metrics.jsonl: the truth about a run, one JSON object for each optimizer step.
+
+A line reaches the kernel in one write at the end of its step, so a run that is killed loses at most
+the step under way, and perhaps leaves a torn line, which the next start drops. What a run that goes
+on from step k will take again (lines after k) is dropped then too.
+
+A disk that is full, or a server that is away, does not stop the training: lines that can't be
+written wait in memory, which is said once, and are written as soon as that is possible.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from megapipe.checkpoint.storage import sync_directory, write_durably
+from megapipe.errors import MegapipeError
+from megapipe.train.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the start of a run found in its metrics.jsonl."""
+
+    last_step: int  # before anything was dropped; 0 for none
+    dropped: int  # lines of later steps, and lines that can't be read
+
+
+class MetricsFile:
+    """Appends to metrics.jsonl, which holds strictly ascending steps."""
+
+    def __init__(self, path: Path, step: int, event: Callable[[str], None]) -> None:
+        """For a run that goes on after `step`.
+
+        Raises MegapipeError where the file can't be written.
+        """
+        self.path = path
+        self._event = event
+        self._waiting: list[bytes] = []
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.kept = keep_until(path, step)
+            self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            self._size = os.fstat(self._descriptor).st_size
+        except OSError as error:
+            raise MegapipeError(
+                f"{path}: can't be written: {error.strerror}. Free some space there, or choose "
+                "another directory (train.run_dir)."
+            ) from error
+        if self.kept.dropped:
+            event(f"{path}: dropped {self.kept.dropped} lines that come after step {step}.")
+
+    def log(self, metrics: Metrics) -> None:
+        self._waiting.append(metrics.to_json().encode() + b"\n")
+        try:
+            self._append(b"".join(self._waiting))
+        except OSError as error:
+            with suppress(OSError):  # no half line stays
+                os.ftruncate(self._descriptor, self._size)
+            if len(self._waiting) == 1:
+                self._event(
+                    f"{self.path} can't be written ({error.strerror}). Training goes on, and lines "
+                    "wait in memory until they can be: free some space."
+                )
+        else:
+            if len(self._waiting) > 1:
+                self._event(f"{self.path} is written again, and no line is missing.")
+            self._waiting.clear()
+
+    def _append(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(self._descriptor, rest) :]
+        self._size += len(data)
+
+    def close(self, failed: bool) -> None:
+        """Once only. Lines that still wait are lost, which is said."""
+        try:
+            if self._waiting:
+                self._append(b"".join(self._waiting))
+            os.fsync(self._descriptor)
+        except OSError as error:
+            self._event(
+                f"{self.path} lacks its last {len(self._waiting)} lines, which could not be "
+                f"written ({error.strerror})."
+            )
+        finally:
+            os.close(self._descriptor)
+
+
+def keep_until(path: Path, step: int) -> Kept:
+    """Drop what is not the line of a step up to `step`, at once or not at all.
+
+    Steps must ascend, so a line that is there twice goes as well.
+    """
+    if not path.exists():
+        return Kept(last_step=0, dropped=0)
+    steps = [number for _, number in _numbered(path)]
+    kept = sum(1 for _ in _kept(path, step))
+    if kept < len(steps):
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            write_durably(scratch, _kept(path, step))
+            os.replace(scratch, path)
+            sync_directory(path.parent)
+        finally:
+            scratch.unlink(missing_ok=True)
+    return Kept(max((number or 0 for number in steps), default=0), dropped=len(steps) - kept)
+
+
+def _kept(path: Path, step: int) -> Iterator[bytes]:
+    previous = 0
+    for line, number in _numbered(path):
+        if number is not None and previous < number <= step:
+            previous = number
+            yield line
+
+
+def _numbered(path: Path) -> Iterator[tuple[bytes, int | None]]:
+    """Every line and its step; None for a line that is torn or of another kind."""
+    with path.open("rb") as file:
+        for line in file:
+            yield line, _step(line)
+
+
+def _step(line: bytes) -> int | None:
+    try:
+        step = json.loads(line)["step"] if line.endswith(b"\n") else None
+    except (ValueError, TypeError, KeyError):
+        return None
+    return step if isinstance(step, int) else None

@@ -1,0 +1,136 @@
+"""The run directory when a run starts: may this config go on in it, and from where.
+
+    config.toml      the resolved config of the last start
+    metrics.jsonl    one line for each step
+    checkpoints/     step-00000100/, ...
+
+Nothing in it is ever lost to another run: a config that does not belong there is refused.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megapipe.checkpoint.exchange import Peers
+from megapipe.checkpoint.steps import committed
+from megapipe.config import Config, difference, parse_config, save_config, section_types
+from megapipe.errors import CheckpointError, MegapipeError
+
+NAME = "config.toml"
+ALONE = Peers()
+ANOTHER = "Choose another train.run_dir, or move that directory elsewhere."
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`resume` stands for checkpoint.resume in this start; `notes` are lines for people."""
+
+    resume: str
+    notes: list[str]
+
+
+def plan_start(config: Config, peers: Peers = ALONE) -> Plan:
+    """How this config goes on in its run directory; reads only. Collective: all get one answer.
+
+    Raises MegapipeError where that would lose checkpoints, or they are of another model.
+    """
+    return Plan(**_from_first(peers, lambda: asdict(_plan(config))))
+
+
+def write_config(config: Config, peers: Peers = ALONE) -> None:
+    """Make the run directory, and put the resolved config into it in one step. Collective."""
+    _from_first(peers, lambda: _write(config))
+
+
+def _from_first(peers: Peers, action: Callable[[], object]) -> Any:
+    """What `action` returns on rank 0 (plain JSON), or its MegapipeError, on every rank."""
+    answer: dict[str, object] = {}
+    if peers.rank == 0:
+        try:
+            answer = {"value": action()}
+        except MegapipeError as error:
+            if peers.size == 1:
+                raise
+            answer = {"error": str(error)}
+    answer = peers.all_gather(answer)[0]
+    if "error" in answer:
+        raise MegapipeError(answer["error"])
+    return answer["value"]
+
+
+def _plan(config: Config) -> Plan:
+    run_dir = Path(config.train.run_dir)
+    own = list(committed(run_dir / "checkpoints").values())
+    last = _read(run_dir / NAME)
+    resume = config.checkpoint.resume
+    if not own:
+        if resume not in ("auto", "never"):
+            _check_model(_read(Path(resume) / NAME), config, Path(resume))
+        return Plan(resume, [])
+    if resume == "never":
+        raise CheckpointError(
+            f'checkpoint.resume = "never", and train.run_dir = "{run_dir}" holds checkpoints '
+            f"(the newest is {own[0].name}), which a new run would replace. {ANOTHER}"
+        )
+    notes = []
+    if resume != "auto":
+        notes = _notes_on_path(resume, own[0], run_dir, last)
+    _check_model(last, config, run_dir)
+    if last is not None:
+        notes += _notes_on_changes(last, config)
+    return Plan("auto", notes)
+
+
+def _write(config: Config) -> None:
+    run_dir = Path(config.train.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MegapipeError(
+            f'train.run_dir = "{run_dir}" can\'t be made: {error.strerror} ({error.filename}). '
+            "Choose a directory that can be written."
+        ) from error
+    save_config(config, run_dir / NAME)
+
+
+def _read(path: Path) -> Config | None:
+    try:
+        return parse_config(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise MegapipeError(f"{path}: can't be read: {error.strerror}.") from error
+
+
+def _check_model(old: Config | None, config: Config, where: Path) -> None:
+    """Raises CheckpointError with the difference where weights of `old` don't fit."""
+    changed = difference(old, config) if old else []
+    if changed:
+        lines = "".join(f"\n    {line}" for line in changed)
+        raise CheckpointError(
+            f"{where / NAME} is of another model than this config, whose run would go on from "
+            f"checkpoints there (then -> now):{lines}\n  Put the model back, or choose another "
+            f'train.run_dir (now "{config.train.run_dir}").'
+        )
+
+
+def _notes_on_path(resume: str, newest: Path, run_dir: Path, last: Config | None) -> list[str]:
+    """checkpoint.resume names a checkpoint, and the run directory has some already.
+
+    The same command started again (after a crash, or requeued) goes on. Going back to an earlier
+    checkpoint of the run is another run: later checkpoints would be taken at the next start.
+    """
+    if Path(resume).resolve() == newest.resolve():
+        return []
+    if last is not None and last.checkpoint.resume == resume:
+        return [f"Begun from {resume}; going on from the newest checkpoint of {run_dir}."]
+    raise CheckpointError(
+        f'checkpoint.resume = "{resume}", and train.run_dir = "{run_dir}" holds checkpoints of its '
+        f"own (the newest is {newest.name}), which the next start would go on from. {ANOTHER}"
+    )
+
+
+def _notes_on_changes(last: Config, config: Config) -> list[str]:
+    changed = difference(last, config, [name for name in section_types() if name != "model"])
+    return [f"Changed since the last start: {'; '.join(changed)}."] if changed else []

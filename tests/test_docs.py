@@ -1,0 +1,75 @@
+"""The documents: links lead somewhere, and commands, keys and examples are those that exist."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from megapipe.config import Config, section_types
+from megapipe.config.load import load_config
+from megapipe.models.presets import PRESETS
+from megapipe.pipeline import build_program, lower, validate
+from megapipe.tools.arguments import config_keys
+from megapipe.tools.cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def code(path: Path) -> str:
+    """Everything that stands in code: spans, fenced and indented blocks."""
+    fenced = re.findall(r"```\w*\n(.*?)```", text(path), re.DOTALL)
+    plain = re.sub(r"```.*?```", "", text(path), flags=re.DOTALL)
+    return "\n".join([*fenced, *re.findall(r"`([^`]+)`", plain)])
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text(path), re.DOTALL)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", text(path)):
+        assert (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_and_keys_exist(path: Path) -> None:
+    for command in re.findall(r"\bmegapipe ([a-z]+)\b(?!\()", code(path)):
+        assert command in COMMANDS, command
+    sections = "|".join(section_types())
+    for key in re.findall(rf"(?<![\w./])(?:--)?((?:{sections})\.[a-z]\w*)", code(path)):
+        assert key in config_keys(), key
+    for file in re.findall(r"\b(?:megapipe|kernels|models|tests|launch)/[\w/]+\.\w+", code(path)):
+        assert (ROOT / file).exists(), file
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_toml_examples_are_valid(path: Path) -> None:
+    for block in blocks(path, "toml"):
+        tree = tomllib.loads(block)
+        for name, values in tree.items():
+            assert set(values) <= set(section_types()[name].model_fields), name
+
+
+def test_the_readme_config_runs_as_it_stands(tmp_path: Path) -> None:
+    (block,) = blocks(ROOT / "README.md", "toml")
+    path = tmp_path / "run.toml"
+    path.write_text(block, encoding="utf-8")
+    config = load_config(path, [], PRESETS)
+    assert isinstance(config, Config)
+    commands = "\n".join(blocks(ROOT / "README.md", "sh"))
+    assert f"--vocab-size {config.model.vocab_size} --out {config.data.tokenizer}" in commands
+    assert f"megapipe generate {config.train.run_dir}" in commands
+    assert f"'{config.data.sources[0].path}'" in commands
+
+
+def test_the_schedule_example_of_the_layouts_page() -> None:
+    (example,) = blocks(ROOT / "docs" / "layouts.md", "python")
+    assert "lower(build_program(" in example
+    validate(lower(build_program("1f1b", pipeline=4, virtual=1, microbatches=8)))

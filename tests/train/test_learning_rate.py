@@ -1,0 +1,107 @@
+"""The learning rate over a run."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megapipe.config.optimizer import OptimizerConfig
+from megapipe.train.learning_rate import learning_rate
+
+rates = st.floats(1e-9, 10.0)
+
+
+@st.composite
+def runs(draw: st.DrawFn, *schedules: str) -> tuple[OptimizerConfig, int]:
+    """An optimizer and a number of steps that the config's checks allow together."""
+    steps = draw(st.integers(1, 300))
+    warmup = draw(st.integers(0, steps))
+    peak = draw(rates)
+    fields: dict[str, Any] = {
+        "learning_rate": peak,
+        "min_learning_rate": peak * draw(st.floats(0, 1)),
+        "warmup_steps": warmup,
+        "schedule": draw(st.sampled_from(schedules)),
+    }
+    longest = steps - warmup if fields["schedule"] == "wsd" else 2 * steps
+    if fields["schedule"] != "constant" and longest > 0 and draw(st.booleans()):
+        fields["decay_steps"] = draw(st.integers(1, longest))
+    return OptimizerConfig(**fields), steps
+
+
+def curve(optimizer: OptimizerConfig, steps: int) -> list[float]:
+    return [learning_rate(step, optimizer, steps) for step in range(steps)]
+
+
+def optimizer(**fields: Any) -> OptimizerConfig:
+    return OptimizerConfig(**{"learning_rate": 1.0, "min_learning_rate": 0.1, **fields})
+
+
+@given(runs("constant", "linear", "cosine", "wsd"))
+def test_rises_linearly_then_never_rises(run: tuple[OptimizerConfig, int]) -> None:
+    given, steps = run
+    rate, peak, warmup = curve(given, steps), given.learning_rate, given.warmup_steps
+    assert max(rate) <= peak
+    assert min(rate[warmup:], default=peak) >= min(given.min_learning_rate, peak)
+    assert rate[:warmup] == pytest.approx([peak * n / warmup for n in range(1, warmup + 1)])
+    assert all(value > 0 for value in rate[:warmup])
+    assert warmup == 0 or rate[warmup - 1] == peak
+    after = rate[max(0, warmup - 1) :]
+    assert all(later <= earlier for earlier, later in zip(after, after[1:], strict=False))
+
+
+@given(runs("linear", "cosine", "wsd"))
+def test_ends_at_the_minimum(run: tuple[OptimizerConfig, int]) -> None:
+    given, steps = run
+    last = learning_rate(steps - 1, given, steps)
+    if given.warmup_steps == steps:
+        assert last == given.learning_rate
+    elif given.decay_steps is None or given.schedule == "wsd":
+        assert last == given.min_learning_rate
+    elif given.warmup_steps + given.decay_steps <= steps:
+        assert learning_rate(given.warmup_steps + given.decay_steps - 1, given, steps) == last
+        assert last == given.min_learning_rate
+
+
+@given(runs("linear", "cosine", "wsd"))
+def test_no_jump(run: tuple[OptimizerConfig, int]) -> None:
+    """No step changes the rate by more than the steepest part of its curve does."""
+    given, steps = run
+    rate, warmup = curve(given, steps), given.warmup_steps
+    length = given.decay_steps or (steps // 10 or 1 if given.schedule == "wsd" else steps - warmup)
+    length = min(length, max(1, steps - warmup)) if given.schedule == "wsd" else max(1, length)
+    steepest = (given.learning_rate - given.min_learning_rate) / length
+    steepest *= 1.5708 if given.schedule == "cosine" else 1  # pi / 2, in the middle
+    for earlier, later in zip(rate[max(0, warmup - 1) :], rate[warmup:], strict=False):
+        assert earlier - later <= steepest * (1 + 1e-6) + 1e-15
+
+
+def test_constant() -> None:
+    given = optimizer(schedule="constant", warmup_steps=4)
+    assert curve(given, 7) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_linear() -> None:
+    given = optimizer(schedule="linear", warmup_steps=2)
+    assert curve(given, 5) == pytest.approx([0.5, 1.0, 0.7, 0.4, 0.1])
+
+
+def test_cosine_is_halfway_in_the_middle() -> None:
+    given = optimizer(schedule="cosine", warmup_steps=2)
+    rate = curve(given, 10)
+    assert rate[5] == pytest.approx(0.55)
+    assert rate[3] - rate[4] > rate[1] - rate[2], "it begins gently"
+
+
+def test_wsd_decays_over_the_last_tenth() -> None:
+    rate = curve(optimizer(schedule="wsd", warmup_steps=10), 100)
+    assert rate[9:90] == [1.0] * 81
+    assert rate[90:] == pytest.approx([1 - 0.09 * n for n in range(1, 11)])
+    rate = curve(optimizer(schedule="wsd", decay_steps=3), 8)
+    assert rate == pytest.approx([1, 1, 1, 1, 1, 0.7, 0.4, 0.1])
+
+
+def test_decay_steps_end_the_decay_early() -> None:
+    rate = curve(optimizer(schedule="linear", warmup_steps=1, decay_steps=3), 7)
+    assert rate == pytest.approx([1, 0.7, 0.4, 0.1, 0.1, 0.1, 0.1])

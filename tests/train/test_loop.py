@@ -1,0 +1,192 @@
+"""The loop alone: when it saves, validates, stops, and what it does when a save fails."""
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megapipe.config import Config, load_config
+from megapipe.errors import CheckpointError
+from megapipe.mesh import Mesh
+from megapipe.models.presets import PRESETS
+from megapipe.train.checkpoints import Progress
+from megapipe.train.engine import StepResult
+from megapipe.train.learning_rate import learning_rate
+from megapipe.train.loop import Run, train
+from megapipe.train.metrics import Metrics
+from tests.config.examples import write
+
+
+class Feed:
+    """Gives the number of its next step."""
+
+    epoch, skipped = 1, Counter({"empty": 2, "malformed JSON": 1})
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def next(self) -> int:
+        self.given += 1
+        return self.given
+
+    def restart(self) -> None:
+        self.given = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"step": self.given}
+
+
+class Engine:
+    """Loses 1 / batch, on 100 tokens a step; stops when asked, or by another rank's request."""
+
+    mesh = Mesh.single(torch.device("cpu"))
+
+    def __init__(self, stops_at: int | None = None) -> None:
+        self.rates: list[float] = []
+        self.stops_at = stops_at
+
+    def train_step(self, batches: int, rate: float, *, stop: bool) -> StepResult:
+        self.rates.append(rate)
+        stops = stop or batches == self.stops_at
+        return StepResult(loss=1 / batches, grad_norm=0.5, clip=1.0, tokens=100, stop=stops)
+
+    def validation_loss(self, batches: int) -> tuple[float, int]:
+        return 60.0 * batches, 10 + batches  # sum, tokens
+
+
+class Checkpoints:
+    """Remembers what was saved; fails at the steps given."""
+
+    def __init__(self, fails_at: tuple[int, ...] = ()) -> None:
+        self.saved: list[tuple[Progress, dict[str, Any]]] = []
+        self.fails_at = fails_at
+
+    def save(self, progress: Progress, data_state: dict[str, Any]) -> Path:
+        if progress.step in self.fails_at:
+            raise CheckpointError("no space left on device")
+        self.saved.append((progress, data_state))
+        return Path(f"step-{progress.step}")
+
+    @property
+    def steps(self) -> list[int]:
+        return [progress.step for progress, _ in self.saved]
+
+
+class Loggers:
+    def __init__(self) -> None:
+        self.rows: list[Metrics] = []
+        self.events: list[str] = []
+
+    def log(self, metrics: Metrics) -> None:
+        self.rows.append(metrics)
+
+    def event(self, text: str) -> None:
+        self.events.append(text)
+
+
+def make_config(folder: Path, *overrides: str) -> Config:
+    words = ("--train.steps=7", "--checkpoint.every=3", "--data.validation_fraction=0.1")
+    return load_config(write(folder), [*words, *overrides], PRESETS)
+
+
+def make_run(config: Config, **parts: Any) -> Any:
+    """A Run of stand-ins, as Any so that tests reach what is theirs."""
+    defaults = {
+        "engine": Engine(),
+        "feed": Feed(),
+        "validation": Feed(),
+        "checkpoints": Checkpoints(),
+        "loggers": Loggers(),
+        "stop": SimpleNamespace(requested=False),
+        "progress": Progress(),
+        "flops_per_token": 6.0,
+    }
+    return Run(config, **(defaults | parts))
+
+
+def test_steps_to_the_end_and_saves_when_due_and_last(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    run = make_run(config)
+    assert train(run) == Progress(7, 700)
+    assert run.checkpoints.steps == [3, 6, 7]
+    assert run.checkpoints.saved[1] == (Progress(6, 600), {"step": 6})
+    assert run.engine.rates == [learning_rate(t, config.optimizer, 7) for t in range(7)]
+    assert run.loggers.events == ["Saved step-3", "Saved step-6", "Saved step-7"]
+
+
+def test_tells_each_step(tmp_path: Path) -> None:
+    run = make_run(make_config(tmp_path))
+    train(run)
+    assert [row.step for row in run.loggers.rows] == [1, 2, 3, 4, 5, 6, 7]
+    row = run.loggers.rows[1]
+    assert (row.loss, row.grad_norm, row.tokens) == (0.5, 0.5, 200)
+    assert row.learning_rate == run.engine.rates[1]
+    assert row.tokens_per_second == pytest.approx(100 / row.step_seconds)
+    assert 0 <= row.data_wait_seconds <= row.step_seconds
+    assert (row.epoch, row.skipped_rows, row.mfu, row.validation_loss) == (1, 3, None, None)
+    assert row.memory_bytes > 2**20
+
+
+def test_mfu_counts_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(make_config(tmp_path))
+    monkeypatch.setattr("megapipe.train.loop.device_peak_flops", lambda device, precision: 1e3)
+    train(run)
+    row = run.loggers.rows[0]
+    assert row.mfu == pytest.approx(6.0 * row.tokens_per_second / 1e3)
+
+
+def test_goes_on_from_where_it_was(tmp_path: Path) -> None:
+    run = make_run(make_config(tmp_path), progress=Progress(5, 1000))
+    assert train(run) == Progress(7, 1200)
+    assert run.checkpoints.steps == [6, 7]
+    done = make_run(make_config(tmp_path), progress=Progress(7, 700))
+    assert train(done) == Progress(7, 700)
+    assert done.checkpoints.steps == [], "nothing to do, nothing to save"
+
+
+def test_every_0_saves_at_the_end_only(tmp_path: Path) -> None:
+    run = make_run(make_config(tmp_path, "--checkpoint.every=0"))
+    train(run)
+    assert run.checkpoints.steps == [7]
+
+
+def test_a_request_on_any_rank_saves_and_leaves(tmp_path: Path) -> None:
+    own = make_run(make_config(tmp_path), stop=SimpleNamespace(requested=True))
+    assert train(own) == Progress(1, 100)
+    assert own.checkpoints.steps == [1]
+    elsewhere = make_run(make_config(tmp_path), engine=Engine(stops_at=4))
+    assert train(elsewhere) == Progress(4, 400)
+    assert elsewhere.checkpoints.steps == [3, 4]
+
+
+def test_validates_when_due_and_last_on_the_same_batches(tmp_path: Path) -> None:
+    words = ("--train.validation_every=2", "--train.validation_batches=3")
+    run = make_run(make_config(tmp_path, *words))
+    train(run)
+    expected = 60.0 * (1 + 2 + 3) / (11 + 12 + 13)
+    losses = {row.step: row.validation_loss for row in run.loggers.rows}
+    assert losses == {step: expected if step in (2, 4, 6, 7) else None for step in range(1, 8)}
+
+
+def test_a_save_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
+    run = make_run(make_config(tmp_path), checkpoints=Checkpoints(fails_at=(3,)))
+    assert train(run) == Progress(7, 700)
+    assert run.checkpoints.steps == [6, 7]
+    assert run.loggers.events[0] == (
+        "NOT SAVED at step 3, training goes on: no space left on device"
+    )
+
+
+def test_the_last_save_has_to_succeed(tmp_path: Path) -> None:
+    run = make_run(make_config(tmp_path), checkpoints=Checkpoints(fails_at=(6, 7)))
+    with pytest.raises(CheckpointError, match="no space left"):
+        train(run)
+    assert run.checkpoints.steps == [3]
+    asked = make_run(
+        make_config(tmp_path), engine=Engine(stops_at=2), checkpoints=Checkpoints(fails_at=(2,))
+    )
+    with pytest.raises(CheckpointError, match="no space left"):
+        train(asked)

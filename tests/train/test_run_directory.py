@@ -1,0 +1,142 @@
+"""May a config go on in a run directory: what is refused, what is told, what resume means."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from megapipe.checkpoint.exchange import Peers
+from megapipe.checkpoint.steps import MANIFEST_NAME, step_name
+from megapipe.config import Config, dump_config, load_config, parse_config
+from megapipe.errors import CheckpointError, MegapipeError
+from megapipe.models.presets import PRESETS
+from megapipe.train.run_directory import Plan, plan_start, write_config
+from tests.config.examples import write
+from tests.ranks import run_ranks
+
+Make = Callable[..., Config]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    def make(*overrides: str) -> Config:
+        words = [f"--train.run_dir={tmp_path}/run", *overrides]
+        return load_config(write(tmp_path), words, PRESETS)
+
+    return make
+
+
+def add_checkpoint(root: Path, step: int, config: Config | None = None) -> Path:
+    folder = root / step_name(step)
+    folder.mkdir(parents=True)
+    (folder / MANIFEST_NAME).write_text("{}")
+    if config is not None:
+        (folder / "config.toml").write_text(dump_config(config))
+    return folder
+
+
+def begin(config: Config, *steps: int) -> Path:
+    """A run directory as this config leaves it; returns that of the checkpoints."""
+    write_config(config)
+    root = Path(config.train.run_dir) / "checkpoints"
+    for step in steps:
+        add_checkpoint(root, step, config)
+    return root
+
+
+def test_a_new_run(make: Make, tmp_path: Path) -> None:
+    for resume in ("auto", "never"):
+        assert plan_start(make(f"--checkpoint.resume={resume}")) == Plan(resume, [])
+    assert not (tmp_path / "run").exists(), "a plan writes nothing"
+
+
+def test_the_config_is_written_and_comes_back(make: Make) -> None:
+    config = make("--train.run_dir", f"{make().train.run_dir}/deep/er")
+    write_config(config)
+    file = Path(config.train.run_dir) / "config.toml"
+    assert parse_config(file.read_text()) == config
+
+
+def test_a_directory_that_can_not_be_made(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("a file")
+    with pytest.raises(MegapipeError, match=r"train\.run_dir = .*run.* can't be made"):
+        write_config(make())
+
+
+def test_going_on(make: Make) -> None:
+    begin(make(), 5, 10)
+    assert plan_start(make()) == Plan("auto", [])
+
+
+def test_another_model_is_refused_with_the_difference(make: Make) -> None:
+    begin(make(), 5)
+    with pytest.raises(CheckpointError) as caught:
+        plan_start(make("--model.num_layers=6", "--model.tie_embeddings=true"))
+    said = str(caught.value)
+    assert "model.num_layers: 8 -> 6" in said
+    assert "model.tie_embeddings: false -> true" in said
+    assert "choose another train.run_dir" in said
+
+
+def test_another_model_may_begin_where_nothing_was_saved(make: Make) -> None:
+    begin(make())
+    assert plan_start(make("--model.num_layers=6")) == Plan("auto", [])
+
+
+def test_other_changes_are_told_in_one_line(make: Make) -> None:
+    begin(make(), 5)
+    plan = plan_start(make("--parallel.pipeline=4", "--train.steps=200"))
+    assert plan == Plan(
+        "auto",
+        ["Changed since the last start: parallel.pipeline: 2 -> 4; train.steps: 100 -> 200."],
+    )
+
+
+def test_starting_anew_over_checkpoints_is_refused(make: Make) -> None:
+    begin(make(), 5, 10)
+    with pytest.raises(CheckpointError, match=r'resume = "never".*step-00000010.*another'):
+        plan_start(make("--checkpoint.resume=never"))
+
+
+def test_a_checkpoint_elsewhere_begins_a_run_that_then_goes_on(make: Make, tmp_path: Path) -> None:
+    other = add_checkpoint(tmp_path / "other" / "checkpoints", 7, make())
+    config = make(f"--checkpoint.resume={other}")
+    assert plan_start(config) == Plan(str(other), [])
+    root = begin(config, 9)
+    plan = plan_start(config)
+    assert plan.resume == "auto", "the same command again goes on"
+    assert plan.notes == [
+        f"Begun from {other}; going on from the newest checkpoint of {root.parent}."
+    ]
+    second = add_checkpoint(tmp_path / "other" / "checkpoints", 8, make())
+    with pytest.raises(CheckpointError, match="holds checkpoints of its own"):
+        plan_start(make(f"--checkpoint.resume={second}"))
+
+
+def test_a_checkpoint_elsewhere_of_another_model(make: Make, tmp_path: Path) -> None:
+    other = add_checkpoint(tmp_path / "other", 7, make("--model.num_layers=6"))
+    with pytest.raises(CheckpointError, match=r"model\.num_layers: 6 -> 8"):
+        plan_start(make(f"--checkpoint.resume={other}"))
+
+
+def test_going_back_within_a_run_is_refused(make: Make) -> None:
+    root = begin(make(), 5, 10)
+    assert plan_start(make(f"--checkpoint.resume={root / step_name(10)}")).resume == "auto"
+    with pytest.raises(CheckpointError, match="which the next start would go on from"):
+        plan_start(make(f"--checkpoint.resume={root / step_name(5)}"))
+
+
+def test_all_ranks_get_one_answer(make: Make, tmp_path: Path) -> None:
+    begin(make(), 5)
+    (tmp_path / "run" / "config.toml").write_text("[model]\nnum_layers = eight")
+    answers = run_ranks(_refused_on_a_rank, 2, make())
+    assert len(set(answers)) == 1
+    assert "config.toml:2: is not valid TOML" in answers[0]
+
+
+def _refused_on_a_rank(config: Config) -> str:
+    peers = Peers(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+    with pytest.raises(MegapipeError) as caught:
+        plan_start(config if peers.rank == 0 else None, peers)  # only rank 0 looks
+    return str(caught.value)

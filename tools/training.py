@@ -1,0 +1,260 @@
+"""`megapipe train` behind its command line: start or join the ranks, build the run, drive it.
+
+Everything that a start can find wrong is found before the first step, on all ranks alike, and
+before anything is written.
+"""
+
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megapipe import __version__
+from megapipe.checkpoint.exchange import Peers
+from megapipe.checkpoint.steps import step_name
+from megapipe.config import Config, ParallelConfig, check_layout, dump_config
+from megapipe.data.distribute import ReplicaFeed
+from megapipe.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from megapipe.errors import ConfigError, MegapipeError
+from megapipe.mesh import Mesh, build_mesh
+from megapipe.models.build import build_stages
+from megapipe.models.flops import flops_per_token
+from megapipe.models.parameters import parameter_count
+from megapipe.pipeline.schedule.placement import rank_of_stage
+from megapipe.tools.dry_run import layout_lines
+from megapipe.tools.launcher import launch_local
+from megapipe.tools.rendezvous import (
+    Rendezvous,
+    first_to_tell,
+    from_environment,
+    init_process_group,
+)
+from megapipe.train.checkpoints import Checkpoints, Progress
+from megapipe.train.engine import Engine
+from megapipe.train.loggers import Loggers
+from megapipe.train.loop import Run, train
+from megapipe.train.run_directory import plan_start, write_config
+from megapipe.train.signals import StopRequest
+
+
+def start(config: Config, config_path: str, overrides: Sequence[str]) -> int:
+    """Train in the job that this process belongs to, or in local ranks that it starts.
+
+    Returns the exit status: 0 when train.steps are done; 128 + the signal's number when one asked
+    to stop and the checkpoint was saved (143 for SIGTERM, 130 for SIGINT).
+    """
+    command = shlex.join(["megapipe", "train", config_path, *overrides])
+    began = time.perf_counter()
+    rendezvous = from_environment()
+    parallel = config.parallel
+    ranks = parallel.tensor * parallel.pipeline * (parallel.data or 1)
+    if rendezvous is None:
+        rank_main = partial(run_rank, check_layout(config, ranks), command, began)
+        return launch_local(rank_main, ranks, partial(describe_rank, parallel))
+    try:
+        config = check_layout(config, rendezvous.world_size)
+    except ConfigError:
+        if rendezvous.rank == 0:
+            raise
+        sys.exit(1)  # every rank finds the same; the first one tells it
+    return run_rank(config, command, began, rendezvous)
+
+
+def describe_rank(parallel: ParallelConfig, rank: int) -> str:
+    """`rank 3 (pipeline 1, data 0, tensor 1)`, as `Mesh.describe` has it."""
+    tensor, data = parallel.tensor, parallel.data or 1
+    pipeline = rank // (tensor * data)
+    return (
+        f"rank {rank} (pipeline {pipeline}, data {rank // tensor % data}, tensor {rank % tensor})"
+    )
+
+
+def run_rank(config: Config, command: str, began: float, rendezvous: Rendezvous) -> int:
+    """One rank's life. In a job, what goes wrong on many ranks alike is raised on one of them."""
+    device = choose_device(config.train.device, rendezvous)
+    store = init_process_group(rendezvous, device)
+    try:
+        status = _train(config, command, began, device, Voice(rendezvous.rank))
+    except MegapipeError as error:
+        if store is None or rendezvous.address is None:
+            raise
+        is_first = first_to_tell(store, str(error))
+        if rendezvous.rank == 0:
+            time.sleep(1)  # this process may serve the store that the others ask now
+        if is_first:
+            raise
+        sys.exit(1)
+    if store is not None:
+        dist.destroy_process_group()
+    return status
+
+
+def choose_device(wanted: str, rendezvous: Rendezvous) -> torch.device:
+    """What train.device means for this rank. Raises ConfigError where there is no GPU for it."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        raise ConfigError(
+            [
+                f'train.device = "{wanted}", and torch {torch.__version__} finds no GPU here. Set '
+                'train.device = "cpu", or see why `nvidia-smi` or `rocm-smi` shows none.'
+            ]
+        )
+    index = 0 if rendezvous.own_gpu and count == 1 else rendezvous.local_rank
+    if index >= count:
+        raise ConfigError(
+            [
+                f"{rendezvous.local_size} ranks were started on this machine, and it has {count} "
+                "GPUs. Start one rank for each GPU (tensor * pipeline * data of [parallel] in "
+                'all), or set train.device = "cpu".'
+            ]
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+@dataclass
+class Voice:
+    """Lines for people. Rank 0 speaks; a warning of another rank goes to stderr under its name."""
+
+    rank: int
+    line: Callable[[str], None] = field(default=partial(print, flush=True))
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            self.line(text)
+
+    def warn(self, text: str) -> None:
+        if self.rank == 0:
+            self.line(text)
+        else:
+            print(f"rank {self.rank}: {text}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def through(self, line: Callable[[str], None]) -> Iterator[None]:
+        """Speak above a progress bar while there is one."""
+        before, self.line = self.line, line
+        try:
+            yield
+        finally:
+            self.line = before
+
+
+def _train(config: Config, command: str, began: float, device: torch.device, voice: Voice) -> int:
+    parallel = config.parallel
+    assert parallel.data is not None
+    voice.say(f"megapipe {__version__}")
+    mesh = build_mesh(
+        pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor, device=device
+    )
+    peers = Peers(mesh.rank, mesh.world_size, mesh.world.group)
+    plan = plan_start(config, peers)
+    for line in [*_introduction(config, device), *plan.notes]:
+        voice.say(line)
+    feed, validation = _open_feeds(config, mesh, voice)
+    engine = Engine(config, mesh, build_stages)
+    checkpoints = Checkpoints(
+        _with_resume(config, plan.resume), mesh, engine, _kept_files(config, mesh), voice.say
+    )
+    progress, data_state = checkpoints.restore()
+    if data_state is not None:
+        feed.load(data_state)
+    run_dir, steps = Path(config.train.run_dir), config.train.steps
+    if progress.step >= steps:
+        voice.say(
+            f"Nothing to do: the checkpoint is of step {progress.step}, and train.steps = {steps}. "
+            "Raise train.steps to go on."
+        )
+        return 0
+    write_config(config, peers)
+    is_first = mesh.rank == 0
+    with (
+        Loggers(
+            config, run_dir=run_dir, rank0=is_first, start=progress.step, total_steps=steps
+        ) as loggers,
+        voice.through(loggers.event),
+        StopRequest(voice.say) as stop,
+    ):
+        voice.say(f"Start-up: {time.perf_counter() - began:.1f} s after imports")
+        flops = flops_per_token(config.model, config.train.sequence_length)
+        run = Run(config, engine, feed, validation, checkpoints, loggers, stop, progress, flops)
+        progress = train(run)
+    for reader in (feed, validation):
+        if reader is not None:
+            reader.close()
+    return _farewell(progress, config, stop, command, voice)
+
+
+def _open_feeds(config: Config, mesh: Mesh, voice: Voice) -> tuple[ReplicaFeed, ReplicaFeed | None]:
+    """The text to train on, and the text for the validation loss if there is to be one."""
+    pipeline = mesh.pipeline
+    last_stage = config.parallel.pipeline * config.parallel.virtual - 1
+    open_feed = partial(
+        ReplicaFeed,
+        config,
+        mesh,
+        hosts_first=rank_of_stage(0, pipeline.size) == pipeline.rank,
+        hosts_last=rank_of_stage(last_stage, pipeline.size) == pipeline.rank,
+        say=voice.warn,
+    )
+    feed = open_feed()
+    return feed, open_feed(validation=True) if config.train.validation_every else None
+
+
+def _with_resume(config: Config, resume: str) -> Config:
+    checkpoint = config.checkpoint.model_copy(update={"resume": resume})
+    return config.model_copy(update={"checkpoint": checkpoint})
+
+
+def _kept_files(config: Config, mesh: Mesh) -> dict[str, bytes | Path]:
+    """What each checkpoint holds besides tensors, as it is now: config and tokenizer."""
+    if mesh.rank != 0:
+        return {}
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        named = {"tokenizer.model": tokenizer.files[0]}
+    else:
+        named = {path.name: path for path in tokenizer.files}
+    files: dict[str, bytes | Path] = {name: path.read_bytes() for name, path in named.items()}
+    return {"config.toml": dump_config(config).encode(), **files}
+
+
+def _introduction(config: Config, device: torch.device) -> Iterator[str]:
+    data, train = config.data, config.train
+    yield from layout_lines(config)
+    yield f"Parameters: {parameter_count(config.model):,}"
+    yield "Kernels: torch"
+    if device.type == "cuda":
+        yield f"Device: {torch.cuda.get_device_name(device)}, {train.precision}"
+    else:
+        threads = torch.get_num_threads()
+        yield f"Device: cpu, {train.precision}, {threads} thread{'s'[: threads > 1]} per rank"
+    sources = ", ".join(source.path for source in data.sources)
+    yield f"Data: {sources} ({data.streams} streams), tokenizer {data.tokenizer}"
+
+
+def _farewell(
+    progress: Progress, config: Config, stop: StopRequest, command: str, voice: Voice
+) -> int:
+    """Say how the run ended and where its checkpoint is; returns the exit status."""
+    steps = config.train.steps
+    path = Path(config.train.run_dir) / "checkpoints" / step_name(progress.step)
+    if progress.step >= steps:
+        voice.say(f"Done: step {progress.step}, {progress.tokens:,} tokens. Checkpoint: {path}")
+        return 0
+    # Only the ranks that a signal reached know which it was.
+    number = stop.signal or signal.SIGTERM
+    voice.say(
+        f"Stopped by {number.name} after step {progress.step} of {steps}. Checkpoint: {path}\n"
+        f"To go on:\n    {command}"
+    )
+    return 128 + number
