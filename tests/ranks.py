@@ -1,8 +1,8 @@
 """Many ranks in one test: `run_ranks(fn, n, *args)` calls fn in n forked processes that share gloo.
 
-Workers are forked once and reused, since forking and joining costs 0.3 s and a call 0.05 s. Each call
-gets a process group of its own. A worker that died, hangs or failed is replaced with its companions,
-so that one test never spoils the next.
+Workers are forked once and reused, since forking and joining costs 0.3 s and a call 0.05 s. Each
+call gets a process group of its own. A worker that died, hangs or failed is replaced with its
+companions, so that one test never spoils the next.
 
 torch must have run no multi-threaded operation in this process before (the children would hang):
 tests/conftest.py sets OMP_NUM_THREADS=1.

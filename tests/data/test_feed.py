@@ -3,6 +3,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -215,8 +216,7 @@ def test_an_error_of_the_thread_is_raised_by_the_step_that_needs_the_row(tmp_pat
         next(feed)
     for _ in range(2):
         with pytest.raises(DataError, match=r"a\.jsonl, row 101: malformed JSON"):
-            for _ in range(3):
-                next(feed)
+            list(islice(feed, 3))
     feed.close()
 
 

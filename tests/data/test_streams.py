@@ -132,8 +132,7 @@ def test_bad_rows_are_skipped_counted_once_and_kept_in_the_state(tmp_path: Path)
 def test_bad_rows_above_the_limit_stop_with_file_and_row(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", jsonl(["one", "two"]) + b"[1]\n" + jsonl(["three"]))
     with pytest.raises(DataError, match=r"a\.jsonl, row 3: not a JSON object.*max_bad_rows = 0"):
-        for index in range(STREAMS):
-            take(build(path, stream=index, limit=0), 100)
+        [take(build(path, stream=index, limit=0), 100) for index in range(STREAMS)]
 
 
 def test_rows_of_the_other_split_are_left_out(tmp_path: Path) -> None:

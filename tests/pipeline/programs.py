@@ -1,0 +1,103 @@
+"""Programs that no generator makes: hand-written, split into input and weight gradients, random."""
+
+import random
+
+from hypothesis import strategies as st
+
+from megapipe.pipeline.schedule import (
+    Action,
+    Kind,
+    Program,
+    build_program,
+    forward_program,
+    from_csv,
+)
+
+F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT  # noqa: E741
+
+
+def make(name: str, pipeline: int, virtual: int, microbatches: int) -> Program:
+    if name == "forward":
+        return forward_program(pipeline, virtual, microbatches)
+    return build_program(name, pipeline=pipeline, virtual=virtual, microbatches=microbatches)
+
+
+def parse(*rows: str) -> Program:
+    """A program from one string of words per rank."""
+    return from_csv("".join(",".join(row.split()) + "\n" for row in rows))
+
+
+def split_backwards(program: Program, delay: int) -> Program:
+    """Each backward as input gradient, its weight gradient `delay` backwards later."""
+    result = []
+    for actions in program:
+        row: list[Action] = []
+        pending: list[Action] = []
+        for stage, kind, microbatch in actions:
+            row.append(Action(stage, I if kind is B else kind, microbatch))
+            if kind is B:
+                pending.append(Action(stage, W, microbatch))
+                if len(pending) > delay:
+                    row.append(pending.pop(0))
+        result.append(row + pending)
+    return result
+
+
+def v_shaped(microbatches: int) -> Program:
+    """Stages 0 1 2 3 on ranks 0 1 1 0: the way back goes over the same ranks."""
+    order = {0: (0, 3), 1: (1, 2)}
+    return [
+        [
+            Action(stage, kind, microbatch)
+            for kind, stages in ((F, order[rank]), (B, order[rank][::-1]))
+            for stage in stages
+            for microbatch in range(microbatches)
+        ]
+        for rank in order
+    ]
+
+
+def random_program(seed: int, placement: list[int], microbatches: int, *, split: bool) -> Program:
+    """An order that works, drawn at random: any action whose inputs are there may be next."""
+    draw = random.Random(seed)
+    last = len(placement) - 1
+    program: Program = [[] for _ in range(max(placement) + 1)]
+    ready = [Action(0, F, microbatch) for microbatch in range(microbatches)]
+    while ready:
+        action = ready.pop(draw.randrange(len(ready)))
+        stage, kind, microbatch = action
+        program[placement[stage]].append(action)
+        backward = I if split else B
+        if kind is F:
+            then = (
+                Action(stage + 1, F, microbatch) if stage < last else (last, backward, microbatch)
+            )
+            ready.append(Action(*then))
+        elif kind is backward and stage > 0:
+            ready.append(Action(stage - 1, backward, microbatch))
+        if kind is I:
+            ready.append(Action(stage, W, microbatch))
+    return program
+
+
+@st.composite
+def generated_programs(draw: st.DrawFn) -> Program:
+    """What the generators make, weight gradients apart or not."""
+    name = draw(st.sampled_from(["gpipe", "1f1b", "interleaved-1f1b", "forward"]))
+    virtual = draw(st.integers(1, 4)) if name in ("interleaved-1f1b", "forward") else 1
+    program = make(name, draw(st.integers(1, 6)), virtual, draw(st.integers(1, 14)))
+    delay = draw(st.none() | st.integers(0, 4))
+    return program if delay is None else split_backwards(program, delay)
+
+
+@st.composite
+def random_programs(draw: st.DrawFn) -> Program:
+    """Orders that only chance would choose, for looped and V-shaped placements."""
+    ranks = draw(st.integers(1, 4))
+    loop = list(range(ranks))
+    placement = draw(st.sampled_from([loop, loop * 2, loop + loop[::-1], loop + loop[::-1] + loop]))
+    seed = draw(st.integers(0, 2**32))
+    return random_program(seed, placement, draw(st.integers(1, 6)), split=draw(st.booleans()))
+
+
+programs = generated_programs() | random_programs()

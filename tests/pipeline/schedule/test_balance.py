@@ -1,0 +1,48 @@
+from itertools import combinations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megapipe.errors import ScheduleError
+from megapipe.pipeline.schedule import balance
+
+
+def costliest(costs: list[float], split: list[int], first: float, last: float) -> float:
+    totals, begin = [], 0
+    for layers in split:
+        totals.append(sum(costs[begin : begin + layers]))
+        begin += layers
+    totals[0] += first
+    totals[-1] += last
+    return max(totals)
+
+
+@given(
+    st.lists(st.integers(1, 9).map(float), min_size=1, max_size=9),
+    st.integers(1, 5),
+    st.integers(0, 20).map(float),
+    st.integers(0, 20).map(float),
+)
+def test_no_split_is_better(costs: list[float], stages: int, first: float, last: float) -> None:
+    stages = min(stages, len(costs))
+    split = balance(costs, stages, first=first, last=last)
+    assert len(split) == stages
+    assert sum(split) == len(costs)
+    assert min(split) >= 1
+    every = (
+        [end - begin for begin, end in zip((0, *cuts), (*cuts, len(costs)), strict=True)]
+        for cuts in combinations(range(1, len(costs)), stages - 1)
+    )
+    best = min(costliest(costs, other, first, last) for other in every)
+    assert costliest(costs, split, first, last) == best
+
+
+def test_costly_ends_get_fewer_layers() -> None:
+    assert balance([1.0] * 8, 4) == [2, 2, 2, 2]
+    assert balance([1.0] * 10, 4, first=1.0, last=2.0) == [3, 3, 3, 1]
+
+
+def test_too_few_layers_are_refused() -> None:
+    with pytest.raises(ScheduleError, match="3 layers cannot make 4 stages"):
+        balance([1.0] * 3, 4)

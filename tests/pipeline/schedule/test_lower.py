@@ -1,0 +1,73 @@
+import pytest
+from hypothesis import given
+
+from megapipe.errors import ScheduleError
+from megapipe.pipeline.schedule import Kind, Program, lower, simulate, validate
+from megapipe.pipeline.schedule.action import compute_only, stage_ranks
+from tests.pipeline.programs import make, parse, programs, v_shaped
+
+
+@given(programs)
+def test_every_legal_program_is_lowered_to_one_without_deadlock(program: Program) -> None:
+    lowered = lower(program)
+    validate(lowered)
+    assert compute_only(lowered) == program, "the order of computation stays"
+
+
+@given(programs)
+def test_communication_costs_no_time_beyond_the_latency(program: Program) -> None:
+    """Every receive is posted in time: the lowered program is as fast as the one without."""
+    before, after = simulate(program), simulate(lower(program))
+    assert after.makespan == before.makespan
+    assert after.peak_live == before.peak_live
+
+
+@given(programs)
+def test_receives_are_posted_ahead_and_sends_follow_their_action(program: Program) -> None:
+    for actions in lower(program):
+        for index, action in enumerate(actions):
+            if action.kind.sends:
+                before = actions[index - 1]
+                assert (before.stage, before.microbatch) == (action.stage, action.microbatch)
+                assert before.kind.computes
+            if action.kind.receives:
+                forward = action.kind is Kind.RECEIVE_FORWARD
+                users = [Kind.FORWARD] if forward else [Kind.BACKWARD, Kind.BACKWARD_INPUT]
+                place = (action.stage, action.microbatch)
+                until = next(
+                    i for i, a in enumerate(actions) if a.kind in users and a[::2] == place
+                )
+                computed_before = sum(a.kind.computes for a in actions[:until])
+                computed_between = sum(a.kind.computes for a in actions[index:until])
+                assert computed_between >= min(1, computed_before)
+
+
+def test_lowered_1f1b_in_full() -> None:
+    assert lower(make("1f1b", 2, 1, 3)) == parse(
+        "0F0 0SEND_F0 0RECV_B0 0F1 0SEND_F1 0B0 0RECV_B1 0F2 0SEND_F2 0B1 0RECV_B2 0B2",
+        "1RECV_F0 1RECV_F1 1F0 1B0 1SEND_B0 1F1 1RECV_F2 1B1 1SEND_B1 1F2 1B2 1SEND_B2",
+    )
+
+
+def test_stages_on_one_rank_need_no_communication() -> None:
+    program = make("interleaved-1f1b", 1, 4, 3)
+    assert lower(program) == program
+    lowered = lower(v_shaped(3))
+    assert stage_ranks(lowered) == {0: 0, 1: 1, 2: 1, 3: 0}
+    ends = {(a.kind, a.stage) for actions in lowered for a in actions if a.kind.sends}
+    assert ends == {
+        (Kind.SEND_FORWARD, 0),
+        (Kind.SEND_FORWARD, 2),
+        (Kind.SEND_BACKWARD, 3),
+        (Kind.SEND_BACKWARD, 1),
+    }
+
+
+def test_an_order_that_can_never_finish_is_refused() -> None:
+    with pytest.raises(ScheduleError, match="rank 0 waits in 2F0 .* for 1F0 "):
+        lower(parse("0F0 2F0 0F1 2F1", "1F1 1F0"))
+
+
+def test_lowering_twice_is_a_programmer_error() -> None:
+    with pytest.raises(AssertionError, match="lowered before"):
+        lower(lower(make("1f1b", 2, 1, 2)))

@@ -1,0 +1,216 @@
+"""Each way in which a program can be wrong is refused with its reason, and no other program is."""
+
+import re
+from collections import Counter
+
+import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+from megapipe.errors import ScheduleError
+from megapipe.pipeline.schedule import Action, Kind, Program, lower, validate
+from megapipe.pipeline.schedule.action import stage_ranks
+from tests.pipeline.programs import make, parse, programs, v_shaped
+
+# --- An oracle: carry out the program, sends blocking, channels first in first out --------------
+
+
+class Machine:
+    """Ranks that take turns; every tensor is a name, so that a wrong one is noticed."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.ranks = stage_ranks(program)
+        self.posted: dict[tuple[int, int], list[Action]] = {}
+        self.done: set[Action] = set()
+        self.arrived: set[Action] = set()
+        self.position = [0] * len(program)
+
+    def finishes(self) -> bool:
+        moved = True
+        while moved:
+            moved = False
+            for rank, actions in enumerate(self.program):
+                while self.position[rank] < len(actions) and self.act(
+                    rank, actions[self.position[rank]]
+                ):
+                    self.position[rank] += 1
+                    moved = True
+        return all(p == len(row) for p, row in zip(self.position, self.program, strict=True))
+
+    def act(self, rank: int, action: Action) -> bool:
+        """Whether the action could be done now; then it was."""
+        stage, kind, microbatch = action
+        if kind.receives:
+            pair = (self.ranks[action.counterpart.stage], rank)
+            self.posted.setdefault(pair, []).append(action)
+            return True
+        if kind.sends:
+            queue = self.posted.get((rank, self.ranks[action.counterpart.stage]), [])
+            if not queue or not self.computed(stage, microbatch, kind):
+                return False
+            if queue[0] != action.counterpart:
+                return False  # the tensor would go to the wrong place: never done
+            self.arrived.add(queue.pop(0))
+            return True
+        if not self.inputs_there(action):
+            return False
+        self.done.add(action)
+        return True
+
+    def computed(self, stage: int, microbatch: int, kind: Kind) -> bool:
+        forward = kind is Kind.SEND_FORWARD
+        kinds = [Kind.FORWARD] if forward else [Kind.BACKWARD, Kind.BACKWARD_INPUT]
+        return any(Action(stage, kind, microbatch) in self.done for kind in kinds)
+
+    def inputs_there(self, action: Action) -> bool:
+        stage, kind, microbatch = action
+        if kind is Kind.BACKWARD_WEIGHT:
+            return Action(stage, Kind.BACKWARD_INPUT, microbatch) in self.done
+        if kind is Kind.FORWARD:
+            neighbour, receive, send = stage - 1, Kind.RECEIVE_FORWARD, Kind.SEND_FORWARD
+        else:
+            if Action(stage, Kind.FORWARD, microbatch) not in self.done:
+                return False
+            neighbour, receive, send = stage + 1, Kind.RECEIVE_BACKWARD, Kind.SEND_BACKWARD
+        if neighbour not in self.ranks:
+            return True
+        if self.ranks[neighbour] != self.ranks[stage]:
+            return Action(stage, receive, microbatch) in self.arrived
+        return self.computed(neighbour, microbatch, send)
+
+
+def refused(program: Program) -> bool:
+    try:
+        validate(program)
+    except ScheduleError:
+        return True
+    return False
+
+
+@given(programs, st.data())
+def test_moved_actions_are_refused_exactly_if_the_program_would_not_finish(
+    program: Program, data: st.DataObject
+) -> None:
+    lowered = lower(program)
+    for _ in range(data.draw(st.integers(1, 3))):
+        actions = data.draw(st.sampled_from(lowered))
+        index = data.draw(st.integers(0, len(actions) - 1))
+        actions.insert(data.draw(st.integers(0, len(actions) - 1)), actions.pop(index))
+    assert refused(lowered) == (not Machine(lowered).finishes())
+
+
+@given(programs, st.data())
+def test_a_dropped_or_doubled_action_is_named(program: Program, data: st.DataObject) -> None:
+    lowered = lower(program)
+    actions = data.draw(st.sampled_from(lowered))
+    index = data.draw(st.integers(0, len(actions) - 1))
+    doubled = [row + [actions[index]] if row is actions else row for row in lowered]
+    with pytest.raises(ScheduleError, match=f"{actions[index]} is done twice"):
+        validate(doubled)
+    action = actions.pop(index)
+    counts = Counter((a.stage, a.kind) for row in lowered for a in row)
+    assume(counts[action.stage, action.kind] > 0)  # else it may be a program of fewer stages
+    assume(action.microbatch < max(a.microbatch for row in lowered for a in row))
+    with pytest.raises(ScheduleError, match=r"is missing|is one too many|no communication"):
+        validate(lowered)
+
+
+@given(programs, st.data())
+def test_an_action_on_another_rank_is_refused(program: Program, data: st.DataObject) -> None:
+    assume(len(program) > 1)
+    lowered = lower(program)
+    source, destination = data.draw(st.permutations(range(len(lowered))))[:2]
+    action = lowered[source].pop(data.draw(st.integers(0, len(lowered[source]) - 1)))
+    assume(any(a.stage == action.stage and a.kind.computes for a in lowered[source]))
+    lowered[destination].insert(data.draw(st.integers(0, len(lowered[destination]))), action)
+    with pytest.raises(ScheduleError, match="belongs on rank|is computed on rank|one too many"):
+        validate(lowered)
+
+
+# --- The reasons --------------------------------------------------------------------------------
+
+DEADLOCK = parse(
+    "0RECV_B0 0F0 0SEND_F0 0F1 0SEND_F1 0B0 0RECV_B1 0B1",
+    "1RECV_F0 1F0 1B0 1SEND_B0 1RECV_F1 1F1 1B1 1SEND_B1",
+)
+"""Each rank sends the other something before it posts what the other sends."""
+
+
+def test_the_cycle_of_a_deadlock_is_shown() -> None:
+    program = parse(
+        "0F0 0SEND_F0 0F1 0SEND_F1 0RECV_B0 0B0 0RECV_B1 0B1",
+        "1RECV_F0 1F0 1B0 1SEND_B0 1RECV_F1 1F1 1B1 1SEND_B1",
+    )
+    with pytest.raises(ScheduleError) as caught:
+        validate(program)
+    assert str(caught.value) == (
+        "the program deadlocks:\n"
+        "  rank 0 waits in 0SEND_F1 (action 3) for 1RECV_F1 (action 4 of rank 1)\n"
+        "  rank 1 waits in 1SEND_B0 (action 3) for 0RECV_B0 (action 4 of rank 0)"
+    )
+    validate(DEADLOCK)  # the receive one action earlier, and it finishes
+
+
+def test_a_cycle_over_three_ranks_leaves_out_who_only_waits_for_it() -> None:
+    program = parse("0F0 4F0 0F1 4F1", "1F0 5F0 1F1 5F1", "2F0 6F0 2F1 6F1", "3F1 7F1 3F0 7F0")
+    with pytest.raises(ScheduleError) as caught:
+        lower(program)
+    assert re.findall(r"rank (\d) waits in (\w+)", str(caught.value)) == [
+        ("0", "4F0"),
+        ("3", "3F1"),
+        ("2", "6F0"),
+    ] or "rank 3 waits in 3F1" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (
+            ["0F0 0SEND_F0 0F1 0SEND_F1", "1RECV_F1 1RECV_F0 1F0 1F1"],
+            "rank 1 posts 1RECV_F1 where rank 0 sends 0SEND_F0: receives must be in the order",
+        ),
+        (["0F0 0SEND_F0", "1RECV_F0 1F0 1B0"], "0B0 is missing: rank 0 must do it"),
+        (["0F0 0F1 0SEND_F1 0SEND_F0", "1RECV_F0 1F0 1F1"], "1RECV_F1 is missing"),
+        (["0F0 0SEND_F0", "1F0 1RECV_F0"], "1F0 .* needs 1RECV_F0, which comes later on the same"),
+        (["0SEND_F0 0F0", "1RECV_F0 1F0"], "0SEND_F0 .* needs 0F0, which comes later on the same"),
+        (["0B0 0F0"], "0B0 .action 0 of rank 0. needs 0F0, which comes later on the same rank"),
+        (["0F0 1B0 1F0 0B0"], "1B0 .* needs 1F0, which comes later"),
+        (["0F0 0W0 0I0"], "0W0 .* needs 0I0, which comes later"),
+        (["0F0 0I0"], "0W0 is missing"),
+        (["0F0 0I0 0W0 0B0"], "0B0 .* is one too many: the stage has the input gradient"),
+        (["0F0 0F0"], "0F0 is done twice: as action 0 of rank 0 and as action 1 of rank 0"),
+        (["0F0 1F0 0SEND_F0 1RECV_F0"], "0SEND_F0 .* is one too many: no tensor of this kind"),
+        (["0F0 0SEND_F0 1RECV_F0", "1F0"], r"1RECV_F0 \(action 2 of rank 0\) belongs on rank 1"),
+        (["0F0", "1F0"], "has no communication: pass it through `lower` first"),
+        (["0F0 1F1", "1F0"], "stage 1 is computed on rank 0 and, by 1F0, on rank 1"),
+        (["0F0 0F2"], "0F1 is missing: rank 0 must do it, as every stage computes each of 3"),
+        (
+            ["0F0 0SEND_F0", "2F0 2RECV_F0", "1RECV_F0 1F0 1SEND_F0", "3F0"],
+            "stages 0 and 1 lie on ranks 0 and 2, which are not neighbours",
+        ),
+    ],
+)
+def test_the_reason_is_given(rows: list[str], message: str) -> None:
+    with pytest.raises(ScheduleError, match=message):
+        validate(parse(*rows))
+
+
+def test_programs_of_the_other_kinds_pass() -> None:
+    validate(lower(v_shaped(4)))
+    validate(lower(make("forward", 3, 2, 4)))
+    validate([[]])
+
+
+@example(make("interleaved-1f1b", 2, 2, 4))
+@given(programs)
+def test_validation_changes_nothing(program: Program) -> None:
+    lowered = lower(program)
+    copy = [list(actions) for actions in lowered]
+    validate(lowered)
+    assert lowered == copy
+
+
+def test_time_grows_with_the_number_of_actions() -> None:
+    """32 x 256 is 49,000 actions: a scan over all of them for each would take minutes."""
+    validate(lower(make("1f1b", 32, 1, 256)))
