@@ -60,19 +60,17 @@ def v_shaped(microbatches: int) -> Program:
 def random_program(seed: int, placement: list[int], microbatches: int, *, split: bool) -> Program:
     """An order that works, drawn at random: any action whose inputs are there may be next."""
     draw = random.Random(seed)
-    last = len(placement) - 1
+    last, backward = len(placement) - 1, I if split else B
     program: Program = [[] for _ in range(max(placement) + 1)]
     ready = [Action(0, F, microbatch) for microbatch in range(microbatches)]
     while ready:
         action = ready.pop(draw.randrange(len(ready)))
         stage, kind, microbatch = action
         program[placement[stage]].append(action)
-        backward = I if split else B
-        if kind is F:
-            then = (
-                Action(stage + 1, F, microbatch) if stage < last else (last, backward, microbatch)
-            )
-            ready.append(Action(*then))
+        if kind is F and stage < last:
+            ready.append(Action(stage + 1, F, microbatch))
+        elif kind is F:
+            ready.append(Action(stage, backward, microbatch))
         elif kind is backward and stage > 0:
             ready.append(Action(stage - 1, backward, microbatch))
         if kind is I:

@@ -1,5 +1,7 @@
 """The learning rate over a run."""
 
+import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -48,7 +50,7 @@ def test_rises_linearly_then_never_rises(run: tuple[OptimizerConfig, int]) -> No
     assert all(value > 0 for value in rate[:warmup])
     assert warmup == 0 or rate[warmup - 1] == peak
     after = rate[max(0, warmup - 1) :]
-    assert all(later <= earlier for earlier, later in zip(after, after[1:], strict=False))
+    assert all(later <= earlier for earlier, later in pairwise(after))
 
 
 @given(runs("linear", "cosine", "wsd"))
@@ -69,11 +71,13 @@ def test_no_jump(run: tuple[OptimizerConfig, int]) -> None:
     """No step changes the rate by more than the steepest part of its curve does."""
     given, steps = run
     rate, warmup = curve(given, steps), given.warmup_steps
-    length = given.decay_steps or (steps // 10 or 1 if given.schedule == "wsd" else steps - warmup)
-    length = min(length, max(1, steps - warmup)) if given.schedule == "wsd" else max(1, length)
+    length = max(1, steps - warmup)
+    if given.schedule == "wsd":
+        length = min(length, math.ceil(steps / 10))
+    length = given.decay_steps or length
     steepest = (given.learning_rate - given.min_learning_rate) / length
-    steepest *= 1.5708 if given.schedule == "cosine" else 1  # pi / 2, in the middle
-    for earlier, later in zip(rate[max(0, warmup - 1) :], rate[warmup:], strict=False):
+    steepest *= math.pi / 2 if given.schedule == "cosine" else 1  # in the middle
+    for earlier, later in pairwise(rate[max(0, warmup - 1) :]):
         assert earlier - later <= steepest * (1 + 1e-6) + 1e-15
 
 

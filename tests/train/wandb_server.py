@@ -1,4 +1,4 @@
-"""A W&B server just large enough for tests: it knows runs, resumes them, and takes their history."""
+"""A W&B server just large enough for tests: it keeps runs, resumes them, takes their history."""
 
 import json
 import threading

@@ -5,7 +5,7 @@ passes: `lower` adds the communication, `validate` proves that the program finis
 tells how long it takes. Standard library only.
 """
 
-from megapipe.pipeline.schedule.action import Action, Kind, Program
+from megapipe.pipeline.schedule.action import Action, Kind, Program, from_csv, to_csv
 from megapipe.pipeline.schedule.balance import balance
 from megapipe.pipeline.schedule.buffers import assign_buffers
 from megapipe.pipeline.schedule.build import SCHEDULES, build_program, forward_program
@@ -26,7 +26,9 @@ __all__ = [
     "balance",
     "build_program",
     "forward_program",
+    "from_csv",
     "lower",
     "simulate",
+    "to_csv",
     "validate",
 ]

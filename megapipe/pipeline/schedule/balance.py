@@ -1,7 +1,8 @@
 """Cutting layers into stages of equal cost."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
+from math import inf
 
 from megapipe.errors import ScheduleError
 
@@ -9,38 +10,52 @@ from megapipe.errors import ScheduleError
 def balance(
     costs: Sequence[float], stages: int, *, first: float = 0.0, last: float = 0.0
 ) -> list[int]:
-    """Layers per stage, each at least one, such that the costliest stage costs as little as can be.
+    """Layers per stage, each at least one, such that the costliest stage costs as little as can be,
+    and under that condition the stages are as equal as can be (least squares).
 
     `costs` are the layers' in order; `first` and `last` are added to the first and last stage (the
-    embedding, the output layer). Exact, by dynamic programming over (stages, layers); among equal
-    splits, later stages get fewer layers. Raises ScheduleError with fewer layers than stages.
+    embedding, the output layer). Exact, by dynamic programming over (stages, layers). Among equals
+    the later stages get more layers, since earlier ones hold the activations of more microbatches.
+    Raises ScheduleError with fewer layers than stages.
     """
     layers = len(costs)
     if not 1 <= stages <= layers:
         raise ScheduleError(f"{layers} layers cannot make {stages} stages of at least one layer")
     upto = [0.0, *accumulate(costs)]
 
-    def cost(begin: int, end: int, stage: int) -> float:
-        extra = (first if stage == 0 else 0.0) + (last if stage == stages - 1 else 0.0)
+    def cost(begin: int, end: int) -> float:
+        extra = (first if begin == 0 else 0.0) + (last if end == layers else 0.0)
         return upto[end] - upto[begin] + extra
 
-    # best[n]: the smallest maximum for the first n layers in the stages so far; cuts[s - 1][n]:
-    # where stage s, the last of them, begins.
-    best = [cost(0, n, 0) for n in range(layers + 1)]
+    costliest, _ = _cheapest_cuts(cost, layers, stages, max)
+
+    def add_square(so_far: float, stage_cost: float) -> float:
+        return so_far + stage_cost**2 if stage_cost <= costliest else inf
+
+    _, bounds = _cheapest_cuts(cost, layers, stages, add_square)
+    return [end - begin for begin, end in pairwise(bounds)]
+
+
+def _cheapest_cuts(
+    cost: Callable[[int, int], float],
+    layers: int,
+    stages: int,
+    join: Callable[[float, float], float],
+) -> tuple[float, list[int]]:
+    """(total, where stages begin and the last ends) of the split with the least total, in which
+    `join` adds the cost of one more stage to a total."""
+    # best[n]: the least total for the first n layers in the stages so far; cuts[s - 1][n]: where
+    # stage s, the last of them, begins.
+    best = [join(0.0, cost(0, end)) for end in range(layers + 1)]
     cuts: list[list[int]] = []
     for stage in range(1, stages):
-        previous, best, cut = best, [float("inf")] * (layers + 1), [0] * (layers + 1)
+        previous, best, cut = best, [inf] * (layers + 1), [0] * (layers + 1)
         for end in range(stage + 1, layers - (stages - stage - 1) + 1):
-            best[end], negative = min(
-                (max(previous[begin], cost(begin, end, stage)), -begin)
-                for begin in range(stage, end)
+            best[end], cut[end] = min(
+                (join(previous[begin], cost(begin, end)), begin) for begin in range(stage, end)
             )
-            cut[end] = -negative
         cuts.append(cut)
-
     bounds = [layers]
     for cut in reversed(cuts):
         bounds.append(cut[bounds[-1]])
-    bounds.append(0)
-    bounds.reverse()
-    return [end - begin for begin, end in pairwise(bounds)]
+    return best[layers], [0, *reversed(bounds)]

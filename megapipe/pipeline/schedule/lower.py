@@ -9,7 +9,6 @@ from megapipe.pipeline.schedule.dependencies import Dependencies
 from megapipe.pipeline.schedule.simulate import simulate
 from megapipe.pipeline.schedule.timeline import Span
 
-
 _RECEIVED_FOR = {
     Kind.FORWARD: Kind.RECEIVE_FORWARD,
     Kind.BACKWARD: Kind.RECEIVE_BACKWARD,

@@ -89,24 +89,27 @@ def _check_complete(program: Program, positions: Positions, ranks: dict[int, int
 def _expected(
     positions: Positions, ranks: dict[int, int], microbatches: int
 ) -> Iterator[tuple[Action, int]]:
-    """Every action that the program must have, with the rank that must do it."""
+    """Every action that the program must have, with the rank that must do it: computation first."""
     trains = any(a.kind.computes and a.kind is not Kind.FORWARD for a in positions)
+    apart = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
     for stage, rank in ranks.items():
-        from_before = ranks.get(stage - 1, rank) != rank
-        to_next = ranks.get(stage + 1, rank) != rank
-        always = [Kind.FORWARD]
-        if from_before:
-            always += [Kind.RECEIVE_FORWARD, *([Kind.SEND_BACKWARD] if trains else [])]
-        if to_next:
-            always += [Kind.SEND_FORWARD, *([Kind.RECEIVE_BACKWARD] if trains else [])]
         for microbatch in range(microbatches):
-            kinds = always
+            yield Action(stage, Kind.FORWARD, microbatch), rank
             if trains:
-                apart = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
                 split = any(Action(stage, kind, microbatch) in positions for kind in apart)
-                kinds = [*always, *(apart if split else (Kind.BACKWARD,))]
-            for kind in kinds:
-                yield Action(stage, kind, microbatch), rank
+                for kind in apart if split else (Kind.BACKWARD,):
+                    yield Action(stage, kind, microbatch), rank
+    for stage, rank in ranks.items():
+        there = ranks.get(stage + 1, rank)
+        if there == rank:
+            continue
+        for microbatch in range(microbatches):
+            sends = [(Action(stage, Kind.SEND_FORWARD, microbatch), rank, there)]
+            if trains:
+                sends.append((Action(stage + 1, Kind.SEND_BACKWARD, microbatch), there, rank))
+            for send, source, destination in sends:
+                yield send, source
+                yield send.counterpart, destination
 
 
 def _purpose(action: Action, microbatches: int) -> str:

@@ -113,7 +113,7 @@ def plain_line(metrics: Metrics, total_steps: int, eta: float) -> str:
         f"grad norm {metrics.grad_norm:.2f}",
         f"rate {metrics.learning_rate:.1e}",
         f"{short(metrics.tokens_per_second)} tokens/s",
-        *_machine(metrics),
+        *_machine(metrics, mfu_digits=1),
         f"ETA {duration(eta)}",
     ]
     if metrics.validation_loss is not None:
@@ -122,19 +122,20 @@ def plain_line(metrics: Metrics, total_steps: int, eta: float) -> str:
 
 
 def bar_text(metrics: Metrics, eta: float) -> str:
-    """What stands right of the bar; at most 60 columns or so, to fit a terminal of 80."""
+    """What stands right of the bar, short enough for a terminal of 80 columns."""
     parts = [
         f"loss {metrics.loss:.4f}",
         f"{short(metrics.tokens_per_second)} tok/s",
-        *_machine(metrics),
+        *_machine(metrics, mfu_digits=0),
         f"ETA {duration(eta)}",
     ]
-    return " · ".join(parts)
+    return "  ".join(parts)
 
 
-def _machine(metrics: Metrics) -> list[str]:
-    mfu = [] if metrics.mfu is None else [f"MFU {metrics.mfu:.1%}"]
-    return [*mfu, f"{metrics.memory_bytes / 2**30:.1f} GiB"]
+def _machine(metrics: Metrics, mfu_digits: int) -> list[str]:
+    mfu = [] if metrics.mfu is None else [f"MFU {metrics.mfu:.{mfu_digits}%}"]
+    gib = metrics.memory_bytes / 2**30
+    return [*mfu, f"{gib:.{int(gib < 10)}f} GiB"]
 
 
 def short(number: float) -> str:

@@ -41,7 +41,7 @@ class Order(TypedDict):
     project: str
     name: str
     run_dir: str
-    metrics: str  # path of metrics.jsonl
+    metrics: int  # descriptor of metrics.jsonl: the next start may put another file in its place
     config: dict[str, Any]
     series: Series
     step: int  # training goes on after this step
@@ -58,7 +58,7 @@ def main() -> int:
     order: Order = json.loads(sys.stdin.readline())
     end = End()
     try:
-        with open(order["metrics"], "rb") as file:  # now: the next start may replace it
+        with open(order["metrics"], "rb") as file:
             run, first = start(order)
             for step, values in rows(file, first, order["series"], end):
                 run.log(values, step=step, commit=True)

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from megapipe.checkpoint.storage import sync_directory, write_durably
@@ -46,14 +47,16 @@ class WeightsAndBiases:
         self._event = event
         self._text = b""
         self._dead = False
-        order = _order(config, run_dir, step, file)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", follow.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for the training
-        )
+        with file.path.open("rb") as lines:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", follow.__file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                pass_fds=[lines.fileno()],
+                start_new_session=True,  # Ctrl-C is for the training
+            )
+            order = _order(config, run_dir, step, file.kept.last_step, lines.fileno())
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._orders, self._words = self._process.stdin, self._process.stdout
@@ -66,22 +69,22 @@ class WeightsAndBiases:
         self._listen()
 
     def close(self, failed: bool) -> None:
-        """Wait until W&B has everything, but not for long."""
-        try:
+        """Wait until W&B has everything, but not for long; not at all if training failed.
+
+        A process that is not waited for hands the rest over by itself.
+        """
+        with suppress(BrokenPipeError):  # it ended before, and said why
             self._orders.write(b"failed\n" if failed else b"done\n")
             self._orders.close()
-        except BrokenPipeError:
-            pass  # it ended before, and said why
-        deadline = time.monotonic() + CLOSE_SECONDS
+        deadline = time.monotonic() + (0 if failed else CLOSE_SECONDS)
         while self._process.poll() is None and time.monotonic() < deadline:
             self._listen()
             time.sleep(0.05)
-        if self._process.poll() is None:
-            self._dead = True
+        self._listen()
+        if self._process.poll() is None and not failed:
             self._process.kill()
             self._process.wait()
             self._event(f"W&B did not end within {CLOSE_SECONDS:.0f} s and was ended.")
-        self._listen()
         self._words.close()
 
     def _listen(self) -> None:
@@ -95,21 +98,22 @@ class WeightsAndBiases:
             self._event(f"W&B's process died (status {status}); the run goes on without it.")
 
 
-def _order(config: Config, run_dir: Path, step: int, file: MetricsFile) -> follow.Order:
-    id_, known = _run_id(
-        run_dir / "wandb-id", anew=step == 0 and config.checkpoint.resume == "never"
-    )
+def _order(
+    config: Config, run_dir: Path, step: int, last_step: int, descriptor: int
+) -> follow.Order:
+    anew = step == 0 and config.checkpoint.resume == "never"
+    id_, known = _run_id(run_dir / "wandb-id", anew)
     return {
         "mode": config.logging.wandb,
         "id": id_,
         "project": config.logging.wandb_project,
         "name": config.logging.wandb_name or run_dir.resolve().name,
         "run_dir": str(run_dir),
-        "metrics": str(file.path),
+        "metrics": descriptor,
         "config": config.model_dump(mode="json"),
         "series": SERIES,
         "step": step,
-        "first": file.kept.last_step + 1 if known else 1,
+        "first": last_step + 1 if known else 1,
         "init_seconds": INIT_SECONDS,
         "upload_seconds": UPLOAD_SECONDS,
     }

@@ -8,14 +8,15 @@ from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule import balance
 
 
-def costliest(costs: list[float], split: list[int], first: float, last: float) -> float:
+def badness(costs: list[float], split: list[int], first: float, last: float) -> tuple[float, float]:
+    """The costliest stage, then how unequal the stages are."""
     totals, begin = [], 0
     for layers in split:
         totals.append(sum(costs[begin : begin + layers]))
         begin += layers
     totals[0] += first
     totals[-1] += last
-    return max(totals)
+    return max(totals), sum(total**2 for total in totals)
 
 
 @given(
@@ -34,13 +35,18 @@ def test_no_split_is_better(costs: list[float], stages: int, first: float, last:
         [end - begin for begin, end in zip((0, *cuts), (*cuts, len(costs)), strict=True)]
         for cuts in combinations(range(1, len(costs)), stages - 1)
     )
-    best = min(costliest(costs, other, first, last) for other in every)
-    assert costliest(costs, split, first, last) == best
+    best = min(badness(costs, other, first, last) for other in every)
+    assert badness(costs, split, first, last) == best
 
 
 def test_costly_ends_get_fewer_layers() -> None:
     assert balance([1.0] * 8, 4) == [2, 2, 2, 2]
-    assert balance([1.0] * 10, 4, first=1.0, last=2.0) == [3, 3, 3, 1]
+    assert balance([1.0] * 10, 4, first=1.0, last=2.0) == [2, 3, 3, 2]
+    assert balance([1.0] * 32, 8, first=0.2, last=1.5) == [4, 4, 4, 4, 4, 4, 5, 3]
+
+
+def test_what_does_not_divide_is_spread() -> None:
+    assert balance([1.0] * 13, 4) == [3, 3, 3, 4]
 
 
 def test_too_few_layers_are_refused() -> None:

@@ -93,15 +93,15 @@ def test_each_stage_has_its_costs() -> None:
 
 
 def test_what_never_finishes_has_no_timeline() -> None:
-    with pytest.raises(ScheduleError, match="1F0 .* needs 0F0, which no rank does"):
+    with pytest.raises(ScheduleError, match=r"1F0 .* needs 0F0, which no rank does"):
         simulate(parse("0F1", "1F0"))
 
 
 def test_picture() -> None:
     assert simulate(lower(make("1f1b", 3, 1, 3))).text() == (
-        "rank 0  F0F1F2....B0--..B1--..B2--\n"
-        "rank 1  ..F0F1..B0--F2B1--..B2--..\n"
-        "rank 2  ....F0B0--F1B1--F2B2--....\n"
+        "rank 0  F0F1F2........B0--..B1--..B2--\n"
+        "rank 1  ..F0F1....B0--F2B1--..B2--....\n"
+        "rank 2  ....F0B0--F1B1--F2B2--........\n"
     )
     assert (
         simulate(make("gpipe", 1, 1, 12)).text(columns=12)

@@ -124,7 +124,7 @@ def test_an_action_on_another_rank_is_refused(program: Program, data: st.DataObj
     action = lowered[source].pop(data.draw(st.integers(0, len(lowered[source]) - 1)))
     assume(any(a.stage == action.stage and a.kind.computes for a in lowered[source]))
     lowered[destination].insert(data.draw(st.integers(0, len(lowered[destination]))), action)
-    with pytest.raises(ScheduleError, match="belongs on rank|is computed on rank|one too many"):
+    with pytest.raises(ScheduleError, match=r"belongs on rank|is computed on rank|one too many"):
         validate(lowered)
 
 
@@ -152,15 +152,16 @@ def test_the_cycle_of_a_deadlock_is_shown() -> None:
     validate(DEADLOCK)  # the receive one action earlier, and it finishes
 
 
-def test_a_cycle_over_three_ranks_leaves_out_who_only_waits_for_it() -> None:
-    program = parse("0F0 4F0 0F1 4F1", "1F0 5F0 1F1 5F1", "2F0 6F0 2F1 6F1", "3F1 7F1 3F0 7F0")
+def test_a_rank_that_only_waits_for_the_cycle_is_left_out() -> None:
+    program = parse("0F0 0B0", "1F0 1B0", "2F1 2F0 2B0 2B1", "3F0 3F1 3B0 3B1", "0F1 0B1")
+    program[0] += program.pop()
+    program[1] += parse("1F1 1B1")[0]
     with pytest.raises(ScheduleError) as caught:
         lower(program)
     assert re.findall(r"rank (\d) waits in (\w+)", str(caught.value)) == [
-        ("0", "4F0"),
-        ("3", "3F1"),
-        ("2", "6F0"),
-    ] or "rank 3 waits in 3F1" in str(caught.value)
+        ("1", "1B0"),
+        ("2", "2F1"),
+    ]
 
 
 @pytest.mark.parametrize(

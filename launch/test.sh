@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change is merged: lint, format, types, tests. Makes its own
+# environment on a fresh machine. Words after it go to pytest:
+#
+#     bash launch/test.sh                       everything
+#     bash launch/test.sh tests/data -k resume  lint, types, and these tests
+set -euo pipefail
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+
+# Runs a command from the root of the clone and says how long it took.
+phase() {
+    local name=$1 began=$SECONDS
+    shift
+    echo "== $name"
+    "$@" || fail "$name failed after $((SECONDS - began)) s"
+    echo "== $name: $((SECONDS - began)) s"
+}
+
+cd -- "$root"
+phase "set-up" set_up test
+phase "ruff check" python -m ruff check .
+phase "ruff format" python -m ruff format --check .
+phase "mypy" python -m mypy
+# One thread in each process: the tests run many ranks beside each other.
+OMP_NUM_THREADS=1 phase "pytest" python -m pytest "$@"
