@@ -29,6 +29,7 @@ from megapipe.models.build import build_stages
 from megapipe.models.flops import flops_per_token
 from megapipe.models.parameters import parameter_count
 from megapipe.pipeline.schedule.placement import rank_of_stage
+from megapipe.tools.cli import render
 from megapipe.tools.dry_run import layout_lines
 from megapipe.tools.launcher import launch_local
 from megapipe.tools.rendezvous import (
@@ -63,8 +64,9 @@ def start(config: Config, config_path: str, overrides: Sequence[str]) -> int:
         config = check_layout(config, rendezvous.world_size)
     except ConfigError:
         if rendezvous.rank == 0:
-            raise
-        sys.exit(1)  # every rank finds the same; the first one tells it
+            raise  # every rank finds the same, and one of them tells it
+        time.sleep(2)  # the first to leave has the others ended, and that shall not be this one
+        sys.exit(1)
     return run_rank(config, command, began, rendezvous)
 
 
@@ -78,7 +80,7 @@ def describe_rank(parallel: ParallelConfig, rank: int) -> str:
 
 
 def run_rank(config: Config, command: str, began: float, rendezvous: Rendezvous) -> int:
-    """One rank's life. In a job, what goes wrong on many ranks alike is raised on one of them."""
+    """One rank's life. In a job, what goes wrong on many ranks alike is told by one of them."""
     device = choose_device(config.train.device, rendezvous)
     store = init_process_group(rendezvous, device)
     try:
@@ -86,11 +88,9 @@ def run_rank(config: Config, command: str, began: float, rendezvous: Rendezvous)
     except MegapipeError as error:
         if store is None or rendezvous.address is None:
             raise
-        is_first = first_to_tell(store, str(error))
-        if rendezvous.rank == 0:
-            time.sleep(1)  # this process may serve the store that the others ask now
-        if is_first:
-            raise
+        if first_to_tell(store, str(error)):
+            print(render(error), file=sys.stderr, flush=True)
+        time.sleep(1)  # till all have asked the store, which this process may serve
         sys.exit(1)
     if store is not None:
         dist.destroy_process_group()

@@ -16,5 +16,6 @@ class CheckpointConfig(Section):
         default="auto",
         min_length=1,
         description="auto: go on from the newest whole checkpoint of train.run_dir, or start anew; "
-        "never: start anew; or the path of a checkpoint.",
+        "never: start anew, where train.run_dir holds no checkpoint; or the path of a checkpoint "
+        "to begin another run_dir from (the same command again then goes on from its own).",
     )

@@ -1,6 +1,5 @@
 """What is known about a step: one line of metrics.jsonl, and the names that charts give it."""
 
-import dataclasses
 import json
 import math
 import re
@@ -31,7 +30,7 @@ class Metrics:
 
     def to_json(self) -> str:
         """One line without its end. JSON has no NaN or infinity: they become null."""
-        finite = {name: _or_null(value) for name, value in dataclasses.asdict(self).items()}
+        finite = {name: _or_null(value) for name, value in vars(self).items()}
         return json.dumps(finite, allow_nan=False)
 
 

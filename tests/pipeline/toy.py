@@ -66,7 +66,6 @@ class ToyStage(nn.Module):
     def forward(self, inputs: Tensor | None, batch: MicroBatch) -> Tensor:
         if self.fails_at is not None and int(batch.samples_B[0]) == 2 * B:
             raise self.fails_at
-        x = inputs
         if self.table is not None:
             assert inputs is None
             assert batch.tokens_BS is not None
@@ -74,6 +73,7 @@ class ToyStage(nn.Module):
         else:
             assert inputs is not None
             self.addresses.add(inputs.data_ptr())
+            x = inputs
         y: Tensor = _Linear.apply((x + self.bias).tanh() if self.is_last else x, self.weight, self)
         if not self.is_last:
             return y + self.bias

@@ -219,7 +219,7 @@ def test_ctrl_c_in_one_process(corpus: Path, tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_is_told_once(corpus: Path, tmp_path: Path) -> None:
     words = (PP2, f"--train.run_dir={tmp_path}/run", "--optimizer.learning_rate=1e30")
     said = Command(corpus, *words, "--optimizer.schedule=constant").finish(1)
-    assert len(re.findall("^megapipe: loss (nan|inf), gradient norm", said, re.MULTILINE)) == 1
+    assert len(re.findall("^megapipe: loss .*(nan|inf): the step was", said, re.MULTILINE)) == 1
     assert len(column(tmp_path / "run", "loss")) < 8
 
 

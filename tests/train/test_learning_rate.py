@@ -5,7 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapipe.config.optimizer import OptimizerConfig
@@ -40,6 +40,7 @@ def optimizer(**fields: Any) -> OptimizerConfig:
     return OptimizerConfig(**{"learning_rate": 1.0, "min_learning_rate": 0.1, **fields})
 
 
+@settings(deadline=None)
 @given(runs("constant", "linear", "cosine", "wsd"))
 def test_rises_linearly_then_never_rises(run: tuple[OptimizerConfig, int]) -> None:
     given, steps = run
@@ -53,6 +54,7 @@ def test_rises_linearly_then_never_rises(run: tuple[OptimizerConfig, int]) -> No
     assert all(later <= earlier for earlier, later in pairwise(after))
 
 
+@settings(deadline=None)
 @given(runs("linear", "cosine", "wsd"))
 def test_ends_at_the_minimum(run: tuple[OptimizerConfig, int]) -> None:
     given, steps = run
@@ -66,6 +68,7 @@ def test_ends_at_the_minimum(run: tuple[OptimizerConfig, int]) -> None:
         assert last == given.min_learning_rate
 
 
+@settings(deadline=None)
 @given(runs("linear", "cosine", "wsd"))
 def test_no_jump(run: tuple[OptimizerConfig, int]) -> None:
     """No step changes the rate by more than the steepest part of its curve does."""

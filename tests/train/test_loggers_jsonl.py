@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapipe.errors import MegapipeError
@@ -24,6 +24,7 @@ def steps(path: Path) -> list[int]:
     return [json.loads(text)["step"] for text in path.read_bytes().splitlines()]
 
 
+@settings(deadline=None)
 @given(last=st.integers(0, 12), step=st.integers(0, 12), torn=st.integers(0, 300))
 def test_a_start_keeps_whole_lines_up_to_its_step(
     tmp_path_factory: pytest.TempPathFactory, last: int, step: int, torn: int

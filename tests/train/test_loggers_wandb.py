@@ -102,6 +102,7 @@ def test_what_is_written_offline(tmp_path: Path) -> None:
     }
     assert "train/validation_loss" not in first.rows[4]
     assert not holds(run_dir, SECRET)
+    assert list(Path.home().rglob("*")) == [], "nothing is written outside the run directory"
 
 
 def holds(directory: Path, text: str) -> list[Path]:

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 from megapipe.checkpoint.storage import sync_directory, write_durably
@@ -97,35 +98,30 @@ def keep_until(path: Path, step: int) -> Kept:
     """
     if not path.exists():
         return Kept(last_step=0, dropped=0)
-    steps = [number for _, number in _numbered(path)]
-    kept = sum(1 for _ in _kept(path, step))
-    if kept < len(steps):
+    keep, previous, last_step = bytearray(), 0, 0  # a byte for each line: runs have millions
+    for line in _lines(path):
+        number = _step(line) or 0
+        keep.append(previous < number <= step)
+        previous = number if keep[-1] else previous
+        last_step = max(last_step, number)
+    if not all(keep):
         scratch = path.with_name(f".{path.name}.{os.getpid()}")
         try:
-            write_durably(scratch, _kept(path, step))
+            write_durably(scratch, compress(_lines(path), keep))
             os.replace(scratch, path)
             sync_directory(path.parent)
         finally:
             scratch.unlink(missing_ok=True)
-    return Kept(max((number or 0 for number in steps), default=0), dropped=len(steps) - kept)
+    return Kept(last_step, dropped=keep.count(0))
 
 
-def _kept(path: Path, step: int) -> Iterator[bytes]:
-    previous = 0
-    for line, number in _numbered(path):
-        if number is not None and previous < number <= step:
-            previous = number
-            yield line
-
-
-def _numbered(path: Path) -> Iterator[tuple[bytes, int | None]]:
-    """Every line and its step; None for a line that is torn or of another kind."""
+def _lines(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        for line in file:
-            yield line, _step(line)
+        yield from file
 
 
 def _step(line: bytes) -> int | None:
+    """None for a line that is torn or of another kind."""
     try:
         step = json.loads(line)["step"] if line.endswith(b"\n") else None
     except (ValueError, TypeError, KeyError):

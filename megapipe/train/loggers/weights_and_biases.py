@@ -48,6 +48,7 @@ class WeightsAndBiases:
         self._text = b""
         self._dead = False
         with file.path.open("rb") as lines:
+            order = _order(config, run_dir, step, file.kept.last_step, lines.fileno())
             self._process = subprocess.Popen(
                 [sys.executable, "-P", follow.__file__],
                 stdin=subprocess.PIPE,
@@ -56,7 +57,6 @@ class WeightsAndBiases:
                 pass_fds=[lines.fileno()],
                 start_new_session=True,  # Ctrl-C is for the training
             )
-            order = _order(config, run_dir, step, file.kept.last_step, lines.fileno())
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._orders, self._words = self._process.stdin, self._process.stdout
