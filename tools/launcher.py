@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch._dynamo  # which torch.optim imports at its first use: 2 s, in each rank if not here
 import torch.distributed as dist
 
 from megapipe.errors import ConfigError, MegapipeError

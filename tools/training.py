@@ -178,11 +178,11 @@ def _train(config: Config, command: str, began: float, device: torch.device, voi
     write_config(config, peers)
     is_first = mesh.rank == 0
     with (
+        StopRequest(voice.say) as stop,  # outermost: a signal must not cut loggers short
         Loggers(
             config, run_dir=run_dir, rank0=is_first, start=progress.step, total_steps=steps
         ) as loggers,
         voice.through(loggers.event),
-        StopRequest(voice.say) as stop,
     ):
         voice.say(f"Start-up: {time.perf_counter() - began:.1f} s after imports")
         flops = flops_per_token(config.model, config.train.sequence_length)

@@ -110,7 +110,7 @@ class Engine:
             raise NonFiniteError(
                 f"loss {result.loss}, gradient norm {result.grad_norm}: the step was not taken and "
                 "weights are as before. Lower optimizer.learning_rate, or resume from an earlier "
-                "checkpoint with checkpoint.resume."
+                "checkpoint with checkpoint.resume and another train.run_dir."
             )
         self._scale_gradients(result)
         self.optimizer.step(learning_rate)
