@@ -1,9 +1,15 @@
 """THE test: every layout computes what one process computes, in float64.
 
 Each case steps a model in its layout and in one process on the same tokens, and compares losses,
-every gradient and every updated weight (see megapipe/train/proof.py).
+every gradient and every updated weight (see megapipe/train/proof.py). As a program it takes more
+steps and prints the largest errors: `python -m tests.test_layouts --steps 20`.
 """
 
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: see tests/ranks.py
+
+import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +21,7 @@ from megapipe.mesh import build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
 from megapipe.train.proof import Verdict, prove, synthetic_tokens
-from tests.ranks import run_ranks
+from tests.ranks import POOL, run_ranks
 
 CONFIGS = Path(__file__).parent / "configs"
 TOLERANCE = 1e-9
@@ -82,7 +88,7 @@ LAYOUTS = [
         sequence_parallel=True,
         overrides=DOCUMENTS + DROPOUT,
     ),
-    Layout(tensor=2, pipeline=2, data=2, sequence_parallel=True, overrides=DOCUMENTS),
+    Layout(tensor=2, pipeline=2, data=2, sequence_parallel=True, overrides=DOCUMENTS + DROPOUT),
     Layout(tensor=2, pipeline=2, overrides=("--train.recompute=full", *DROPOUT)),
 ]
 
@@ -99,21 +105,47 @@ def _prove(config: Config, steps: int) -> Verdict | None:
     return prove(config, mesh, build_stages, synthetic_tokens(config), steps)
 
 
-def check(config: Config, steps: int = STEPS) -> None:
+def check(config: Config, steps: int = STEPS) -> Verdict:
     parallel = config.parallel
     ranks = parallel.tensor * parallel.pipeline * (parallel.data or 1)
-    verdict = run_ranks(_prove, ranks, config, steps)[0]
+    verdict: Verdict | None = run_ranks(_prove, ranks, config, steps, timeout=300)[0]
     assert verdict is not None
     kinds = {row.kind for row in verdict.differences}
     assert kinds == {"initial weight", "loss", "gradient norm", "gradient", "weight"}
     assert verdict.worst("initial weight") == 0.0, "initial weights are bitwise the same"
     assert verdict.first_beyond(TOLERANCE) is None
     assert verdict.losses[0][1] != verdict.losses[-1][1], "the weights move"
+    return verdict
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_layout_equals_one_process(layout: Layout, shape: str) -> None:
+SHAPES = ("gpt2", "llama")
+
+
+def configured(layout: Layout, shape: str) -> Config:
     if shape == "gpt2" and layout.pipeline == 3:
         layout = Layout(pipeline=3)  # 7 layers, balanced by cost
-    check(layout.config(shape))
+    return layout.config(shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layout_equals_one_process(layout: Layout, shape: str) -> None:
+    check(configured(layout, shape))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=20)
+    steps = parser.parse_args().steps
+    kinds = ("loss", "gradient norm", "gradient", "weight")
+    print(f"largest relative errors over {steps} steps:", *kinds, sep="  ")
+    for shape in SHAPES:
+        for layout in LAYOUTS:
+            verdict = check(configured(layout, shape), steps)
+            errors = "  ".join(f"{verdict.worst(kind):.1e}" for kind in kinds)
+            print(f"{shape:6} {layout!s:60} {errors}", flush=True)
+    POOL.close()
+
+
+if __name__ == "__main__":
+    main()
