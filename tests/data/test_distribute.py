@@ -1,0 +1,167 @@
+"""Tokens are bitwise the same in every layout, on every rank that needs them; errors reach all."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megapipe.config import Config, load_config
+from megapipe.data.distribute import ReplicaFeed
+from megapipe.errors import DataError
+from megapipe.mesh import Mesh, build_mesh
+from megapipe.microbatch import MicroBatch
+from megapipe.models.presets import PRESETS
+from tests.ranks import run_ranks
+
+STEPS = 50
+Seen = list[dict[int, dict[str, str]]]
+"""For each step: sample -> what ("tokens", "targets", "documents") -> hash."""
+
+
+def configured(corpus: Path, *overrides: str) -> Config:
+    words = ["--data.mask_documents=true", "--train.global_batch_size=8", *overrides]
+    return load_config(corpus / "run.toml", words, PRESETS)
+
+
+def open_feed(config: Config, mesh: Mesh, *, validation: bool = False) -> ReplicaFeed:
+    return ReplicaFeed(
+        config,
+        mesh,
+        hosts_first=mesh.pipeline.is_first,
+        hosts_last=mesh.pipeline.is_last,
+        validation=validation,
+    )
+
+
+def hashes(batches: Sequence[MicroBatch]) -> dict[int, dict[str, str]]:
+    found: dict[int, dict[str, str]] = {}
+    for batch in batches:
+        parts = {
+            "tokens": batch.tokens_BS,
+            "targets": batch.targets_BS,
+            "documents": batch.documents_BS,
+        }
+        for row, sample in enumerate(batch.samples_B.tolist()):
+            found[sample] = {
+                name: hashlib.sha256(tensor[row].contiguous().numpy().tobytes()).hexdigest()
+                for name, tensor in parts.items()
+                if tensor is not None
+            }
+    return found
+
+
+def _mesh(layout: tuple[int, int, int]) -> Mesh:
+    pipeline, data, tensor = layout
+    return build_mesh(pipeline=pipeline, data=data, tensor=tensor, device=torch.device("cpu"))
+
+
+def _read(config: Config, layout: tuple[int, int, int]) -> tuple[tuple[int, int], Seen]:
+    """((pipeline rank, data rank), what this rank saw)."""
+    mesh = _mesh(layout)
+    feed = open_feed(config, mesh)
+    seen = [hashes(feed.next()) for _ in range(STEPS)]
+    feed.close()
+    return (mesh.pipeline.rank, mesh.data.rank), seen
+
+
+@pytest.fixture(scope="module")
+def alone(corpus: Path) -> Seen:
+    """What one process sees."""
+    _, seen = _read(configured(corpus), (1, 1, 1))
+    rows = [row for step in seen for row in step.values()]
+    assert len({row["tokens"] for row in rows}) == len(rows) == 8 * STEPS
+    return seen
+
+
+@pytest.mark.parametrize("layout", [(1, 2, 1), (1, 4, 1), (1, 1, 2), (2, 1, 1), (2, 2, 1)], ids=str)
+def test_the_tokens_of_50_steps_are_the_same_in_every_layout(
+    corpus: Path, alone: Seen, layout: tuple[int, int, int]
+) -> None:
+    pipeline, data, tensor = layout
+    ranks = run_ranks(_read, pipeline * data * tensor, configured(corpus), layout)
+    for (stage, replica), seen in ranks:
+        needs = _needs(stage, pipeline)
+        for step, rows in enumerate(seen):
+            first = step * 8
+            assert sorted(rows) == list(range(first + replica, first + 8, data))
+            for sample, row in rows.items():
+                assert row == {name: alone[step][sample][name] for name in needs}
+
+
+def _needs(stage: int, stages: int) -> set[str]:
+    """Tokens on the first stage only, targets on the last only, documents on all."""
+    needs = {"documents"}
+    if stage == 0:
+        needs.add("tokens")
+    if stage == stages - 1:
+        needs.add("targets")
+    return needs
+
+
+def _stop_and_go_on(config: Config, layouts: list[tuple[int, int, int]]) -> Seen:
+    """Each layout reads five steps from where the one before stopped. Rank 0 tells the others the
+    state, as a checkpoint would."""
+    seen: Seen = []
+    state = None
+    for layout in layouts:
+        feed = open_feed(config, _mesh(layout))
+        if state is not None:
+            feed.load(state)
+        for _ in range(5):
+            seen.append(hashes(feed.next()))
+        told = [feed.state()]
+        dist.broadcast_object_list(told, src=0)
+        state = told[0]
+        feed.close()
+    return seen
+
+
+def test_data_goes_on_exactly_in_another_layout(corpus: Path, alone: Seen) -> None:
+    layouts = [(1, 4, 1), (1, 1, 4), (2, 2, 1), (1, 2, 2), (1, 4, 1)]
+    for seen in run_ranks(_stop_and_go_on, 4, configured(corpus), layouts):
+        for step, rows in enumerate(seen):
+            for sample, row in rows.items():
+                expected = {name: alone[step][sample][name] for name in row}
+                assert row == expected, f"step {step}, sample {sample}"
+
+
+def _validation(config: Config, layout: tuple[int, int, int]) -> tuple[int, Seen]:
+    mesh = _mesh(layout)
+    feed = open_feed(config, mesh, validation=True)
+    first = [hashes(feed.next()) for _ in range(2)]
+    feed.restart()
+    again = [hashes(feed.next()) for _ in range(2)]
+    feed.close()
+    assert again == first, "each validation loss is of the same text"
+    return mesh.data.rank, first
+
+
+def test_validation_text_is_the_same_in_every_layout_and_none_of_the_training_text(
+    corpus: Path, alone: Seen
+) -> None:
+    config = configured(corpus, "--data.validation_fraction=0.2")
+    _, whole = _validation(config, (1, 1, 1))
+    for _, seen in run_ranks(_validation, 2, config, (1, 2, 1)):
+        for step, rows in enumerate(seen):
+            assert rows == {sample: whole[step][sample] for sample in rows}
+    _, training = _read(config, (1, 1, 1))
+    trained = {row["tokens"] for step in training for row in step.values()}
+    assert not trained & {row["tokens"] for step in whole for row in step.values()}
+
+
+def _fails(config: Config, layout: tuple[int, int, int]) -> str:
+    try:
+        open_feed(config, _mesh(layout))
+    except DataError as error:
+        return str(error)
+    return "no error"
+
+
+def test_the_readers_error_is_raised_on_every_rank_of_its_replica(corpus: Path) -> None:
+    config = configured(corpus, "--data.sources.0.path=none/*.txt")
+    said = run_ranks(_fails, 4, config, (2, 1, 2))
+    assert len(set(said)) == 1
+    assert "matches no file" in said[0]

@@ -1,0 +1,57 @@
+"""`megapipe bench train`: measures what it says; how fast is not a test's business."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megapipe.errors import MegapipeError
+from megapipe.tools.bench import run
+
+SMALL = ("--sequence-length=32", "--micro-batch-size=1", "--microbatches=2", "--repeats=2")
+
+
+def test_the_table_and_the_json_hold_every_contender(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "results" / "train.json"
+    words = ["train", "--preset=llama-micro", "--layouts=1 process,pp2", "--against=transformers"]
+    assert run([*words, *SMALL, f"--json={file}"]) == 0
+    content = json.loads(file.read_text())
+    rows = content["results"]
+    assert [(row["contender"], row["layout"], row["ranks"]) for row in rows] == [
+        ("transformers", "1 process", 1),
+        ("megapipe", "1 process", 1),
+        ("megapipe", "pp2", 2),
+    ]
+    assert content["tokens_per_step"] == 64
+    assert content["packages"]["torch"]
+    for row in rows:
+        assert len(row["tokens_per_second"]) == 2
+        assert row["median_tokens_per_second"] > 0
+        assert row["peak_rss_bytes"] > 50e6
+        assert all(5 < loss < 8 for loss in row["losses"]), "ln 509 is 6.2"
+    assert rows[1]["losses"] == pytest.approx(rows[2]["losses"], rel=1e-5), "the same model"
+    out = capsys.readouterr().out
+    assert "transformers" in out
+    assert "pp2" in out
+
+
+def test_wrong_words_are_refused() -> None:
+    for words, message in (
+        (["trian"], "'trian' is not a bench"),
+        (["train", "--layouts=tp3"], "'tp3' is not one of"),
+        (["train", "--repeats=0"], "--repeats 0 must be 1 or more"),
+        (["train", "--preset=llama-9"], "--preset llama-9 does not exist"),
+        (["train", "--preset=gpt2", "--against=transformers"], "compares llama presets"),
+    ):
+        with pytest.raises(MegapipeError, match=message):
+            run(words)
+
+
+def test_a_worker_that_fails_is_named(tmp_path: Path) -> None:
+    from megapipe.tools.bench.crew import Crew
+
+    spec = {"contender": "megapipe", "config": "[model]\nnum_layers = 'x'\n"}
+    with Crew("broken", 1, spec, tmp_path) as crew, pytest.raises(MegapipeError, match="broken"):
+        crew.wait_until_ready()
