@@ -61,9 +61,8 @@ def test_ranks_meet_print_and_return_the_largest_status(
     words = [(tmp_path / str(rank)).read_text().split() for rank in range(3)]
     assert len({pid for pid, *_ in words} | {str(os.getpid())}) == 4
     assert [rest for _, *rest in words] == [[str(rank), "3"] for rank in range(3)]
-    assert sorted(capfd.readouterr().out.splitlines()) == [
-        f"rank {rank} adds up to 3" for rank in range(3)
-    ]
+    out = capfd.readouterr().out  # lines of ranks that print at once may run into each other
+    assert [out.count(f"rank {rank} adds up to 3") for rank in range(3)] == [1, 1, 1]
 
 
 def test_one_rank_runs_in_this_process() -> None:
