@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from megapipe.checkpoint.manifest import Manifest
@@ -81,7 +81,7 @@ def _print_checkpoint(console: Console, path: Path, *, tensors: bool, read: bool
     console.print(_text(str(path)), summary)
     _print_problems(console, problems)
     if tensors:
-        table = Table("tensor", "dtype", "shape", "chunks")
+        table = Table(Column("tensor", overflow="fold"), "dtype", "shape", "chunks")
         for name, entry in manifest.tensors.items():
             table.add_row(name, entry.dtype, _text(str(list(entry.shape))), str(len(entry.chunks)))
         console.print(table)

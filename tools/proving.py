@@ -2,7 +2,7 @@
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from megapipe.config import Config
 from megapipe.mesh import build_mesh
@@ -38,7 +38,8 @@ def print_report(verdict: Verdict, steps: int) -> int:
     _print_tables(verdict)
     first = verdict.first_beyond(TOLERANCE)
     if first is None:
-        print(f"PASSED: the layout equals one process over {steps} steps, to {TOLERANCE:g}.")
+        over = "one step" if steps == 1 else f"{steps} steps"
+        print(f"PASSED: the layout equals one process over {over}, to {TOLERANCE:g}.")
         return 0
     print(
         f"FAILED in step {first.step + 1}: {first.kind} {first.name} on {first.where}, "
@@ -54,7 +55,8 @@ def _print_tables(verdict: Verdict) -> None:
         losses.add_row(
             f"{step}", f"{loss:.15f}", f"{expected:.15f}", f"{abs(loss / expected - 1):.1e}"
         )
-    errors = Table("compared", "tensors", "largest error", "in tensor", "on")
+    tensor = Column("in tensor", no_wrap=True, overflow="fold")
+    errors = Table("compared", "tensors", "largest error", tensor, "on")
     for kind, title in KINDS.items():
         rows = [row for row in verdict.differences if row.kind == kind]
         worst = max(rows, key=lambda row: row.error)
