@@ -107,7 +107,7 @@ class PipelineExecutor:
     # --- Actions ---------------------------------------------------------------------------------
 
     def _forward(self, action: Action) -> None:
-        stage, _, microbatch = action
+        stage, _, microbatch, _ = action
         inputs = None
         if stage > 0:
             arrived = self._arrival(Action(stage, Kind.RECEIVE_FORWARD, microbatch))
@@ -121,7 +121,7 @@ class PipelineExecutor:
             self._live[stage, microbatch] = (inputs, get_gradient_edge(output))
 
     def _backward(self, action: Action) -> None:
-        stage, _, microbatch = action
+        stage, _, microbatch, _ = action
         inputs, edge = self._live.pop((stage, microbatch))
         gradient = None  # that of a loss is one
         if stage < self._last_stage:
@@ -180,7 +180,7 @@ class PipelineExecutor:
         """The channel of a SEND or RECEIVE, and a tag that is the same at both ends."""
         other = ranks[action.counterpart.stage]
         pair = (self.rank, other) if action.kind.sends else (other, self.rank)
-        stage, kind, microbatch = action if action.kind.sends else action.counterpart
+        stage, kind, microbatch, _ = action if action.kind.sends else action.counterpart
         backward = kind is Kind.SEND_BACKWARD
         return self._channels[pair], 2 * (stage * self._microbatches + microbatch) + backward
 

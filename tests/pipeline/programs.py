@@ -65,7 +65,7 @@ def random_program(seed: int, placement: list[int], microbatches: int, *, split:
     ready = [Action(0, F, microbatch) for microbatch in range(microbatches)]
     while ready:
         action = ready.pop(draw.randrange(len(ready)))
-        stage, kind, microbatch = action
+        stage, kind, microbatch, _ = action
         program[placement[stage]].append(action)
         if kind is F and stage < last:
             ready.append(Action(stage + 1, F, microbatch))

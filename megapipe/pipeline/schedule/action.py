@@ -13,13 +13,16 @@ class Kind(StrEnum):
 
     RECEIVE posts a receive into a free buffer without waiting; the action that uses the arrival
     waits. SEND hands the tensor over and may wait until its RECEIVE has been posted. A SEND names
-    the stage that sends, a RECEIVE the stage that receives.
+    the stage that sends, a RECEIVE the stage that receives. OVERLAP is a forward and a backward of
+    two microbatches (`Action.parts`) that may run at the same time; `lower` makes them run one
+    after the other, which they also may.
     """
 
     FORWARD = "F"
     BACKWARD = "B"  # gradients of input and weights
     BACKWARD_INPUT = "I"
     BACKWARD_WEIGHT = "W"
+    OVERLAP = "OVERLAP_F_B"
     SEND_FORWARD = "SEND_F"
     RECEIVE_FORWARD = "RECV_F"
     SEND_BACKWARD = "SEND_B"
@@ -38,7 +41,9 @@ class Kind(StrEnum):
         return self in (Kind.RECEIVE_FORWARD, Kind.RECEIVE_BACKWARD)
 
 
-COMPUTE = frozenset({Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT})
+COMPUTE = frozenset(
+    {Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT, Kind.OVERLAP}
+)
 LAST_OF_A_BACKWARD = frozenset({Kind.BACKWARD, Kind.BACKWARD_WEIGHT})
 """What ends a microbatch's work at a stage: its activations are freed."""
 
@@ -49,14 +54,20 @@ _COUNTERPART = {
     Kind.RECEIVE_BACKWARD: (1, Kind.SEND_BACKWARD),
 }
 _TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)(\d+)")
+_PAIR = re.compile(r"\(([^;()]*);([^;()]*)\)OVERLAP_F_B")
 
 
 class Action(NamedTuple):
-    """One step of a rank: `2F0` is stage 2, forward, microbatch 0."""
+    """One step of a rank: `2F0` is stage 2, forward, microbatch 0.
+
+    An OVERLAP, `(0F4;3B1)OVERLAP_F_B`, has the stage and microbatch of its forward.
+    """
 
     stage: int
     kind: Kind
     microbatch: int
+    parts: "tuple[Action, ...]" = ()
+    """Of an OVERLAP: the forward and the backward."""
 
     @property
     def counterpart(self) -> "Action":
@@ -65,16 +76,28 @@ class Action(NamedTuple):
         return Action(self.stage + step, kind, self.microbatch)
 
     def __str__(self) -> str:
+        if self.parts:
+            return f"({';'.join(map(str, self.parts))}){self.kind}"
         return f"{self.stage}{self.kind}{self.microbatch}"
 
     @staticmethod
     def parse(text: str) -> "Action":
         """The action that `str` wrote. Raises ScheduleError."""
+        if pair := _PAIR.fullmatch(text.strip()):
+            return overlap(*map(Action.parse, pair.groups()))
         match = _TEXT.fullmatch(text.strip())
         if match is None:
             raise ScheduleError(f"{text!r} is not an action: expected, say, 2F0 or 1SEND_B3")
         stage, kind, microbatch = match.groups()
         return Action(int(stage), Kind(kind), int(microbatch))
+
+
+def overlap(forward: Action, backward: Action) -> Action:
+    """Both as one action. Raises ScheduleError for kinds that can't be."""
+    backwards = (Kind.BACKWARD, Kind.BACKWARD_INPUT)
+    if forward.kind is not Kind.FORWARD or backward.kind not in backwards:
+        raise ScheduleError(f"{forward} and {backward} are not a forward and a backward")
+    return Action(forward.stage, Kind.OVERLAP, forward.microbatch, (forward, backward))
 
 
 Program = list[list[Action]]
@@ -84,6 +107,11 @@ Program = list[list[Action]]
 def compute_only(program: Program) -> Program:
     """The program without its communication."""
     return [[action for action in actions if action.kind.computes] for actions in program]
+
+
+def sequential(program: Program) -> Program:
+    """The program with each OVERLAP as its forward and then its backward."""
+    return [[part for action in actions for part in action.parts or (action,)] for actions in program]
 
 
 def stage_ranks(program: Program) -> dict[int, int]:

@@ -2,11 +2,10 @@
 
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule.action import Action, Kind, Program
-from megapipe.pipeline.schedule.gpipe import gpipe
-from megapipe.pipeline.schedule.interleaved import groups, interleaved
-from megapipe.pipeline.schedule.one_f_one_b import one_f_one_b
+from megapipe.pipeline.schedule.generators import find_schedules
+from megapipe.pipeline.schedule.generators.interleaved import groups
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved-1f1b")
+SCHEDULES = find_schedules()
 
 
 def build_program(name: str, *, pipeline: int, virtual: int, microbatches: int) -> Program:
@@ -28,25 +27,39 @@ def build_program(name: str, *, pipeline: int, virtual: int, microbatches: int) 
             f"{microbatches} microbatches leave nothing to do: raise train.global_batch_size to at "
             "least train.micro_batch_size * parallel.data."
         )
-    if name == "interleaved-1f1b":
-        return interleaved(pipeline, virtual, microbatches)
-    if virtual != 1:
+    schedule = SCHEDULES[name]
+    check_chunks(name, virtual)
+    least = schedule.least_microbatches(pipeline)
+    if microbatches < least:
         raise ScheduleError(
-            f'parallel.schedule = "{name}" has one chunk on each rank: set parallel.virtual = 1 '
-            f'(it is {virtual}), or parallel.schedule = "interleaved-1f1b".'
+            f'parallel.schedule = "{name}" needs {least} microbatches or more in a pipeline of '
+            f"{pipeline}; there are {microbatches}. Raise train.global_batch_size to at least "
+            f"{least} * train.micro_batch_size * parallel.data, lower train.micro_batch_size, or "
+            "take another schedule."
         )
-    make = {"gpipe": gpipe, "1f1b": one_f_one_b}[name]
-    return make(pipeline, microbatches)
+    return schedule.generate(pipeline, virtual, microbatches)
 
 
-def forward_program(pipeline: int, virtual: int, microbatches: int) -> Program:
-    """Forwards only, for a validation loss: groups of microbatches loop through the chunks."""
-    return [
-        [
-            Action(chunk * pipeline + rank, Kind.FORWARD, microbatch)
-            for group in groups(microbatches, pipeline)
-            for chunk in range(virtual)
-            for microbatch in group
-        ]
-        for rank in range(pipeline)
-    ]
+def check_chunks(name: str, virtual: int) -> None:
+    """Raises ScheduleError unless the schedule can have so many chunks on a rank."""
+    fewest, most = SCHEDULES[name].chunks
+    if virtual < fewest or (most is not None and virtual > most):
+        number = "one chunk" if most == 1 else f"{fewest} chunks" + " or more" * (most is None)
+        advice = ', or parallel.schedule = "interleaved-1f1b"' if most == 1 else ""
+        raise ScheduleError(
+            f'parallel.schedule = "{name}" has {number} on each rank: set parallel.virtual = '
+            f"{fewest} (it is {virtual}){advice}."
+        )
+
+
+def forward_program(ranks: list[int], microbatches: int) -> Program:
+    """Forwards only, for a validation loss: groups of microbatches go through the chunks.
+
+    `ranks` holds the rank of each stage.
+    """
+    pipeline = max(ranks) + 1
+    program: Program = [[] for _ in range(pipeline)]
+    for group in groups(microbatches, pipeline):
+        for stage, rank in enumerate(ranks):
+            program[rank] += [Action(stage, Kind.FORWARD, m) for m in group]
+    return program

@@ -27,7 +27,7 @@ class Dependencies:
         }
 
     def of(self, action: Action) -> list[Action]:
-        stage, kind, microbatch = action
+        stage, kind, microbatch, _ = action
         if kind is Kind.FORWARD:
             if stage == 0:
                 return []

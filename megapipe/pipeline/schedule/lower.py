@@ -4,7 +4,7 @@ its RECEIVE on that rank, early enough that no SEND ever has to wait for it."""
 from bisect import bisect_left
 from typing import NamedTuple
 
-from megapipe.pipeline.schedule.action import Action, Kind, Program
+from megapipe.pipeline.schedule.action import Action, Kind, Program, sequential
 from megapipe.pipeline.schedule.dependencies import Dependencies
 from megapipe.pipeline.schedule.simulate import simulate
 from megapipe.pipeline.schedule.timeline import Span
@@ -44,6 +44,7 @@ def lower(program: Program) -> Program:
     assert all(action.kind.computes for actions in program for action in actions), (
         "the program was lowered before"
     )
+    program = sequential(program)
     dependencies = Dependencies(program)
     timeline = simulate(program)
     ends = {span.action: span.end for spans in timeline.spans for span in spans}

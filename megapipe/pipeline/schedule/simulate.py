@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megapipe.pipeline.schedule.action import Action, Kind, Program
+from megapipe.pipeline.schedule.action import Action, Kind, Program, sequential
 from megapipe.pipeline.schedule.dependencies import Dependencies, completion_order
 from megapipe.pipeline.schedule.timeline import Span, Timeline
 
@@ -45,6 +45,7 @@ def simulate(program: Program, costs: Costs | None = None) -> Timeline:
     Takes programs before and after `lower`. Raises ScheduleError for one that never finishes.
     """
     costs = costs or Costs()
+    program = sequential(program)
     dependencies = Dependencies(program)
     spans: list[list[Span]] = [[] for _ in program]
     free = [0.0] * len(program)

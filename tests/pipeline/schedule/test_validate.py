@@ -40,7 +40,7 @@ class Machine:
 
     def act(self, rank: int, action: Action) -> bool:
         """Whether the action could be done now; then it was."""
-        stage, kind, microbatch = action
+        stage, kind, microbatch, _ = action
         if kind.receives:
             pair = (self.ranks[action.counterpart.stage], rank)
             self.posted.setdefault(pair, []).append(action)
@@ -64,7 +64,7 @@ class Machine:
         return any(Action(stage, kind, microbatch) in self.done for kind in kinds)
 
     def inputs_there(self, action: Action) -> bool:
-        stage, kind, microbatch = action
+        stage, kind, microbatch, _ = action
         if kind is Kind.BACKWARD_WEIGHT:
             return Action(stage, Kind.BACKWARD_INPUT, microbatch) in self.done
         if kind is Kind.FORWARD:

@@ -1,9 +1,10 @@
 """1F1B (PipeDream-flush; Narayanan et al. 2021): backwards as soon as they can be."""
 
 from megapipe.pipeline.schedule.action import Action, Kind, Program
+from megapipe.pipeline.schedule.definition import Schedule
 
 
-def one_f_one_b(pipeline: int, microbatches: int) -> Program:
+def one_f_one_b(pipeline: int, virtual: int, microbatches: int) -> Program:
     """Bubble (p - 1) / m, with at most p - rank microbatches live."""
     program = []
     for rank in range(pipeline):
@@ -18,3 +19,6 @@ def alternate(forwards: list[Action], backwards: list[Action], warmup: int) -> l
     warmup = min(warmup, len(forwards))
     steady = [action for pair in zip(forwards[warmup:], backwards, strict=False) for action in pair]
     return forwards[:warmup] + steady + backwards[len(forwards) - warmup :]
+
+
+SCHEDULE = Schedule("1f1b", one_f_one_b)

@@ -1,9 +1,10 @@
 """GPipe (Huang et al. 2019): all forwards, then all backwards."""
 
 from megapipe.pipeline.schedule.action import Action, Kind, Program
+from megapipe.pipeline.schedule.definition import Schedule
 
 
-def gpipe(pipeline: int, microbatches: int) -> Program:
+def gpipe(pipeline: int, virtual: int, microbatches: int) -> Program:
     """Bubble (p - 1) / m; every microbatch's activations are live at once."""
     return [
         [
@@ -13,3 +14,6 @@ def gpipe(pipeline: int, microbatches: int) -> Program:
         ]
         for rank in range(pipeline)
     ]
+
+
+SCHEDULE = Schedule("gpipe", gpipe)

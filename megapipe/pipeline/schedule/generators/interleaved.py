@@ -3,7 +3,8 @@
 from itertools import pairwise
 
 from megapipe.pipeline.schedule.action import Action, Kind, Program
-from megapipe.pipeline.schedule.one_f_one_b import alternate
+from megapipe.pipeline.schedule.definition import Schedule
+from megapipe.pipeline.schedule.generators.one_f_one_b import alternate
 
 
 def interleaved(pipeline: int, virtual: int, microbatches: int) -> Program:
@@ -42,3 +43,6 @@ def groups(microbatches: int, size: int) -> list[range]:
     smallest, larger = divmod(microbatches, count)
     bounds = [group * smallest + min(group, larger) for group in range(count + 1)]
     return [range(begin, end) for begin, end in pairwise(bounds)]
+
+
+SCHEDULE = Schedule("interleaved-1f1b", interleaved, chunks=(2, None))
