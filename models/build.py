@@ -10,8 +10,7 @@ from megapipe.config import Config
 from megapipe.mesh import Axis, Mesh, split_world
 from megapipe.models.gpt import GPTStage, Placement
 from megapipe.models.parameters import ParameterSpec, parameter_table
-from megapipe.models.partition import layers_per_stage
-from megapipe.pipeline.schedule.placement import rank_of_stage
+from megapipe.models.partition import Stage, stages
 from megapipe.tensor_parallel.parameter import Piece, ShardedParameter, sharded_parameters
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 
@@ -23,17 +22,15 @@ def build_stages(config: Config, mesh: Mesh) -> dict[int, GPTStage]:
 
     Collective: makes the process groups of tied embeddings and of shared key/value heads.
     """
-    layers = layers_per_stage(config)
-    stages = len(layers)
-    first_layer = [sum(layers[:stage]) for stage in range(stages)]
+    placed = stages(config)
     key_value_copies = _key_value_copies(config, mesh)
-    tied = _tied_ranks(config, mesh, stages)
+    tied = _tied_ranks(config, mesh, placed)
 
     built: dict[int, GPTStage] = {}
-    for stage in range(stages):
-        if rank_of_stage(stage, mesh.pipeline.size) != mesh.pipeline.rank:
+    for stage in placed:
+        if stage.rank != mesh.pipeline.rank:
             continue
-        built[stage] = GPTStage(
+        built[stage.number] = GPTStage(
             config.model,
             Placement(
                 tensor=mesh.tensor,
@@ -45,9 +42,9 @@ def build_stages(config: Config, mesh: Mesh) -> dict[int, GPTStage]:
                 seed=config.train.seed,
                 store=WeightGradStore(),
             ),
-            layers=range(first_layer[stage], first_layer[stage] + layers[stage]),
-            is_first=stage == 0,
-            is_last=stage == stages - 1,
+            layers=stage.layers,
+            is_first=stage.first,
+            is_last=stage.last,
             tied_weight=_embedding_here(config, built),
         )
     if tied is not None:
@@ -105,10 +102,9 @@ def _key_value_copies(config: Config, mesh: Mesh) -> Axis:
     return split_world("key_value_copies", blocks)
 
 
-def _tied_ranks(config: Config, mesh: Mesh, stages: int) -> Axis | None:
+def _tied_ranks(config: Config, mesh: Mesh, placed: list[Stage]) -> Axis | None:
     """The ranks of the first and last stage, where a tied embedding lives on both."""
-    first = rank_of_stage(0, mesh.pipeline.size)
-    last = rank_of_stage(stages - 1, mesh.pipeline.size)
+    first, last = placed[0].rank, placed[-1].rank
     if not config.model.tie_embeddings or first == last:
         return None
     pairs = [

@@ -9,6 +9,7 @@ from megapipe.models.flops import (
     output_flops_per_token,
 )
 from megapipe.models.parameters import local_parameter_count
+from megapipe.pipeline.program import stage_placement
 from megapipe.pipeline.schedule import balance
 
 
@@ -39,14 +40,14 @@ def layers_per_stage(config: Config) -> list[int]:
 
 
 def stages(config: Config) -> list[Stage]:
-    """All stages in the order in which a token passes them, looped over pipeline ranks."""
+    """All stages in the order in which a token passes them."""
     counts = layers_per_stage(config)
     placed, start = [], 0
-    for number, count in enumerate(counts):
+    for number, (count, rank) in enumerate(zip(counts, stage_placement(config), strict=True)):
         placed.append(
             Stage(
                 number=number,
-                rank=number % config.parallel.pipeline,
+                rank=rank,
                 layers=range(start, start + count),
                 first=number == 0,
                 last=number == len(counts) - 1,

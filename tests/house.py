@@ -17,19 +17,19 @@ FOLDERS = {
 FLOORS = {
     "megapipe.kernels": 0,  # and nothing above: kernels know only torch and triton
     "megapipe.errors": 1,
-    "megapipe.config": 2,
     "megapipe.pipeline.schedule": 2,
-    "megapipe.mesh": 3,
-    "megapipe.microbatch": 3,
-    "megapipe.tensor_parallel": 4,
-    "megapipe.pipeline": 5,
-    "megapipe.data_parallel": 5,
-    "megapipe.checkpoint": 6,
-    "megapipe.data": 6,
-    "megapipe.train": 7,
-    "megapipe.models": 8,
-    "megapipe.tools": 9,
-    "megapipe.__main__": 10,
+    "megapipe.config": 3,
+    "megapipe.mesh": 4,
+    "megapipe.microbatch": 4,
+    "megapipe.tensor_parallel": 5,
+    "megapipe.pipeline": 6,
+    "megapipe.data_parallel": 6,
+    "megapipe.checkpoint": 7,
+    "megapipe.data": 7,
+    "megapipe.train": 8,
+    "megapipe.models": 9,
+    "megapipe.tools": 10,
+    "megapipe.__main__": 11,
 }
 """A module stands on the floor of the longest name here that leads to it. It imports from lower
 floors and from its own part, never from another part of its own floor. (The engine, below

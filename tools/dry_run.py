@@ -8,7 +8,7 @@ from megapipe.models.flops import flops_per_token
 from megapipe.models.memory import rank_states
 from megapipe.models.parameters import padded_vocab_size, parameter_count
 from megapipe.models.partition import Stage, stage_parameters, stages
-from megapipe.pipeline.schedule import build_program
+from megapipe.pipeline.program import microbatches, training_program
 
 _LINE_EACH = 16  # worlds up to this size are shown rank by rank
 
@@ -23,12 +23,7 @@ def dry_run(config: Config, name: str, world_size: int | None = None) -> str:
     fewest = parallel.tensor * parallel.pipeline * (parallel.data or 1)
     config = check_layout(config, world_size or fewest)
     placed = stages(config)
-    build_program(
-        parallel.schedule,
-        pipeline=parallel.pipeline,
-        virtual=parallel.virtual,
-        microbatches=_microbatches(config),
-    )
+    training_program(config)
     blocks = [
         [f"# {name}, resolved", dump_config(config).strip()],
         [*layout_lines(config), "", *_ranks(config, placed)],
@@ -44,10 +39,6 @@ def _data(config: Config) -> int:
     return config.parallel.data
 
 
-def _microbatches(config: Config) -> int:
-    return config.train.global_batch_size // (config.train.micro_batch_size * _data(config))
-
-
 # --- Layout --------------------------------------------------------------------------------------
 
 
@@ -61,7 +52,7 @@ def layout_lines(config: Config) -> Iterator[str]:
     )
     yield (
         f"Schedule: {parallel.schedule}, {_count(parallel.pipeline * parallel.virtual, 'stage')}, "
-        f"{_count(_microbatches(config), 'microbatch')} of "
+        f"{_count(microbatches(config), 'microbatch')} of "
         f"{_count(config.train.micro_batch_size, 'sequence')} per replica and step"
     )
 

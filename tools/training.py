@@ -28,7 +28,7 @@ from megapipe.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.flops import flops_per_token
 from megapipe.models.parameters import parameter_count
-from megapipe.pipeline.schedule.placement import rank_of_stage
+from megapipe.pipeline.program import stage_placement
 from megapipe.tools.cli import render
 from megapipe.tools.dry_run import layout_lines
 from megapipe.tools.launcher import launch_local
@@ -197,13 +197,13 @@ def _train(config: Config, command: str, began: float, device: torch.device, voi
 def _open_feeds(config: Config, mesh: Mesh, voice: Voice) -> tuple[ReplicaFeed, ReplicaFeed | None]:
     """The text to train on, and the text for the validation loss if there is to be one."""
     pipeline = mesh.pipeline
-    last_stage = config.parallel.pipeline * config.parallel.virtual - 1
+    placement = stage_placement(config)
     open_feed = partial(
         ReplicaFeed,
         config,
         mesh,
-        hosts_first=rank_of_stage(0, pipeline.size) == pipeline.rank,
-        hosts_last=rank_of_stage(last_stage, pipeline.size) == pipeline.rank,
+        hosts_first=placement[0] == pipeline.rank,
+        hosts_last=placement[-1] == pipeline.rank,
         say=voice.warn,
     )
     feed = open_feed()

@@ -9,6 +9,7 @@ from megapipe.config.model import ModelConfig
 from megapipe.config.optimizer import OptimizerConfig
 from megapipe.config.parallel import ParallelConfig
 from megapipe.config.train import TrainConfig
+from megapipe.pipeline.schedule import SCHEDULES
 
 
 @dataclass(frozen=True)
@@ -116,20 +117,28 @@ def _stage_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Pr
 
 def parallel_problems(parallel: ParallelConfig) -> Iterator[Problem]:
     """The schedule against the number of stages."""
-    interleaved = parallel.schedule == "interleaved-1f1b"
-    if parallel.virtual > 1 and not interleaved:
+    if (parallel.schedule == "csv") != (parallel.schedule_file is not None):
+        yield Problem(
+            "parallel.schedule_file",
+            'goes with parallel.schedule = "csv": set both or neither',
+        )
+    if parallel.schedule not in SCHEDULES:
+        return
+    fewest, most = SCHEDULES[parallel.schedule].chunks
+    if most == 1 and parallel.virtual > 1:
         yield Problem(
             "parallel.virtual",
             f'must be 1 with parallel.schedule = "{parallel.schedule}", which has one group of '
             'layers per rank; set it to 1, or parallel.schedule = "interleaved-1f1b"',
         )
-    if interleaved and parallel.virtual == 1:
+    elif parallel.virtual < fewest or (most is not None and parallel.virtual > most):
+        number = f"{fewest} or more" if most is None else f"{fewest}"
         yield Problem(
             "parallel.schedule",
-            "needs parallel.virtual of 2 or more; with one group of layers per rank it is "
-            'parallel.schedule = "1f1b"',
+            f"needs parallel.virtual = {number} (it is {parallel.virtual}); with one group of "
+            'layers per rank there are "1f1b" and "zb-h1"',
         )
-    if interleaved and parallel.pipeline == 1:
+    if most != 1 and parallel.pipeline == 1:
         yield Problem(
             "parallel.schedule",
             "needs parallel.pipeline of 2 or more; on one pipeline rank use "

@@ -1,11 +1,16 @@
 """[parallel]: how the model is laid out over processes. It never changes the loss."""
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, PositiveInt
 
 from megapipe.config.section import Section, or_none_word
+from megapipe.pipeline.schedule import SCHEDULES
 
+if TYPE_CHECKING:
+    ScheduleName = str
+else:
+    ScheduleName = Literal[(*SCHEDULES, "csv")]
 Layers = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
 
 
@@ -21,16 +26,24 @@ class ParallelConfig(Section):
     )
     virtual: PositiveInt = Field(
         default=1,
-        description="Groups of layers per pipeline rank (interleaved-1f1b): more make the "
-        "bubble smaller and the traffic larger.",
+        description="Groups of layers per pipeline rank: more make the bubble smaller and the "
+        "traffic larger. 1 for gpipe, 1f1b, zb-h1, zb-h2; 2 for zb-v, v-half, v-min, dualpipe-v; "
+        "2 or more for interleaved-1f1b.",
     )
     data: Annotated[PositiveInt | None, or_none_word(int)] = Field(
         default=None,
         description="Replicas of the model that share each global batch. "
         "Default: world size / (tensor * pipeline).",
     )
-    schedule: Literal["gpipe", "1f1b", "interleaved-1f1b"] = Field(
-        default="1f1b", description="The order of forward and backward work in the pipeline."
+    schedule: ScheduleName = Field(
+        default="1f1b",
+        description="The order of forward and backward work in the pipeline; csv: that of "
+        "parallel.schedule_file.",
+    )
+    schedule_file: Annotated[str | None, or_none_word(str)] = Field(
+        default=None,
+        description="A program in the text form of torch's pipelining, for schedule csv: a line "
+        "for each pipeline rank, actions between commas.",
     )
     sequence_parallel: bool = Field(
         default=False,

@@ -15,7 +15,8 @@ from megapipe.mesh import Mesh
 from megapipe.microbatch import IGNORED_TARGET, MicroBatch
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import make_channels
-from megapipe.pipeline.schedule import Program, build_program, forward_program, lower, validate
+from megapipe.pipeline.program import microbatches, stage_placement, training_program
+from megapipe.pipeline.schedule import Program, forward_program, lower, validate
 from megapipe.tensor_parallel.collectives import all_reduce_
 from megapipe.train.optimizer import Optimizer
 
@@ -60,24 +61,10 @@ class Engine:
         )
         self.optimizer = Optimizer(self.buffers, config.optimizer)
         self._channels = make_channels(mesh)
-        parallel = config.parallel
-        program = build_program(
-            parallel.schedule,
-            pipeline=parallel.pipeline,
-            virtual=parallel.virtual,
-            microbatches=self.microbatches,
-        )
-        self._training = self._executor(program)
-        self._validating = self._executor(
-            forward_program(parallel.pipeline, parallel.virtual, self.microbatches)
-        )
-        self.holds_loss = max(self.stages) == parallel.pipeline * parallel.virtual - 1
-
-    @property
-    def microbatches(self) -> int:
-        """Microbatches of one replica in a step."""
-        train = self.config.train
-        return train.global_batch_size // (self.mesh.data.size * train.micro_batch_size)
+        placement = stage_placement(config)
+        self._training = self._executor(training_program(config))
+        self._validating = self._executor(forward_program(placement, microbatches(config)))
+        self.holds_loss = len(placement) - 1 in self.stages
 
     def _executor(self, program: Program) -> PipelineExecutor:
         lowered = lower(program)

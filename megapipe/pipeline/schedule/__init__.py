@@ -1,11 +1,18 @@
 """Pipeline schedules as plain data: for each rank, the order of its actions.
 
-Read `action` first, then a generator (`one_f_one_b`, `interleaved`), then `dependencies` and the
+Read `action` first, then a generator (`generators/one_f_one_b`), then `dependencies` and the
 passes: `lower` adds the communication, `validate` proves that the program finishes, `simulate`
 tells how long it takes. Standard library only.
 """
 
-from megapipe.pipeline.schedule.action import Action, Kind, Program, from_csv, to_csv
+from megapipe.pipeline.schedule.action import (
+    Action,
+    Kind,
+    Program,
+    compute_only,
+    from_csv,
+    to_csv,
+)
 from megapipe.pipeline.schedule.balance import balance
 from megapipe.pipeline.schedule.buffers import assign_buffers
 from megapipe.pipeline.schedule.build import SCHEDULES, build_program, forward_program
@@ -25,6 +32,7 @@ __all__ = [
     "assign_buffers",
     "balance",
     "build_program",
+    "compute_only",
     "forward_program",
     "from_csv",
     "lower",

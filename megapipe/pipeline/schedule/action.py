@@ -111,7 +111,9 @@ def compute_only(program: Program) -> Program:
 
 def sequential(program: Program) -> Program:
     """The program with each OVERLAP as its forward and then its backward."""
-    return [[part for action in actions for part in action.parts or (action,)] for actions in program]
+    return [
+        [part for action in actions for part in action.parts or (action,)] for actions in program
+    ]
 
 
 def stage_ranks(program: Program) -> dict[int, int]:
