@@ -167,7 +167,11 @@ def test_quickstart(clone: Clone) -> None:
     )
     config = "launch/configs/quickstart.toml"
     first = [f"tokenizer train runs/quickstart/corpus --vocab-size 4096 --out {tokenizer}"]
-    rest = [f"verify {config}", f"train {config}", "generate runs/quickstart --prompt def  --temperature 0.7"]
+    rest = [
+        f"verify {config}",
+        f"train {config}",
+        "generate runs/quickstart --prompt def  --temperature 0.7",
+    ]
     for expected in (first + rest, rest):
         status, said = clone.run("launch/quickstart.sh", cwd=clone.root.parent)
         assert status == 0, said
