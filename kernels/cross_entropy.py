@@ -3,8 +3,10 @@
     loss = log(sum_v exp(x_v - m)) + m - x_target,    m = max_v x_v
     dx_v = dloss (exp(x_v - m) / sum - [v = target])
 
-The caller combines maxima, sums and target logits of all parts between the two halves. The
-exponentials, and then the gradient, are written over the logits: no copy of [N, V] is made.
+The caller combines maxima, sums and target logits of all parts between the two halves. The gradient
+is written over the logits, so no copy of [N, V] is made. Float32 logits become exp(x - m) on the
+way; narrower ones stay as they are until then, and are widened a few rows at a time: a probability
+near 1 in bfloat16 has no digits left for p - 1.
 """
 
 import torch
@@ -25,45 +27,49 @@ def row_max(logits_NV: Tensor, valid: int) -> Tensor:
 def exp_sum_and_target_(
     logits_NV: Tensor, max_N: Tensor, targets_N: Tensor, first: int, valid: int
 ) -> tuple[Tensor, Tensor]:
-    """(sum of exp(x - max), logit of the target), [N] each; exp(x - max) is left in the logits.
+    """(sum of exp(x - max), logit of the target), [N] each, for `softmax_gradient_` later.
 
-    Column c stands for class `first` + c; columns from `valid` on are padding and become 0. Where
-    the target lies in another part (or is negative) its logit is 0.
+    Column c stands for class `first` + c; columns from `valid` on are padding. Where the target
+    lies in another part (or is negative) its logit is 0. Logits of float32 or more are overwritten.
     """
     own, index = _own_targets(targets_N, first, valid)
     target = logits_NV.gather(1, index).squeeze(1).to(max_N.dtype)
     target_N = torch.where(own, target, 0)
     sum_N = torch.empty_like(max_N)
     for rows in _chunks(logits_NV):
-        part = logits_NV[rows, :valid]
-        if part.dtype == max_N.dtype:
-            exponentials = part.sub_(max_N[rows, None]).exp_()
-        else:
-            exponentials = part.to(max_N.dtype).sub_(max_N[rows, None]).exp_()
-            part.copy_(exponentials)
+        # `to` gives the logits themselves where they are wide already.
+        exponentials = logits_NV[rows, :valid].to(max_N.dtype).sub_(max_N[rows, None]).exp_()
         sum_N[rows] = exponentials.sum(dim=1)
-    logits_NV[:, valid:] = 0
     return sum_N, target_N
 
 
 def softmax_gradient_(
-    exponentials_NV: Tensor,
+    logits_NV: Tensor,
+    max_N: Tensor,
     sum_N: Tensor,
     targets_N: Tensor,
     first: int,
     valid: int,
     grad: Tensor,
 ) -> Tensor:
-    """grad * (softmax - onehot(target)) written over the exponentials; 0 for negative targets.
+    """grad * (softmax - onehot(target)) written over what `exp_sum_and_target_` left; 0 for
+    negative targets and padding.
 
-    `grad` is the scalar gradient of the sum of losses, `sum_N` the sum over all parts.
+    `grad` is the scalar gradient of the sum of losses, `max_N` and `sum_N` are those of all parts.
     """
-    counted = targets_N >= 0
-    scale_N = torch.where(counted, grad.to(sum_N.dtype) / sum_N, 0)
-    exponentials_NV.mul_(scale_N.unsqueeze(1).to(exponentials_NV.dtype))
     own, index = _own_targets(targets_N, first, valid)
-    at_target = torch.where(own, -grad, 0).to(exponentials_NV.dtype)
-    return exponentials_NV.scatter_add_(1, index, at_target.unsqueeze(1))
+    scale_N1 = torch.where(targets_N >= 0, grad.to(sum_N.dtype) / sum_N, 0).unsqueeze(1)
+    at_target_N1 = torch.where(own, -grad, 0).to(sum_N.dtype).unsqueeze(1)
+    logits_NV[:, valid:] = 0
+    for rows in _chunks(logits_NV):
+        part = logits_NV[rows]
+        if part.dtype == sum_N.dtype:
+            part.mul_(scale_N1[rows]).scatter_add_(1, index[rows], at_target_N1[rows])
+        else:
+            wide = part.to(sum_N.dtype).sub_(max_N[rows, None]).exp_().mul_(scale_N1[rows])
+            part.copy_(wide.scatter_add_(1, index[rows], at_target_N1[rows]))
+            part[:, valid:] = 0
+    return logits_NV
 
 
 def _own_targets(targets_N: Tensor, first: int, valid: int) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,9 @@ if [[ ${NNODES:-1} -gt 1 ]]; then
 else
     nodes=(--standalone)
 fi
+[[ -n ${NPROC_PER_NODE:-} ]] || compgen -G '/dev/nvidia[0-9]*' >/dev/null || [[ -e /dev/kfd ]] ||
+    command -v nvidia-smi >/dev/null ||
+    fail "this machine has no GPU: set NPROC_PER_NODE to the number of processes to start here."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # How long a rank that was told to stop may take to save: torchrun kills it after 30 s otherwise.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}

@@ -6,11 +6,16 @@ process. An axis of size one exists like any other and its collectives cost noth
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import product
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""For one operation: the ranks of a large model may wait for a slow disk together."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,10 @@ def build_mesh(*, pipeline: int, data: int, tensor: int, device: torch.device) -
     def axis(name: str) -> Axis:
         part = device_mesh[name]
         ranks = tuple(part.mesh.tolist())
-        return Axis(
-            name, ranks, part.get_local_rank(), part.get_group() if len(ranks) > 1 else None
-        )
+        group = part.get_group() if len(ranks) > 1 else None
+        if group is not None:  # init_device_mesh takes no timeout and has its backend's, 10 minutes
+            distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
+        return Axis(name, ranks, part.get_local_rank(), group)
 
     replicas = [
         [(p * data + d) * tensor + t for p, t in product(range(pipeline), range(tensor))]
@@ -129,7 +135,9 @@ def split_world(name: str, groups: Sequence[Sequence[int]]) -> Axis:
     """
     own = Axis(name, (dist.get_rank(),))
     for ranks in groups:
-        group = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+        group = None
+        if len(ranks) > 1:
+            group = dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT)
         if dist.get_rank() in ranks:
             own = Axis(name, tuple(ranks), list(ranks).index(dist.get_rank()), group)
     return own

@@ -192,6 +192,10 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [B, heads, S, D]
+        if context.mask is not None and q.is_cuda:
+            # No fused kernel of torch takes a mask and unequal head counts together: given both, it
+            # would fall back to one that holds all probabilities, [B, N, S, S].
+            k, v = self._repeat(k), self._repeat(v)
         if self.dropout > 0 and self.training:
             out = self._attend_with_dropout(q, k, v, context)
         else:
@@ -201,16 +205,20 @@ class Attention(nn.Module):
                 v,
                 attn_mask=context.mask,
                 is_causal=context.mask is None,
-                enable_gqa=self.heads != self.kv_heads,
+                enable_gqa=q.shape[1] != k.shape[1],
             )
         return self.output(out.permute(2, 0, 1, 3).flatten(2))
+
+    def _repeat(self, t: Tensor) -> Tensor:
+        """[B, K, S, D] -> [B, N, S, D]: a key/value head for each query head."""
+        return t.repeat_interleave(self.heads // self.kv_heads, dim=1)
 
     def _attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """The formula itself, with probabilities in memory: [B, N, S, S].
 
         scaled_dot_product_attention draws its dropout from a generator, which differs by layout.
         """
-        k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+        k, v = self._repeat(k), self._repeat(v)
         mask = context.mask
         if mask is None:
             mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()

@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megapipe.config import ModelConfig
-
-# Rows of the vocabulary on a rank are padded to a multiple of this, as matrix units like it.
-VOCABULARY_MULTIPLE = 64
+from megapipe.tensor_parallel.vocabulary import vocabulary_rows
 
 
 @dataclass(frozen=True)
@@ -130,15 +128,9 @@ def parameter_count(model: ModelConfig) -> int:
 # --- What a rank holds ---------------------------------------------------------------------------
 
 
-def local_vocab_size(vocab_size: int, tensor: int) -> int:
-    """Rows of the vocabulary on each of `tensor` ranks, padding included."""
-    rows = -(-vocab_size // tensor)
-    return -(-rows // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-
-
 def padded_vocab_size(vocab_size: int, tensor: int) -> int:
     """Rows of the vocabulary over all tensor ranks. Padding is never in losses or checkpoints."""
-    return local_vocab_size(vocab_size, tensor) * tensor
+    return vocabulary_rows(vocab_size, tensor) * tensor
 
 
 def local_kv_heads(model: ModelConfig, tensor: int) -> int:
@@ -151,7 +143,7 @@ def local_shape(spec: ParameterSpec, model: ModelConfig, tensor: int) -> tuple[i
     if spec.tensor_dim is None:
         return spec.shape
     if spec.layer is None:
-        part = local_vocab_size(model.vocab_size, tensor)
+        part = vocabulary_rows(model.vocab_size, tensor)
     elif ".attention.k." in spec.name or ".attention.v." in spec.name:
         part = local_kv_heads(model, tensor) * model.head_dim
     else:

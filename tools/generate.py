@@ -29,7 +29,9 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--top-k", type=int, help="choose among the K likeliest (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default: 0)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="cpu or cuda (default: cpu)"
+    )
     options = parser.parse_args(list(argv))
     if options.max_tokens < 1:
         raise UsageError(f"--max-tokens {options.max_tokens} must be 1 or more.")
@@ -38,10 +40,14 @@ def run(argv: Sequence[str]) -> int:
     if options.top_k is not None and options.top_k < 1:
         raise UsageError(f"--top-k {options.top_k} must be 1 or more.")
 
+    import torch
+
     from megapipe.checkpoint.load import open_checkpoint
     from megapipe.models.pretrained import find_checkpoint, load_pretrained
     from megapipe.models.sampling import sample
 
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device cuda, and torch {torch.__version__} finds no GPU here.")
     path = find_checkpoint(Path(options.checkpoint))
     tokenizer = _tokenizer(open_checkpoint(path))
     model = load_pretrained(path, device=options.device)

@@ -137,8 +137,10 @@ class Crew:
         while living := [rank for rank in self.ranks if rank.status is None]:
             for rank in living:
                 rank.reap()
+            ended = [rank for rank in self.ranks if rank.status is not None]
             now = time.monotonic()
-            if end_at == math.inf and any(rank.failed for rank in self.ranks):
+            # One that was interrupted has left the others waiting, as one that failed has.
+            if end_at == math.inf and any(r.failed or r.kind == "interrupted" for r in ended):
                 end_at = now + GRACE
             while self._arrived:
                 number = self._arrived.pop(0)
@@ -238,8 +240,7 @@ def _prepare(rendezvous: Rendezvous, parent: int) -> None:
     if os.getppid() != parent:  # it died before the line above
         os._exit(1)
     os.setpgid(0, 0)  # Ctrl-C reaches the launcher alone, which passes it on once
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number in PASSED_ON[1:]:
+    for number in PASSED_ON:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

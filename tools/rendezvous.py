@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 
 from megapipe.errors import MegapipeError
+from megapipe.mesh import COLLECTIVE_TIMEOUT
 
 JOIN_TIMEOUT = timedelta(minutes=10)
 """For all processes of a job to arrive: nodes start apart, and read torch from one file system."""
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""For one operation: the ranks of a large model may wait for a slow disk together."""
 
 SLURM_PORTS = range(10_000, 30_000)  # below the ports that Linux gives to outgoing connections
 

@@ -7,6 +7,7 @@ from megapipe.config import load_config
 from megapipe.models.presets import PRESETS
 from megapipe.tools.arguments import Parser, UsageError
 from megapipe.tools.field_help import field_help
+from megapipe.train.signals import interruptible
 
 _DESCRIPTION = """\
 Pretrain the model of a config.
@@ -54,7 +55,8 @@ def run(argv: Sequence[str]) -> int:
         print(dry_run(config, arguments.config, arguments.world_size))
         return 0
 
-    from megapipe.tools.training import start
+    with interruptible():
+        from megapipe.tools.training import start
 
     return start(config, arguments.config, overrides)
 

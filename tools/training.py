@@ -42,7 +42,7 @@ from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine
 from megapipe.train.loggers import Loggers
 from megapipe.train.loop import Run, train
-from megapipe.train.run_directory import plan_start, write_config
+from megapipe.train.run_directory import RunLock, plan_start, write_config
 from megapipe.train.signals import StopRequest
 
 
@@ -178,7 +178,8 @@ def _train(config: Config, command: str, began: float, device: torch.device, voi
     write_config(config, peers)
     is_first = mesh.rank == 0
     with (
-        StopRequest(voice.say) as stop,  # outermost: a signal must not cut loggers short
+        RunLock(run_dir, voice.say, peers),
+        StopRequest(voice.say) as stop,  # outside of these: a signal must not cut loggers short
         Loggers(
             config, run_dir=run_dir, rank0=is_first, start=progress.step, total_steps=steps
         ) as loggers,
@@ -238,6 +239,8 @@ def _introduction(config: Config, device: torch.device) -> Iterator[str]:
     else:
         threads = torch.get_num_threads()
         yield f"Device: cpu, {train.precision}, {threads} thread{'s'[: threads > 1]} per rank"
+        if train.precision == "bf16":
+            yield 'CPUs are slow at bf16: train.precision = "fp32" is several times as fast here.'
     sources = ", ".join(source.path for source in data.sources)
     yield f"Data: {sources} ({data.streams} streams), tokenizer {data.tokenizer}"
 

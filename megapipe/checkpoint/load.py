@@ -27,12 +27,12 @@ READ_BYTES = 64 * 2**20
 block at each end)."""
 
 
-def open_checkpoint(path: Path) -> "CheckpointReader":
+def open_checkpoint(path: str | Path) -> "CheckpointReader":
     """Read and check the manifest of the checkpoint directory `path`; tensors are read on demand.
 
     Raises CheckpointError if there is none or it is damaged.
     """
-    return CheckpointReader(path, read_manifest(path))
+    return CheckpointReader(Path(path), read_manifest(Path(path)))
 
 
 class CheckpointReader:

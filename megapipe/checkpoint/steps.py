@@ -33,20 +33,24 @@ def temporary_name(step_directory: str) -> str:
 
 
 def committed(root: Path) -> dict[int, Path]:
-    """Directory of each committed step, newest step first."""
+    """Directory of each committed step, newest step first.
+
+    One whose manifest is gone still counts: it got its name by a commit, so it is a damaged
+    checkpoint, to be told of, and not a leftover.
+    """
     if not root.is_dir():
         return {}
     found: dict[int, Path] = {}
     for pattern in (REPLACED, COMMITTED):
         for entry in root.iterdir():
             match = pattern.fullmatch(entry.name)
-            if match and match["name"] == step_name(int(match["step"])) and _has_manifest(entry):
+            if match and match["name"] == step_name(int(match["step"])) and _is_directory(entry):
                 found[int(match["step"])] = entry
     return dict(sorted(found.items(), reverse=True))
 
 
-def _has_manifest(entry: Path) -> bool:
-    return not entry.is_symlink() and (entry / MANIFEST_NAME).is_file()
+def _is_directory(entry: Path) -> bool:
+    return not entry.is_symlink() and entry.is_dir()
 
 
 def latest(root: Path) -> Path | None:

@@ -34,8 +34,15 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a committed checkpoint. Raises CheckpointError naming the file."""
     path = directory / MANIFEST_NAME
     if not path.exists() and not path.is_symlink():
-        hint = "it is not there" if not directory.exists() else f"it holds no {MANIFEST_NAME}"
-        raise CheckpointError(f"{directory} is not a checkpoint: {hint}")
+        hint = f"it holds no {MANIFEST_NAME}"
+        if not directory.exists():
+            hint = "it is not there"
+        elif not directory.is_dir():
+            hint = "it is a file"
+        raise CheckpointError(
+            f"{directory} is not a checkpoint: {hint}. A checkpoint is a directory such as "
+            "RUN_DIR/checkpoints/step-00000100."
+        )
     data = read_small(path, MAX_MANIFEST_BYTES)
     try:
         return decode(data)

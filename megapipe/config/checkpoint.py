@@ -16,6 +16,7 @@ class CheckpointConfig(Section):
         default="auto",
         min_length=1,
         description="auto: go on from the newest whole checkpoint of train.run_dir, or start anew; "
-        "never: start anew, where train.run_dir holds no checkpoint; or the path of a checkpoint "
-        "to begin another run_dir from (the same command again then goes on from its own).",
+        "never: start anew, where train.run_dir holds no checkpoint; or the path of a checkpoint, "
+        "or of a run directory for its newest, to begin another run_dir from (the same command "
+        "again then goes on from its own).",
     )

@@ -70,5 +70,5 @@ class DataConfig(Section):
     max_bad_rows: NonNegativeInt = Field(
         default=1000,
         description="Rows that are malformed, empty or not UTF-8 are skipped, counted and "
-        "reported; one reader that meets more of them than this stops the run.",
+        "reported; more of them than this stop the run.",
     )

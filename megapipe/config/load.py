@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from megapipe.config.config import Config, contradiction, cross_problems
 from megapipe.config.problems import nearest, section_problem, sentence, show
@@ -93,8 +94,18 @@ def _validation_problems(
         for detail in error.errors(include_url=False)
         # What an unknown preset would have given says nothing more.
         if not (detail["type"] == "missing" and section == "model" and source.preset_unknown)
+        and not _follows(detail, error)
     ]
     return [sentence for sentence in sentences if sentence is not None]
+
+
+def _follows(detail: ErrorDetails, error: ValidationError) -> bool:
+    """A list counts as too short only because entries of it are wrong, which is told anyway."""
+    place = detail["loc"]
+    return detail["type"] == "too_short" and any(
+        other["loc"][: len(place)] == place and len(other["loc"]) > len(place)
+        for other in error.errors(include_url=False)
+    )
 
 
 def _unknown_section(name: str, source: Source, names: list[str]) -> str:

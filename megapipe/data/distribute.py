@@ -6,7 +6,6 @@ carries its message, and every rank of the replica raises it.
 """
 
 import json
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -100,14 +99,14 @@ class ReplicaFeed:
         """How long the last step waited for its batch; 0 on ranks that do not read."""
         return self._feed.wait_seconds if self._feed else 0.0
 
-    @property
-    def epoch(self) -> int:
-        return self._feed.epoch if self._feed else 0
-
-    @property
-    def skipped(self) -> Counter[str]:
-        """Bad rows met by this rank's reader, by reason; empty on ranks that do not read."""
-        return self._feed.skipped if self._feed else Counter()
+    def counts(self) -> list[int]:
+        """To be summed over all ranks: bad rows met so far, then each data rank's epoch in a place
+        of its own."""
+        counts = [0] * (1 + self._mesh.data.size)
+        if self._feed:
+            counts[0] = self._feed.skipped.total()
+            counts[1 + self._mesh.data.rank] = self._feed.epoch
+        return counts
 
     def close(self) -> None:
         if self._feed:

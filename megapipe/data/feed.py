@@ -241,21 +241,23 @@ class BatchFeed:
             "data.streams": config.streams,
             "data.shuffle_block": config.shuffle_block,
             "data.validation_fraction": config.validation_fraction,
-            "data.tokenizer": self._tokenizer.sha256,
+            "data.tokenizer": f"{self._tokenizer.vocab_size:,} tokens ({self._tokenizer.sha256})",
         } | {source.key: source.fingerprint for source in self._sources}
 
     def _check_identity(self, saved: State) -> None:
         own = self._identity()
         changed = [key for key in sorted(own | saved) if own.get(key) != saved.get(key)]
+        if "data.streams" in changed:  # files are cut according to it: they follow
+            changed = [key for key in changed if "sources[" not in key]
         if changed:
             details = "; ".join(
                 f"{key} was {saved.get(key, 'not there')} and is {own.get(key, 'not there')}"
                 for key in changed
             )
             raise DataError(
-                f"the data is not that of the checkpoint: {details}. (Sources are compared by the "
-                "names and sizes of their files.) Restore it, or begin a new run with another "
-                "train.run_dir."
+                f"the data is not that of the checkpoint: {details}. (In brackets: a hash of the "
+                "names and sizes of a source's files, of a tokenizer's content.) Restore it, or "
+                "begin a new run with another train.run_dir."
             )
 
 

@@ -46,7 +46,8 @@ Keeps = Callable[[int, int], bool]
 
 @dataclass(frozen=True)
 class Source:
-    """Files in sorted order. `key` is its config key; `fingerprint` changes with the files."""
+    """Files in sorted order. `key` is its config key; `fingerprint`, for people to read in part,
+    changes with the files."""
 
     key: str
     config: SourceConfig
@@ -79,7 +80,8 @@ def open_source(config: SourceConfig, key: str, streams: int) -> Source:
     for path, size in zip(paths, sizes, strict=True):
         digest.update(f"\n{path.name} {size}".encode())
     files = tuple(_row_file(path, config, key, segment) for path in paths)
-    return Source(key, config, files, digest.hexdigest(), sum(unfolded))
+    fingerprint = f"{len(paths)} file(s) of {sum(sizes):,} bytes ({digest.hexdigest()})"
+    return Source(key, config, files, fingerprint, sum(unfolded))
 
 
 def find_files(pattern: str, key: str) -> list[Path]:
@@ -177,7 +179,7 @@ def _hub_source(config: SourceConfig, key: str) -> Source:
         for index in range(shards)
     )
     digest = xxhash.xxh3_64(f"{config.path} {config.text_field} {shards}".encode())
-    return Source(key, config, files, digest.hexdigest(), None)
+    return Source(key, config, files, f"{shards} shard(s) ({digest.hexdigest()})", None)
 
 
 def check_source(
@@ -191,12 +193,13 @@ def check_source(
     enough = streams * shuffle_block
     if source.total_bytes is not None and source.total_bytes >= 2 * streams * BLOCK_BYTES:
         enough = 0  # blocks are closed by bytes too, so there are more than streams of them
-    rows, usable = 0, False
+    rows, left_out, usable = 0, 0, False
     bad: Counter[str] = Counter()
     judge = BadRows(max_bad_rows, say=lambda _: None)
     for index, file in enumerate(source.files):
         for number, (raw, _) in enumerate(file.rows(0, 0)):
             rows += 1
+            left_out += not keeps(index, number)
             if not usable and keeps(index, number):
                 try:
                     usable = source.text(index, raw) is not None
@@ -207,6 +210,12 @@ def check_source(
                 return shuffle_block
     if usable:
         return min(shuffle_block, max(1, rows // streams))
+    if rows and left_out == rows:
+        raise DataError(
+            f"data.validation_fraction leaves nothing of {source.key} on one side: all of its "
+            f"{rows} rows (texts, for text files) are on the other. Change the fraction, or name "
+            "data.validation_sources instead."
+        )
     reasons = "; ".join(f"{count} {reason}" for reason, count in bad.most_common())
     raise DataError(
         f'{source.key}.path = "{source.config.path}" yields no usable row in {len(source.files)} '

@@ -45,14 +45,14 @@ class _CrossEntropy(torch.autograd.Function):
             kernels.exp_sum_and_target_(logits_NV, max_N, targets_N, first, valid)
         )
         sum_N, target_N = all_reduce_(sums_2N, tensor)
-        ctx.save_for_backward(logits_NV, sum_N, targets_N)
+        ctx.save_for_backward(logits_NV, max_N, sum_N, targets_N)
         ctx.first, ctx.valid = first, valid
         return torch.where(targets_N >= 0, sum_N.log() + max_N - target_N, 0).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        exponentials_NV, sum_N, targets_N = ctx.saved_tensors
+        logits_NV, max_N, sum_N, targets_N = ctx.saved_tensors
         grad_NV = kernels.softmax_gradient_(
-            exponentials_NV, sum_N, targets_N, ctx.first, ctx.valid, grads[0]
+            logits_NV, max_N, sum_N, targets_N, ctx.first, ctx.valid, grads[0]
         )
         return grad_NV, None, None, None

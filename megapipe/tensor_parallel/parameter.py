@@ -99,5 +99,7 @@ def add_weight_grad(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> None
     inputs = inputs.flatten(0, -2)
     if main_grad.dtype == grad_out.dtype:
         main_grad.addmm_(grad_out.t(), inputs)
+    elif grad_out.is_cuda:  # narrow factors, a wide sum: one matmul of the tensor cores
+        main_grad.add_(torch.mm(grad_out.t(), inputs, out_dtype=main_grad.dtype))
     else:
-        main_grad.add_(grad_out.t() @ inputs)
+        main_grad.addmm_(grad_out.t().to(main_grad.dtype), inputs.to(main_grad.dtype))

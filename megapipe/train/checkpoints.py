@@ -64,13 +64,16 @@ class Checkpoints:
             **where,
         )
         self._own.append(path)
-        prune(
-            self.root,
-            self.config.checkpoint.keep,
-            trusted=self._own,
-            group=self._peers.group,
-            **where,
-        )
+        try:
+            prune(
+                self.root,
+                self.config.checkpoint.keep,
+                trusted=self._own,
+                group=self._peers.group,
+                **where,
+            )
+        except CheckpointError as error:  # on all ranks alike
+            self._say(f"{path} was saved, and older checkpoints stay: {error}")
         return path
 
     def _shards(self) -> Iterator[Shard]:
@@ -98,10 +101,23 @@ class Checkpoints:
         resume = self.config.checkpoint.resume
         if resume == "never":
             return None
-        if resume != "auto":
-            return Path(resume)
+        if resume == "auto":
+            return self._newest(self.root)
+        path = Path(resume)
+        if not (path / "checkpoints").is_dir():
+            return path
+        newest = self._newest(path / "checkpoints")
+        if newest is None:
+            raise CheckpointError(
+                f'checkpoint.resume = "{resume}" is a run directory without a checkpoint. Name '
+                'one that has some, a checkpoint, or "auto".'
+            )
+        return newest
+
+    def _newest(self, root: Path) -> Path | None:
+        """The newest whole checkpoint, those stepped over told of; None where there is none."""
         found = newest_valid(
-            self.root,
+            root,
             rank=self._peers.rank,
             world_size=self._peers.size,
             group=self._peers.group,
@@ -110,8 +126,8 @@ class Checkpoints:
             self._say(f"Skipping damaged checkpoint {skipped.path}: {skipped.problems[0]}")
         if found.path is None and found.skipped:
             raise CheckpointError(
-                f"no checkpoint in {self.root} is whole ({len(found.skipped)} are damaged). "
-                'Set checkpoint.resume to a checkpoint elsewhere, or to "never" to start anew.'
+                f"no checkpoint in {root} is whole, of {len(found.skipped)}. Set "
+                "checkpoint.resume to a checkpoint elsewhere, or move these away to start anew."
             )
         return found.path
 

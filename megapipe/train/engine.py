@@ -41,6 +41,7 @@ class StepResult:
     clip: float  # what clipping multiplied the gradients by: 1, or optimizer.clip_grad_norm / norm
     tokens: int  # targets that counted
     stop: bool  # some rank was asked to stop
+    counts: tuple[int, ...] = ()  # those given to the step, summed over all ranks
 
 
 class Engine:
@@ -83,16 +84,22 @@ class Engine:
         )
 
     def train_step(
-        self, batches: Sequence[MicroBatch], learning_rate: float, *, stop: bool = False
+        self,
+        batches: Sequence[MicroBatch],
+        learning_rate: float,
+        *,
+        stop: bool = False,
+        counts: Sequence[int] = (),
     ) -> StepResult:
         """One optimizer step on this replica's microbatches.
 
+        `counts`, as many on every rank, are summed over the world in the step's own reduction.
         Raises NonFiniteError, before any weight changes, on every rank at once.
         """
         self.zero_gradients()
         losses = self._training.run(batches)
         reduce_gradients(self.buffers, self.mesh.data)
-        result = self._totals(losses, batches, stop)
+        result = self._totals(losses, batches, stop, counts)
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
             raise NonFiniteError(
                 f"loss {result.loss}, gradient norm {result.grad_norm}: the step was not taken and "
@@ -110,7 +117,7 @@ class Engine:
         losses = self._validating.run(batches)
         for stage in self.stages.values():
             stage.train()
-        loss, tokens, *_ = self._sum_over_world(losses, batches, squared_norm=None, stop=False)
+        loss, tokens, *_ = self._sum_over_world(losses, batches, None)
         return loss, int(tokens)
 
     def zero_gradients(self) -> None:
@@ -118,10 +125,16 @@ class Engine:
             buffer.gradients.zero_()
 
     def _totals(
-        self, losses: Sequence[Tensor], batches: Sequence[MicroBatch], stop: bool
+        self,
+        losses: Sequence[Tensor],
+        batches: Sequence[MicroBatch],
+        stop: bool,
+        counts: Sequence[int],
     ) -> StepResult:
         squared_norm = local_squared_norm(self.buffers)
-        loss, tokens, squared, stops = self._sum_over_world(losses, batches, squared_norm, stop)
+        loss, tokens, squared, stops, *sums = self._sum_over_world(
+            losses, batches, squared_norm, stop, *counts
+        )
         if tokens == 0:
             raise MegapipeError("a global batch has no target that counts towards the loss")
         norm = math.sqrt(squared) / tokens if squared >= 0 else math.nan
@@ -132,6 +145,7 @@ class Engine:
             clip=limit / norm if 0 < limit < norm else 1.0,
             tokens=int(tokens),
             stop=stops > 0,
+            counts=tuple(map(int, sums)),
         )
 
     def _sum_over_world(
@@ -139,14 +153,15 @@ class Engine:
         losses: Sequence[Tensor],
         batches: Sequence[MicroBatch],
         squared_norm: Tensor | None,
-        stop: bool,
+        *more: float,
     ) -> list[float]:
-        """[loss sum, tokens, squared gradient norm, stop requests] over all ranks: one collective.
+        """[loss sum, tokens, squared gradient norm, and `more`] over all ranks: one collective.
 
         Each quantity is given by one rank for each thing it counts: losses by tensor rank 0 of the
         last stage, norms by the first replica (all replicas have the same gradients by then).
         """
-        totals = torch.zeros(4, dtype=torch.float64, device=self.mesh.device)
+        totals = torch.tensor([0.0, 0.0, 0.0, *more], dtype=torch.float64)
+        totals = totals.to(self.mesh.device)
         if self.holds_loss and self.mesh.tensor.is_first:
             totals[0] = torch.stack(list(losses)).double().sum()
             for batch in batches:
@@ -154,7 +169,6 @@ class Engine:
                 totals[1] += (batch.targets_BS != IGNORED_TARGET).sum()
         if squared_norm is not None and self.mesh.data.is_first:
             totals[2] = squared_norm
-        totals[3] = float(stop)
         return all_reduce_(totals, self.mesh.world).tolist()
 
     def _scale_gradients(self, result: StepResult) -> None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megapipe.config import Config
 from megapipe.data.distribute import ReplicaFeed
+from megapipe.data.rows import check_bad_rows
 from megapipe.errors import CheckpointError
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine, StepResult
@@ -40,7 +41,9 @@ def train(run: Run) -> Progress:
         rate = learning_rate(progress.step, config.optimizer, config.train.steps)
         batches = run.feed.next()
         waited = time.perf_counter() - began
-        result = run.engine.train_step(batches, rate, stop=run.stop.requested)
+        result = run.engine.train_step(
+            batches, rate, stop=run.stop.requested, counts=run.feed.counts()
+        )
         progress = Progress(progress.step + 1, progress.tokens + result.tokens)
         seconds = time.perf_counter() - began
 
@@ -48,6 +51,8 @@ def train(run: Run) -> Progress:
         if _due(progress.step, config.train.validation_every, last=config.train.steps):
             validation = validation_loss(run)
         run.loggers.log(_metrics(run, progress, result, rate, seconds, waited, validation))
+        if run.engine.mesh.data.size > 1:  # one reader alone stops by itself, and names the row
+            check_bad_rows(result.counts[0], config.data.max_bad_rows)
         leaving = result.stop or progress.step == config.train.steps
         if leaving or _due(progress.step, config.checkpoint.every):
             save(run, progress, last=leaving)
@@ -107,7 +112,7 @@ def _metrics(
         mfu=speed * run.flops_per_token / (peak * mesh.world_size) if peak else None,
         data_wait_seconds=waited,
         memory_bytes=peak_memory_bytes(mesh.device),
-        epoch=run.feed.epoch,
-        skipped_rows=run.feed.skipped.total(),
+        epoch=max(result.counts[1:]),
+        skipped_rows=result.counts[0],
         validation_loss=validation,
     )

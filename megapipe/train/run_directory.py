@@ -3,10 +3,14 @@
     config.toml      the resolved config of the last start
     metrics.jsonl    one line for each step
     checkpoints/     step-00000100/, ...
+    run.lock         held by the run that writes here
 
 Nothing in it is ever lost to another run: a config that does not belong there is refused.
 """
 
+import fcntl
+import os
+import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,6 +47,42 @@ def write_config(config: Config, peers: Peers = ALONE) -> None:
     _from_first(peers, lambda: _write(config))
 
 
+class RunLock:
+    """While it is entered no other run writes to the run directory. Collective.
+
+    A lock of the kernel's on `run.lock` in it, held by the first rank: it is gone when that process
+    is, however it ended. Raises MegapipeError where another run has it.
+    """
+
+    def __init__(self, run_dir: Path, say: Callable[[str], None], peers: Peers = ALONE) -> None:
+        self._path, self._say, self._peers = run_dir / "run.lock", say, peers
+        self._descriptor: int | None = None
+
+    def __enter__(self) -> "RunLock":
+        _from_first(self._peers, self._take)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def _take(self) -> None:
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
+            raise MegapipeError(
+                f'another run is writing to train.run_dir = "{self._path.parent}" ({holder}). '
+                "Wait for its end, stop it, or choose another train.run_dir."
+            ) from error
+        except OSError as error:  # a file system without locks
+            self._say(f"{self._path} can't be locked ({error.strerror}): start one run at a time.")
+            return
+        os.truncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+
 def _from_first(peers: Peers, action: Callable[[], object]) -> Any:
     """What `action` returns on rank 0 (plain JSON), or its MegapipeError, on every rank."""
     answer: dict[str, object] = {}
@@ -66,7 +106,12 @@ def _plan(config: Config) -> Plan:
     resume = config.checkpoint.resume
     if not own:
         if resume not in ("auto", "never"):
-            _check_model(_read(Path(resume) / NAME), config, Path(resume))
+            _check_model(
+                _read(Path(resume) / NAME),
+                config,
+                Path(resume),
+                f'Put the model back, or take another checkpoint.resume (now "{resume}").',
+            )
         return Plan(resume, [])
     if resume == "never":
         raise CheckpointError(
@@ -76,7 +121,12 @@ def _plan(config: Config) -> Plan:
     notes = []
     if resume != "auto":
         notes = _notes_on_path(resume, own[0], run_dir, last)
-    _check_model(last, config, run_dir)
+    _check_model(
+        last,
+        config,
+        run_dir,
+        f'Put the model back, or choose another train.run_dir (now "{run_dir}").',
+    )
     if last is not None:
         notes += _notes_on_changes(last, config)
     return Plan("auto", notes)
@@ -103,15 +153,14 @@ def _read(path: Path) -> Config | None:
         raise MegapipeError(f"{path}: can't be read: {error.strerror}.") from error
 
 
-def _check_model(old: Config | None, config: Config, where: Path) -> None:
+def _check_model(old: Config | None, config: Config, where: Path, advice: str) -> None:
     """Raises CheckpointError with the difference where weights of `old` don't fit."""
     changed = difference(old, config) if old else []
     if changed:
         lines = "".join(f"\n    {line}" for line in changed)
         raise CheckpointError(
             f"{where / NAME} is of another model than this config, whose run would go on from "
-            f"checkpoints there (then -> now):{lines}\n  Put the model back, or choose another "
-            f'train.run_dir (now "{config.train.run_dir}").'
+            f"checkpoints there (then -> now):{lines}\n  {advice}"
         )
 
 

@@ -2,12 +2,27 @@
 
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """Schedulers end a job with SIGTERM, Ctrl-C is SIGINT, `sbatch --signal` often sends SIGUSR1."""
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """For long imports: SIGINT ends the process. As an exception, one of the many packages that
+    catch whatever goes wrong in an import of their own may swallow it, and Ctrl-C would be lost."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class StopRequest:
@@ -55,5 +70,6 @@ class StopRequest:
         self.signal = signal.Signals(number)
         if self._say:
             # From a thread: the step may have been interrupted in the middle of a print.
-            text = f"{self.reason}: saving and leaving after this step."
+            again = " Ctrl-C again leaves at once, without saving." * (number == signal.SIGINT)
+            text = f"{self.reason}: saving and leaving after this step.{again}"
             threading.Thread(target=self._say, args=(text,), daemon=True).start()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from megapipe.checkpoint.load import open_checkpoint
+from megapipe.checkpoint.retention import newest_valid
 from megapipe.checkpoint.steps import clear_leftovers, commit, committed, latest, remove, step_name
 from megapipe.errors import CheckpointError
 from tests.checkpoint.samples import leftovers, save_sample
@@ -14,7 +15,6 @@ def test_only_committed_directories_count(tmp_path: Path) -> None:
     assert latest(tmp_path) is None
     assert latest(tmp_path / "gone") is None
     nine, ten = save_sample(tmp_path, 9), save_sample(tmp_path, 10)
-    (tmp_path / "step-00000011").mkdir()  # no manifest
     (tmp_path / "step-12").mkdir()
     (tmp_path / "step-000000013").mkdir()  # not how 13 is written
     (tmp_path / "step-000000013" / "manifest.json").touch()
@@ -26,6 +26,18 @@ def test_only_committed_directories_count(tmp_path: Path) -> None:
     assert committed(tmp_path) == {10: ten, 9: nine}
     assert list(committed(tmp_path)) == [10, 9]
     assert latest(tmp_path) == ten
+
+
+def test_a_lost_manifest_is_damage_and_not_an_absence(tmp_path: Path) -> None:
+    """A run must not start anew over it."""
+    path = save_sample(tmp_path, 5)
+    (path / "manifest.json").unlink()
+    assert committed(tmp_path) == {5: path}
+    found = newest_valid(tmp_path)
+    assert found.path is None
+    (skipped,) = found.skipped
+    assert skipped.path == path
+    assert "holds no manifest.json" in skipped.problems[0]
 
 
 def test_steps_of_more_than_eight_digits(tmp_path: Path) -> None:

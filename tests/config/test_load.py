@@ -159,6 +159,10 @@ def test_contradictions_are_found_beside_wrong_types(tmp_path: Path) -> None:
             "command line: data.sources = [] must have at least 1, and has 0.",
         ),
         (
+            '--data.sources=[{path="x", weight=0}]',
+            "command line: data.sources.0.weight = 0 must be more than 0.0.",
+        ),
+        (
             "--optimizer.betas=[0.9]",
             "command line: optimizer.betas = [0.9] has too few entries.",
         ),

@@ -213,6 +213,7 @@ JOIN = "--no-python megapipe train a.toml --train.steps 3"
 )
 def test_torchrun(clone: Clone, variables: dict[str, str], started: str) -> None:
     clone.program("bin/torchrun", f'{LOGS}echo "$OMP_NUM_THREADS"; exit 7')
+    clone.program("bin/nvidia-smi", "true")
     status, said = clone.run("launch/torchrun.sh", "a.toml", "--train.steps", "3", **variables)
     assert (status, said) == (7, "1\n")
     assert clone.logged() == [started]
@@ -223,6 +224,10 @@ def test_torchrun_says_what_is_missing(clone: Clone) -> None:
     status, said = clone.run("launch/torchrun.sh", "a.toml", NNODES="2", NODE_RANK="0")
     assert status == 1
     assert "NNODES=2 needs NODE_RANK (0 to 1) and MASTER_ADDR" in said
+    if not (Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi")):
+        status, said = clone.run("launch/torchrun.sh", "a.toml")
+        assert status == 1
+        assert "this machine has no GPU: set NPROC_PER_NODE" in said
     shutil.rmtree(clone.root / ".venv")
     assert "there is no command megapipe" in clone.run("launch/torchrun.sh", "a.toml")[1]
 

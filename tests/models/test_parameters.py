@@ -9,13 +9,13 @@ from megapipe.models.parameters import (
     local_kv_heads,
     local_parameter_count,
     local_shape,
-    local_vocab_size,
     padded_vocab_size,
     parameter_count,
     parameter_table,
     stage_table,
 )
 from megapipe.models.presets import PRESETS
+from megapipe.tensor_parallel.vocabulary import vocabulary_rows
 
 
 def model(preset: str, **changes: object) -> ModelConfig:
@@ -78,18 +78,10 @@ def test_decay_and_start_of_every_parameter(preset: str) -> None:
 
 
 def test_vocabulary_is_padded_to_a_multiple_of_64_on_each_rank() -> None:
-    assert [local_vocab_size(50257, tensor) for tensor in (1, 2, 8)] == [50304, 25152, 6336]
+    assert [vocabulary_rows(50257, tensor) for tensor in (1, 2, 8)] == [50304, 25152, 6336]
     assert padded_vocab_size(50257, 8) == 50688
     assert padded_vocab_size(128256, 1) == 128256
     assert padded_vocab_size(1, 8) == 512
-
-
-def test_vocabulary_padding_is_the_one_of_the_tensor_parallel_layers() -> None:
-    from megapipe.tensor_parallel.embedding import vocabulary_rows
-
-    for vocabulary in (1, 63, 64, 65, 509, 50257):
-        for tensor in (1, 2, 3, 8):
-            assert local_vocab_size(vocabulary, tensor) == vocabulary_rows(vocabulary, tensor)
 
 
 def test_key_and_value_heads_are_copied_where_ranks_outnumber_them() -> None:

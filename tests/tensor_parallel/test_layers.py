@@ -13,14 +13,11 @@ from torch import Tensor, nn
 
 from megapipe.mesh import Axis, build_mesh
 from megapipe.tensor_parallel.collectives import all_reduce_, own_sequence_slice
-from megapipe.tensor_parallel.embedding import (
-    VOCABULARY_MULTIPLE,
-    VocabParallelEmbedding,
-    vocabulary_rows,
-)
+from megapipe.tensor_parallel.embedding import VocabParallelEmbedding
 from megapipe.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megapipe.tensor_parallel.loss import vocab_parallel_cross_entropy
 from megapipe.tensor_parallel.parameter import Piece, sharded_parameters
+from megapipe.tensor_parallel.vocabulary import VOCABULARY_MULTIPLE, vocabulary_rows
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 from tests.ranks import run_ranks
 

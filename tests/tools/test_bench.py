@@ -49,6 +49,12 @@ def test_wrong_words_are_refused() -> None:
             run(words)
 
 
+def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megapipe.tools.bench.train.find_spec", lambda name: None)
+    with pytest.raises(MegapipeError, match="pip install transformers"):
+        run(["train", "--against=transformers"])
+
+
 def test_a_worker_that_fails_is_named(tmp_path: Path) -> None:
     from megapipe.tools.bench.crew import Crew
 

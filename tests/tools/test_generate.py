@@ -12,6 +12,7 @@ import torch
 from megapipe.errors import CheckpointError, MegapipeError
 from megapipe.models import load_pretrained
 from megapipe.models.sampling import sample
+from megapipe.tools.arguments import UsageError
 from megapipe.tools.generate import run
 
 PROMPT = "import json"
@@ -73,6 +74,13 @@ def test_text_ends_where_the_model_does(trained: Path) -> None:
     model = load_pretrained(trained)
     length = model.config.max_sequence_length
     assert len(list(sample(model, [7] * (length - 3), max_tokens=50))) == 3
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
+@pytest.mark.parametrize("device", ["cuda", "gpu"])
+def test_a_device_that_is_not_there_is_refused(trained: Path, device: str) -> None:
+    with pytest.raises(UsageError, match="--device"):
+        run([str(trained), "--device", device])
 
 
 def test_what_can_not_be_continued_is_refused(trained: Path, tmp_path: Path) -> None:

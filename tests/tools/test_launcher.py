@@ -257,6 +257,20 @@ def test_ranks_that_handle_no_signal_end_quietly(
     assert captured.out + captured.err == ""
 
 
+def _one_is_interrupted(meeting: Rendezvous) -> int:
+    join(meeting)
+    if meeting.rank == 0:
+        raise KeyboardInterrupt
+    sleep()
+    return 0
+
+
+def test_an_interrupted_rank_does_not_leave_the_others_waiting() -> None:
+    """Ctrl-C in a start: some ranks hear it before they can hold on to it, others after."""
+    with pytest.raises(KeyboardInterrupt):
+        launch_local(_one_is_interrupted, 2)
+
+
 def test_a_second_interrupt_waits_no_longer(tmp_path: Path) -> None:
     launcher = launch_apart(partial(_waits, tmp_path, False), 2)
     wait_for(tmp_path, 2)

@@ -213,6 +213,14 @@ def test_ctrl_c_in_one_process(corpus: Path, tmp_path: Path) -> None:
     assert (run_dir / "checkpoints" / f"step-{step:08d}").is_dir()
 
 
+def test_a_run_begins_from_the_newest_checkpoint_of_another(corpus: Path, tmp_path: Path) -> None:
+    first, second = f"--train.run_dir={tmp_path}/a", f"--train.run_dir={tmp_path}/b"
+    Command(corpus, first, "--train.steps=2", "--checkpoint.every=1").finish()
+    said = Command(corpus, second, "--train.steps=3", f"--checkpoint.resume={tmp_path}/a").finish()
+    assert f"Resumed from {tmp_path}/a/checkpoints/step-00000002 at step 2." in said
+    assert column(tmp_path / "b", "step") == [3]
+
+
 # --- Failing -------------------------------------------------------------------------------------
 
 

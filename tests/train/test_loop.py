@@ -1,6 +1,5 @@
 """The loop alone: when it saves, validates, stops, and what it does when a save fails."""
 
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,14 +22,15 @@ from tests.config.examples import write
 class Feed:
     """Gives the number of its next step."""
 
-    epoch, skipped = 1, Counter({"empty": 2, "malformed JSON": 1})
-
     def __init__(self) -> None:
         self.given = 0
 
     def next(self) -> int:
         self.given += 1
         return self.given
+
+    def counts(self) -> list[int]:
+        return [3, 1, 0]  # bad rows, epochs of two data ranks
 
     def restart(self) -> None:
         self.given = 0
@@ -48,10 +48,12 @@ class Engine:
         self.rates: list[float] = []
         self.stops_at = stops_at
 
-    def train_step(self, batches: int, rate: float, *, stop: bool) -> StepResult:
+    def train_step(self, batches: int, rate: float, *, stop: bool, counts: list[int]) -> StepResult:
         self.rates.append(rate)
         stops = stop or batches == self.stops_at
-        return StepResult(loss=1 / batches, grad_norm=0.5, clip=1.0, tokens=100, stop=stops)
+        return StepResult(
+            loss=1 / batches, grad_norm=0.5, clip=1.0, tokens=100, stop=stops, counts=tuple(counts)
+        )
 
     def validation_loss(self, batches: int) -> tuple[float, int]:
         return 60.0 * batches, 10 + batches  # sum, tokens

@@ -1,5 +1,6 @@
 """May a config go on in a run directory: what is refused, what is told, what resume means."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from megapipe.checkpoint.steps import MANIFEST_NAME, step_name
 from megapipe.config import Config, dump_config, load_config, parse_config
 from megapipe.errors import CheckpointError, MegapipeError
 from megapipe.models.presets import PRESETS
-from megapipe.train.run_directory import Plan, plan_start, write_config
+from megapipe.train.run_directory import Plan, RunLock, plan_start, write_config
 from tests.config.examples import write
 from tests.ranks import run_ranks
 
@@ -25,6 +26,20 @@ def make(tmp_path: Path) -> Make:
         return load_config(write(tmp_path), words, PRESETS)
 
     return make
+
+
+def test_one_run_at_a_time(make: Make) -> None:
+    config = make()
+    write_config(config)
+    run_dir = Path(config.train.run_dir)
+    said: list[str] = []
+    with RunLock(run_dir, said.append):
+        holder = rf"another run is writing to train\.run_dir = .*\(process {os.getpid()} on "
+        with pytest.raises(MegapipeError, match=holder), RunLock(run_dir, said.append):
+            pass
+    with RunLock(run_dir, said.append):  # the first has let go, and the refused one held nothing
+        pass
+    assert not said
 
 
 def add_checkpoint(root: Path, step: int, config: Config | None = None) -> Path:

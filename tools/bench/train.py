@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -94,6 +95,10 @@ def _check(options: Any) -> None:
             )
     if options.preset not in PRESETS:
         raise UsageError(f"--preset {options.preset} does not exist; see `megapipe train --help`.")
+    if options.against and find_spec(options.against) is None:
+        raise MegapipeError(
+            f"--against {options.against} needs that package: pip install {options.against}"
+        )
     if options.against == "transformers" and not options.preset.startswith("llama"):
         raise UsageError(f"--against transformers compares llama presets, not {options.preset}.")
     for name in options.layouts.split(","):

@@ -1,0 +1,124 @@
+"""One engine step: what torch's own clipping and AdamW make of the same gradients, dropout off in
+validation, and the bfloat16 path."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from megapipe.config import Config, load_config
+from megapipe.mesh import Mesh, build_mesh
+from megapipe.models.build import build_stages
+from megapipe.models.presets import PRESETS
+from megapipe.train.engine import Engine
+from megapipe.train.proof import synthetic_tokens
+from tests.ranks import run_ranks
+
+CONFIG = Path(__file__).parents[1] / "configs" / "llama_shape.toml"
+CPU = torch.device("cpu")
+
+
+def config(*words: str) -> Config:
+    return load_config(CONFIG, ["--parallel.data", "1", *words], PRESETS)
+
+
+def engine_of(given: Config) -> Engine:
+    return Engine(given, Mesh.single(CPU), build_stages)
+
+
+def named(engine: Engine, kind: str) -> dict[str, Tensor]:
+    """Copies of the global tensors of an engine that has all of them whole."""
+    return {
+        piece.name: view.clone()
+        for buffer in engine.buffers
+        for piece, view in buffer.pieces(getattr(buffer, kind))
+    }
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.05, 1e6])
+def test_a_step_is_torchs_clipping_and_adamw(limit: float) -> None:
+    given = config(f"--optimizer.clip_grad_norm={limit}")
+    tokens = synthetic_tokens(given)(0, Mesh.single(CPU))
+    probe = engine_of(given)
+    probe.zero_gradients()
+    probe._training.run(tokens)
+    gradients = named(probe, "gradients")
+    decayed = {piece.name for b in probe.buffers[:1] for piece, _ in b.pieces(b.weights)}
+    parameters = {name: nn.Parameter(value) for name, value in named(probe, "weights").items()}
+    for name, parameter in parameters.items():
+        parameter.grad = gradients[name] / (16 * given.train.sequence_length)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+    if limit:
+        # torch divides by the norm + 1e-6, where the engine divides by the norm.
+        nn.utils.clip_grads_with_norm_(parameters.values(), limit, norm - 1e-6)
+    rates = {"lr": 0.01, "betas": given.optimizer.betas, "eps": given.optimizer.epsilon}
+    groups = [
+        {"params": [p for n, p in parameters.items() if (n in decayed) == decays]}
+        | {"weight_decay": given.optimizer.weight_decay if decays else 0.0}
+        for decays in (True, False)
+    ]
+    torch.optim.AdamW(groups, **rates).step()
+
+    engine = engine_of(given)
+    result = engine.train_step(tokens, 0.01, counts=[3, 4])
+    assert result.grad_norm == pytest.approx(float(norm), rel=1e-12)
+    assert (result.clip < 1) == (limit == 0.05), "the limits are on both sides of the norm"
+    assert result.counts == (3, 4)
+    for name, weight in named(engine, "weights").items():
+        torch.testing.assert_close(weight, parameters[name].data, rtol=1e-9, atol=1e-12)
+
+
+def test_validation_has_no_dropout() -> None:
+    dropout = ("--model.dropout=0.3", "--model.attention_dropout=0.3")
+    with_dropout, without = engine_of(config(*dropout)), engine_of(config())
+    tokens = synthetic_tokens(without.config)(0, Mesh.single(CPU))
+    assert with_dropout.validation_loss(tokens) == without.validation_loss(tokens)
+    for switch in dropout:
+        trained = engine_of(config(switch)).train_step(tokens, 0.0).loss
+        assert abs(trained - without.train_step(tokens, 0.0).loss) > 1e-4, switch
+
+
+def bf16_gradients(given: Config) -> dict[str, tuple[tuple[int, ...], Tensor]]:
+    """Called on each rank: (start, gradient) of each piece that this rank holds."""
+    parallel = given.parallel
+    mesh = build_mesh(pipeline=parallel.pipeline, data=1, tensor=parallel.tensor, device=CPU)
+    engine = Engine(given, mesh, build_stages)
+    engine.train_step(synthetic_tokens(given)(0, mesh), 0.0)
+    return {
+        f"{piece.name} {piece.start}": (piece.start, view.clone())
+        for buffer in engine.buffers
+        for piece, view in buffer.pieces(buffer.gradients)
+        if view.numel() > 0
+    }
+
+
+LAYOUTS = {
+    "one process": (1, ()),
+    "tp2 pp2": (4, ("--parallel.tensor=2", "--parallel.pipeline=2")),
+    "tp2 pp2 sp": (
+        4,
+        ("--parallel.tensor=2", "--parallel.pipeline=2", "--parallel.sequence_parallel=true"),
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bfloat16_gradients_are_those_of_float64(layout: str) -> None:
+    """8 microbatches summed in float32. Each rounding is 2^-9 relative; some twenty follow each
+    other between a weight and the loss, and a sum of random ones grows with the root: 2^-9 * 5."""
+    ranks, words = LAYOUTS[layout]
+    exact = engine_of(config())
+    exact.train_step(synthetic_tokens(exact.config)(0, Mesh.single(CPU)), 0.0)
+    expected = named(exact, "gradients")
+    given = config("--train.precision=bf16", *words)
+    seen = set()
+    for own in run_ranks(bf16_gradients, ranks, given):
+        for label, (start, gradient) in own.items():
+            name = label.split()[0]
+            box = tuple(slice(s, s + n) for s, n in zip(start, gradient.shape, strict=True))
+            assert gradient.dtype == torch.float32
+            error = (gradient.double() - expected[name][box]).norm() / expected[name][box].norm()
+            assert error < 0.02, (name, float(error))
+            seen.add(name)
+    assert seen == set(expected)
