@@ -12,6 +12,7 @@ from megapipe.train.learning_rate import learning_rate
 from megapipe.train.loggers import Loggers
 from megapipe.train.metrics import Metrics, device_peak_flops, peak_memory_bytes
 from megapipe.train.signals import StopRequest
+from megapipe.train.timeline import TimelineWriter
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Run:
     stop: StopRequest
     progress: Progress
     flops_per_token: float
+    timeline: TimelineWriter | None = None
 
 
 def train(run: Run) -> Progress:
@@ -48,6 +50,8 @@ def train(run: Run) -> Progress:
         if _due(progress.step, config.train.validation_every, last=config.train.steps):
             validation = validation_loss(run)
         run.loggers.log(_metrics(run, progress, result, rate, seconds, waited, validation))
+        if run.timeline is not None:
+            run.timeline.after(progress.step)
         leaving = result.stop or progress.step == config.train.steps
         if leaving or _due(progress.step, config.checkpoint.every):
             save(run, progress, last=leaving)
@@ -110,4 +114,6 @@ def _metrics(
         epoch=run.feed.epoch,
         skipped_rows=run.feed.skipped.total(),
         validation_loss=validation,
+        bubble=result.bubble,
+        bubble_planned=result.bubble_planned,
     )
