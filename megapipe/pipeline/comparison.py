@@ -157,9 +157,9 @@ def compare(reality: Reality) -> Comparison:
         real=real,
         equal_bubble=equal.bubble,
         plan_rows=[
-            Row("work, shared equally by all ranks", share),
-            Row("waiting that the schedule has with equal stages", equal.makespan - share),
-            Row("stages that are not equal", plan.makespan - equal.makespan, _extremes(costs)),
+            Row("work, shared equally", share),
+            Row("bubble, were stages equal", equal.makespan - share),
+            Row("stages are not equal", plan.makespan - equal.makespan, _extremes(costs)),
         ],
         reality_rows=_reality_rows(reality, replay, planned, real, plan.makespan),
         ranks=_rank_times(reality, planned),
@@ -212,18 +212,18 @@ def _reality_rows(
     for rank in ranks[:SLOWEST]:
         work |= {span.action: span.duration for span in real.spans[rank]}
         note = _slowest(real.spans[rank], planned)
-        charge(f"slower actions on rank {rank}", replay.makespan(work), note)
+        charge(f"slower actions, rank {rank}", replay.makespan(work), note)
     for rank in ranks[SLOWEST:]:
         work |= {span.action: span.duration for span in real.spans[rank]}
     if ranks[SLOWEST:]:
-        charge("slower actions on other ranks", replay.makespan(work))
+        charge("slower actions, other ranks", replay.makespan(work))
     between = _between(reality)
-    charge("the executor, between actions", replay.makespan(work, between))
+    charge("executor, between actions", replay.makespan(work, between))
     first = min(run.entered for run in reality.runs)
     late = [run.entered - first for run in reality.runs]
     latest = max(range(len(late)), key=lambda rank: late[rank])
     note = f"rank {latest}: {_ms(late[latest])} ms after the first"
-    charge("ranks that entered the step late", replay.makespan(work, between, late), note)
+    charge("ranks that began late", replay.makespan(work, between, late), note)
     note = f"clocks agree to {_ms(reality.clock_error)} ms" if reality.clock_error else ""
     charge("transfers", real.makespan, note)
     return rows

@@ -30,8 +30,9 @@ COLOURS: dict[Kind, tuple[str, Colour]] = {
 """Told apart by people who see no red or no green, too."""
 
 WIDTH = 9.0
-"""Inches: 900 pixels, a README's width, at 100 dots an inch. Files have twice as many dots."""
-DOTS = 200
+"""Inches: 900 pixels, a README's width, at 100 dots an inch. Files have half as many again, for
+sharp screens."""
+DOTS = 150
 TEXT = 6.5
 """Points of a microbatch's number: 9 pixels high at a README's width."""
 TALLEST = 12.0

@@ -170,7 +170,7 @@ def report(comparison: Comparison, schedule: str) -> str:
 
 
 def _parts(comparison: Comparison) -> Table:
-    table = Table("where the time went", pad_edge=False)
+    table = Table("where the time went")
     table.add_column("ms", justify="right", no_wrap=True)
     table.add_column("of the plan", justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
@@ -193,8 +193,8 @@ def _parts(comparison: Comparison) -> Table:
 
 
 def _ranks(comparison: Comparison) -> Table:
-    table = Table("ms of each rank", pad_edge=False)
-    for name in ("work, planned", "work", "waiting for a tensor", "the executor", "begun or done"):
+    table = Table("ms of each rank")
+    for name in ("work planned", "work", "waits for tensors", "executor", "not yet or done"):
         table.add_column(name, justify="right")
     for rank in comparison.ranks:
         times = (rank.planned_work, rank.work, rank.waits, rank.between, rank.outside)
