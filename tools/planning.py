@@ -165,7 +165,7 @@ def _report(
     config: Config, plans: Sequence[Plan], notes: Sequence[str], unit: str, columns: int
 ) -> str:
     out = StringIO()
-    console = Console(file=out, width=columns, highlight=False, color_system=None)
+    console = Console(file=out, width=max(columns, 100), highlight=False, color_system=None)
     print_text = partial(console.print, markup=False)
     lines = list(layout_lines(config))
     print_text("\n".join(lines if len(plans) == 1 else lines[:1]))

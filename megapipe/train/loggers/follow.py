@@ -71,8 +71,9 @@ def main() -> int:
             run, first = start(order)
             for step, values in rows(file, first, order["series"], end):
                 run.log({**values, **images(end)}, step=step, commit=True)
-            if late := images(end):  # a picture of the last step
-                run.log(late)
+            run.summary.update(
+                images(end)
+            )  # of the last step: a row of its own would be a step more
         finish(run, order, failed=end.word != "done")
     except Exception as error:
         say(f"W&B stopped: {brief(error)}. Training and metrics.jsonl go on without it.")
