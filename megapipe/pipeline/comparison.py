@@ -6,7 +6,7 @@ long as the median of its stage and kind, tensors travel in no time, and the exe
 From there to what happened, one thing after the other is put into the simulation, and each is
 charged with what it makes the step longer:
 
-    slower actions    the times that actions really took: of the ranks that lost most, one by one
+    uneven actions    the times that actions really took: of the ranks that lost most, one by one
     the executor      the time between two actions of a rank: posting sends and receives, Python
     late entry        ranks that began the step after the first did
     transfers         what is then left: tensors on their way, and being waited for
@@ -34,7 +34,7 @@ from megapipe.pipeline.schedule import (
 from megapipe.pipeline.schedule.dependencies import Dependencies, completion_order
 
 SLOWEST = 2
-"""Ranks whose slower actions have a row of their own."""
+"""Ranks whose uneven actions have a row of their own."""
 
 Medians = dict[tuple[int, Kind], float]
 """Seconds of the work of a stage's actions of a kind."""
@@ -212,11 +212,11 @@ def _reality_rows(
     for rank in ranks[:SLOWEST]:
         work |= {span.action: span.duration for span in real.spans[rank]}
         note = _slowest(real.spans[rank], planned)
-        charge(f"slower actions, rank {rank}", replay.makespan(work), note)
+        charge(f"uneven actions, rank {rank}", replay.makespan(work), note)
     for rank in ranks[SLOWEST:]:
         work |= {span.action: span.duration for span in real.spans[rank]}
     if ranks[SLOWEST:]:
-        charge("slower actions, other ranks", replay.makespan(work))
+        charge("uneven actions, other ranks", replay.makespan(work))
     between = _between(reality)
     charge("executor, between actions", replay.makespan(work, between))
     first = min(run.entered for run in reality.runs)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapipe.errors import MegapipeError
-from megapipe.pipeline.schedule import Kind, Span, Timeline
+from megapipe.pipeline.schedule import Action, Kind, Span, Timeline
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -118,13 +118,14 @@ def _draw_panel(axes: "Axes", panel: Panel, scale: float, inches: tuple[float, f
     rows = [[s for s in spans if s.action.kind.computes] for spans in panel.timeline.spans]
     begin = min((spans[0].begin for spans in rows if spans), default=0.0)
     points = 72 * inches[0] / axes.get_xlim()[1] * scale  # points on paper for a unit of time
+    widths = sorted(points * span.duration for spans in rows for span in spans)
+    edge = 0.4 if widths and widths[len(widths) // 2] > 3.0 else 0.0
     height = min(0.9, 1 - 0.6 / (72 * inches[1]))  # of a row of one; the rest parts the rows
+    numbered = _numbered(rows, points, 72 * inches[1])
     for rank, spans in enumerate(rows):
         chunks = _chunks(spans)
         shares = [chunks[span.action.stage] / max(1, len(chunks)) for span in spans]
         colours = [_shade(span.action.kind, at) for span, at in zip(spans, shares, strict=True)]
-        widths = [points * span.duration for span in spans]
-        edge = 0.4 if widths and sorted(widths)[len(widths) // 2] > 3.0 else 0.0
         axes.broken_barh(
             [((span.begin - begin) * scale, span.duration * scale) for span in spans],
             (rank - height / 2, height),
@@ -132,9 +133,10 @@ def _draw_panel(axes: "Axes", panel: Panel, scale: float, inches: tuple[float, f
             edgecolors="white",
             linewidth=edge,
         )
-        for span, colour, width in zip(spans, colours, widths, strict=True):
-            _number(axes, span, (span.begin + span.end) / 2 - begin, scale, rank, colour, width,
-                    72 * inches[1])  # fmt: skip
+        for span, colour in zip(spans, colours, strict=True):
+            if span.action in numbered:
+                middle = ((span.begin + span.end) / 2 - begin) * scale
+                _number(axes, middle, rank, span.action.microbatch, colour)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     _label_ranks(axes, len(rows), 72 * inches[1])
     axes.set_title(panel.title, fontsize=8, loc="left", pad=3)
@@ -144,25 +146,26 @@ def _draw_panel(axes: "Axes", panel: Panel, scale: float, inches: tuple[float, f
     axes.spines["bottom"].set_linewidth(0.6)
 
 
-def _number(
-    axes: "Axes",
-    span: Span,
-    middle: float,
-    scale: float,
-    rank: int,
-    colour: Colour,
-    width: float,
-    height: float,
-) -> None:
-    """The microbatch, where a box of so many points has room for it."""
-    text = str(span.action.microbatch)
-    if width < 0.62 * TEXT * len(text) + 1.2 or height < TEXT + 1.5:
-        return
+def _numbered(rows: list[list[Span]], points: float, height: float) -> set[Action]:
+    """The actions whose boxes have room for their microbatch; none where few have. `points` are
+    those of a unit of time, `height` those of a row."""
+    room = {
+        span.action
+        for spans in rows
+        for span in spans
+        if points * span.duration >= 0.62 * TEXT * len(str(span.action.microbatch)) + 1.2
+    }
+    few = 4 * len(room) < sum(map(len, rows))
+    return set() if few or height < TEXT + 1.5 else room
+
+
+def _number(axes: "Axes", x: float, rank: int, microbatch: int, colour: Colour) -> None:
+    """White on dark colours, black on light ones."""
     dark = sum(part * weight for part, weight in zip(colour, (0.3, 0.59, 0.11), strict=True)) < 0.58
     axes.text(
-        middle * scale,
+        x,
         rank,
-        text,
+        str(microbatch),
         fontsize=TEXT,
         ha="center",
         va="center_baseline",

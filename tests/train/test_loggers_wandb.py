@@ -97,6 +97,8 @@ def test_what_is_written_offline(tmp_path: Path) -> None:
         "perf/tokens_per_second": 12345.6,
         "perf/step_seconds": 0.25,
         "perf/data_wait_seconds": 0.01,
+        "perf/bubble": 0.4,
+        "perf/bubble_planned": 0.375,
         "mem/peak_gib": 1.5,
         "data/tokens": 5000,
         "data/epoch": 0,
