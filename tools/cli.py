@@ -16,6 +16,7 @@ from megapipe.errors import ConfigError, MegapipeError
 COMMANDS = {
     "train": "pretrain the model of a config; --dry-run shows what would run where",
     "verify": "prove that a config's layout computes what one process computes",
+    "plan": "draw a config's pipeline schedule, or compare all schedules, without running",
     "tokenizer": "train a tokenizer on text files, or look into one",
     "inspect": "what is in a checkpoint, and is it whole",
     "generate": "continue a text with a checkpoint",

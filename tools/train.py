@@ -40,7 +40,15 @@ def run(argv: Sequence[str]) -> int:
         metavar="N",
         help="with --dry-run: the number of processes (default: the fewest the layout needs)",
     )
+    parser.add_argument(
+        "--timeline",
+        metavar="STEPS",
+        help="short for --logging.timeline: a step (20), or a few in a row (20-22), whose pipeline "
+        "timeline is drawn above its plan",
+    )
     arguments, overrides = parser.parse(argv)
+    if arguments.timeline is not None:
+        overrides += ["--logging.timeline", arguments.timeline]
     if arguments.world_size is not None and not arguments.dry_run:
         raise UsageError(
             "--world-size belongs to --dry-run. A real run has as many processes as torchrun or "

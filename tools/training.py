@@ -28,6 +28,7 @@ from megapipe.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.flops import flops_per_token
 from megapipe.models.parameters import parameter_count
+from megapipe.pipeline.picture import require_matplotlib
 from megapipe.pipeline.program import stage_placement
 from megapipe.tools.cli import render
 from megapipe.tools.dry_run import layout_lines
@@ -44,6 +45,7 @@ from megapipe.train.loggers import Loggers
 from megapipe.train.loop import Run, train
 from megapipe.train.run_directory import RunLock, plan_start, write_config
 from megapipe.train.signals import StopRequest
+from megapipe.train.timeline import TimelineWriter
 
 
 def start(config: Config, config_path: str, overrides: Sequence[str]) -> int:
@@ -153,6 +155,8 @@ def _train(config: Config, command: str, began: float, device: torch.device, voi
     parallel = config.parallel
     assert parallel.data is not None
     voice.say(f"megapipe {__version__}")
+    if config.logging.timeline is not None:
+        require_matplotlib(f'logging.timeline = "{config.logging.timeline}"')
     mesh = build_mesh(
         pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor, device=device
     )
@@ -188,6 +192,7 @@ def _train(config: Config, command: str, began: float, device: torch.device, voi
         voice.say(f"Start-up: {time.perf_counter() - began:.1f} s after imports")
         flops = flops_per_token(config.model, config.train.sequence_length)
         run = Run(config, engine, feed, validation, checkpoints, loggers, stop, progress, flops)
+        run.timeline = _timeline(config, engine, loggers, progress.step)
         progress = train(run)
     for reader in (feed, validation):
         if reader is not None:
@@ -209,6 +214,32 @@ def _open_feeds(config: Config, mesh: Mesh, voice: Voice) -> tuple[ReplicaFeed, 
     )
     feed = open_feed()
     return feed, open_feed(validation=True) if config.train.validation_every else None
+
+
+def _timeline(
+    config: Config, engine: Engine, loggers: Loggers, start: int
+) -> TimelineWriter | None:
+    """What writes logging.timeline in a run that goes on after step `start`."""
+    asked = config.logging.timeline
+    if asked is None:
+        return None
+    writer = TimelineWriter(
+        asked,
+        mesh=engine.mesh,
+        program=engine.program,
+        recorder=engine.recorder,
+        schedule=config.parallel.schedule,
+        run_dir=Path(config.train.run_dir),
+        say=loggers.event,
+        show=loggers.picture,
+    )
+    if writer.steps[-1] <= start:
+        loggers.event(
+            f'logging.timeline = "{asked}" is not after step {start}, from which the run goes on: '
+            "no timeline will be written."
+        )
+        return None
+    return writer
 
 
 def _with_resume(config: Config, resume: str) -> Config:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megapipe.config.data import DataConfig
+from megapipe.config.logging import LoggingConfig, parse_steps
 from megapipe.config.model import ModelConfig
 from megapipe.config.optimizer import OptimizerConfig
 from megapipe.config.parallel import ParallelConfig
@@ -242,4 +243,20 @@ def validation_problems(train: TrainConfig, data: DataConfig) -> Iterator[Proble
             "train.validation_every",
             "asks for a validation loss and there is no text for it; set data.validation_fraction "
             "(0.01, say) or data.validation_sources, or train.validation_every = 0",
+        )
+
+
+def timeline_problems(train: TrainConfig, logging: LoggingConfig) -> Iterator[Problem]:
+    """The steps of a timeline against those of the run."""
+    if logging.timeline is None:
+        return
+    try:
+        steps = parse_steps(logging.timeline)
+    except ValueError as error:
+        yield Problem("logging.timeline", str(error))
+        return
+    if steps[-1] > train.steps:
+        yield Problem(
+            "logging.timeline",
+            f"is after the last step, train.steps = {train.steps}; name an earlier one",
         )

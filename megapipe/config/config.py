@@ -62,7 +62,7 @@ def cross_problems(sections: Mapping[str, Section]) -> list[checks.Problem]:
     found: list[checks.Problem] = []
     model, parallel = sections.get("model"), sections.get("parallel")
     train, data = sections.get("train"), sections.get("data")
-    optimizer = sections.get("optimizer")
+    optimizer, logging = sections.get("optimizer"), sections.get("logging")
     if isinstance(model, ModelConfig):
         found += checks.model_problems(model)
     if isinstance(parallel, ParallelConfig):
@@ -79,4 +79,6 @@ def cross_problems(sections: Mapping[str, Section]) -> list[checks.Problem]:
         found += checks.data_problems(parallel, data)
     if isinstance(train, TrainConfig) and isinstance(data, DataConfig):
         found += checks.validation_problems(train, data)
+    if isinstance(train, TrainConfig) and isinstance(logging, LoggingConfig):
+        found += checks.timeline_problems(train, logging)
     return found

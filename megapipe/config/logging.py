@@ -1,10 +1,35 @@
 """[logging]: what is told to whom besides <train.run_dir>/metrics.jsonl, always written."""
 
-from typing import Literal
+import re
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt
 
-from megapipe.config.section import Section
+from megapipe.config.section import Section, or_none_word
+from megapipe.pipeline.schedule.timeline import KEPT_STEPS
+
+
+def parse_steps(text: str) -> range:
+    """The steps of `20` or `20-22`. Raises ValueError that ends "logging.timeline = ... "."""
+    match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", text.strip())
+    if match is None:
+        raise ValueError("must be a step, as in 20, or a few in a row, as in 20-22")
+    first, last = int(match[1]), int(match[2] or match[1])
+    if first < 1:
+        raise ValueError("must begin with step 1 or later: steps are counted from 1")
+    if last < first:
+        raise ValueError(f"ends before it begins: write {last}-{first}")
+    if last - first >= KEPT_STEPS:
+        raise ValueError(
+            f"is {last - first + 1} steps, and ranks remember their last {KEPT_STEPS}: write "
+            f"{first}-{first + KEPT_STEPS - 1}"
+        )
+    return range(first, last + 1)
+
+
+def _step_word(value: object) -> object:
+    """A single step may be written as a number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class LoggingConfig(Section):
@@ -26,3 +51,11 @@ class LoggingConfig(Section):
         description="Also write <train.run_dir>/tensorboard (pip install 'megapipe[tensorboard]').",
     )
     every: PositiveInt = Field(default=1, description="Steps per line on the console.")
+    timeline: Annotated[
+        str | None, BeforeValidator(_step_word, json_schema_input_type=int | str), or_none_word(str)
+    ] = Field(
+        default=None,
+        min_length=1,
+        description="A step (20), or a few in a row (20-22), whose pipeline timeline is written to "
+        "<train.run_dir>/timeline.png, .json and .txt (pip install 'megapipe[plot]').",
+    )

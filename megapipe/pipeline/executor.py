@@ -10,7 +10,6 @@ starts from its gradient edge in the graph, so the tensor is freed when it has b
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from time import perf_counter
 from typing import cast
 
 import torch
@@ -20,6 +19,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megapipe.microbatch import MicroBatch
 from megapipe.pipeline.p2p import Channel, Channels
+from megapipe.pipeline.recording import make_recorder
 from megapipe.pipeline.schedule import Action, Kind, Program, Span, assign_buffers
 from megapipe.pipeline.schedule.action import stage_ranks
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
@@ -33,7 +33,8 @@ class PipelineExecutor:
 
     `program` was lowered and validated. `stages` are those of this rank, by number; where the
     program has BACKWARD_INPUT, each has a WeightGradStore as `weight_grads`. Tensors between stages
-    have shape `hidden_shape`. The last stage returns the sum of its microbatch's losses.
+    have shape `hidden_shape`. The last stage returns the sum of its microbatch's losses. The times
+    of the last `kept_runs` runs are in `recorder`.
     """
 
     def __init__(
@@ -45,13 +46,13 @@ class PipelineExecutor:
         hidden_shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device,
+        kept_runs: int = 1,
     ) -> None:
         ranks = stage_ranks(program)
         self.rank = channels.rank
         self.program = program[self.rank]
         assert set(stages) == {stage for stage, rank in ranks.items() if rank == self.rank}
-        self.recorded: list[Span] = []
-        """What the last run did: host times of `perf_counter`, without the wait for arrivals."""
+        self.recorder = make_recorder(self.program, kept_runs, device)
 
         self._stages = stages
         self._channels = channels
@@ -92,17 +93,23 @@ class PipelineExecutor:
         """
         assert len(batches) == self._microbatches, (len(batches), self._microbatches)
         self._reset(batches)
+        self.recorder.enter()
         try:
             with torch.set_grad_enabled(self._trains):
                 for action in self.program:
-                    self._began = perf_counter()
+                    self.recorder.begin()
                     self._methods[action.kind](action)
-                    self.recorded.append(Span(action, self._began, perf_counter()))
+                    self.recorder.end()
             self._channels.finish()
         except Exception as error:
             error.add_note(self._where())
             raise
         return [self._losses[microbatch] for microbatch in sorted(self._losses)]
+
+    @property
+    def recorded(self) -> list[Span]:
+        """What the last run did, by the host's clock, without the wait for arrivals."""
+        return self.recorder.spans()
 
     # --- Actions ---------------------------------------------------------------------------------
 
@@ -173,7 +180,7 @@ class PipelineExecutor:
         if work is None:
             return self._outbox.pop(receive.counterpart)
         work.wait()
-        self._began = perf_counter()
+        self.recorder.ready()
         return self._buffers[receive].detach()
 
     def _route(self, action: Action, ranks: dict[int, int]) -> tuple[Channel, int]:
@@ -188,8 +195,6 @@ class PipelineExecutor:
 
     def _reset(self, batches: Sequence[MicroBatch]) -> None:
         self._batches = batches
-        self._began = 0.0
-        self.recorded = []
         self._losses: dict[int, Tensor] = {}
         self._live: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}
         self._deferred: dict[tuple[int, int], list[Callable[[], None]]] = {}
@@ -198,7 +203,7 @@ class PipelineExecutor:
 
     def _where(self) -> str:
         """The part of this rank's program around the first action that was not completed."""
-        index, count = len(self.recorded), len(self.program)
+        index, count = self.recorder.count, len(self.program)
         if index == count:
             return f"pipeline rank {self.rank}: after the last action, in waiting for its sends"
         before = self.program[max(0, index - CONTEXT) : index]

@@ -17,7 +17,9 @@ from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import make_channels
 from megapipe.pipeline.program import microbatches, stage_placement, training_program
 from megapipe.pipeline.schedule import Program, forward_program, lower, validate
+from megapipe.pipeline.schedule.timeline import KEPT_STEPS
 from megapipe.tensor_parallel.collectives import all_reduce_
+from megapipe.train.bubble import BubbleMeter
 from megapipe.train.optimizer import Optimizer
 
 BuildStages = Callable[[Config, Mesh], Mapping[int, nn.Module]]
@@ -42,6 +44,8 @@ class StepResult:
     tokens: int  # targets that counted
     stop: bool  # some rank was asked to stop
     counts: tuple[int, ...] = ()  # those given to the step, summed over all ranks
+    bubble: float | None = None  # idle over busy time of the pipeline; None in a start's first step
+    bubble_planned: float | None = None  # as simulated; on rank 0 only
 
 
 class Engine:
@@ -63,12 +67,14 @@ class Engine:
         self.optimizer = Optimizer(self.buffers, config.optimizer)
         self._channels = make_channels(mesh)
         placement = stage_placement(config)
-        self._training = self._executor(training_program(config))
-        self._validating = self._executor(forward_program(placement, microbatches(config)))
+        self.program = lower(training_program(config))
+        self._training = self._executor(self.program, kept_runs=KEPT_STEPS)
+        self._validating = self._executor(lower(forward_program(placement, microbatches(config))))
+        self.recorder = self._training.recorder
+        self._bubble = BubbleMeter(mesh, self.program, self.recorder)
         self.holds_loss = len(placement) - 1 in self.stages
 
-    def _executor(self, program: Program) -> PipelineExecutor:
-        lowered = lower(program)
+    def _executor(self, lowered: Program, kept_runs: int = 1) -> PipelineExecutor:
         validate(lowered)
         config = self.config
         length = config.train.sequence_length
@@ -81,6 +87,7 @@ class Engine:
             hidden_shape=(length, config.train.micro_batch_size, config.model.hidden_size),
             dtype=MODEL_DTYPE[config.train.precision],
             device=self.mesh.device,
+            kept_runs=kept_runs,
         )
 
     def train_step(
@@ -117,7 +124,7 @@ class Engine:
         losses = self._validating.run(batches)
         for stage in self.stages.values():
             stage.train()
-        loss, tokens, *_ = self._sum_over_world(losses, batches, None)
+        loss, tokens, *_ = self._sum_over_world(losses, batches)
         return loss, int(tokens)
 
     def zero_gradients(self) -> None:
@@ -132,9 +139,10 @@ class Engine:
         counts: Sequence[int],
     ) -> StepResult:
         squared_norm = local_squared_norm(self.buffers)
-        loss, tokens, squared, stops, *sums = self._sum_over_world(
-            losses, batches, squared_norm, stop, *counts
-        )
+        more = [float(stop), *counts, *self._bubble.values()]
+        sums = self._sum_over_world(losses, batches, squared_norm, more)
+        loss, tokens, squared, stops, *sums = sums
+        counted, bubble = sums[: len(counts)], sums[len(counts) :]
         if tokens == 0:
             raise MegapipeError("a global batch has no target that counts towards the loss")
         norm = math.sqrt(squared) / tokens if squared >= 0 else math.nan
@@ -145,23 +153,24 @@ class Engine:
             clip=limit / norm if 0 < limit < norm else 1.0,
             tokens=int(tokens),
             stop=stops > 0,
-            counts=tuple(map(int, sums)),
+            counts=tuple(map(int, counted)),
+            bubble=self._bubble.measured(bubble),
+            bubble_planned=self._bubble.planned(bubble) if self.mesh.rank == 0 else None,
         )
 
     def _sum_over_world(
         self,
         losses: Sequence[Tensor],
         batches: Sequence[MicroBatch],
-        squared_norm: Tensor | None,
-        *more: float,
+        squared_norm: Tensor | None = None,
+        more: Sequence[float] = (),
     ) -> list[float]:
-        """[loss sum, tokens, squared gradient norm, and `more`] over all ranks: one collective.
+        """[loss sum, tokens, squared gradient norm, *more] over all ranks: one collective.
 
         Each quantity is given by one rank for each thing it counts: losses by tensor rank 0 of the
         last stage, norms by the first replica (all replicas have the same gradients by then).
         """
-        totals = torch.tensor([0.0, 0.0, 0.0, *more], dtype=torch.float64)
-        totals = totals.to(self.mesh.device)
+        totals = torch.tensor([0.0] * 3 + [*more], dtype=torch.float64, device=self.mesh.device)
         if self.holds_loss and self.mesh.tensor.is_first:
             totals[0] = torch.stack(list(losses)).double().sum()
             for batch in batches:
@@ -169,7 +178,9 @@ class Engine:
                 totals[1] += (batch.targets_BS != IGNORED_TARGET).sum()
         if squared_norm is not None and self.mesh.data.is_first:
             totals[2] = squared_norm
-        return all_reduce_(totals, self.mesh.world).tolist()
+        sums: list[float] = all_reduce_(totals, self.mesh.world).tolist()
+        self._bubble.synchronized()
+        return sums
 
     def _scale_gradients(self, result: StepResult) -> None:
         """Sums over tokens -> means, clipped to the configured global norm."""

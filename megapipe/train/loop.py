@@ -13,6 +13,7 @@ from megapipe.train.learning_rate import learning_rate
 from megapipe.train.loggers import Loggers
 from megapipe.train.metrics import Metrics, device_peak_flops, peak_memory_bytes
 from megapipe.train.signals import StopRequest
+from megapipe.train.timeline import TimelineWriter
 
 
 @dataclass
@@ -28,6 +29,7 @@ class Run:
     stop: StopRequest
     progress: Progress
     flops_per_token: float
+    timeline: TimelineWriter | None = None
 
 
 def train(run: Run) -> Progress:
@@ -53,6 +55,8 @@ def train(run: Run) -> Progress:
         run.loggers.log(_metrics(run, progress, result, rate, seconds, waited, validation))
         if run.engine.mesh.data.size > 1:  # one reader alone stops by itself, and names the row
             check_bad_rows(result.counts[0], config.data.max_bad_rows)
+        if run.timeline is not None:
+            run.timeline.after(progress.step)
         leaving = result.stop or progress.step == config.train.steps
         if leaving or _due(progress.step, config.checkpoint.every):
             save(run, progress, last=leaving)
@@ -115,4 +119,6 @@ def _metrics(
         epoch=max(result.counts[1:]),
         skipped_rows=result.counts[0],
         validation_loss=validation,
+        bubble=result.bubble,
+        bubble_planned=result.bubble_planned,
     )

@@ -27,6 +27,8 @@ class Metrics:
     epoch: int  # times that the data began anew
     skipped_rows: int  # since the beginning of the run
     validation_loss: float | None = None  # None: not measured after this step
+    bubble: float | None = None  # idle over busy time of the pipeline; None in a start's first step
+    bubble_planned: float | None = None  # of the program simulated with the step's stage times
 
     def to_json(self) -> str:
         """One line without its end. JSON has no NaN or infinity: they become null."""
@@ -47,6 +49,8 @@ SERIES: dict[str, tuple[str, float]] = {
     "perf/step_seconds": ("step_seconds", 1.0),
     "perf/mfu": ("mfu", 1.0),
     "perf/data_wait_seconds": ("data_wait_seconds", 1.0),
+    "perf/bubble": ("bubble", 1.0),
+    "perf/bubble_planned": ("bubble_planned", 1.0),
     "mem/peak_gib": ("memory_bytes", 2.0**-30),
     "data/tokens": ("tokens", 1.0),
     "data/epoch": ("epoch", 1.0),

@@ -26,6 +26,8 @@ def sample(step: int) -> Metrics:
         epoch=0,
         skipped_rows=2,
         validation_loss=4.25 if step % 5 == 0 else None,
+        bubble=0.4,
+        bubble_planned=0.375,
     )
 
 

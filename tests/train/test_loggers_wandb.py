@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
 from megapipe.train.loggers import weights_and_biases
 from tests.train.samples import TOTAL, config, open_loggers, sample
@@ -95,6 +97,8 @@ def test_what_is_written_offline(tmp_path: Path) -> None:
         "perf/tokens_per_second": 12345.6,
         "perf/step_seconds": 0.25,
         "perf/data_wait_seconds": 0.01,
+        "perf/bubble": 0.4,
+        "perf/bubble_planned": 0.375,
         "mem/peak_gib": 1.5,
         "data/tokens": 5000,
         "data/epoch": 0,
@@ -103,6 +107,27 @@ def test_what_is_written_offline(tmp_path: Path) -> None:
     assert "train/validation_loss" not in first.rows[4]
     assert not holds(run_dir, SECRET)
     assert list(Path.home().rglob("*")) == [], "nothing is written outside the run directory"
+
+
+def test_a_picture_goes_along_with_a_later_row(tmp_path: Path) -> None:
+    said: list[str] = []
+    picture, broken = tmp_path / "timeline.png", tmp_path / "broken.png"
+    Image.new("RGB", (8, 4)).save(picture)
+    broken.write_bytes(b"no picture")
+    with open_loggers(tmp_path, config('wandb = "offline"'), said) as loggers:
+        loggers.log(sample(1))
+        eventually(lambda: [list(one.rows) for one in offline_runs(tmp_path)] == [[1]])
+        loggers.picture(picture, 1)
+        loggers.picture(broken, 1)
+        loggers.log(sample(2))
+        loggers.log(sample(3))
+    (found,) = offline_runs(tmp_path)
+    assert list(found.rows) == [1, 2, 3]
+    shown: list[Any] = [row for row in found.rows.values() if "timeline/_type" in row]
+    assert [(row["timeline/caption"], row["timeline/width"]) for row in shown] == [("step 1", 8)]
+    (media,) = tmp_path.glob("wandb/offline-run-*/files/media/images/*.png")
+    assert media.read_bytes() == picture.read_bytes()
+    assert len([line for line in said if line.startswith("W&B does not show broken.png: ")]) == 1
 
 
 def holds(directory: Path, text: str) -> list[Path]:

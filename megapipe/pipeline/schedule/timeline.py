@@ -5,6 +5,9 @@ from typing import NamedTuple
 
 from megapipe.pipeline.schedule.action import LAST_OF_A_BACKWARD, Action, Kind
 
+KEPT_STEPS = 8
+"""Training steps of which each rank remembers its spans."""
+
 
 class Span(NamedTuple):
     """An action and its time, from when all that it waits for was there."""

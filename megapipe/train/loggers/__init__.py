@@ -74,6 +74,15 @@ class Loggers:
         with suppress(Exception):  # the terminal is gone, say
             self._say(text)
 
+    def picture(self, path: Path, step: int) -> None:
+        """A picture of `step`, for those who show pictures; never raises."""
+        sink = self._sinks.get("W&B")
+        if isinstance(sink, WeightsAndBiases):
+            try:
+                sink.picture(path, step)
+            except Exception as error:
+                self._failed("W&B", error)
+
     def close(self, failed: bool = False) -> None:
         """Flush and close everything; `failed` says that training ended with an error."""
         while self._sinks:

@@ -3,8 +3,9 @@
 `weights_and_biases.py` starts this file as a script (it imports nothing of megapipe) and speaks
 with it over its standard streams:
 
-    stdin     one line of JSON, the order (Order); at the end of training one line, "done" or
-              "failed"; no such line before the end of file means that training was killed
+    stdin     one line of JSON, the order (Order); a line of JSON for each picture (Picture); at
+              the end of training one line, "done" or "failed"; no such line before the end of file
+              means that training was killed
     stdout    lines for people
 
 So W&B is as slow, hung or broken as it likes in here. A run that is killed leaves this process
@@ -20,6 +21,7 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict
@@ -50,6 +52,13 @@ class Order(TypedDict):
     upload_seconds: float  # for the upload to end after training
 
 
+class Picture(TypedDict):
+    """A PNG to show, and the step that it is about."""
+
+    picture: str
+    step: int
+
+
 def main() -> int:
     """Exit status 0: what went wrong, if anything, was said."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
@@ -61,7 +70,10 @@ def main() -> int:
         with open(order["metrics"], "rb") as file:
             run, first = start(order)
             for step, values in rows(file, first, order["series"], end):
-                run.log(values, step=step, commit=True)
+                run.log({**values, **images(end)}, step=step, commit=True)
+            run.summary.update(
+                images(end)
+            )  # of the last step: a row of its own would be a step more
         finish(run, order, failed=end.word != "done")
     except Exception as error:
         say(f"W&B stopped: {brief(error)}. Training and metrics.jsonl go on without it.")
@@ -69,15 +81,18 @@ def main() -> int:
 
 
 class End:
-    """The end of training, as a thread hears it on stdin."""
+    """The end of training, and pictures before it, as a thread hears them on stdin."""
 
     def __init__(self) -> None:
         self.word = ""
+        self.pictures: deque[Picture] = deque()
         self._heard = threading.Event()
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        self.word = sys.stdin.readline().strip()
+        while (line := sys.stdin.readline()).startswith("{"):
+            self.pictures.append(json.loads(line))
+        self.word = line.strip()
         self._heard.set()
         time.sleep(ORPHAN_SECONDS)
         os._exit(1)
@@ -122,6 +137,22 @@ def row(values: dict[str, Any], series: Series) -> dict[str, float]:
         for name, (field, factor) in series.items()
         if values.get(field) is not None
     }
+
+
+def images(end: End) -> dict[str, Any]:
+    """Pictures that no row took along yet. W&B takes rows in ascending order only, so a picture
+    stands in the row after its step, and says which step that was."""
+    import wandb
+
+    found = {}
+    while end.pictures:
+        picture = end.pictures.popleft()
+        path = Path(picture["picture"])
+        try:
+            found[path.stem] = wandb.Image(str(path), caption=f"step {picture['step']}")
+        except Exception as error:
+            say(f"W&B does not show {path.name}: {brief(error)}.")
+    return found
 
 
 # --- W&B -----------------------------------------------------------------------------------------

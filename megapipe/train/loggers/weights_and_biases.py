@@ -68,6 +68,12 @@ class WeightsAndBiases:
         """The line is in metrics.jsonl already; pass on what the process has to say. No waiting."""
         self._listen()
 
+    def picture(self, path: Path, step: int) -> None:
+        """Show a PNG beside the metrics; it goes along with the next row. No waiting."""
+        with suppress(BrokenPipeError):
+            self._orders.write(json.dumps({"picture": str(path), "step": step}).encode() + b"\n")
+            self._orders.flush()
+
     def close(self, failed: bool) -> None:
         """Wait until W&B has everything, but not for long; not at all if training failed.
 

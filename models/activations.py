@@ -1,0 +1,99 @@
+"""Memory of the activations that a microbatch leaves at a stage, from its forward to its backward.
+
+Counted is what the layers of `models/gpt.py` save for the backward pass: inputs of matrix products,
+norms and activations, query, key, value and output of attention, exponentials over the vocabulary.
+`tests/models/test_activations.py` compares it with what autograd holds. On CPUs the output of
+attention is there twice, in two orders. Memory that is freed within an action (and the one layer
+that full recompute computes again at a time) comes on top.
+"""
+
+from collections.abc import Sequence
+
+from megapipe.config import Config
+from megapipe.models.parameters import local_kv_heads, local_vocab_size
+from megapipe.models.partition import Stage
+from megapipe.pipeline.schedule import Kind, Timeline
+from megapipe.pipeline.schedule.action import LAST_OF_A_BACKWARD
+
+ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+
+
+def boundary_bytes(config: Config) -> int:
+    """The tensor between two stages, on one tensor rank: [S_local, B, H]."""
+    train = config.train
+    elements = _local_length(config) * train.micro_batch_size * config.model.hidden_size
+    return elements * ELEMENT_BYTES[train.precision]
+
+
+def stage_bytes(config: Config, stage: Stage) -> int:
+    """One microbatch at a stage, on one tensor rank."""
+    model, train = config.model, config.train
+    element = ELEMENT_BYTES[train.precision]
+    hidden = boundary_bytes(config)
+    layer = hidden if train.recompute == "full" else _layer_bytes(config)
+    total = len(stage.layers) * layer
+    if stage.first and model.dropout:
+        total += hidden // element  # a bool each
+    if stage.last:
+        rows = train.sequence_length * train.micro_batch_size
+        columns = local_vocab_size(model.vocab_size, config.parallel.tensor)
+        total += 2 * hidden + rows * columns * element  # norm, matrix product, loss
+    return total
+
+
+def _layer_bytes(config: Config) -> int:
+    """Both halves of a block; S and S_local as in models/gpt.py."""
+    model, train, tensor = config.model, config.train, config.parallel.tensor
+    element = ELEMENT_BYTES[train.precision]
+    hidden = boundary_bytes(config)
+    rows = train.sequence_length * train.micro_batch_size
+    queries = model.num_heads // tensor * model.head_dim
+    keys = local_kv_heads(model, tensor) * model.head_dim
+    inner = model.ffn_hidden_size // tensor
+    norms = 4 * hidden  # input and output of both: the next product saves the output
+    attention = queries + 2 * keys  # of which value is a part, or all three
+    if model.position == "rope":
+        attention += queries + keys  # turned, besides
+    elif model.qk_norm:
+        attention += queries + keys
+    attention += queries  # its output, the input of the next product
+    feed_forward = 3 * inner if model.activation == "swiglu" else 2 * inner
+    total = norms + rows * (attention + feed_forward) * element
+    if model.dropout:
+        total += 2 * hidden // element  # a bool each
+    if model.attention_dropout:
+        squares = rows * train.sequence_length * (model.num_heads // tensor)
+        total += squares * 3 * element  # probabilities, what is kept, and their product
+    return total
+
+
+def _local_length(config: Config) -> int:
+    parallel, length = config.parallel, config.train.sequence_length
+    return length // parallel.tensor if parallel.sequence_parallel else length
+
+
+def peak_bytes(timeline: Timeline, stages: Sequence[int]) -> list[int]:
+    """For each rank the most activations it holds at a time; `stages` has the bytes of each."""
+    peaks = []
+    for spans in timeline.spans:
+        live = peak = 0
+        for action, _, _ in spans:
+            if action.kind is Kind.FORWARD:
+                live += stages[action.stage]
+                peak = max(peak, live)
+            elif action.kind in LAST_OF_A_BACKWARD:
+                live -= stages[action.stage]
+        peaks.append(peak)
+    return peaks
+
+
+def peak_pending(timeline: Timeline) -> list[int]:
+    """For each rank the most weight gradients that wait at a time, in chunks of a microbatch."""
+    peaks = []
+    for spans in timeline.spans:
+        pending = peak = 0
+        for action, _, _ in spans:
+            pending += (action.kind is Kind.BACKWARD_INPUT) - (action.kind is Kind.BACKWARD_WEIGHT)
+            peak = max(peak, pending)
+        peaks.append(peak)
+    return peaks
