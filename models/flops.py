@@ -28,9 +28,18 @@ def attended_keys(model: ModelConfig, sequence_length: int) -> float:
 
 def layer_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
     """Forward and backward of one block for one token."""
-    matmul = sum(spec.size for spec in layer_table(model, 0) if _is_matrix(spec))
-    attention = model.num_heads * model.head_dim * attended_keys(model, sequence_length)
-    return 6.0 * matmul + 12.0 * attention
+    return matmul_flops_per_token(model) + attention_flops_per_token(model, sequence_length)
+
+
+def matmul_flops_per_token(model: ModelConfig) -> float:
+    """Of one block, its products with weights: as much for the forward, for the gradient of the
+    input and for that of the weights."""
+    return 6.0 * sum(spec.size for spec in layer_table(model, 0) if _is_matrix(spec))
+
+
+def attention_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+    """Of one block, its products of activations: a third is the forward, the rest gradients."""
+    return 12.0 * model.num_heads * model.head_dim * attended_keys(model, sequence_length)
 
 
 def output_flops_per_token(model: ModelConfig) -> float:

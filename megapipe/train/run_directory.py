@@ -3,6 +3,7 @@
     config.toml      the resolved config of the last start
     metrics.jsonl    one line for each step
     checkpoints/     step-00000100/, ...
+    schedule.csv     the program of schedule auto, and why in schedule.txt
 
 Nothing in it is ever lost to another run: a config that does not belong there is refused.
 """
@@ -35,15 +36,15 @@ def plan_start(config: Config, peers: Peers = ALONE) -> Plan:
 
     Raises MegapipeError where that would lose checkpoints, or they are of another model.
     """
-    return Plan(**_from_first(peers, lambda: asdict(_plan(config))))
+    return Plan(**from_first(peers, lambda: asdict(_plan(config))))
 
 
 def write_config(config: Config, peers: Peers = ALONE) -> None:
     """Make the run directory, and put the resolved config into it in one step. Collective."""
-    _from_first(peers, lambda: _write(config))
+    from_first(peers, lambda: _write(config))
 
 
-def _from_first(peers: Peers, action: Callable[[], object]) -> Any:
+def from_first(peers: Peers, action: Callable[[], object]) -> Any:
     """What `action` returns on rank 0 (plain JSON), or its MegapipeError, on every rank."""
     answer: dict[str, object] = {}
     if peers.rank == 0:

@@ -33,12 +33,12 @@ def extensions(problem: Problem, words: Words, more: int) -> Iterator[Words]:
         if more % size:
             continue
         start = (graph.makespan - size * max(problem.work)) / 2
-        parts = [
-            _part(word, times, size, start) for word, times in zip(words, begins, strict=True)
-        ]
+        parts = [_part(word, times, size, start) for word, times in zip(words, begins, strict=True)]
         if all(parts):
             yield [
-                word[: part.stop] + word[part.start : part.stop] * (more // size) + word[part.stop :]
+                word[: part.stop]
+                + word[part.start : part.stop] * (more // size)
+                + word[part.stop :]
                 for word, part in zip(words, parts, strict=True)
             ]
 

@@ -52,7 +52,7 @@ class Graph:
         return [[node // self.count for node in nodes] for nodes in self.order]
 
     def _links(self) -> tuple[list[int], list[int]]:
-        """For each node the one on another rank whose tensor it needs, and the reverse; -1: none."""
+        """For each node the one on another rank whose tensor it needs, and the reverse; or -1."""
         source, sink = [-1] * self.size, [-1] * self.size
         stages, count, ranks = self.problem.stages, self.count, self.problem.ranks
         for letter, (before, _) in enumerate(self.problem.sources):

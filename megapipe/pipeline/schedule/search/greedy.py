@@ -1,7 +1,7 @@
 """List scheduling: ranks that always do what a policy finds best among what they can do now.
 
-The same idea as `list_schedule`, which follows a fixed pattern of times; here the pattern comes from
-the costs, and what a rank prefers has several settings, all of which are cheap to try.
+The same idea as `list_schedule`, which follows a fixed pattern of times; here the pattern comes
+from the costs, and what a rank prefers has several settings, all of which are cheap to try.
 """
 
 from collections import deque
@@ -11,6 +11,7 @@ from itertools import product
 from math import inf
 
 from megapipe.pipeline.schedule.search.words import Problem, Word, Words
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -25,8 +26,8 @@ class Policy:
 
     Weight gradients fill the time in which there is nothing else, but
 
-    - one is done at once where more than `delay` (times the rank's number, with `by_rank`) wait, or,
-      with `urgent`, where a forward could begin if there were memory for it;
+    - one is done at once where more than `delay` (times the rank's number, with `by_rank`) wait,
+      or, with `urgent`, where a forward could begin if there were memory for it;
     - none is begun where something else arrives within `patience` times its duration.
 
     Rank r has at most `ahead * (p - r)` of what one microbatch takes live, if that is below the
@@ -79,9 +80,7 @@ def variations(policy: Policy) -> list[Policy]:
     """The policy with other rules for weight gradients and for how many forwards run ahead."""
     delays = [(inf, False), (0.0, False), (1.0, True), (1.0, False), (2.0, True)]
     return [
-        replace(
-            policy, delay=delay, by_rank=by_rank, urgent=urgent, patience=patience, ahead=ahead
-        )
+        replace(policy, delay=delay, by_rank=by_rank, urgent=urgent, patience=patience, ahead=ahead)
         for ahead, (delay, by_rank), patience, urgent in product(
             (inf, 1.0, 2.0), delays, (0.0, 0.7), (True, False)
         )
@@ -185,8 +184,7 @@ class _Ranks:
             return rank.letters
         half = len(rank.stages)
         return [
-            min(letters, key=self._turn)
-            for letters in (rank.letters[:half], rank.letters[half:])
+            min(letters, key=self._turn) for letters in (rank.letters[:half], rank.letters[half:])
         ]
 
     def _turn(self, head: tuple[int, int]) -> float:

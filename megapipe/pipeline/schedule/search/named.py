@@ -16,8 +16,11 @@ def named_programs(problem: Problem) -> Iterator[tuple[str, Program]]:
             check_chunks(name, virtual)
             if schedule.placement(pipeline, virtual) != list(problem.ranks):
                 continue
-            yield name, build_program(
-                name, pipeline=pipeline, virtual=virtual, microbatches=problem.microbatches
+            yield (
+                name,
+                build_program(
+                    name, pipeline=pipeline, virtual=virtual, microbatches=problem.microbatches
+                ),
             )
         except ScheduleError:
             continue

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megapipe.pipeline.schedule.action import Program
+from megapipe.pipeline.schedule.build import SCHEDULES
 from megapipe.pipeline.schedule.limit import Limit, check_least
 from megapipe.pipeline.schedule.placement import looped, v_shaped
 from megapipe.pipeline.schedule.search.extend import extensions, shorter
@@ -72,8 +73,14 @@ class Found:
     chosen: Tried
     tried: tuple[Tried, ...]
     bound: float
+    ranks: tuple[int, ...]  # of each stage
+    microbatches: int
     costs: Costs
     limit: Limit
+
+    @property
+    def pipeline(self) -> int:
+        return len(self.program)
 
 
 @dataclass(frozen=True)
@@ -112,12 +119,14 @@ def search(
     fitting = [candidate for candidate in candidates if candidate.tried.fits]
     fastest = min(candidate.tried.makespan for candidate in fitting)
     ties = [one for one in fitting if one.tried.makespan <= fastest * (1 + TIE)]
-    best = min(ties, key=lambda candidate: candidate.tried.peak)  # the first of equals
+    best = min(ties, key=lambda one: (one.tried.peak, one.tried.name not in SCHEDULES))
     return Found(
         best.program or to_program(best.words, pipeline * virtual),
         best.tried,
         tuple(candidate.tried for candidate in candidates),
         min(Problem(r, microbatches, costs, limit).bound for r in placements.values()),
+        placements[best.tried.placement],
+        microbatches,
         costs,
         limit,
     )

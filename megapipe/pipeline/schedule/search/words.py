@@ -104,7 +104,8 @@ def to_words(program: Program, stages: int) -> Words:
     """The program's words. Its microbatches must pass every stage in order."""
     number = {kind: index * stages for index, kind in enumerate(KINDS)}
     return [
-        [number[action.kind] + action.stage for action in actions] for actions in sequential(program)
+        [number[action.kind] + action.stage for action in actions]
+        for actions in sequential(program)
     ]
 
 
