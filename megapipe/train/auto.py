@@ -19,7 +19,7 @@ from megapipe.config import Config
 from megapipe.config.parallel import parse_memory
 from megapipe.config.save import write_text
 from megapipe.data_parallel.buffer import build_buffers
-from megapipe.errors import MegapipeError
+from megapipe.errors import MegapipeError, ScheduleError
 from megapipe.mesh import Mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.pipeline.costs import read_costs
@@ -80,8 +80,14 @@ def check_activation_bytes(config: Config, engine: Engine, peers: Peers) -> None
         return
     own = _own_bytes(config, engine.mesh, dict(engine.stages))
     limit = Limit.in_bytes(most, _by_stage(config, peers.all_gather(own)))
-    program = training_program(config)
-    check_limit(config.parallel.schedule, program, limit, virtual=config.parallel.virtual)
+    program, name = training_program(config), config.parallel.schedule
+    try:
+        check_limit(name, program, limit, virtual=config.parallel.virtual)
+    except ScheduleError as error:
+        if name != "auto":
+            raise
+        file = Path(config.train.run_dir) / PROGRAM_FILE
+        raise ScheduleError(f"{error} To search for one that fits, delete {file}.") from error
 
 
 # --- Measuring -----------------------------------------------------------------------------------
@@ -184,7 +190,7 @@ def _limit(config: Config, sizes: list[float]) -> tuple[Limit, str]:
         return Limit.in_bytes(most, sizes), f"{config.parallel.activation_limit} on each rank"
     limit = microbatch_limit(config)
     assert limit is not None
-    text = f"{limit.most:g} microbatches"
+    text = limit.written(limit.most)
     if config.parallel.activation_limit is None:
         text += " (as 1f1b has; parallel.activation_limit is not set)"
     return limit, text

@@ -62,6 +62,16 @@ class Limit:
             unit, name = (2.0**30, " GiB") if amount >= 2**30 else (2.0**20, " MiB")
         return f"{ceil(amount / unit * 100 - 1e-6) / 100:g}{name}"
 
+    def written(self, amount: float) -> str:
+        """As `show`, with what is counted."""
+        text = self.show(amount)
+        return text if self.bytes else f"{text} microbatch{'es' * (text != '1')}"
+
+    @property
+    def value(self) -> str:
+        """The limit as a value of the config."""
+        return f'"{self.show(self.most)}"' if self.bytes else f"{self.most:g}"
+
 
 def peak_amounts(program: Program, sizes: Sequence[float]) -> list[float]:
     """The most that each rank of a program holds, a microbatch at stage s taking `sizes[s]`."""
@@ -86,14 +96,16 @@ def check_limit(name: str, program: Program, limit: Limit, *, virtual: int) -> N
     rank = max(range(len(amounts)), key=lambda rank: amounts[rank])
     if amounts[rank] <= limit.ceiling:
         return
-    microbatches = 1 + max(action.microbatch for action in program[0])
-    fitting = ['"auto"', *_fitting(limit, len(program), virtual, microbatches)]
-    raise ScheduleError(
-        f'parallel.schedule = "{name}" has {_held(limit, amounts[rank])} live on pipeline rank '
-        f"{rank}, and {KEY} = {_written(limit)}. Raise it to at least "
-        f"{limit.show(amounts[rank])}, or take a parallel.schedule that keeps to it: "
-        f"{', '.join(fitting)}."
+    text = (
+        f'the program of parallel.schedule = "{name}" has activations of '
+        f"{limit.written(amounts[rank])} live on pipeline rank {rank}, and {KEY} = "
+        f"{limit.value}. Raise it to at least {limit.show(amounts[rank])}"
     )
+    if name != "auto":
+        microbatches = 1 + max(action.microbatch for action in program[0])
+        fitting = ['"auto"', *_fitting(limit, len(program), virtual, microbatches)]
+        text += f", or take a parallel.schedule that keeps to it: {', '.join(fitting)}"
+    raise ScheduleError(f"{text}.")
 
 
 def check_least(limit: Limit, ranks: Sequence[int]) -> None:
@@ -101,8 +113,8 @@ def check_least(limit: Limit, ranks: Sequence[int]) -> None:
     least = limit.least(ranks)
     if least > limit.ceiling:
         raise ScheduleError(
-            f"{KEY} = {_written(limit)} is below what any schedule needs: the activations of one "
-            f"microbatch at all stages of a rank, {limit.show(least)}. Raise it to at least that"
+            f"{KEY} = {limit.value} is below what any schedule needs: the activations of one "
+            f"microbatch at all stages of a rank. Raise it to at least {limit.show(least)}"
             + (", lower train.micro_batch_size, or recompute more." if limit.bytes else ".")
         )
 
@@ -130,13 +142,3 @@ def _fitting(limit: Limit, pipeline: int, virtual: int, microbatches: int) -> It
 def _ranks(program: Program) -> list[int]:
     ranks = stage_ranks(program)
     return [ranks[stage] for stage in range(len(ranks))]
-
-
-def _held(limit: Limit, amount: float) -> str:
-    if limit.bytes:
-        return f"activations of {limit.show(amount)}"
-    return f"the activations of {limit.show(amount)} microbatches"
-
-
-def _written(limit: Limit) -> str:
-    return f'"{limit.show(limit.most)}"' if limit.bytes else f"{limit.most:g}"

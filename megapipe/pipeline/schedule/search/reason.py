@@ -24,7 +24,7 @@ def summary(found: Found, time: Unit) -> list[str]:
     chosen = found.chosen
     return [
         f"Program: {_title(found, chosen)}: {time(chosen.makespan)} per step by simulation, bubble "
-        f"{_bubble(found, chosen):.1%}, at most {_amount(found, chosen)} live on a rank",
+        f"{_bubble(found, chosen):.1%}, at most {found.limit.written(chosen.peak)} live on a rank",
         f"  {_why(found, time)}",
     ]
 
@@ -61,11 +61,6 @@ def _bubble(found: Found, tried: Tried) -> float:
     stages = range(len(found.ranks))
     work = sum(found.costs.of(Action(stage, kind, 0)) for stage in stages for kind in kinds)
     return found.pipeline * tried.makespan / (found.microbatches * work) - 1
-
-
-def _amount(found: Found, tried: Tried) -> str:
-    amount = found.limit.show(tried.peak)
-    return amount if found.limit.bytes else f"{amount} microbatches"
 
 
 def _why(found: Found, time: Unit) -> str:

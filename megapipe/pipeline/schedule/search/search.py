@@ -110,9 +110,10 @@ def search(
     placements = {"looped": tuple(looped(pipeline, virtual))}
     if virtual > 1 and pipeline > 1:
         placements["V"] = tuple(v_shaped(pipeline, virtual))
+    check_least(limit, min(placements.values(), key=limit.least))
+    placements = {n: r for n, r in placements.items() if limit.least(r) <= limit.ceiling}
     candidates: list[_Candidate] = []
     for name, ranks in placements.items():
-        check_least(limit, ranks)
         problem = Problem(ranks, microbatches, costs, limit)
         budget = Budget(effort // len(placements))
         candidates += _candidates(problem, name, budget)
