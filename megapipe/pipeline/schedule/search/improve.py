@@ -39,8 +39,12 @@ def improve(problem: Problem, words: Words, budget: Budget) -> tuple[float, Word
         turn += 1
         since += 1
         move = _choose(graph, tabu, turn, best, budget)
-        if move is None or not budget.spend(2 * graph.size):
+        if budget.left < 0 or (move is None and not tabu):
             break
+        if move is None:  # everything that could be done would undo something: so be it
+            tabu.clear()
+            continue
+        budget.spend(2 * graph.size)
         moved, passed = _who(graph, move)
         graph.apply(move)
         if not graph.measure():  # a cycle over several ranks: take it back, and don't try it again

@@ -71,10 +71,7 @@ def _why(found: Found, time: Unit) -> str:
     if best is None:
         return "No published schedule keeps to the limit."
     if best is chosen:
-        equal = [one for one in fitting if one.makespan <= chosen.makespan * (1 + TIE)]
-        if len(equal) > 1:
-            return "Nothing that was tried is faster, or as fast with less memory."
-        return "Nothing that was tried is faster."
+        return "Nothing that was tried is faster, or as fast with less memory."
     if best.makespan <= chosen.makespan * (1 + TIE):
         return f"As fast as {best.name}, and holds less."
     gain = 1 - chosen.makespan / best.makespan
