@@ -6,6 +6,7 @@ the run goes on in another layout, number of microbatches or limit, which it can
 searches, with the times that all ranks have measured; every rank then reads the same file.
 """
 
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import astuple
@@ -107,9 +108,10 @@ def _costs(
         costs = from_first(peers, lambda: astuple(read_costs(from_file, stages)))
         if _most_bytes(config) is None:
             return Costs(*costs), []
-    own = _measure(config, mesh, build_stages)
+    own = _measure(config, mesh, build_stages, peers)
+    gc.collect()  # the run builds its stages where these were
     if mesh.device.type == "cuda":
-        torch.cuda.empty_cache()  # for the stages of the run
+        torch.cuda.empty_cache()
     gathered = peers.all_gather(own)
     sizes = _by_stage(config, [rank["bytes"] for rank in gathered])
     if from_file is not None:
@@ -121,7 +123,9 @@ def _costs(
     return Costs(forward, backward_input, backward_weight, latency), sizes
 
 
-def _measure(config: Config, mesh: Mesh, build_stages: BuildStages) -> dict[str, object]:
+def _measure(
+    config: Config, mesh: Mesh, build_stages: BuildStages, peers: Peers
+) -> dict[str, object]:
     """This rank's measurements, as JSON: by kind, what each stage takes under its number."""
     looped = "1f1b" if config.parallel.virtual == 1 else "interleaved-1f1b"
     parallel = config.parallel.model_copy(update={"schedule": looped, "activation_limit": None})
@@ -131,6 +135,7 @@ def _measure(config: Config, mesh: Mesh, build_stages: BuildStages) -> dict[str,
     )
     hidden, batch = _hidden(config, mesh), _batch(config, mesh)
     found: dict[str, object] = {"bytes": _own_bytes(config, mesh, stages)}
+    peers.all_gather(None)  # all ranks begin at the same time
     times = measure_stages(stages, batch, hidden)
     for index, kind in enumerate(("F", "I", "W")):
         found[kind] = {str(stage): astuple(taken)[index] for stage, taken in times.items()}
