@@ -10,7 +10,7 @@ that full recompute computes again at a time) comes on top.
 from collections.abc import Sequence
 
 from megapipe.config import Config
-from megapipe.models.parameters import local_kv_heads, local_vocab_size
+from megapipe.models.parameters import local_kv_heads, vocabulary_rows
 from megapipe.models.partition import Stage
 from megapipe.pipeline.schedule import Kind, Timeline
 from megapipe.pipeline.schedule.action import LAST_OF_A_BACKWARD
@@ -36,7 +36,7 @@ def stage_bytes(config: Config, stage: Stage) -> int:
         total += hidden // element  # a bool each
     if stage.last:
         rows = train.sequence_length * train.micro_batch_size
-        columns = local_vocab_size(model.vocab_size, config.parallel.tensor)
+        columns = vocabulary_rows(model.vocab_size, config.parallel.tensor)
         total += 2 * hidden + rows * columns * element  # norm, matrix product, loss
     return total
 

@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from megapipe.config import Config, check_layout, dump_config
 from megapipe.models.flops import flops_per_token
 from megapipe.models.memory import rank_states
 from megapipe.models.parameters import padded_vocab_size, parameter_count
 from megapipe.models.partition import Stage, stage_parameters, stages
-from megapipe.pipeline.program import microbatches, training_program
+from megapipe.pipeline.program import microbatches
+from megapipe.tools.auto import check_program, without_auto
 
 _LINE_EACH = 16  # worlds up to this size are shown rank by rank
 
@@ -22,11 +25,13 @@ def dry_run(config: Config, name: str, world_size: int | None = None) -> str:
     parallel = config.parallel
     fewest = parallel.tensor * parallel.pipeline * (parallel.data or 1)
     config = check_layout(config, world_size or fewest)
-    placed = stages(config)
-    training_program(config)
+    with TemporaryDirectory() as folder:
+        runs, found = without_auto(config, Path(folder))
+        placed = stages(runs)
+        check_program(runs)
     blocks = [
         [f"# {name}, resolved", dump_config(config).strip()],
-        [*layout_lines(config), "", *_ranks(config, placed)],
+        [*layout_lines(config), *found, "", *_ranks(config, placed)],
         list(_stages(config, placed)),
         list(_memory(config, placed)),
         list(_work(config)),

@@ -58,8 +58,7 @@ def _bare(kind: Any) -> Any:
         return _bare(get_args(kind)[0])
     if get_origin(kind) in (Union, types.UnionType):
         inner = [part for part in get_args(kind) if part is not type(None)]
-        assert len(inner) == 1, kind
-        return _bare(inner[0])
+        return _bare(inner[0]) if len(inner) == 1 else kind
     return kind
 
 
@@ -74,6 +73,8 @@ def table_of(kind: Any) -> type[BaseModel] | None:
 def value_words(kind: Any) -> str:
     """What to type for a value: `INTEGER`, `gpipe|1f1b`, `[INTEGER, ...]`."""
     kind = _bare(kind)
+    if get_origin(kind) in (Union, types.UnionType):
+        return "|".join(value_words(part) for part in get_args(kind) if part is not type(None))
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
     if get_origin(kind) is tuple:

@@ -49,7 +49,20 @@ def _shrink_parallel(config: Config) -> ParallelConfig:
         largest = max(("data", "pipeline", "tensor"), key=lambda axis: degrees[axis])
         degrees[largest] = max(2, degrees[largest] // 2)
     virtual = min(old.virtual, max(2, MAX_RANKS // degrees["pipeline"]))
-    return old.model_copy(update={**degrees, "virtual": virtual, "layers_per_stage": None})
+    limit = old.activation_limit
+    if isinstance(limit, str):
+        limit = None  # small activations fit
+    elif limit is not None:
+        limit = max(1.0, limit * degrees["pipeline"] / old.pipeline)
+    return old.model_copy(
+        update={
+            **degrees,
+            "virtual": virtual,
+            "layers_per_stage": None,
+            "activation_limit": limit,
+            "stage_costs": None,
+        }
+    )
 
 
 def _shrink_model(config: Config, parallel: ParallelConfig) -> ModelConfig:

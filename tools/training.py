@@ -39,6 +39,7 @@ from megapipe.tools.rendezvous import (
     from_environment,
     init_process_group,
 )
+from megapipe.train.auto import check_activation_bytes, settle_program
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine
 from megapipe.train.loggers import Loggers
@@ -164,8 +165,10 @@ def _train(config: Config, command: str, began: float, device: torch.device, voi
     plan = plan_start(config, peers)
     for line in [*_introduction(config, device), *plan.notes]:
         voice.say(line)
+    settle_program(config, mesh, build_stages, peers, voice.say)
     feed, validation = _open_feeds(config, mesh, voice)
     engine = Engine(config, mesh, build_stages)
+    check_activation_bytes(config, engine, peers)
     checkpoints = Checkpoints(
         _with_resume(config, plan.resume), mesh, engine, _kept_files(config, mesh), voice.say
     )

@@ -3,10 +3,13 @@
 import sys
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from megapipe.config import load_config
+from megapipe.config import Config, load_config
 from megapipe.models.presets import PRESETS
 from megapipe.tools.arguments import Parser, UsageError
+from megapipe.tools.auto import without_auto
 from megapipe.tools.shrink import shrink
 
 
@@ -24,7 +27,13 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(f"--steps {arguments.steps} must be 1 or more.")
     config = load_config(arguments.config, overrides, PRESETS)
     small, changes = shrink(config)
-    print(f"Proving the layout of {arguments.config} against one process, in float64 on the CPU.")
+    with TemporaryDirectory() as folder:
+        small, found = without_auto(small, Path(folder))
+        return _prove(small, [*changes, *found], arguments.config, arguments.steps)
+
+
+def _prove(small: Config, changes: list[str], name: str, steps: int) -> int:
+    print(f"Proving the layout of {name} against one process, in float64 on the CPU.")
     if changes:
         print("Reduced, with every feature kept:")
         print("".join(f"  {change}\n" for change in changes), end="")
@@ -37,4 +46,4 @@ def run(argv: Sequence[str]) -> int:
     parallel = small.parallel
     assert parallel.data is not None
     ranks = parallel.tensor * parallel.pipeline * parallel.data
-    return launch_local(partial(prove_rank, small, arguments.steps), ranks)
+    return launch_local(partial(prove_rank, small, steps), ranks)

@@ -123,6 +123,14 @@ def parallel_problems(parallel: ParallelConfig) -> Iterator[Problem]:
             "parallel.schedule_file",
             'goes with parallel.schedule = "csv": set both or neither',
         )
+    if parallel.stage_costs is not None and parallel.schedule != "auto":
+        yield Problem(
+            "parallel.stage_costs",
+            f'has no effect with parallel.schedule = "{parallel.schedule}"; remove it, or set '
+            'parallel.schedule = "auto"',
+        )
+    if parallel.schedule == "auto" and parallel.pipeline == 1 and parallel.virtual > 1:
+        yield Problem("parallel.virtual", "must be 1 with parallel.pipeline = 1")
     if parallel.schedule not in SCHEDULES:
         return
     fewest, most = SCHEDULES[parallel.schedule].chunks

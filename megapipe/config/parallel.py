@@ -1,8 +1,10 @@
 """[parallel]: how the model is laid out over processes. It never changes the loss."""
 
+import re
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveInt
+from pydantic_core import PydanticCustomError
 
 from megapipe.config.section import Section, or_none_word
 from megapipe.pipeline.schedule import SCHEDULES
@@ -10,8 +12,31 @@ from megapipe.pipeline.schedule import SCHEDULES
 if TYPE_CHECKING:
     ScheduleName = str
 else:
-    ScheduleName = Literal[(*SCHEDULES, "csv")]
+    ScheduleName = Literal[(*SCHEDULES, "csv", "auto")]
 Layers = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
+
+_MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B")
+
+
+def parse_memory(text: str) -> int | None:
+    """Bytes of "12 GiB" or "500 MB"; None for what is not written so."""
+    match = _MEMORY.fullmatch(text.strip())
+    if match is None:
+        return None
+    number, prefix, binary = match.groups()
+    return round(float(number) * (1024 if binary else 1000) ** (1 + "KMGT".index(prefix)))
+
+
+def _activation_limit(value: object) -> object:
+    if value is None or value == "none":
+        return None
+    number = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+    if number or (isinstance(value, str) and parse_memory(value)):
+        return value
+    raise PydanticCustomError(
+        "activation_limit",
+        'it is a number of microbatches above 0, as in 4 or 2.5, or memory, as in "12 GiB"',
+    )
 
 
 class ParallelConfig(Section):
@@ -38,12 +63,26 @@ class ParallelConfig(Section):
     schedule: ScheduleName = Field(
         default="1f1b",
         description="The order of forward and backward work in the pipeline; csv: that of "
-        "parallel.schedule_file.",
+        "parallel.schedule_file; auto: the best that is found for the times that stages take.",
     )
     schedule_file: Annotated[str | None, or_none_word(str)] = Field(
         default=None,
         description="A program in the text form of torch's pipelining, for schedule csv: a line "
         "for each pipeline rank, actions between commas.",
+    )
+    activation_limit: Annotated[
+        float | str | None,
+        BeforeValidator(_activation_limit, json_schema_input_type=float | str | None),
+    ] = Field(
+        default=None,
+        description="The most activations that a rank may hold for backward passes to come: a "
+        'number of microbatches, or memory ("12 GiB"). Schedules that need more are refused. '
+        "Default: none; for schedule auto, parallel.pipeline microbatches, as 1f1b has.",
+    )
+    stage_costs: Annotated[str | None, or_none_word(str)] = Field(
+        default=None,
+        description="For schedule auto, a TOML file with the times of stages (forward, "
+        "backward_input, backward_weight, latency), which are else measured.",
     )
     sequence_parallel: bool = Field(
         default=False,

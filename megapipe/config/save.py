@@ -27,14 +27,19 @@ def _plain(value: Any) -> Any:
 
 
 def save_config(config: Config, path: str | Path) -> None:
-    """Writes `dump_config` in one step, so that no reader sees half of it.
+    """Writes `dump_config` as `write_text` does."""
+    write_text(dump_config(config), path)
+
+
+def write_text(text: str, path: str | Path) -> None:
+    """Writes a file in one step, so that no reader sees half of it.
 
     Raises MegapipeError where the disk is full or the directory can't be written.
     """
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(dump_config(config), encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
     except OSError as error:
         raise MegapipeError(

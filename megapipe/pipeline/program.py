@@ -4,8 +4,17 @@ from pathlib import Path
 
 from megapipe.config import Config
 from megapipe.errors import ScheduleError
-from megapipe.pipeline.schedule import SCHEDULES, Program, build_program, compute_only, from_csv
+from megapipe.pipeline.schedule import (
+    SCHEDULES,
+    Program,
+    build_program,
+    compute_only,
+    from_csv,
+    lower,
+    validate,
+)
 from megapipe.pipeline.schedule.action import stage_ranks
+from megapipe.pipeline.schedule.limit import Limit, check_limit
 
 PROGRAM_FILE = "schedule.csv"
 """In the run directory: the program that `auto` chose for the run, which a resume takes again."""
@@ -14,21 +23,38 @@ PROGRAM_FILE = "schedule.csv"
 def training_program(config: Config) -> Program:
     """The compute actions of a training step; parallel.data must be filled in.
 
-    Raises ScheduleError for a number of microbatches that the schedule can't have, and for a file
-    that is not a program of this layout.
+    Raises ScheduleError for a number of microbatches that the schedule can't have, for a file that
+    is not a program of this layout, and for a program that holds more than a
+    parallel.activation_limit in microbatches. (What one in bytes allows is known when stages are.)
     """
     parallel = config.parallel
     file = program_file(config)
     if file is None:
-        return build_program(
+        program = build_program(
             parallel.schedule,
             pipeline=parallel.pipeline,
             virtual=parallel.virtual,
             microbatches=microbatches(config),
         )
-    program = _read(file)
-    _check_shape(program, file, config)
+    else:
+        program = _read(file)
+        _check_shape(program, file, config)
+    limit = microbatch_limit(config)
+    if limit is not None:
+        check_limit(parallel.schedule, program, limit, virtual=parallel.virtual)
     return program
+
+
+def microbatch_limit(config: Config) -> Limit | None:
+    """parallel.activation_limit where it counts microbatches. `auto` has one if nothing is said:
+    what 1F1B holds, so that a run that fits with that fits with `auto`."""
+    parallel = config.parallel
+    most = parallel.activation_limit
+    if most is None and parallel.schedule == "auto":
+        most = float(parallel.pipeline)
+    if most is None or isinstance(most, str):
+        return None
+    return Limit.in_microbatches(most, parallel.pipeline, parallel.virtual)
 
 
 def stage_placement(config: Config) -> list[int]:
@@ -41,6 +67,26 @@ def stage_placement(config: Config) -> list[int]:
     return [ranks[stage] for stage in range(len(ranks))]
 
 
+def why_not_stored(config: Config) -> str | None:
+    """For `auto`: why the run directory's program can't be this run's, None if it can.
+
+    Raises ScheduleError for a file that is no program at all.
+    """
+    file = Path(config.train.run_dir) / PROGRAM_FILE
+    if not file.exists():
+        return f"there is no {file} yet"
+    program = _read(file)
+    try:
+        validate(lower(program))
+    except ScheduleError as error:
+        raise ScheduleError(f"{file}: {error}. Delete the file to search anew.") from error
+    try:
+        training_program(config)
+    except ScheduleError as error:
+        return str(error)
+    return None
+
+
 def program_file(config: Config) -> Path | None:
     """Where the program is read from, for schedules that are not made by name."""
     if config.parallel.schedule == "csv":
@@ -49,6 +95,14 @@ def program_file(config: Config) -> Path | None:
     if config.parallel.schedule == "auto":
         return Path(config.train.run_dir) / PROGRAM_FILE
     return None
+
+
+def hidden_shape(config: Config) -> tuple[int, int, int]:
+    """[S_local, B, H]: what stages pass on, on each tensor rank."""
+    length = config.train.sequence_length
+    if config.parallel.sequence_parallel:
+        length //= config.parallel.tensor
+    return length, config.train.micro_batch_size, config.model.hidden_size
 
 
 def microbatches(config: Config) -> int:

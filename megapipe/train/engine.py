@@ -15,7 +15,12 @@ from megapipe.mesh import Mesh
 from megapipe.microbatch import IGNORED_TARGET, MicroBatch
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import make_channels
-from megapipe.pipeline.program import microbatches, stage_placement, training_program
+from megapipe.pipeline.program import (
+    hidden_shape,
+    microbatches,
+    stage_placement,
+    training_program,
+)
 from megapipe.pipeline.schedule import Program, forward_program, lower, validate
 from megapipe.pipeline.schedule.timeline import KEPT_STEPS
 from megapipe.tensor_parallel.collectives import all_reduce_
@@ -77,14 +82,11 @@ class Engine:
     def _executor(self, lowered: Program, kept_runs: int = 1) -> PipelineExecutor:
         validate(lowered)
         config = self.config
-        length = config.train.sequence_length
-        if config.parallel.sequence_parallel:
-            length //= self.mesh.tensor.size
         return PipelineExecutor(
             lowered,
             self.stages,
             self._channels,
-            hidden_shape=(length, config.train.micro_batch_size, config.model.hidden_size),
+            hidden_shape=hidden_shape(config),
             dtype=MODEL_DTYPE[config.train.precision],
             device=self.mesh.device,
             kept_runs=kept_runs,

@@ -199,14 +199,15 @@ def synthetic_tokens(config: Config) -> TokenSource:
             samples[i : i + train.micro_batch_size]
             for i in range(0, len(samples), train.micro_batch_size)
         ]
-        return [_synthetic_microbatch(config, group, mesh.device) for group in groups]
+        return [synthetic_microbatch(config, group, mesh.device) for group in groups]
 
     return source
 
 
-def _synthetic_microbatch(
+def synthetic_microbatch(
     config: Config, samples: Sequence[int], device: torch.device
 ) -> MicroBatch:
+    """Random tokens of these samples, of the config's shape, as `synthetic_tokens` says."""
     length = config.train.sequence_length
     rows, documents = [], []
     for sample in samples:

@@ -4,6 +4,7 @@
     metrics.jsonl    one line for each step
     checkpoints/     step-00000100/, ...
     run.lock         held by the run that writes here
+    schedule.csv     the program of schedule auto, and why in schedule.txt
 
 Nothing in it is ever lost to another run: a config that does not belong there is refused.
 """
@@ -39,12 +40,12 @@ def plan_start(config: Config, peers: Peers = ALONE) -> Plan:
 
     Raises MegapipeError where that would lose checkpoints, or they are of another model.
     """
-    return Plan(**_from_first(peers, lambda: asdict(_plan(config))))
+    return Plan(**from_first(peers, lambda: asdict(_plan(config))))
 
 
 def write_config(config: Config, peers: Peers = ALONE) -> None:
     """Make the run directory, and put the resolved config into it in one step. Collective."""
-    _from_first(peers, lambda: _write(config))
+    from_first(peers, lambda: _write(config))
 
 
 class RunLock:
@@ -59,7 +60,7 @@ class RunLock:
         self._descriptor: int | None = None
 
     def __enter__(self) -> "RunLock":
-        _from_first(self._peers, self._take)
+        from_first(self._peers, self._take)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -83,7 +84,7 @@ class RunLock:
         os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
-def _from_first(peers: Peers, action: Callable[[], object]) -> Any:
+def from_first(peers: Peers, action: Callable[[], object]) -> Any:
     """What `action` returns on rank 0 (plain JSON), or its MegapipeError, on every rank."""
     answer: dict[str, object] = {}
     if peers.rank == 0:

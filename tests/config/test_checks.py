@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megapipe.config import Config, load_config
+from megapipe.config import Config, dump_config, load_config, parse_config
 from megapipe.config.checks import divisors
+from megapipe.config.parallel import parse_memory
 from megapipe.errors import ConfigError
 from tests.config.examples import write
 
@@ -47,6 +48,28 @@ from tests.config.examples import write
         (
             "--parallel.schedule=interleaved-1f1b --parallel.pipeline=1 --parallel.virtual=2",
             'parallel.schedule = "interleaved-1f1b" needs parallel.pipeline of 2 or more',
+        ),
+        (
+            "--parallel.stage_costs=costs.toml",
+            'parallel.stage_costs = "costs.toml" has no effect with parallel.schedule = "1f1b"; '
+            'remove it, or set parallel.schedule = "auto".',
+        ),
+        (
+            "--parallel.schedule=auto --parallel.pipeline=1 --parallel.virtual=2",
+            "parallel.virtual = 2 must be 1 with parallel.pipeline = 1.",
+        ),
+        (
+            "--parallel.activation_limit=0",
+            "parallel.activation_limit = 0 can't be used: it is a number of microbatches above 0",
+        ),
+        (
+            "--parallel.activation_limit=true",
+            "parallel.activation_limit = true can't be used: it is a number of microbatches above",
+        ),
+        (
+            "--parallel.activation_limit=12GX",
+            'parallel.activation_limit = "12GX" can\'t be used: it is a number of microbatches '
+            'above 0, as in 4 or 2.5, or memory, as in "12 GiB".',
         ),
         (
             "--train.sequence_length=129",
@@ -120,3 +143,22 @@ def test_a_config_made_in_python_is_checked_too(tmp_path: Path) -> None:
 def test_divisors() -> None:
     for number in range(1, 200):
         assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("12 GiB", 12 * 2**30), ("1.5GB", 1_500_000_000), ("3 KiB", 3072), ("2 TB", 2 * 10**12)],
+)
+def test_memory(text: str, size: int, tmp_path: Path) -> None:
+    assert parse_memory(text) == size
+    limit = f"--parallel.activation_limit={text}"
+    config = load_config(write(tmp_path), [limit])
+    assert config.parallel.activation_limit == text
+    assert parse_config(dump_config(config)) == config
+
+
+@pytest.mark.parametrize(("word", "value"), [("4", 4), ("2.5", 2.5), ("none", None)])
+def test_limits_in_microbatches(word: str, value: float | None, tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), [f"--parallel.activation_limit={word}"])
+    assert config.parallel.activation_limit == value
+    assert parse_config(dump_config(config)) == config

@@ -1,0 +1,144 @@
+"""How much a rank may hold for backward passes to come, and what programs hold.
+
+An activation lives from the begin of its forward to the end of its backward, or of its weight
+gradient where that is apart: the order of a rank's actions says how many it holds, whatever they
+take. A limit is in microbatches of a full rank (all of its chunks) or in bytes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil, inf
+
+from megapipe.errors import ScheduleError
+from megapipe.pipeline.schedule.action import (
+    LAST_OF_A_BACKWARD,
+    Kind,
+    Program,
+    sequential,
+    stage_ranks,
+)
+from megapipe.pipeline.schedule.build import SCHEDULES, build_program, check_chunks
+
+KEY = "parallel.activation_limit"
+ROUNDING = 1e-9
+"""Sums of sizes may exceed the limit by this share, which is what adding them may cost."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """`sizes` is what one microbatch takes at each stage, `most` what a rank may hold, in bytes or
+    in microbatches of a full rank."""
+
+    sizes: tuple[float, ...]
+    most: float = inf
+    bytes: bool = False
+
+    @staticmethod
+    def in_microbatches(most: float, pipeline: int, virtual: int) -> "Limit":
+        return Limit((1 / virtual,) * (pipeline * virtual), most)
+
+    @staticmethod
+    def in_bytes(most: float, sizes: Sequence[float]) -> "Limit":
+        """`sizes` in bytes, by stage."""
+        return Limit(tuple(sizes), most, bytes=True)
+
+    @property
+    def ceiling(self) -> float:
+        """What a sum of sizes must not exceed."""
+        return self.most * (1 + ROUNDING)
+
+    def least(self, ranks: Sequence[int]) -> float:
+        """What any schedule needs: a microbatch's activations at all stages of a rank live at one
+        time, when its loss is computed."""
+        held = [0.0] * (max(ranks) + 1)
+        for stage, rank in enumerate(ranks):
+            held[rank] += self.sizes[stage]
+        return max(held)
+
+    def show(self, amount: float) -> str:
+        """An amount for people, rounded up to two digits: a limit of that much is enough."""
+        unit, name = 1.0, ""
+        if self.bytes:
+            unit, name = (2.0**30, " GiB") if amount >= 2**30 else (2.0**20, " MiB")
+        return f"{ceil(amount / unit * 100 - 1e-6) / 100:g}{name}"
+
+    def written(self, amount: float) -> str:
+        """As `show`, with what is counted."""
+        text = self.show(amount)
+        return text if self.bytes else f"{text} microbatch{'es' * (text != '1')}"
+
+    @property
+    def value(self) -> str:
+        """The limit as a value of the config."""
+        return f'"{self.show(self.most)}"' if self.bytes else f"{self.most:g}"
+
+
+def peak_amounts(program: Program, sizes: Sequence[float]) -> list[float]:
+    """The most that each rank of a program holds, a microbatch at stage s taking `sizes[s]`."""
+    found = []
+    for actions in sequential(program):
+        live = most = 0.0
+        for action in actions:
+            if action.kind is Kind.FORWARD:
+                live += sizes[action.stage]
+                most = max(most, live)
+            elif action.kind in LAST_OF_A_BACKWARD:
+                live -= sizes[action.stage]
+        found.append(most)
+    return found
+
+
+def check_limit(name: str, program: Program, limit: Limit, *, virtual: int) -> None:
+    """Raises ScheduleError where a rank of the program called `name` would hold too much: with the
+    least limit that it needs, and the schedules that would do in this layout."""
+    check_least(limit, _ranks(program))
+    amounts = peak_amounts(program, limit.sizes)
+    rank = max(range(len(amounts)), key=lambda rank: amounts[rank])
+    if amounts[rank] <= limit.ceiling:
+        return
+    text = (
+        f'the program of parallel.schedule = "{name}" has activations of '
+        f"{limit.written(amounts[rank])} live on pipeline rank {rank}, and {KEY} = "
+        f"{limit.value}. Raise it to at least {limit.show(amounts[rank])}"
+    )
+    if name != "auto":
+        microbatches = 1 + max(action.microbatch for action in program[0])
+        fitting = ['"auto"', *_fitting(limit, len(program), virtual, microbatches)]
+        text += f", or take a parallel.schedule that keeps to it: {', '.join(fitting)}"
+    raise ScheduleError(f"{text}.")
+
+
+def check_least(limit: Limit, ranks: Sequence[int]) -> None:
+    """Raises ScheduleError for a limit below what any schedule needs, with the least possible."""
+    least = limit.least(ranks)
+    if least > limit.ceiling:
+        raise ScheduleError(
+            f"{KEY} = {limit.value} is below what any schedule needs: the activations of one "
+            f"microbatch at all stages of a rank. Raise it to at least {limit.show(least)}"
+            + (", lower train.micro_batch_size, or recompute more." if limit.bytes else ".")
+        )
+
+
+def _fitting(limit: Limit, pipeline: int, virtual: int, microbatches: int) -> Iterator[str]:
+    """Schedules within the limit, and the number of chunks where it is another."""
+    for chunks in dict.fromkeys((virtual, 1, 2)):
+        if limit.bytes and chunks != virtual:
+            continue  # how many bytes other stages would take is not known
+        there = limit if limit.bytes else Limit.in_microbatches(limit.most, pipeline, chunks)
+        for name, schedule in SCHEDULES.items():
+            try:
+                check_chunks(name, chunks)
+                program = build_program(
+                    name, pipeline=pipeline, virtual=chunks, microbatches=microbatches
+                )
+            except ScheduleError:
+                continue
+            needs = max(peak_amounts(program, there.sizes))
+            if needs <= there.ceiling:
+                more = "" if chunks == virtual else f", parallel.virtual = {chunks}"
+                yield f'"{schedule.name}" ({there.show(needs)}{more})'
+
+
+def _ranks(program: Program) -> list[int]:
+    ranks = stage_ranks(program)
+    return [ranks[stage] for stage in range(len(ranks))]

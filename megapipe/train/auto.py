@@ -1,0 +1,226 @@
+"""parallel.schedule = "auto" at the start of a run: measure, search, and keep what was chosen.
+
+The program lies in the run directory and belongs to the run: a resume takes it again, so that the
+order of all additions stays. It is searched for anew, and said to be, where there is none yet or
+the run goes on in another layout, number of microbatches or limit, which it can't serve. Rank 0
+searches, with the times that all ranks have measured; every rank then reads the same file.
+"""
+
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import astuple
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+
+from megapipe.checkpoint.exchange import Peers
+from megapipe.config import Config
+from megapipe.config.parallel import parse_memory
+from megapipe.config.save import write_text
+from megapipe.data_parallel.buffer import build_buffers
+from megapipe.errors import MegapipeError, ScheduleError
+from megapipe.mesh import Mesh
+from megapipe.microbatch import MicroBatch
+from megapipe.pipeline.costs import read_costs
+from megapipe.pipeline.measure import activation_bytes, measure_latency, measure_stages
+from megapipe.pipeline.program import (
+    PROGRAM_FILE,
+    hidden_shape,
+    microbatch_limit,
+    microbatches,
+    training_program,
+    why_not_stored,
+)
+from megapipe.pipeline.schedule import Costs, to_csv
+from megapipe.pipeline.schedule.limit import Limit, check_limit
+from megapipe.pipeline.schedule.search import search
+from megapipe.pipeline.schedule.search.reason import report, seconds, summary
+from megapipe.train.engine import MAIN_DTYPE, MODEL_DTYPE, BuildStages, Engine
+from megapipe.train.proof import synthetic_microbatch
+from megapipe.train.run_directory import from_first
+
+REASON_FILE = "schedule.txt"
+"""In the run directory: what was measured and tried, and why the program was chosen."""
+SHARED_WITHIN = 30.0
+"""Seconds in which a file that rank 0 wrote must be there for all."""
+
+Say = Callable[[str], None]
+
+
+def settle_program(
+    config: Config, mesh: Mesh, build_stages: BuildStages, peers: Peers, say: Say
+) -> None:
+    """For schedule auto: see to it that the run directory has a program that fits, the same for all
+    ranks. Collective. Raises MegapipeError for a limit that nothing keeps, for a damaged file, and
+    for a run directory that ranks don't share.
+    """
+    if config.parallel.schedule != "auto":
+        return
+    file = Path(config.train.run_dir) / PROGRAM_FILE
+    why_not = from_first(peers, lambda: why_not_stored(config))
+    if why_not is None:
+        say(f"Program: that of {file}, from an earlier start of this run")
+    else:
+        if file.exists():
+            say(f"The program of an earlier start can't be taken again, and is replaced: {why_not}")
+        costs, sizes = _costs(config, mesh, build_stages, peers)
+        for line in from_first(peers, lambda: _choose(config, costs, sizes, file)):
+            say(line)
+    _check_shared(file, peers)
+
+
+def check_activation_bytes(config: Config, engine: Engine, peers: Peers) -> None:
+    """Hold the program against a parallel.activation_limit in bytes. Collective.
+
+    Raises ScheduleError, on all ranks, where a rank would hold more.
+    """
+    most = _most_bytes(config)
+    if most is None:
+        return
+    own = _own_bytes(config, engine.mesh, dict(engine.stages))
+    limit = Limit.in_bytes(most, _by_stage(config, peers.all_gather(own)))
+    program, name = training_program(config), config.parallel.schedule
+    try:
+        check_limit(name, program, limit, virtual=config.parallel.virtual)
+    except ScheduleError as error:
+        if name != "auto":
+            raise
+        file = Path(config.train.run_dir) / PROGRAM_FILE
+        raise ScheduleError(f"{error} To search for one that fits, delete {file}.") from error
+
+
+# --- Measuring -----------------------------------------------------------------------------------
+
+
+def _costs(
+    config: Config, mesh: Mesh, build_stages: BuildStages, peers: Peers
+) -> tuple[Costs, list[float]]:
+    """What stages take, and bytes of activations of each, the same on all ranks.
+
+    The stages are built for this alone, placed looped (what a stage takes does not depend on where
+    it is) and given up again before the run builds its own.
+    """
+    from_file = config.parallel.stage_costs
+    if from_file is not None:
+        stages = config.parallel.pipeline * config.parallel.virtual
+        costs = from_first(peers, lambda: astuple(read_costs(from_file, stages)))
+        if _most_bytes(config) is None:
+            return Costs(*costs), []
+    own = _measure(config, mesh, build_stages, peers)
+    gc.collect()  # the run builds its stages where these were
+    if mesh.device.type == "cuda":
+        torch.cuda.empty_cache()
+    gathered = peers.all_gather(own)
+    sizes = _by_stage(config, [rank["bytes"] for rank in gathered])
+    if from_file is not None:
+        return Costs(*costs), sizes
+    forward, backward_input, backward_weight = (
+        _by_stage(config, [rank[kind] for rank in gathered]) for kind in ("F", "I", "W")
+    )
+    latency = max(rank["latency"] for rank in gathered)
+    return Costs(forward, backward_input, backward_weight, latency), sizes
+
+
+def _measure(
+    config: Config, mesh: Mesh, build_stages: BuildStages, peers: Peers
+) -> dict[str, object]:
+    """This rank's measurements, as JSON: by kind, what each stage takes under its number."""
+    looped = "1f1b" if config.parallel.virtual == 1 else "interleaved-1f1b"
+    parallel = config.parallel.model_copy(update={"schedule": looped, "activation_limit": None})
+    stages = dict(build_stages(config.model_copy(update={"parallel": parallel}), mesh))
+    build_buffers(
+        stages.values(), main_dtype=MAIN_DTYPE[config.train.precision], data_size=mesh.data.size
+    )
+    hidden, batch = _hidden(config, mesh), _batch(config, mesh)
+    found: dict[str, object] = {"bytes": _own_bytes(config, mesh, stages)}
+    peers.all_gather(None)  # all ranks begin at the same time
+    times = measure_stages(stages, batch, hidden)
+    for index, kind in enumerate(("F", "I", "W")):
+        found[kind] = {str(stage): astuple(taken)[index] for stage, taken in times.items()}
+    found["latency"] = measure_latency(mesh.pipeline, hidden)
+    return found
+
+
+def _own_bytes(config: Config, mesh: Mesh, stages: dict[int, torch.nn.Module]) -> dict[str, float]:
+    sizes = activation_bytes(stages, _batch(config, mesh), _hidden(config, mesh))
+    return {str(stage): float(size) for stage, size in sizes.items()}
+
+
+def _hidden(config: Config, mesh: Mesh) -> torch.Tensor:
+    dtype = MODEL_DTYPE[config.train.precision]
+    return torch.empty(hidden_shape(config), dtype=dtype, device=mesh.device)
+
+
+def _batch(config: Config, mesh: Mesh) -> MicroBatch:
+    samples = list(range(config.train.micro_batch_size))
+    return synthetic_microbatch(config, samples, mesh.device)
+
+
+def _by_stage(config: Config, ranks: list[dict[str, float]]) -> list[float]:
+    """The most that any rank says of each stage: replicas and tensor ranks wait for the slowest."""
+    stages = range(config.parallel.pipeline * config.parallel.virtual)
+    return [max(rank[str(stage)] for rank in ranks if str(stage) in rank) for stage in stages]
+
+
+# --- Choosing ------------------------------------------------------------------------------------
+
+
+def _choose(config: Config, costs: Costs, sizes: list[float], file: Path) -> list[str]:
+    """Search, and write program and reason; returns lines for people. On rank 0."""
+    parallel = config.parallel
+    limit, written = _limit(config, sizes)
+    found = search(parallel.pipeline, parallel.virtual, microbatches(config), costs, limit)
+    source = "measured at the start of the run"
+    if parallel.stage_costs is not None:
+        source = f"from {parallel.stage_costs} (parallel.stage_costs)"
+    reason = report(found, seconds, source, written)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MegapipeError(
+            f'train.run_dir = "{file.parent}" can\'t be made: {error.strerror}. Choose a directory '
+            "that can be written."
+        ) from error
+    write_text(reason, file.parent / REASON_FILE)
+    write_text(to_csv(found.program), file)
+    return [*summary(found, seconds), f"  Why: {file.parent / REASON_FILE}; the program: {file}"]
+
+
+def _limit(config: Config, sizes: list[float]) -> tuple[Limit, str]:
+    """The limit, and how to say it."""
+    most = _most_bytes(config)
+    if most is not None:
+        return Limit.in_bytes(most, sizes), f"{config.parallel.activation_limit} on each rank"
+    limit = microbatch_limit(config)
+    assert limit is not None
+    text = limit.written(limit.most)
+    if config.parallel.activation_limit is None:
+        text += " (as 1f1b has; parallel.activation_limit is not set)"
+    return limit, text
+
+
+def _most_bytes(config: Config) -> int | None:
+    limit = config.parallel.activation_limit
+    return parse_memory(limit) if isinstance(limit, str) else None
+
+
+def _check_shared(file: Path, peers: Peers) -> None:
+    """Raises MegapipeError unless all ranks read from `file` what rank 0 does."""
+    expected = peers.all_gather(_digest(file))[0]
+    deadline = time.monotonic() + SHARED_WITHIN
+    while (same := _digest(file) == expected) is False and time.monotonic() < deadline:
+        time.sleep(0.05)  # a network file system may show it late
+    if not all(peers.all_gather(same)):
+        raise MegapipeError(
+            f"{file} is not the same file for all ranks: train.run_dir must lie on a file system "
+            "that they share."
+        )
+
+
+def _digest(file: Path) -> str | None:
+    try:
+        return sha256(file.read_bytes()).hexdigest()
+    except OSError:
+        return None

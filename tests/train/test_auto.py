@@ -1,0 +1,168 @@
+"""`auto` at a start: measured and searched once, the same program for all ranks, kept for resumes,
+replaced where it can't serve, and refused where it is damaged."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megapipe.checkpoint.exchange import Peers
+from megapipe.config import Config, load_config
+from megapipe.errors import MegapipeError, ScheduleError
+from megapipe.mesh import Mesh, build_mesh
+from megapipe.models.build import build_stages
+from megapipe.models.presets import PRESETS
+from megapipe.pipeline.program import training_program
+from megapipe.pipeline.schedule import from_csv, lower, to_csv, validate
+from megapipe.train.auto import check_activation_bytes, settle_program
+from megapipe.train.engine import Engine
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+SHAPE = Path(__file__).parents[1] / "configs" / "llama_shape.toml"
+AUTO = ("--parallel.schedule=auto", "--parallel.data=1")
+
+
+def config_in(run_dir: Path, *overrides: str) -> Config:
+    words = [f"--train.run_dir={run_dir}", *AUTO, *overrides]
+    return load_config(SHAPE, words, PRESETS)
+
+
+def settle(config: Config) -> list[str]:
+    """On one rank of however many there are; what it said."""
+    parallel = config.parallel
+    assert parallel.data is not None
+    mesh = build_mesh(
+        pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor, device=CPU
+    )
+    said: list[str] = []
+    settle_program(config, mesh, build_stages, peers_of(mesh), said.append)
+    return said
+
+
+def peers_of(mesh: Mesh) -> Peers:
+    return Peers(mesh.rank, mesh.world_size, mesh.world.group)
+
+
+def settle_and_read(config: Config) -> tuple[list[str], str]:
+    return settle(config), to_csv(training_program(config))
+
+
+def on_ranks(config: Config) -> tuple[list[str], str]:
+    """What was said, and the program that all ranks have."""
+    parallel = config.parallel
+    ranks = run_ranks(settle_and_read, parallel.pipeline * parallel.tensor, config)
+    assert len({(tuple(said), program) for said, program in ranks}) == 1
+    said, program = ranks[0]
+    return said, program
+
+
+def test_first_start_and_resume_and_another_layout(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "--parallel.pipeline=2")
+    said, program = on_ranks(config)
+    assert said[0].startswith("Program: ")
+    validate(lower(from_csv(program)))
+    assert (tmp_path / "schedule.csv").read_text() == program
+    reason = (tmp_path / "schedule.txt").read_text()
+    assert reason.splitlines()[:2] == said[:2]
+    assert "Costs: measured at the start of the run." in reason
+    assert "(as 1f1b has; parallel.activation_limit is not set)" in reason
+
+    assert on_ranks(config) == (
+        [f"Program: that of {tmp_path}/schedule.csv, from an earlier start of this run"],
+        program,
+    )
+
+    said, other = on_ranks(config_in(tmp_path, "--parallel.pipeline=2", "--parallel.virtual=2"))
+    assert said[0].startswith("The program of an earlier start can't be taken again, and is repl")
+    assert "schedule.csv has 2 stages, and parallel.pipeline * parallel.virtual = 4" in said[0]
+    assert other != program
+    assert (tmp_path / "schedule.csv").read_text() == other
+
+
+def test_what_is_measured_reaches_the_search(tmp_path: Path) -> None:
+    """Tensor ranks and a limit in memory: bytes and times of both stages stand in the reason."""
+    limit = "--parallel.activation_limit=1 GiB"
+    on_ranks(config_in(tmp_path, "--parallel.pipeline=2", "--parallel.tensor=2", limit))
+    reason = (tmp_path / "schedule.txt").read_text()
+    assert "Limit of live activations: 1 GiB on each rank." in reason
+    rows = [line.split() for line in reason.splitlines()]
+    for stage in ("0", "1"):
+        (row,) = [row for row in rows if row[:2] == [stage, stage]]
+        times, (size, unit) = row[2:8], row[8:]
+        assert times[1::2] == ["ms"] * 3
+        assert min(map(float, times[::2])) > 0
+        assert (float(size) > 0, unit) == (True, "MiB")
+
+
+COSTS = "forward = [1.0, 2.0]\nbackward_input = [1.0, 2.0]\nbackward_weight = 1\nlatency = 0.1\n"
+
+
+def test_costs_from_a_file_make_the_same_choice_each_time(tmp_path: Path) -> None:
+    (tmp_path / "costs.toml").write_text(COSTS)
+    file = f"--parallel.stage_costs={tmp_path}/costs.toml"
+    programs = [
+        on_ranks(config_in(tmp_path / name, "--parallel.pipeline=2", file))[1] for name in "ab"
+    ]
+    assert programs[0] == programs[1]
+    reason = (tmp_path / "a" / "schedule.txt").read_text()
+    assert f"Costs: from {tmp_path}/costs.toml (parallel.stage_costs). A tensor from" in reason
+    assert "1      1     2.000 s  2.000 s         1.000 s" in reason
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text.replace("0F0,", "", 1), r"schedule.csv: .*0F0.* Delete the file to"),
+        (lambda text: text.replace("0F0", "0G0", 1), r"schedule.csv: '0G0' is not an action"),
+    ],
+)
+def test_a_damaged_program_is_refused(
+    change: Callable[[str], str], message: str, tmp_path: Path
+) -> None:
+    config = config_in(tmp_path)
+    settle(config)
+    file = tmp_path / "schedule.csv"
+    file.write_text(change(file.read_text()))
+    with pytest.raises(ScheduleError, match=message):
+        settle(config)
+
+
+def test_a_tighter_limit_replaces_the_program(tmp_path: Path) -> None:
+    on_ranks(config_in(tmp_path, "--parallel.pipeline=2"))
+    said, _ = on_ranks(
+        config_in(tmp_path, "--parallel.pipeline=2", "--parallel.activation_limit=1")
+    )
+    assert "has activations of 2 microbatches live on pipeline rank 0" in said[0]
+    assert "at most 1 microbatch live" in said[1]
+
+
+def test_limits_that_nothing_keeps(tmp_path: Path) -> None:
+    for limit, least in [("0.5", "1"), ("1 KiB", r"[\d.]+ MiB, lower train.micro_batch_size")]:
+        with pytest.raises(MegapipeError, match=f"is below what any schedule needs.*least {least}"):
+            settle(config_in(tmp_path, f"--parallel.activation_limit={limit}"))
+    assert not (tmp_path / "schedule.csv").exists()
+
+
+def bytes_of_a_run(config: Config) -> None:
+    mesh = build_mesh(pipeline=2, data=1, tensor=1, device=CPU)
+    check_activation_bytes(config, Engine(config, mesh, build_stages), peers_of(mesh))
+
+
+def test_memory_limits_hold_for_published_schedules(tmp_path: Path) -> None:
+    def start(schedule: str, limit: str) -> None:
+        words = (f"--parallel.schedule={schedule}", f"--parallel.activation_limit={limit}")
+        run_ranks(bytes_of_a_run, 2, config_in(tmp_path, "--parallel.pipeline=2", *words))
+
+    start("1f1b", "1 GiB")
+    with pytest.raises(ScheduleError, match=r'"gpipe" has activations of [\d.]+ MiB live on .*'):
+        start("gpipe", "0.5 MB")
+
+
+def test_memory_limits_hold_for_a_stored_program(tmp_path: Path) -> None:
+    config = config_in(tmp_path, "--parallel.pipeline=2")
+    on_ranks(config)
+    parallel = config.parallel.model_copy(update={"activation_limit": "0.5 MB"})
+    with pytest.raises(ScheduleError, match=r"To search for one that fits, delete .*schedule\.csv"):
+        run_ranks(bytes_of_a_run, 2, config.model_copy(update={"parallel": parallel}))

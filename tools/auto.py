@@ -1,0 +1,86 @@
+"""parallel.schedule = "auto" where nothing is measured: in a dry run and in a proof.
+
+The search runs with estimated costs and its program goes to a file, so that all that follows sees
+an ordinary `csv` schedule. No torch.
+"""
+
+from pathlib import Path
+
+from megapipe.config import Config
+from megapipe.config.parallel import parse_memory
+from megapipe.models.activations import stage_bytes
+from megapipe.models.partition import stages
+from megapipe.models.stage_costs import stage_costs
+from megapipe.pipeline.costs import read_costs
+from megapipe.pipeline.program import (
+    PROGRAM_FILE,
+    microbatch_limit,
+    microbatches,
+    training_program,
+    why_not_stored,
+)
+from megapipe.pipeline.schedule import to_csv
+from megapipe.pipeline.schedule.limit import Limit, check_limit
+from megapipe.pipeline.schedule.search import Found, search
+from megapipe.pipeline.schedule.search.reason import forwards, seconds, summary
+
+
+def estimated_search(config: Config) -> Found:
+    """What `auto` would choose with parallel.stage_costs, or else with costs by arithmetic.
+    parallel.data must be filled in. Raises ScheduleError for a limit that nothing keeps."""
+    parallel = config.parallel
+    if parallel.stage_costs is not None:
+        costs = read_costs(parallel.stage_costs, parallel.pipeline * parallel.virtual)
+    else:
+        costs = stage_costs(_looped(config))
+    limit = byte_limit(config) or microbatch_limit(config)
+    assert limit is not None, "auto always has a limit"
+    return search(parallel.pipeline, parallel.virtual, microbatches(config), costs, limit)
+
+
+def byte_limit(config: Config) -> Limit | None:
+    """A parallel.activation_limit in bytes, with estimated activations."""
+    most = config.parallel.activation_limit
+    bytes_ = parse_memory(most) if isinstance(most, str) else None
+    if bytes_ is None:
+        return None
+    held = [float(stage_bytes(config, stage)) for stage in stages(_looped(config))]
+    return Limit.in_bytes(bytes_, held)
+
+
+def _looped(config: Config) -> Config:
+    """The same stages under a schedule that has a placement without any program."""
+    parallel = config.parallel
+    name = "1f1b" if parallel.virtual == 1 else "interleaved-1f1b"
+    update = {"schedule": name, "schedule_file": None}
+    return config.model_copy(update={"parallel": parallel.model_copy(update=update)})
+
+
+def check_program(config: Config) -> None:
+    """Raises ScheduleError for a program that can't be, or exceeds parallel.activation_limit, one
+    in bytes by estimated activations."""
+    program, limit = training_program(config), byte_limit(config)
+    if limit is not None:
+        check_limit(config.parallel.schedule, program, limit, virtual=config.parallel.virtual)
+
+
+def without_auto(config: Config, folder: Path) -> tuple[Config, list[str]]:
+    """The config with a program in place of `auto`, and lines that say which: the stored one where
+    a run has it, or else a found one, written to `folder`. Other configs stay as they are."""
+    parallel = config.parallel
+    if parallel.schedule != "auto":
+        return config, []
+    if why_not_stored(config) is None:
+        return config, [f"Program: that of {Path(config.train.run_dir) / PROGRAM_FILE}"]
+    found = estimated_search(config)
+    file = folder / PROGRAM_FILE
+    file.write_text(to_csv(found.program), encoding="utf-8")
+    measured = parallel.stage_costs is not None
+    lines = summary(found, seconds if measured else forwards)
+    lines.append(
+        f"  Costs: from {parallel.stage_costs}."
+        if measured
+        else "  Costs: estimated by FLOPs. A run measures its stages and may choose another."
+    )
+    update = {"schedule": "csv", "schedule_file": str(file), "stage_costs": None}
+    return config.model_copy(update={"parallel": parallel.model_copy(update=update)}), lines
