@@ -29,7 +29,7 @@ FLOPS_UNIT = "forward of one microbatch through a rank's share of the layers = 1
 
 @dataclass(frozen=True)
 class Plan:
-    """One schedule in one layout, simulated. Bytes are those of a tensor rank; lists are by rank."""
+    """One schedule in one layout, simulated. Bytes are of a tensor rank; lists are by rank."""
 
     name: str
     virtual: int
@@ -44,8 +44,8 @@ class Plan:
     def title(self) -> str:
         """A line above its picture."""
         return (
-            f"{self.name}: bubble {self.timeline.bubble:.1%}, at most {max(self.live):.3g} microbatches "
-            f"live on a rank ({size(max(self.live_bytes))})"
+            f"{self.name}: bubble {self.timeline.bubble:.1%}, at most {max(self.live):.3g} "
+            f"microbatches live on a rank ({size(max(self.live_bytes))})"
         )
 
 

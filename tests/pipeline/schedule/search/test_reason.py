@@ -42,11 +42,15 @@ def test_why_in_a_sentence() -> None:
 
 
 def test_units() -> None:
-    assert (seconds(0.01234), seconds(1.5), flops(2.5e9)) == ("12.34 ms", "1.500 s", "2.5 forwards")
+    assert (seconds(0.01234), seconds(1.5), forwards(2.5)) == (
+        "12.34 ms",
+        "1.500 s",
+        "2.5 forwards",
+    )
     sizes = [2**30, 2**29, 2**29, 2**30]
     text = report(
-        search(2, 2, 4, Costs(1e9, 1e9, 1e9), Limit.in_bytes(2**32, sizes)),
-        flops,
+        search(2, 2, 4, Costs(1, 1, 1), Limit.in_bytes(2**32, sizes)),
+        forwards,
         "guessed",
         "4 GiB",
     )
