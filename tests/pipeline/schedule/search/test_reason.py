@@ -3,7 +3,7 @@
 from megapipe.pipeline.schedule import Costs
 from megapipe.pipeline.schedule.limit import Limit
 from megapipe.pipeline.schedule.search import search
-from megapipe.pipeline.schedule.search.reason import report, seconds, summary
+from megapipe.pipeline.schedule.search.reason import forwards, report, seconds, summary
 
 TIMES = [0.020, 0.030, 0.020, 0.020, 0.020, 0.020, 0.020, 0.036]
 COSTS = Costs(TIMES, TIMES, TIMES, 0.001)
