@@ -2,8 +2,8 @@
 V, so that a microbatch's loss is computed where it began and its backward can start at once."""
 
 from megapipe.pipeline.schedule.action import Action, Kind, Program
-from megapipe.pipeline.schedule.definition import Schedule
 from megapipe.pipeline.schedule.counting import Counting
+from megapipe.pipeline.schedule.definition import Schedule
 from megapipe.pipeline.schedule.placement import v_shaped
 
 F, I, W = Kind.FORWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT  # noqa: E741
