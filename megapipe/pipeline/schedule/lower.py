@@ -19,7 +19,9 @@ def lower(program: Program) -> Program:
 
     A RECEIVE stands one compute action before the one that uses it, or earlier: before the action
     that is running when, in the simulated timeline, the tensor is sent. There every SEND finds its
-    RECEIVE posted. Since the timeline is one order in which everything completes even if each SEND
+    RECEIVE posted. (With other costs than the simulated ones a RECEIVE may be posted after its SEND;
+    one action ahead is in time all the same while the transfer takes no longer than that action.)
+    Earlier still would gain nothing and hold a buffer for longer. Since the timeline is one order in which everything completes even if each SEND
     blocks, the result has no deadlock however fast the ranks really are (`completion_order` says
     why). Between two ranks receives are in the order of sends, as communicators without tags need.
 
