@@ -17,14 +17,15 @@ _RECEIVED_FOR = {
 def lower(program: Program) -> Program:
     """The program with SEND and RECEIVE actions; stages on one rank need none between them.
 
-    A RECEIVE stands one compute action before the one that uses it, or earlier: before the action
-    that is running when, in the simulated timeline, the tensor is sent. There every SEND finds its
-    RECEIVE posted. (With other costs than the simulated ones a RECEIVE may be posted after its SEND;
-    one action ahead is in time all the same while the transfer takes no longer than that action.)
-    Earlier still would gain nothing and hold a buffer for longer. Since the timeline is one order in which everything completes even if each SEND
-    blocks, the result has no deadlock however fast the ranks really are (`completion_order` says
-    why). Between two ranks receives are in the order of sends, as communicators without tags need.
+    A SEND stands behind the action that computes its tensor. A RECEIVE stands one compute action
+    before the one that uses it, or earlier: before the action that is running when, in the
+    simulated timeline, the tensor is sent. There every SEND finds its RECEIVE posted. Since the
+    timeline is one order in which everything completes even if each SEND blocks, the result has no
+    deadlock however fast the ranks really are (`completion_order` says why). When they are not as
+    fast as simulated a RECEIVE may be posted late, but one action ahead is still in time while no
+    transfer takes longer than that action; earlier, it would hold a buffer for longer.
 
+    Between two ranks receives are in the order of sends, as communicators without tags need.
     Raises ScheduleError for a program that can't finish even with unlimited buffers.
     """
     assert all(action.kind in COMPUTE for actions in program for action in actions), (
