@@ -1,11 +1,23 @@
 """From a config to its pipeline program, and to the rank of each stage."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megapipe.config import Config
 from megapipe.errors import ScheduleError
-from megapipe.pipeline.schedule import SCHEDULES, Program, build_program, compute_only, from_csv
-from megapipe.pipeline.schedule.action import stage_ranks
+from megapipe.pipeline.schedule import (
+    SCHEDULES,
+    Kind,
+    Program,
+    build_program,
+    compute_only,
+    from_csv,
+    lower,
+    validate,
+)
+from megapipe.pipeline.schedule.action import sequential, stage_ranks
+from megapipe.pipeline.schedule.validate import check_complete
 
 PROGRAM_FILE = "schedule.csv"
 """In the run directory: the program that `auto` chose for the run, which a resume takes again."""
@@ -15,7 +27,7 @@ def training_program(config: Config) -> Program:
     """The compute actions of a training step; parallel.data must be filled in.
 
     Raises ScheduleError for a number of microbatches that the schedule can't have, and for a file
-    that is not a program of this layout.
+    that is not a program of this layout, lacks an action or can't finish.
     """
     parallel = config.parallel
     file = program_file(config)
@@ -26,8 +38,11 @@ def training_program(config: Config) -> Program:
             virtual=parallel.virtual,
             microbatches=microbatches(config),
         )
-    program = _read(file)
-    _check_shape(program, file, config)
+    program = _read(file, config)
+    with _naming(file):
+        _check_work(program, microbatches(config))
+        check_complete(program)
+        validate(lower(program))
     return program
 
 
@@ -37,7 +52,7 @@ def stage_placement(config: Config) -> list[int]:
     file = program_file(config)
     if file is None:
         return SCHEDULES[parallel.schedule].placement(parallel.pipeline, parallel.virtual)
-    ranks = stage_ranks(_read(file))
+    ranks = stage_ranks(_read(file, config))
     return [ranks[stage] for stage in range(len(ranks))]
 
 
@@ -58,34 +73,42 @@ def microbatches(config: Config) -> int:
     return train.global_batch_size // (data * train.micro_batch_size)
 
 
-def _read(file: Path) -> Program:
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Errors say in which file they are."""
     try:
-        text = file.read_text(encoding="utf-8")
+        yield
+    except ScheduleError as error:
+        raise ScheduleError(f"{file}: {error}") from error
+
+
+def _read(file: Path, config: Config) -> Program:
+    """A program with the ranks and stages of the config."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # spreadsheets write a mark at the beginning
     except (OSError, UnicodeDecodeError) as error:
         raise ScheduleError(f"{file} can't be read as a program: {error}.") from error
-    try:
-        return compute_only(from_csv(text))
-    except ScheduleError as error:
-        raise ScheduleError(f"{file}: {error}.") from error
+    parallel = config.parallel
+    with _naming(file):
+        program = compute_only(from_csv(text))
+        _check_equal(len(program), "ranks (lines)", "parallel.pipeline", parallel.pipeline)
+        key, stages = "parallel.pipeline * parallel.virtual", parallel.pipeline * parallel.virtual
+        _check_equal(len(stage_ranks(program)), "stages", key, stages)
+    return program
 
 
-def _check_shape(program: Program, file: Path, config: Config) -> None:
-    """Ranks, stages and microbatches are those of the config. (The rest is for `validate`.)"""
-    parallel, count = config.parallel, microbatches(config)
-    try:
-        stages = len(stage_ranks(program))
-    except ScheduleError as error:
-        raise ScheduleError(f"{file}: {error}.") from error
-    found = 1 + max((action.microbatch for row in program for action in row), default=-1)
-    for key, has, needs in [
-        ("parallel.pipeline", len(program), parallel.pipeline),
-        ("parallel.pipeline * parallel.virtual", stages, parallel.pipeline * parallel.virtual),
-    ]:
-        if has != needs:
-            what = "ranks (lines)" if key == "parallel.pipeline" else "stages"
-            raise ScheduleError(f"{file} has {has} {what}, and {key} = {needs}: make them equal.")
+def _check_equal(found: int, what: str, key: str, value: int) -> None:
+    if found != value:
+        raise ScheduleError(f"the program has {found} {what}, and {key} = {value}: make them equal")
+
+
+def _check_work(program: Program, count: int) -> None:
+    actions = [action for row in sequential(program) for action in row]
+    if all(action.kind is Kind.FORWARD for action in actions):
+        raise ScheduleError("the program has no backward: nothing would be trained")
+    found = 1 + max(action.microbatch for action in actions)
     if found != count:
         raise ScheduleError(
-            f"{file} is a program of {found} microbatches, and the config has {count} "
-            "(train.global_batch_size / (train.micro_batch_size * parallel.data)): make them equal."
+            f"the program has {found} microbatches, and the config has {count} "
+            "(train.global_batch_size / (train.micro_batch_size * parallel.data)): make them equal"
         )

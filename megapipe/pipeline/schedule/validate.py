@@ -13,7 +13,7 @@ The executor relies on this meaning of the actions, and the proof takes it at it
 from collections.abc import Iterator, Set
 
 from megapipe.errors import ScheduleError
-from megapipe.pipeline.schedule.action import COMPUTE, Action, Kind, Program
+from megapipe.pipeline.schedule.action import COMPUTE, Action, Kind, Program, sequential
 from megapipe.pipeline.schedule.dependencies import Numbered, completion_order, find_needs
 from megapipe.pipeline.schedule.timeline import live_during
 
@@ -33,7 +33,10 @@ def validate(program: Program, *, max_live: float | None = None) -> None:
     """
     numbered = Numbered(program)
     _check_neighbours(numbered.ranks, len(program))
-    _check_complete(numbered)
+    lowered = any(kind not in COMPUTE for _, kind in numbered.at)
+    if not lowered and len(set(numbered.ranks.values())) > 1:
+        raise ScheduleError("the program has no communication: pass it through `lower` first")
+    _check_groups(numbered, communication=True)
     _check_channels(numbered)
     for _ in completion_order(numbered, find_needs(numbered, rendezvous=True)):
         pass
@@ -54,12 +57,17 @@ def _check_neighbours(ranks: dict[int, int], size: int) -> None:
 # --- Completeness --------------------------------------------------------------------------------
 
 
-def _check_complete(program: Numbered) -> None:
+def check_complete(program: Program) -> None:
+    """Raises ScheduleError unless a program without communication has every action once, as
+    `validate` does for one with it: a clearer message than that others wait for what is missing."""
+    _check_groups(Numbered(sequential(program)), communication=False)
+
+
+def _check_groups(program: Numbered, *, communication: bool) -> None:
     microbatches = 1 + max((action.microbatch for action in program.actions), default=-1)
-    lowered = any(kind not in COMPUTE for _, kind in program.at)
-    if not lowered and len(set(program.ranks.values())) > 1:
-        raise ScheduleError("the program has no communication: pass it through `lower` first")
-    expected = {group: (rank, own) for group, rank, own in _expected(program, range(microbatches))}
+    expected = dict(_computation(program, range(microbatches)))
+    if communication:
+        expected |= dict(_communication(program, range(microbatches)))
     for group, (rank, own) in expected.items():
         _check_group(program, group, rank, own, microbatches)
     for group, numbers in program.at.items():
@@ -92,25 +100,36 @@ def _check_group(
             )
 
 
-def _expected(program: Numbered, every: range) -> Iterator[tuple[Group, int, range | Set[int]]]:
-    """What the program must have, on which rank, and of which microbatches: computation first."""
-    trains = any(kind in COMPUTE and kind is not Kind.FORWARD for _, kind in program.at)
+Expected = Iterator[tuple[Group, tuple[int, range | Set[int]]]]
+"""What must be there: on which rank, and of which microbatches."""
+
+
+def _computation(program: Numbered, every: range) -> Expected:
+    trains = _trains(program)
     for stage, rank in program.ranks.items():
-        yield (stage, Kind.FORWARD), rank, every
+        yield (stage, Kind.FORWARD), (rank, every)
         if trains:
             apart = (stage, Kind.BACKWARD_INPUT), (stage, Kind.BACKWARD_WEIGHT)
             split = {m for group in apart for m in program.at.get(group, ())}
             for group in apart:
-                yield group, rank, split
-            yield (stage, Kind.BACKWARD), rank, set(every) - split if split else every
+                yield group, (rank, split)
+            yield (stage, Kind.BACKWARD), (rank, set(every) - split if split else every)
+
+
+def _communication(program: Numbered, every: range) -> Expected:
+    trains = _trains(program)
     for stage, rank in program.ranks.items():
         if program.crosses(stage):
             there = program.ranks[stage + 1]
-            yield (stage, Kind.SEND_FORWARD), rank, every
-            yield (stage + 1, Kind.RECEIVE_FORWARD), there, every
+            yield (stage, Kind.SEND_FORWARD), (rank, every)
+            yield (stage + 1, Kind.RECEIVE_FORWARD), (there, every)
             if trains:
-                yield (stage + 1, Kind.SEND_BACKWARD), there, every
-                yield (stage, Kind.RECEIVE_BACKWARD), rank, every
+                yield (stage + 1, Kind.SEND_BACKWARD), (there, every)
+                yield (stage, Kind.RECEIVE_BACKWARD), (rank, every)
+
+
+def _trains(program: Numbered) -> bool:
+    return any(kind in COMPUTE and kind is not Kind.FORWARD for _, kind in program.at)
 
 
 def _purpose(action: Action, microbatches: int) -> str:
