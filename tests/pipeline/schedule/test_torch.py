@@ -1,7 +1,7 @@
-"""Against torch.distributed.pipelining: same orders, its text, its simulator, its runtime's loader.
+"""Against torch.distributed.pipelining: same orders, its text, its simulator, its runtime.
 
 Torch's schedules are built as their users build them, on stages that are only names: no process
-group and no tensors.
+group and no tensors, but in the one test that runs our programs in its runtime.
 """
 
 from pathlib import Path
@@ -9,8 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from megapipe.pipeline.schedule import (
     SCHEDULES,
@@ -25,8 +28,10 @@ from megapipe.pipeline.schedule import (
 )
 from megapipe.pipeline.schedule.action import overlap, sequential, stage_ranks
 from tests.pipeline.programs import Shape, random_programs, shapes
+from tests.ranks import run_ranks
 
 torch_schedules: Any = pytest.importorskip("torch.distributed.pipelining.schedules")
+PipelineStage: Any = pytest.importorskip("torch.distributed.pipelining").PipelineStage
 
 SINGLE = {"gpipe": "ScheduleGPipe", "1f1b": "Schedule1F1B"}
 MULTI = {
@@ -195,6 +200,60 @@ def test_torchs_runtime_takes_our_communication(tmp_path_factory: pytest.TempPat
         ]
 
     check()
+
+
+def run_in_torch(csv: Path, ranks: list[int], microbatches: int) -> dict[str, torch.Tensor]:
+    """Gradients of this rank's stages. Called on each rank."""
+    rank = dist.get_rank()
+    stages = [
+        PipelineStage(layer(stage), stage, len(ranks), torch.device("cpu"))
+        for stage, place in enumerate(ranks)
+        if place == rank
+    ]
+    runtime = torch_schedules._PipelineScheduleRuntime(
+        stages, microbatches, loss_fn=square_error, scale_grads=False
+    )
+    runtime._load_csv(str(csv), format="compute_comms")
+    inputs, targets = batch(microbatches)
+    first, last = ranks[0] == rank, ranks[-1] == rank
+    runtime.step(*[inputs] * first, **{"target": targets} if last else {})
+    return {
+        f"{stage.stage_index}.{name}": parameter.grad
+        for stage in stages
+        for name, parameter in stage.submod.named_parameters()
+    }
+
+
+def layer(stage: int) -> nn.Module:
+    torch.manual_seed(stage)
+    return nn.Linear(4, 4, dtype=torch.float64)
+
+
+def batch(microbatches: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(99)
+    shape = (2 * microbatches, 4)
+    return [torch.randn(*shape, dtype=torch.float64, generator=generator) for _ in range(2)]
+
+
+def square_error(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return (output - target).square().sum()
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb-h1", "zb-v", "dualpipe-v"])
+def test_torchs_runtime_runs_our_communication(name: str, tmp_path: Path) -> None:
+    """Our sends and receives, on its channels, give the gradients of one process."""
+    shape = Shape(name, 2, SCHEDULES[name].chunks[0], 5)
+    file = tmp_path / "ours.csv"
+    file.write_text(to_csv(lower(shape.program())))
+    ranks = SCHEDULES[name].placement(shape.pipeline, shape.virtual)
+    reports = run_ranks(run_in_torch, shape.pipeline, file, ranks, shape.microbatches)
+    gradients = {key: value for report in reports for key, value in report.items()}
+
+    whole = nn.Sequential(*map(layer, range(len(ranks))))
+    inputs, targets = batch(shape.microbatches)
+    square_error(whole(inputs), targets).backward()
+    expected = {key: parameter.grad for key, parameter in whole.named_parameters()}
+    torch.testing.assert_close(gradients, expected, rtol=1e-11, atol=1e-11)
 
 
 def test_what_torch_lowers_takes_as_long_in_our_simulation() -> None:
