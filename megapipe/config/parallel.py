@@ -13,6 +13,18 @@ if TYPE_CHECKING:
     ScheduleName = str
 else:
     ScheduleName = Literal[(*SCHEDULES, "csv", "auto")]
+
+
+def _chunks() -> str:
+    """How many groups of layers the schedules have on a rank."""
+    schedules: dict[str, list[str]] = {}
+    for name, schedule in SCHEDULES.items():
+        fewest, most = schedule.chunks
+        number = f"{fewest} or more" if most is None else f"{fewest} to {most}"
+        schedules.setdefault(str(fewest) if most == fewest else number, []).append(name)
+    return "; ".join(f"{number} for {', '.join(names)}" for number, names in schedules.items())
+
+
 Layers = Annotated[tuple[PositiveInt, ...], Field(strict=False)]
 
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT])(i?)B")
@@ -52,8 +64,7 @@ class ParallelConfig(Section):
     virtual: PositiveInt = Field(
         default=1,
         description="Groups of layers per pipeline rank: more make the bubble smaller and the "
-        "traffic larger. 1 for gpipe, 1f1b, zb-h1, zb-h2; 2 for zb-v, v-half, v-min, dualpipe-v; "
-        "2 or more for interleaved-1f1b.",
+        f"traffic larger. {_chunks()}.",
     )
     data: Annotated[PositiveInt | None, or_none_word(int)] = Field(
         default=None,

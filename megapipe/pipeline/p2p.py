@@ -10,7 +10,12 @@ posts the receives of a channel in the order of its sends, so the head of a chan
 other end; channels don't wait for each other, being on streams of their own; and compute waits for
 arrivals in program order, for which `validate` has shown that all of them come. (One communicator
 for both directions would fail this: a receive posted ahead would hold up the sends behind it that
-the other rank must have before it can answer.)
+the other rank must have before it can answer. There, opposite sends between two ranks have to be
+merged into one batched call; here they have nothing to do with each other: `lower` merges none.)
+
+Stages decide the channel only through their ranks: in a pipeline of two, looped or V-shaped,
+forwards of some stages and gradients of others share a channel, in the order that `validate`
+checks.
 """
 
 from collections import deque

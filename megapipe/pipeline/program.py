@@ -1,11 +1,14 @@
 """From a config to its pipeline program, and to the rank of each stage."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megapipe.config import Config
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule import (
     SCHEDULES,
+    Kind,
     Program,
     build_program,
     compute_only,
@@ -13,8 +16,9 @@ from megapipe.pipeline.schedule import (
     lower,
     validate,
 )
-from megapipe.pipeline.schedule.action import stage_ranks
+from megapipe.pipeline.schedule.action import sequential, stage_ranks
 from megapipe.pipeline.schedule.limit import Limit, check_limit
+from megapipe.pipeline.schedule.validate import check_complete
 
 PROGRAM_FILE = "schedule.csv"
 """In the run directory: the program that `auto` chose for the run, which a resume takes again."""
@@ -24,8 +28,9 @@ def training_program(config: Config) -> Program:
     """The compute actions of a training step; parallel.data must be filled in.
 
     Raises ScheduleError for a number of microbatches that the schedule can't have, for a file that
-    is not a program of this layout, and for a program that holds more than a
-    parallel.activation_limit in microbatches. (What one in bytes allows is known when stages are.)
+    is not a program of this layout, lacks an action or can't finish, and for a program that holds
+    more than a parallel.activation_limit in microbatches. (What one in bytes allows is known when
+    stages are.)
     """
     parallel = config.parallel
     file = program_file(config)
@@ -37,8 +42,11 @@ def training_program(config: Config) -> Program:
             microbatches=microbatches(config),
         )
     else:
-        program = _read(file)
-        _check_shape(program, file, config)
+        program = _read(file, config)
+        with _naming(file):
+            _check_work(program, microbatches(config))
+            check_complete(program)
+            validate(lower(program))
     limit = microbatch_limit(config)
     if limit is not None:
         check_limit(parallel.schedule, program, limit, virtual=parallel.virtual)
@@ -63,7 +71,7 @@ def stage_placement(config: Config) -> list[int]:
     file = program_file(config)
     if file is None:
         return SCHEDULES[parallel.schedule].placement(parallel.pipeline, parallel.virtual)
-    ranks = stage_ranks(_read(file))
+    ranks = stage_ranks(_read(file, config))
     return [ranks[stage] for stage in range(len(ranks))]
 
 
@@ -75,11 +83,11 @@ def why_not_stored(config: Config) -> str | None:
     file = Path(config.train.run_dir) / PROGRAM_FILE
     if not file.exists():
         return f"there is no {file} yet"
-    program = _read(file)
     try:
-        validate(lower(program))
+        with _naming(file):
+            validate(lower(_parse(file)))
     except ScheduleError as error:
-        raise ScheduleError(f"{file}: {error}. Delete the file to search anew.") from error
+        raise ScheduleError(f"{error}. Delete the file to search anew.") from error
     try:
         training_program(config)
     except ScheduleError as error:
@@ -112,34 +120,46 @@ def microbatches(config: Config) -> int:
     return train.global_batch_size // (data * train.micro_batch_size)
 
 
-def _read(file: Path) -> Program:
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Errors say in which file they are."""
     try:
-        text = file.read_text(encoding="utf-8")
+        yield
+    except ScheduleError as error:
+        raise ScheduleError(f"{file}: {error}") from error
+
+
+def _read(file: Path, config: Config) -> Program:
+    """A program with the ranks and stages of the config."""
+    parallel = config.parallel
+    with _naming(file):
+        program = _parse(file)
+        _check_equal(len(program), "ranks (lines)", "parallel.pipeline", parallel.pipeline)
+        key, stages = "parallel.pipeline * parallel.virtual", parallel.pipeline * parallel.virtual
+        _check_equal(len(stage_ranks(program)), "stages", key, stages)
+    return program
+
+
+def _parse(file: Path) -> Program:
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # spreadsheets write a mark at the beginning
     except (OSError, UnicodeDecodeError) as error:
-        raise ScheduleError(f"{file} can't be read as a program: {error}.") from error
-    try:
-        return compute_only(from_csv(text))
-    except ScheduleError as error:
-        raise ScheduleError(f"{file}: {error}.") from error
+        raise ScheduleError(f"it can't be read as a program: {error}") from error
+    return compute_only(from_csv(text))
 
 
-def _check_shape(program: Program, file: Path, config: Config) -> None:
-    """Ranks, stages and microbatches are those of the config. (The rest is for `validate`.)"""
-    parallel, count = config.parallel, microbatches(config)
-    try:
-        stages = len(stage_ranks(program))
-    except ScheduleError as error:
-        raise ScheduleError(f"{file}: {error}.") from error
-    found = 1 + max((action.microbatch for row in program for action in row), default=-1)
-    for key, has, needs in [
-        ("parallel.pipeline", len(program), parallel.pipeline),
-        ("parallel.pipeline * parallel.virtual", stages, parallel.pipeline * parallel.virtual),
-    ]:
-        if has != needs:
-            what = "ranks (lines)" if key == "parallel.pipeline" else "stages"
-            raise ScheduleError(f"{file} has {has} {what}, and {key} = {needs}: make them equal.")
+def _check_equal(found: int, what: str, key: str, value: int) -> None:
+    if found != value:
+        raise ScheduleError(f"the program has {found} {what}, and {key} = {value}: make them equal")
+
+
+def _check_work(program: Program, count: int) -> None:
+    actions = [action for row in sequential(program) for action in row]
+    if all(action.kind is Kind.FORWARD for action in actions):
+        raise ScheduleError("the program has no backward: nothing would be trained")
+    found = 1 + max(action.microbatch for action in actions)
     if found != count:
         raise ScheduleError(
-            f"{file} is a program of {found} microbatches, and the config has {count} "
-            "(train.global_batch_size / (train.micro_batch_size * parallel.data)): make them equal."
+            f"the program has {found} microbatches, and the config has {count} "
+            "(train.global_batch_size / (train.micro_batch_size * parallel.data)): make them equal"
         )

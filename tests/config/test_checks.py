@@ -43,7 +43,7 @@ from tests.config.examples import write
         ("--parallel.virtual=2", 'parallel.virtual = 2 must be 1 with parallel.schedule = "1f1b"'),
         (
             "--parallel.schedule=interleaved-1f1b",
-            'parallel.schedule = "interleaved-1f1b" needs parallel.virtual of 2 or more',
+            'parallel.schedule = "interleaved-1f1b" needs parallel.virtual = 2 or more (it is 1)',
         ),
         (
             "--parallel.schedule=interleaved-1f1b --parallel.pipeline=1 --parallel.virtual=2",

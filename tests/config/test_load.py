@@ -138,8 +138,8 @@ def test_contradictions_are_found_beside_wrong_types(tmp_path: Path) -> None:
     [
         (
             "--parallel.schedule=1f1",
-            'command line: parallel.schedule = "1f1" must be "gpipe", "1f1b" or '
-            '"interleaved-1f1b"; did you mean "1f1b"?',
+            'command line: parallel.schedule = "1f1" must be "1f1b", "dualpipe-v", '
+            '"gpipe", "interleaved-1f1b", "v-half", "v-min", "zb-h1", "zb-h2", "zb-v"',
         ),
         ("--train.run_dir=5", 'command line: train.run_dir = 5 must be text, in quotes: "5".'),
         (

@@ -1,10 +1,13 @@
 """Programs that no generator makes: hand-written, split into input and weight gradients, random."""
 
 import random
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from hypothesis import strategies as st
 
 from megapipe.pipeline.schedule import (
+    SCHEDULES,
     Action,
     Kind,
     Program,
@@ -12,13 +15,15 @@ from megapipe.pipeline.schedule import (
     forward_program,
     from_csv,
 )
+from megapipe.pipeline.schedule.generators.zb_h1 import defer_weight_grads
+from megapipe.pipeline.schedule.placement import looped
 
 F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT  # noqa: E741
 
 
 def make(name: str, pipeline: int, virtual: int, microbatches: int) -> Program:
     if name == "forward":
-        return forward_program(pipeline, virtual, microbatches)
+        return forward_program(looped(pipeline, virtual), microbatches)
     return build_program(name, pipeline=pipeline, virtual=virtual, microbatches=microbatches)
 
 
@@ -29,18 +34,7 @@ def parse(*rows: str) -> Program:
 
 def split_backwards(program: Program, delay: int) -> Program:
     """Each backward as input gradient, its weight gradient `delay` backwards later."""
-    result = []
-    for actions in program:
-        row: list[Action] = []
-        pending: list[Action] = []
-        for stage, kind, microbatch in actions:
-            row.append(Action(stage, I if kind is B else kind, microbatch))
-            if kind is B:
-                pending.append(Action(stage, W, microbatch))
-                if len(pending) > delay:
-                    row.append(pending.pop(0))
-        result.append(row + pending)
-    return result
+    return [defer_weight_grads(actions, delay) for actions in program]
 
 
 def v_shaped(microbatches: int) -> Program:
@@ -78,14 +72,39 @@ def random_program(seed: int, placement: list[int], microbatches: int, *, split:
     return program
 
 
+class Shape(NamedTuple):
+    """What a program is made from."""
+
+    name: str
+    pipeline: int
+    virtual: int
+    microbatches: int
+
+    def program(self) -> Program:
+        return make(*self)
+
+
+@st.composite
+def shapes(draw: st.DrawFn, names: Sequence[str] = tuple(SCHEDULES), ranks: int = 6) -> Shape:
+    """What the schedules of these names can be asked for; none needs more than 2 p microbatches."""
+    name = draw(st.sampled_from(names))
+    pipeline = draw(st.integers(1, ranks))
+    fewest, most = SCHEDULES[name].chunks
+    virtual = draw(st.integers(fewest, most or 4))
+    least = SCHEDULES[name].least_microbatches(pipeline)
+    return Shape(name, pipeline, virtual, draw(st.integers(least, least + 12)))
+
+
 @st.composite
 def generated_programs(draw: st.DrawFn) -> Program:
-    """What the generators make, weight gradients apart or not."""
-    name = draw(st.sampled_from(["gpipe", "1f1b", "interleaved-1f1b", "forward"]))
-    virtual = draw(st.integers(1, 4)) if name in ("interleaved-1f1b", "forward") else 1
-    program = make(name, draw(st.integers(1, 6)), virtual, draw(st.integers(1, 14)))
+    """What the generators make, a forward-only one, full backwards split or not."""
+    if draw(st.integers(0, 9)) == 0:
+        ranks = looped(draw(st.integers(1, 6)), draw(st.integers(1, 4)))
+        return forward_program(ranks, draw(st.integers(1, 14)))
+    program = draw(shapes()).program()
     delay = draw(st.none() | st.integers(0, 4))
-    return program if delay is None else split_backwards(program, delay)
+    overlaps = any(action.parts for row in program for action in row)
+    return program if delay is None or overlaps else split_backwards(program, delay)
 
 
 @st.composite

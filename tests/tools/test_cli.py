@@ -12,6 +12,7 @@ from megapipe import __version__
 from megapipe.config import section_types
 from megapipe.errors import ConfigError, MegapipeError
 from megapipe.models.presets import PRESETS
+from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.tools import cli
 from megapipe.tools.arguments import config_keys, split_overrides
 from tests.config.examples import TEXT, write
@@ -64,7 +65,7 @@ def test_train_help_lists_every_key(
         for key, field in kind.model_fields.items():
             assert f"--{section}.{key} " in shown
             assert " ".join((field.description or "").split()) in flat
-    assert "--parallel.schedule gpipe|1f1b|interleaved-1f1b" in shown
+    assert f"--parallel.schedule {'|'.join(SCHEDULES)}|" in flat
     assert "--parallel.layers_per_stage [INTEGER, ...]|none" in shown
     assert "--data.sources.0.path TEXT" in shown
     assert "--model.rope_scaling.factor NUMBER" in shown

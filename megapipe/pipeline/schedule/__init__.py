@@ -16,6 +16,7 @@ from megapipe.pipeline.schedule.action import (
 from megapipe.pipeline.schedule.balance import balance
 from megapipe.pipeline.schedule.buffers import assign_buffers
 from megapipe.pipeline.schedule.build import SCHEDULES, build_program, forward_program
+from megapipe.pipeline.schedule.critical_path import critical_path
 from megapipe.pipeline.schedule.lower import lower
 from megapipe.pipeline.schedule.simulate import Costs, simulate
 from megapipe.pipeline.schedule.timeline import Span, Timeline
@@ -33,6 +34,7 @@ __all__ = [
     "balance",
     "build_program",
     "compute_only",
+    "critical_path",
     "forward_program",
     "from_csv",
     "lower",

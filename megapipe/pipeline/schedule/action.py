@@ -53,8 +53,10 @@ _COUNTERPART = {
     Kind.SEND_BACKWARD: (-1, Kind.RECEIVE_BACKWARD),
     Kind.RECEIVE_BACKWARD: (1, Kind.SEND_BACKWARD),
 }
-_TEXT = re.compile(r"(\d+)(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)(\d+)")
+_TEXT = re.compile(r"([0-9]{1,9})(SEND_F|RECV_F|SEND_B|RECV_B|F|B|I|W)([0-9]{1,9})")
 _PAIR = re.compile(r"\(([^;()]*);([^;()]*)\)OVERLAP_F_B")
+_SHARDING = re.compile(r"[0-9]+(UNSHARD|RESHARD|REDUCE_GRAD)")
+_KINDS = {str(kind): kind for kind in Kind}
 
 
 class Action(NamedTuple):
@@ -83,13 +85,13 @@ class Action(NamedTuple):
     @staticmethod
     def parse(text: str) -> "Action":
         """The action that `str` wrote. Raises ScheduleError."""
-        if pair := _PAIR.fullmatch(text.strip()):
+        text = text.strip()
+        if match := _TEXT.fullmatch(text):
+            stage, kind, microbatch = match.groups()
+            return Action(int(stage), _KINDS[kind], int(microbatch))
+        if pair := _PAIR.fullmatch(text):
             return overlap(*map(Action.parse, pair.groups()))
-        match = _TEXT.fullmatch(text.strip())
-        if match is None:
-            raise ScheduleError(f"{text!r} is not an action: expected, say, 2F0 or 1SEND_B3")
-        stage, kind, microbatch = match.groups()
-        return Action(int(stage), Kind(kind), int(microbatch))
+        raise ScheduleError(f"{text!r} is not an action: expected, say, 2F0 or 1SEND_B3")
 
 
 def overlap(forward: Action, backward: Action) -> Action:
@@ -119,15 +121,15 @@ def sequential(program: Program) -> Program:
 def stage_ranks(program: Program) -> dict[int, int]:
     """Which rank computes each stage. Raises ScheduleError where two do."""
     ranks: dict[int, int] = {}
-    for rank, actions in enumerate(program):
+    for rank, actions in enumerate(sequential(program)):
         for action in actions:
-            if action.kind.computes and ranks.setdefault(action.stage, rank) != rank:
+            if action.kind in COMPUTE and ranks.setdefault(action.stage, rank) != rank:
                 raise ScheduleError(
                     f"stage {action.stage} is computed on rank {ranks[action.stage]} and, by "
                     f"{action}, on rank {rank}"
                 )
     if sorted(ranks) != list(range(len(ranks))):
-        missing = sorted(set(range(max(ranks))) - set(ranks))
+        missing = [stage for stage in range(len(ranks)) if stage not in ranks]
         raise ScheduleError(f"no rank computes stages {missing}")
     return ranks
 
@@ -138,9 +140,14 @@ def to_csv(program: Program) -> str:
 
 
 def from_csv(text: str) -> Program:
-    """The program that `to_csv` (or torch's pipelining) wrote; empty cells are idle time."""
+    """The program that `to_csv` or torch's pipelining wrote; empty cells are idle time.
+
+    Torch's UNSHARD, RESHARD and REDUCE_GRAD are left out: they say when sharded parameters are
+    gathered and gradients reduced, which is not the pipeline's matter here. Raises ScheduleError.
+    """
     return [_parse_row(line.split(",")) for line in text.splitlines() if line.strip()]
 
 
 def _parse_row(cells: Iterable[str]) -> list[Action]:
-    return [Action.parse(cell) for cell in cells if cell.strip()]
+    words = [word for word in map(str.strip, cells) if word and not _SHARDING.fullmatch(word)]
+    return list(map(Action.parse, words))

@@ -2,9 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megapipe.pipeline.schedule.action import Action, Kind, Program, sequential
-from megapipe.pipeline.schedule.dependencies import Dependencies, completion_order
+from megapipe.pipeline.schedule.dependencies import Needs, Numbered, completion_order, find_needs
 from megapipe.pipeline.schedule.timeline import Span, Timeline
 
 PerStage = float | Sequence[float]
@@ -44,22 +45,30 @@ def simulate(program: Program, costs: Costs | None = None) -> Timeline:
 
     Takes programs before and after `lower`. Raises ScheduleError for one that never finishes.
     """
-    costs = costs or Costs()
-    program = sequential(program)
-    dependencies = Dependencies(program)
-    spans: list[list[Span]] = [[] for _ in program]
-    free = [0.0] * len(program)
-    ends: dict[Action, float] = {}
-    for rank, action, needed in completion_order(program, dependencies.of):
-        begin = free[rank]
-        for need in needed:
-            travels = action.kind.computes and (
-                not need.kind.computes or dependencies.crosses(need, action)
-            )
-            begin = max(begin, ends[need] + (costs.latency if travels else 0.0))
-        free[rank] = ends[action] = begin + costs.of(action)
-        spans[rank].append(Span(action, begin, free[rank]))
-    return Timeline(spans)
+    numbered = Numbered(sequential(program))
+    begins, ends = action_times(numbered, find_needs(numbered), costs or Costs())
+    spans = list(map(Span, numbered.actions, begins, ends))
+    return Timeline([spans[begin:end] for begin, end in pairwise(numbered.bounds)])
+
+
+def action_times(program: Numbered, needs: Needs, costs: Costs) -> tuple[list[float], list[float]]:
+    """(begins, ends) of all actions, by number."""
+    durations = [0.0] * len(program.actions)
+    for (stage, kind), numbers in program.at.items():
+        duration = costs.of(Action(stage, kind, 0))
+        for number in numbers.values():
+            durations[number] = duration
+    rank_of, latency = program.rank_of, costs.latency
+    begins, ends = [0.0] * len(durations), [0.0] * len(durations)
+    free = [0.0] * (len(program.bounds) - 1)
+    for number in completion_order(program, needs):
+        begin = free[rank_of[number]]
+        for need in needs[number]:  # tensors from other ranks: all of them travel
+            if (arrives := ends[need] + latency) > begin:
+                begin = arrives
+        begins[number] = begin
+        free[rank_of[number]] = ends[number] = begin + durations[number]
+    return begins, ends
 
 
 def _at(cost: PerStage, stage: int) -> float:

@@ -1,6 +1,9 @@
 """When each action of each rank began and ended, simulated or recorded."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from math import inf
 from typing import NamedTuple
 
 from megapipe.pipeline.schedule.action import LAST_OF_A_BACKWARD, Action, Kind
@@ -40,19 +43,36 @@ class Timeline:
         return (len(self.spans) * self.makespan - busy) / busy
 
     @property
+    def bubble_per_rank(self) -> list[float]:
+        """For each rank its idle time over its busy time, until the last rank is done."""
+        makespan = self.makespan
+        busy = [sum(span.duration for span in _computing(spans)) for spans in self.spans]
+        return [makespan / time - 1 if time else inf for time in busy]
+
+    @property
     def peak_live(self) -> list[int]:
         """For each rank, the most activations it ever holds, in chunks of one microbatch.
 
         An activation lives from the begin of its forward to the end of its backward, or of the
         weight gradient where that is apart. In forward-only programs none outlives its forward.
         """
-        return [_peak_live([span.action for span in spans]) for spans in self.spans]
+        return [max(live_during(_actions(spans)), default=0) for spans in self.spans]
 
     @property
     def peak_microbatches(self) -> list[float]:
         """`peak_live` in microbatches of a full rank, all of its chunks."""
         stages = [len({span.action.stage for span in _computing(spans)}) for spans in self.spans]
         return [live / (count or 1) for live, count in zip(self.peak_live, stages, strict=True)]
+
+    @property
+    def peak_pending(self) -> list[int]:
+        """For each rank, the most weight gradients that ever are still to be computed, in chunks of
+        one microbatch: input gradients done without theirs."""
+        peaks = []
+        for spans in self.spans:
+            steps = (_PENDING.get(span.action.kind, 0) for span in spans)
+            peaks.append(max(accumulate(steps), default=0))
+        return peaks
 
     def text(self, columns: int = 48) -> str:
         """A picture: a row for each rank, two characters for the time of the shortest action.
@@ -80,13 +100,20 @@ def _computing(spans: list[Span]) -> list[Span]:
     return [span for span in spans if span.action.kind.computes]
 
 
-def _peak_live(actions: list[Action]) -> int:
-    live = peak = 0
+def _actions(spans: list[Span]) -> list[Action]:
+    return [span.action for span in spans]
+
+
+_PENDING = {Kind.BACKWARD_INPUT: 1, Kind.BACKWARD_WEIGHT: -1}
+
+
+def live_during(actions: Sequence[Action]) -> Iterator[int]:
+    """For each action of a rank, how many activations are live while it runs (see `peak_live`)."""
+    live = 0
     keeps = any(action.kind in LAST_OF_A_BACKWARD for action in actions)
     for action in actions:
         if action.kind is Kind.FORWARD:
             live += 1
-            peak = max(peak, live)
+        yield live
         if action.kind in LAST_OF_A_BACKWARD or (action.kind is Kind.FORWARD and not keeps):
             live -= 1
-    return peak

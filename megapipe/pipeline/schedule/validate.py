@@ -10,30 +10,38 @@ The executor relies on this meaning of the actions, and the proof takes it at it
 - Stages on one rank hand over without communication, in program order.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from megapipe.errors import ScheduleError
-from megapipe.pipeline.schedule.action import Action, Kind, Program, stage_ranks
-from megapipe.pipeline.schedule.dependencies import Dependencies, completion_order
+from megapipe.pipeline.schedule.action import COMPUTE, Action, Kind, Program, sequential
+from megapipe.pipeline.schedule.dependencies import Numbered, completion_order, find_needs
+from megapipe.pipeline.schedule.timeline import live_during
 
-Positions = dict[Action, tuple[int, int]]
-"""Where each action stands: rank, and index on the rank."""
+Group = tuple[int, Kind]
+"""All actions of one kind at a stage."""
 
 
-def validate(program: Program) -> None:
+def validate(program: Program, *, max_live: float | None = None) -> None:
     """Raises ScheduleError, saying why, unless the program is lowered, complete and deadlock-free.
 
     Complete: every stage does the forward of every microbatch once and, unless the program has
     forwards only, its backward once (or its input and weight gradient); every tensor between ranks
     is sent and received once. For a deadlock the message is the cycle of waiting ranks.
+
+    `max_live` is the most activations that a rank may ever hold, in chunks of one microbatch as
+    `Timeline.peak_live` counts them.
     """
-    ranks = stage_ranks(program)
-    _check_neighbours(ranks, len(program))
-    positions = _positions(program)
-    _check_complete(program, positions, ranks)
-    _check_channels(program, ranks)
-    for _ in completion_order(program, Dependencies(program, rendezvous=True).of):
+    numbered = Numbered(program)
+    _check_neighbours(numbered.ranks, len(program))
+    lowered = any(kind not in COMPUTE for _, kind in numbered.at)
+    if not lowered and len(set(numbered.ranks.values())) > 1:
+        raise ScheduleError("the program has no communication: pass it through `lower` first")
+    _check_groups(numbered, communication=True)
+    _check_channels(numbered)
+    for _ in completion_order(numbered, find_needs(numbered, rendezvous=True)):
         pass
+    if max_live is not None:
+        _check_live(program, max_live)
 
 
 def _check_neighbours(ranks: dict[int, int], size: int) -> None:
@@ -46,70 +54,82 @@ def _check_neighbours(ranks: dict[int, int], size: int) -> None:
             )
 
 
-def _positions(program: Program) -> Positions:
-    positions: Positions = {}
-    for rank, actions in enumerate(program):
-        for index, action in enumerate(actions):
-            if action in positions:
-                first, first_index = positions[action]
-                raise ScheduleError(
-                    f"{action} is done twice: as action {first_index} of rank {first} and as "
-                    f"action {index} of rank {rank}"
-                )
-            positions[action] = (rank, index)
-    return positions
+# --- Completeness --------------------------------------------------------------------------------
 
 
-def _check_complete(program: Program, positions: Positions, ranks: dict[int, int]) -> None:
-    microbatches = 1 + max((action.microbatch for action in positions), default=-1)
-    lowered = len(set(ranks.values())) <= 1 or any(not a.kind.computes for a in positions)
-    if not lowered:
-        raise ScheduleError("the program has no communication: pass it through `lower` first")
-    expected = 0
-    for action, rank in _expected(positions, ranks, microbatches):
-        if action not in positions:
+def check_complete(program: Program) -> None:
+    """Raises ScheduleError unless a program without communication has every action once, as
+    `validate` does for one with it: a clearer message than that others wait for what is missing."""
+    _check_groups(Numbered(sequential(program)), communication=False)
+
+
+def _check_groups(program: Numbered, *, communication: bool) -> None:
+    microbatches = 1 + max((action.microbatch for action in program.actions), default=-1)
+    expected = dict(_computation(program, range(microbatches)))
+    if communication:
+        expected |= dict(_communication(program, range(microbatches)))
+    for group, (rank, own) in expected.items():
+        _check_group(program, group, rank, own, microbatches)
+    for group, numbers in program.at.items():
+        _, own = expected.get(group, (0, range(0)))
+        if len(numbers) > len(own):
+            number = next(number for microbatch, number in numbers.items() if microbatch not in own)
+            action = program.actions[number]
             raise ScheduleError(
-                f"{action} is missing: rank {rank} must do it, as {_purpose(action, microbatches)}"
+                f"{action} ({program.place(number)}) is one too many: {_excess(action)}"
             )
-        if positions[action][0] != rank:
-            here, index = positions[action]
-            raise ScheduleError(
-                f"{action} (action {index} of rank {here}) belongs on rank {rank}, which computes "
-                f"stage {action.stage}"
-            )
-        expected += 1
-    if expected < len(positions):
-        needed = {action for action, _ in _expected(positions, ranks, microbatches)}
-        action, (rank, index) = next(item for item in positions.items() if item[0] not in needed)
+
+
+def _check_group(
+    program: Numbered, group: Group, rank: int, own: range | Set[int], microbatches: int
+) -> None:
+    """These microbatches are there, and on this rank."""
+    numbers = program.at.get(group, {})
+    missing = next((microbatch for microbatch in own if microbatch not in numbers), None)
+    if missing is not None:
+        action = Action(*group, missing)
         raise ScheduleError(
-            f"{action} (action {index} of rank {rank}) is one too many: {_excess(action)}"
+            f"{action} is missing: rank {rank} must do it, as {_purpose(action, microbatches)}"
         )
+    for number in numbers.values():
+        if program.rank_of[number] != rank:
+            action = program.actions[number]
+            raise ScheduleError(
+                f"{action} ({program.place(number)}) belongs on rank {rank}, which computes stage "
+                f"{action.stage}"
+            )
 
 
-def _expected(
-    positions: Positions, ranks: dict[int, int], microbatches: int
-) -> Iterator[tuple[Action, int]]:
-    """Every action that the program must have, with the rank that must do it: computation first."""
-    trains = any(a.kind.computes and a.kind is not Kind.FORWARD for a in positions)
-    apart = (Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
-    for stage, rank in ranks.items():
-        for microbatch in range(microbatches):
-            yield Action(stage, Kind.FORWARD, microbatch), rank
+Expected = Iterator[tuple[Group, tuple[int, range | Set[int]]]]
+"""What must be there: on which rank, and of which microbatches."""
+
+
+def _computation(program: Numbered, every: range) -> Expected:
+    trains = _trains(program)
+    for stage, rank in program.ranks.items():
+        yield (stage, Kind.FORWARD), (rank, every)
+        if trains:
+            apart = (stage, Kind.BACKWARD_INPUT), (stage, Kind.BACKWARD_WEIGHT)
+            split = {m for group in apart for m in program.at.get(group, ())}
+            for group in apart:
+                yield group, (rank, split)
+            yield (stage, Kind.BACKWARD), (rank, set(every) - split if split else every)
+
+
+def _communication(program: Numbered, every: range) -> Expected:
+    trains = _trains(program)
+    for stage, rank in program.ranks.items():
+        if program.crosses(stage):
+            there = program.ranks[stage + 1]
+            yield (stage, Kind.SEND_FORWARD), (rank, every)
+            yield (stage + 1, Kind.RECEIVE_FORWARD), (there, every)
             if trains:
-                split = any(Action(stage, kind, microbatch) in positions for kind in apart)
-                for kind in apart if split else (Kind.BACKWARD,):
-                    yield Action(stage, kind, microbatch), rank
-    for stage, rank in ranks.items():
-        there = ranks.get(stage + 1, rank)
-        if there == rank:
-            continue
-        for microbatch in range(microbatches):
-            sends = [(Action(stage, Kind.SEND_FORWARD, microbatch), rank, there)]
-            if trains:
-                sends.append((Action(stage + 1, Kind.SEND_BACKWARD, microbatch), there, rank))
-            for send, source, destination in sends:
-                yield send, source
-                yield send.counterpart, destination
+                yield (stage + 1, Kind.SEND_BACKWARD), (there, every)
+                yield (stage, Kind.RECEIVE_BACKWARD), (rank, every)
+
+
+def _trains(program: Numbered) -> bool:
+    return any(kind in COMPUTE and kind is not Kind.FORWARD for _, kind in program.at)
 
 
 def _purpose(action: Action, microbatches: int) -> str:
@@ -124,22 +144,33 @@ def _excess(action: Action) -> str:
     return "no tensor of this kind goes to or from another rank there"
 
 
-def _check_channels(program: Program, ranks: dict[int, int]) -> None:
+# --- Order and memory ----------------------------------------------------------------------------
+
+
+def _check_channels(program: Numbered) -> None:
     """Between each two ranks, receives are posted in the order of the sends."""
-    sent: dict[tuple[int, int], list[Action]] = {}
-    received: dict[tuple[int, int], list[Action]] = {}
-    for rank, actions in enumerate(program):
-        for action in actions:
-            if action.kind.sends:
-                receive = action.counterpart
-                sent.setdefault((rank, ranks[receive.stage]), []).append(receive)
-            elif action.kind.receives:
-                source = ranks[action.counterpart.stage]
-                received.setdefault((source, rank), []).append(action)
-    for (source, rank), receives in received.items():
-        for first_sent, first_posted in zip(sent[source, rank], receives, strict=True):
-            if first_sent != first_posted:
+    pairs: dict[tuple[int, int], list[tuple[int, int]]] = {}  # by channel: (SEND, RECEIVE)
+    for (stage, kind), sends in program.at.items():
+        if kind.sends:
+            there, receiving, *_ = Action(stage, kind, 0).counterpart
+            receives = program.at[there, receiving]
+            channel = pairs.setdefault((program.ranks[stage], program.ranks[there]), [])
+            channel += [(number, receives[microbatch]) for microbatch, number in sends.items()]
+    for (source, rank), channel in pairs.items():
+        posted = sorted(receive for _, receive in channel)
+        for (send, receive), first in zip(sorted(channel), posted, strict=True):
+            if first != receive:
                 raise ScheduleError(
-                    f"rank {rank} posts {first_posted} where rank {source} sends "
-                    f"{first_sent.counterpart}: receives must be in the order of the sends"
+                    f"rank {rank} posts {program.actions[first]} where rank {source} sends "
+                    f"{program.actions[send]}: receives must be in the order of the sends"
+                )
+
+
+def _check_live(program: Program, max_live: float) -> None:
+    for rank, actions in enumerate(program):
+        for index, live in enumerate(live_during(actions)):
+            if live > max_live:
+                raise ScheduleError(
+                    f"{actions[index]} (action {index} of rank {rank}) makes {live} activations "
+                    f"live on the rank, in chunks of one microbatch; {max_live:g} are allowed"
                 )

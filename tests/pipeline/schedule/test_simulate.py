@@ -1,48 +1,56 @@
-"""Closed forms (Narayanan et al. 2021; Huang et al. 2019), latency, uneven stages, the picture."""
+"""Against an independent simulator; memory, latency, uneven stages, the picture.
+
+The closed forms of the schedules are in test_generators.
+"""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapipe.errors import ScheduleError
-from megapipe.pipeline.schedule import Costs, Span, Timeline, lower, simulate
-from tests.pipeline.programs import make, parse, split_backwards
+from megapipe.pipeline.schedule import Costs, Program, Span, Timeline, lower, simulate
+from megapipe.pipeline.schedule.action import stage_ranks
+from tests.pipeline.programs import make, parse, programs, split_backwards
+from tests.pipeline.schedule.reference import reference_times
 
-small = st.integers(1, 8)
-
-
-@given(st.sampled_from(["gpipe", "1f1b"]), small, st.integers(1, 24))
-def test_bubble_of_one_chunk(name: str, p: int, m: int) -> None:
-    timeline = simulate(make(name, p, 1, m))
-    assert timeline.makespan == 3 * (m + p - 1)
-    assert timeline.bubble == (p - 1) / m
+units = st.integers(1, 9).map(float)
 
 
-@given(small, st.integers(1, 5), st.integers(1, 5))
-def test_bubble_of_interleaving(p: int, v: int, rounds: int) -> None:
-    m = rounds * p
-    assert simulate(make("interleaved-1f1b", p, v, m)).bubble == (p - 1) / (v * m)
+@st.composite
+def costs_for(draw: st.DrawFn, stages: int) -> Costs:
+    """Whole numbers, so that sums are exact; one for all stages or one for each."""
+
+    def cost() -> float | list[float]:
+        return draw(units | st.lists(units, min_size=stages, max_size=stages))
+
+    return Costs(cost(), cost(), cost(), draw(st.integers(0, 5)))
 
 
-@given(small, st.integers(1, 24))
-def test_peak_of_one_chunk(p: int, m: int) -> None:
-    assert simulate(make("gpipe", p, 1, m)).peak_live == [m] * p
-    assert simulate(make("1f1b", p, 1, m)).peak_live == [min(m, p - rank) for rank in range(p)]
+@settings(max_examples=50)
+@given(programs, st.data())
+def test_as_an_independent_simulator_says(program: Program, data: st.DataObject) -> None:
+    costs = data.draw(costs_for(len(stage_ranks(program))))
+    expected = reference_times(program, costs.of, costs.latency)
+    timeline = simulate(program, costs)
+    spans = [span for row in timeline.spans for span in row]
+    assert expected == {span.action: (span.begin, span.end) for span in spans}
+    end = max(span.end for span in spans)
+    busy = [sum(span.duration for span in row) for row in timeline.spans]
+    assert timeline.makespan == end
+    assert timeline.bubble == pytest.approx(len(busy) * end / sum(busy) - 1)
+    assert timeline.bubble_per_rank == pytest.approx([end / time - 1 for time in busy])
 
 
-@given(small, st.integers(2, 5))
-def test_peak_of_interleaving(p: int, v: int) -> None:
-    timeline = simulate(make("interleaved-1f1b", p, v, 4 * p))
-    assert timeline.peak_live[0] == p * v + p - 1
-    assert timeline.peak_microbatches[0] == pytest.approx(p + (p - 1) / v, rel=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("p", "v", "peak"), [(4, 1, 4.0), (4, 2, 5.5), (4, 4, 4.75), (8, 2, 11.5), (8, 4, 9.75)]
-)
-def test_peaks_of_the_literature(p: int, v: int, peak: float) -> None:
-    name = "interleaved-1f1b" if v > 1 else "1f1b"
-    assert max(simulate(make(name, p, v, 32)).peak_microbatches) == peak
+@settings(max_examples=50)
+@given(programs, st.data())
+def test_receives_are_in_time_for_any_costs(program: Program, data: st.DataObject) -> None:
+    """`lower` knows no costs. One action ahead is in time while no transfer is longer than that."""
+    costs = data.draw(costs_for(len(stage_ranks(program))))
+    before, after = simulate(program, costs), simulate(lower(program), costs)
+    shortest = min(span.duration for row in before.spans for span in row)
+    assert after.makespan >= before.makespan
+    if costs.latency <= shortest:
+        assert after.makespan == before.makespan
 
 
 def test_activations_live_until_their_weight_gradient() -> None:
@@ -50,6 +58,20 @@ def test_activations_live_until_their_weight_gradient() -> None:
     late = split_backwards(make("1f1b", 4, 1, 8), delay=2)
     assert simulate(at_once).peak_live == [4, 3, 2, 1]
     assert simulate(late).peak_live == [6, 5, 4, 3]
+
+
+def test_weight_gradients_wait_from_input_gradient_to_their_own() -> None:
+    assert simulate(make("1f1b", 4, 1, 8)).peak_pending == [0, 0, 0, 0]
+    for delay in (0, 2):
+        late = simulate(split_backwards(make("1f1b", 4, 1, 8), delay))
+        assert late.peak_pending == [delay + 1] * 4
+    assert simulate(parse("0F0 0F1 0I0 0I1 0W1 0W0")).peak_pending == [2]
+
+
+def test_each_rank_has_its_bubble() -> None:
+    """Until the slowest is done: rank 1 works 9 of 15 units, rank 0 works 6."""
+    timeline = simulate(make("gpipe", 2, 1, 1), Costs([2.0, 3.0], [2.0, 3.0], [2.0, 3.0]))
+    assert timeline.bubble_per_rank == [15 / 6 - 1, 15 / 9 - 1]
 
 
 def test_nothing_is_live_beyond_a_forward_without_backwards() -> None:

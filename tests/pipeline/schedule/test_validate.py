@@ -1,16 +1,17 @@
 """Each way in which a program can be wrong is refused with its reason, and no other program is."""
 
+import random
 import re
-from collections import Counter
 
 import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from megapipe.errors import ScheduleError
-from megapipe.pipeline.schedule import Action, Kind, Program, lower, validate
+from megapipe.pipeline.schedule import Action, Kind, Program, lower, simulate, validate
 from megapipe.pipeline.schedule.action import stage_ranks
-from tests.pipeline.programs import make, parse, programs, v_shaped
+from tests.pipeline.programs import B, F, make, parse, programs, v_shaped
+from tests.pipeline.schedule.reference import reference_times
 
 # --- An oracle: carry out the program, sends blocking, channels first in first out --------------
 
@@ -101,18 +102,39 @@ def test_moved_actions_are_refused_exactly_if_the_program_would_not_finish(
 
 
 @given(programs, st.data())
-def test_a_dropped_or_doubled_action_is_named(program: Program, data: st.DataObject) -> None:
+def test_swapped_actions_are_refused_exactly_if_the_program_would_not_finish(
+    program: Program, data: st.DataObject
+) -> None:
+    lowered = lower(program)
+    actions = data.draw(st.sampled_from(lowered))
+    a, b = data.draw(st.lists(st.integers(0, len(actions) - 1), min_size=2, max_size=2))
+    actions[a], actions[b] = actions[b], actions[a]
+    assert refused(lowered) == (not Machine(lowered).finishes())
+
+
+@given(programs, st.data())
+def test_a_doubled_action_is_named(program: Program, data: st.DataObject) -> None:
     lowered = lower(program)
     actions = data.draw(st.sampled_from(lowered))
     index = data.draw(st.integers(0, len(actions) - 1))
-    doubled = [row + [actions[index]] if row is actions else row for row in lowered]
-    with pytest.raises(ScheduleError, match=f"{actions[index]} is done twice"):
-        validate(doubled)
-    action = actions.pop(index)
-    counts = Counter((a.stage, a.kind) for row in lowered for a in row)
-    assume(counts[action.stage, action.kind] > 0)  # else it may be a program of fewer stages
-    assume(action.microbatch < max(a.microbatch for row in lowered for a in row))
-    with pytest.raises(ScheduleError, match=r"is missing|is one too many|no communication"):
+    actions.insert(data.draw(st.integers(index + 1, len(actions))), actions[index])
+    with pytest.raises(
+        ScheduleError, match=f"^{actions[index]} is done twice: as action {index} of"
+    ):
+        validate(lowered)
+
+
+@given(programs, st.data())
+def test_a_dropped_action_is_named(program: Program, data: st.DataObject) -> None:
+    """Whichever it is, except where what is left is a program of another kind: of fewer
+    microbatches, without communication, or without backwards."""
+    lowered = lower(program)
+    actions = data.draw(st.sampled_from(lowered))
+    action = actions.pop(data.draw(st.integers(0, len(actions) - 1)))
+    left = [a for row in lowered for a in row]
+    assume(any(a.kind is action.kind and a.stage == action.stage for a in left))
+    assume(any(a.microbatch >= action.microbatch for a in left))
+    with pytest.raises(ScheduleError, match=rf"^{action} is missing: rank \d+ must do it"):
         validate(lowered)
 
 
@@ -215,3 +237,84 @@ def test_validation_changes_nothing(program: Program) -> None:
 def test_time_grows_with_the_number_of_actions() -> None:
     """32 x 256 is 49,000 actions: a scan over all of them for each would take minutes."""
     validate(lower(make("1f1b", 32, 1, 256)))
+
+
+# --- Cycles and memory ---------------------------------------------------------------------------
+
+WAITS = re.compile(
+    r"  rank (\d+) waits in (\w+) \(action (\d+)\) for (\w+) \(action (\d+) of rank (\d+)\)"
+)
+
+
+def drawn_rank_by_rank(seed: int, placement: list[int], microbatches: int) -> Program:
+    """Orders in which each rank is right by itself: what it computes itself comes in time. What
+    comes from others may close a cycle."""
+    draw = random.Random(seed)
+    program: Program = [[] for _ in range(max(placement) + 1)]
+    last = len(placement) - 1
+    todo = [
+        Action(s, kind, m) for s in range(last + 1) for kind in (F, B) for m in range(microbatches)
+    ]
+    while todo:
+        action = todo.pop(draw.randrange(len(todo)))
+        stage, kind, microbatch, _ = action
+        own = program[placement[stage]]
+        needs = [Action(stage - 1, F, microbatch)] if kind is F else [Action(stage, F, microbatch)]
+        if kind is B and stage < last:
+            needs.append(Action(stage + 1, B, microbatch))
+        here = [n for n in needs if n.stage >= 0 and placement[n.stage] == placement[stage]]
+        (own if all(need in own for need in here) else todo).append(action)
+    return program
+
+
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([[0, 1], [0, 1, 2], [0, 1, 0, 1], [0, 1, 1, 0], [0, 1, 2, 2, 1, 0]]),
+    st.integers(1, 3),
+)
+def test_a_program_is_refused_for_a_cycle_exactly_if_it_has_one(
+    seed: int, placement: list[int], microbatches: int
+) -> None:
+    """In the message each rank waits for what the next has not come to, the last for the first."""
+    program = drawn_rank_by_rank(seed, placement, microbatches)
+    if reference_times(program, lambda action: 1.0, 0.0) is not None:
+        validate(lower(program))
+        return
+    with pytest.raises(ScheduleError) as caught:
+        lower(program)
+    first, *lines = str(caught.value).splitlines()
+    assert first == "the program deadlocks:"
+    cycle = [match.groups() for match in map(WAITS.fullmatch, lines) if match is not None]
+    assert len(cycle) == len(lines) >= 2
+    stands = {rank: int(index) for rank, _, index, *_ in cycle}
+    for waits, following in zip(cycle, cycle[1:] + cycle[:1], strict=True):
+        rank, action, index, need, needed_index, other = waits
+        assert str(program[int(rank)][int(index)]) == action
+        assert str(program[int(other)][int(needed_index)]) == need
+        assert other == following[0]
+        assert int(needed_index) >= stands[other]
+
+
+@given(programs)
+def test_the_memory_bound_is_exact(program: Program) -> None:
+    lowered = lower(program)
+    peaks = simulate(lowered).peak_live
+    validate(lowered, max_live=max(peaks))
+    too_much = rf"makes {max(peaks)} activations live on the rank, .*; {max(peaks) - 1} are allowed"
+    with pytest.raises(ScheduleError, match=too_much) as caught:
+        validate(lowered, max_live=max(peaks) - 1)
+    match = re.match(r"(\w+) \(action (\d+) of rank (\d+)\)", str(caught.value))
+    assert match is not None
+    action, index, rank = match.groups()
+    row = lowered[int(rank)]
+    assert str(row[int(index)]) == action
+    assert peaks[int(rank)] == max(peaks)
+    forwards = sum(a.kind is Kind.FORWARD for a in row[: int(index) + 1])
+    assert forwards >= max(peaks)
+
+
+def test_a_bound_between_two_numbers() -> None:
+    lowered = lower(make("1f1b", 4, 1, 8))
+    validate(lowered, max_live=4.5)
+    with pytest.raises(ScheduleError, match=r"^0F3 .* of rank 0\) makes 4 .*; 3\.5 are allowed"):
+        validate(lowered, max_live=3.5)

@@ -10,7 +10,7 @@ from megapipe.pipeline.schedule.definition import Schedule
 
 
 def find_schedules() -> dict[str, Schedule]:
-    """All schedules by name, those with less bubble later."""
+    """All schedules by name, in alphabetical order."""
     modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
     schedules: list[Schedule] = [module.SCHEDULE for module in modules]
     return {schedule.name: schedule for schedule in sorted(schedules, key=lambda s: s.name)}

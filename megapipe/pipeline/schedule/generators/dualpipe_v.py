@@ -11,7 +11,8 @@ F, B, I, W = Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEI
 
 
 def dualpipe_v(pipeline: int, virtual: int, microbatches: int) -> Program:
-    """Bubble (p - 1) / (6 m) where F, I and W take equally long, with p + 1/2 microbatches live."""
+    """Bubble (p - 1) / (6 m) where F, I and W take equally long and pairs run one after the other,
+    with p + 1/2 microbatches live on every rank."""
     return [_rank(rank, pipeline, microbatches) for rank in range(pipeline)]
 
 

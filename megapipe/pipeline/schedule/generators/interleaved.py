@@ -8,7 +8,11 @@ from megapipe.pipeline.schedule.generators.one_f_one_b import alternate
 
 
 def interleaved(pipeline: int, virtual: int, microbatches: int) -> Program:
-    """Bubble (p - 1) / (v m) when p divides m.
+    """Bubble (p - 1) / (v m) for m >= p; each of the p - m microbatches that are missing below that
+    adds (v - 1) / (v m).
+
+    Rank r holds 2 (p - r - 1) + (v - 1) g + 1 chunks, or all v m if those are fewer, where g is the
+    size of the first group: p when p divides m, which makes p + (p - 1) / v microbatches on rank 0.
 
     Microbatches go through the chunks in groups of p: the group through chunk 0, through chunk 1,
     and so on. Where p does not divide m, groups are larger than p, as few by as little as can be:

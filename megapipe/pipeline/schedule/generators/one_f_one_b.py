@@ -5,7 +5,7 @@ from megapipe.pipeline.schedule.definition import Schedule
 
 
 def one_f_one_b(pipeline: int, virtual: int, microbatches: int) -> Program:
-    """Bubble (p - 1) / m, with at most p - rank microbatches live."""
+    """Bubble (p - 1) / m, with min(m, p - rank) microbatches live."""
     program = []
     for rank in range(pipeline):
         forwards = [Action(rank, Kind.FORWARD, m) for m in range(microbatches)]

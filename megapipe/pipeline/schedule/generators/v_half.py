@@ -8,7 +8,11 @@ from megapipe.pipeline.schedule.placement import v_shaped
 
 
 def v_half(pipeline: int, virtual: int, microbatches: int) -> Program:
-    """p / 2 + 1 microbatches live (p even; (p + 1) / 2 odd), where 1F1B has p."""
+    """At most p / 2 + 1 microbatches live (p even; (p + 1) / 2 odd), where 1F1B has p.
+
+    Bubble (p - 1) / (2 m) where F, I and W take equally long and m > p / 2, half of 1F1B's; when p
+    is odd and more than 1, 1 / (6 m) less; for few microbatches (4 p - 2 m - 3) / (6 m).
+    """
     gap = 3 if pipeline % 2 == 0 else 0  # keeps the four streams from wanting the same time
     block = BuildingBlock(
         forward_out=lambda rank: 2 * rank,

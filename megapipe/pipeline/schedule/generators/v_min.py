@@ -8,7 +8,11 @@ from megapipe.pipeline.schedule.placement import v_shaped
 
 
 def v_min(pipeline: int, virtual: int, microbatches: int) -> Program:
-    """(p + 2) / 3 microbatches live, rounded up, where 1F1B has p."""
+    """At most (p + 2) / 3 microbatches live, rounded up, where 1F1B has p.
+
+    Bubble (4 p - 5) / (6 m) where F, I and W take equally long and p > 1, two thirds of 1F1B's;
+    when 3 divides p and m > p / 3, 1 / (3 m) more.
+    """
     gap = 2 if pipeline % 3 == 0 else 0  # keeps the four streams from wanting the same time
     block = BuildingBlock(
         forward_out=lambda rank: rank,

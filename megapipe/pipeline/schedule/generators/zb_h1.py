@@ -12,7 +12,8 @@ from megapipe.pipeline.schedule.generators.one_f_one_b import one_f_one_b
 
 
 def zb_h1(pipeline: int, virtual: int, microbatches: int) -> Program:
-    """Bubble (p - 1) / (3 m) where F, I and W take equally long, with p microbatches live.
+    """Bubble (p - 1) / (3 m) where F, I and W take equally long and m >= p, with p microbatches
+    live on every rank; each microbatch that is missing below p adds 1 / (3 m).
 
     1F1B has p - rank live; rank r may keep r more whose weight gradient is still to come.
     """

@@ -8,10 +8,12 @@ from megapipe.pipeline.schedule.generators.zb_h1 import defer_weight_grads
 
 
 def zb_h2(pipeline: int, virtual: int, microbatches: int) -> Program:
-    """2 p - 1 microbatches live, and no bubble within a rank where F, I and W take equally long.
+    """2 p - 1 microbatches live on every rank, and no bubble within a rank where F, I and W take
+    equally long and m >= 2 p - 1.
 
     Rank r begins and ends r forwards later than rank 0, so a step that waits for all ranks (as
-    clipping by the global norm does) takes as long as with ZB-H1: (p - 1) / (3 m) over the ideal.
+    clipping by the global norm does) takes as long as with ZB-H1: (p - 1) / (3 m) over the ideal
+    for m >= 2 p - 2, and below that (2 (p - 1) - m // 2) / (3 m).
     What the memory buys is slack against unequal stages and slow links.
     """
     program = []

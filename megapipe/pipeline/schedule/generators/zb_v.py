@@ -10,8 +10,8 @@ F, I, W = Kind.FORWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT  # noqa: E741
 
 
 def zb_v(pipeline: int, virtual: int, microbatches: int) -> Program:
-    """Bubble (p - 1) / (6 m) where F, I and W take equally long and m >= 2 p, with p microbatches
-    live."""
+    """Bubble (p - 1) / (6 m) where F, I and W take equally long and m >= (3 p - 1) / 2; with fewer
+    microbatches (2 p - m - 1) / (3 m). min(m, p) microbatches live."""
     # The pattern needs 2 p - 1 microbatches to get into its stride: those beyond are left out.
     count = max(microbatches, 2 * pipeline - 1)
     return [

@@ -1,0 +1,175 @@
+"""Programs of a config: by name, or from a file.
+
+Refusals are seen as a user sees them: one message, from the dry run of the command line.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from megapipe.config import Config, check_layout
+from megapipe.config.load import load_config
+from megapipe.models.presets import PRESETS
+from megapipe.pipeline.program import stage_placement, training_program
+from megapipe.pipeline.schedule import SCHEDULES, Program, build_program, lower, to_csv
+from megapipe.pipeline.schedule.action import stage_ranks
+from megapipe.tools.cli import main
+from tests.config.examples import write
+from tests.pipeline.programs import make
+
+FROM_FILE = ("--parallel.schedule=csv", "--parallel.schedule_file=program.csv")
+MICROBATCHES = 8  # of the example config: 16 sequences in microbatches of 2
+
+
+def load(folder: Path, *overrides: str) -> Config:
+    config = load_config(write(folder), list(overrides), PRESETS)
+    return check_layout(config, config.parallel.tensor * config.parallel.pipeline)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_by_name_and_from_its_file_it_is_the_same(folder: Path, name: str) -> None:
+    virtual = SCHEDULES[name].chunks[0]
+    shape = ("--parallel.pipeline=4", f"--parallel.virtual={virtual}")
+    named = load(folder, *shape, f"--parallel.schedule={name}")
+    program = build_program(name, pipeline=4, virtual=virtual, microbatches=MICROBATCHES)
+    assert training_program(named) == program
+    for text in (to_csv(program), to_csv(lower(program)), "\ufeff" + to_csv(program)):
+        (folder / "program.csv").write_text(text, encoding="utf-8")
+        filed = load(folder, *shape, *FROM_FILE)
+        assert lower(training_program(filed)) == lower(program)
+        assert stage_placement(filed) == stage_placement(named)
+        assert stage_ranks(program) == dict(enumerate(stage_placement(named)))
+
+
+# --- Refusals ------------------------------------------------------------------------------------
+
+
+def refused(capsys: pytest.CaptureFixture[str], *overrides: str) -> str:
+    """The one message of a dry run that ends with status 1."""
+    assert main(["train", "run.toml", "--dry-run", *overrides]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("megapipe: ")
+    assert shown.err.count("megapipe: ") == 1
+    return shown.err.removeprefix("megapipe: ").rstrip("\n")
+
+
+def edited(program: Program, was: str, now: str) -> str:
+    """The program's text with one action replaced."""
+    before, found, after = to_csv(program).partition(was)
+    assert found
+    return before + now + after
+
+
+GOOD = make("1f1b", 2, 1, MICROBATCHES)
+REFUSALS = {
+    "a missing action": (
+        edited(GOOD, "0B3,", ""),
+        "program.csv: 0B3 is missing: rank 0 must do it, as every stage computes each of 8 "
+        "microbatches",
+    ),
+    "an action that is there twice": (
+        edited(GOOD, "1F4,", "1F4,1F4,"),
+        "program.csv: 1F4 is done twice: as action 8 of rank 1 and as action 9 of rank 1",
+    ),
+    "a weight gradient too many": (
+        edited(GOOD, "1B2,", "1B2,1I2,1W2,"),
+        "program.csv: 1B2 (action 5 of rank 1) is one too many: the stage has the input gradient "
+        "and the weight gradient of this microbatch apart",
+    ),
+    "a cycle": (
+        edited(GOOD, "0F0,0F1,0B0", "0F0,0B0,0F1").replace("1B0,1F1", "1F1,1B0"),
+        "program.csv: the program deadlocks:\n"
+        "  rank 0 waits in 0B0 (action 1) for 1B0 (action 2 of rank 1)\n"
+        "  rank 1 waits in 1F1 (action 1) for 0F1 (action 2 of rank 0)",
+    ),
+    "an order that a rank can't have": (
+        edited(GOOD, "1F0,1B0", "1B0,1F0"),
+        "program.csv: 1B0 (action 0 of rank 1) needs 1F0, which comes later on the same rank, as "
+        "action 1",
+    ),
+    "too few ranks": (
+        to_csv(make("gpipe", 1, 1, MICROBATCHES)),
+        "program.csv: the program has 1 ranks (lines), and parallel.pipeline = 2: make them equal",
+    ),
+    "too many ranks": (
+        to_csv(make("gpipe", 3, 1, MICROBATCHES)),
+        "program.csv: the program has 3 ranks (lines), and parallel.pipeline = 2: make them equal",
+    ),
+    "too many stages": (
+        to_csv(make("zb-v", 2, 2, MICROBATCHES)),
+        "program.csv: the program has 4 stages, and parallel.pipeline * parallel.virtual = 2: "
+        "make them equal",
+    ),
+    "a stage on two ranks": (
+        edited(GOOD, "1F0", "1F0,0F0"),
+        "program.csv: stage 0 is computed on rank 0 and, by 0F0, on rank 1",
+    ),
+    "a stage that no rank has": (
+        to_csv(GOOD).replace("1F", "2F").replace("1B", "2B"),
+        "program.csv: no rank computes stages [1]",
+    ),
+    "too few microbatches": (
+        to_csv(make("1f1b", 2, 1, 4)),
+        "program.csv: the program has 4 microbatches, and the config has 8 "
+        "(train.global_batch_size / (train.micro_batch_size * parallel.data)): make them equal",
+    ),
+    "no backward": (
+        to_csv(make("forward", 2, 1, MICROBATCHES)),
+        "program.csv: the program has no backward: nothing would be trained",
+    ),
+    "no action": (
+        "0F0,what\n1F0\n",
+        "program.csv: 'what' is not an action: expected, say, 2F0 or 1SEND_B3",
+    ),
+    "nothing": (
+        "\n",
+        "program.csv: the program has 0 ranks (lines), and parallel.pipeline = 2: make them equal",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_file_that_is_no_program_of_the_config(
+    folder: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    text, message = REFUSALS[case]
+    write(folder)
+    (folder / "program.csv").write_text(text, encoding="utf-8")
+    assert refused(capsys, *FROM_FILE) == message
+
+
+def test_a_file_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(folder)
+    assert "program.csv can't be read as a program" in refused(capsys, *FROM_FILE)
+    (folder / "program.csv").write_bytes(b"\xff\xfe0F0")
+    assert "program.csv can't be read as a program" in refused(capsys, *FROM_FILE)
+
+
+def test_stages_that_are_not_neighbours(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ranks 0 1 2 3 in the order 0 2 1 3."""
+    program = make("gpipe", 4, 1, MICROBATCHES)
+    program[1], program[2] = program[2], program[1]
+    write(folder)
+    (folder / "program.csv").write_text(to_csv(program), encoding="utf-8")
+    said = refused(capsys, *FROM_FILE, "--parallel.pipeline=4")
+    assert said.startswith("program.csv: stages 0 and 1 lie on ranks 0 and 2, which are not ")
+
+
+def test_more_microbatches_needed_than_there_are(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(folder)
+    words = ("--parallel.schedule=dualpipe-v", "--parallel.virtual=2", "--parallel.pipeline=2")
+    said = refused(capsys, *words, "--train.global_batch_size=6")
+    assert said == (
+        'parallel.schedule = "dualpipe-v" needs 4 microbatches or more in a pipeline of 2; there '
+        "are 3. Raise train.global_batch_size to at least 4 * train.micro_batch_size * "
+        "parallel.data, lower train.micro_batch_size, or take another schedule."
+    )
