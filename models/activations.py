@@ -85,15 +85,3 @@ def peak_bytes(timeline: Timeline, stages: Sequence[int]) -> list[int]:
                 live -= stages[action.stage]
         peaks.append(peak)
     return peaks
-
-
-def peak_pending(timeline: Timeline) -> list[int]:
-    """For each rank the most weight gradients that wait at a time, in chunks of a microbatch."""
-    peaks = []
-    for spans in timeline.spans:
-        pending = peak = 0
-        for action, _, _ in spans:
-            pending += (action.kind is Kind.BACKWARD_INPUT) - (action.kind is Kind.BACKWARD_WEIGHT)
-            peak = max(peak, pending)
-        peaks.append(peak)
-    return peaks

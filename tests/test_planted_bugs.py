@@ -13,6 +13,7 @@ from megapipe.config import Config
 from megapipe.mesh import Mesh, build_mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.models.build import build_stages
+from megapipe.pipeline.program import microbatches
 from megapipe.tensor_parallel.parameter import sharded_parameters
 from megapipe.train.engine import Engine
 from megapipe.train.proof import Difference, Verdict, prove, synthetic_tokens
@@ -98,7 +99,7 @@ def _scaled_gradients(config: Config) -> Difference | None:
         scale(self, result)  # type: ignore[arg-type]
         if self.mesh.world_size > 1:
             for buffer in self.buffers:
-                buffer.gradients.mul_(self.microbatches)
+                buffer.gradients.mul_(microbatches(self.config))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "_scale_gradients", wrong)

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from megapipe.config import Config, check_layout
 from megapipe.errors import ConfigError, ScheduleError
-from megapipe.models.activations import boundary_bytes, peak_bytes, peak_pending, stage_bytes
+from megapipe.models.activations import boundary_bytes, peak_bytes, stage_bytes
 from megapipe.models.partition import stages
 from megapipe.models.stage_costs import Work, equal_costs, stage_costs
 from megapipe.pipeline.picture import Panel, draw, save
@@ -142,7 +142,7 @@ def make_plan(config: Config, work: tuple[float, float, float] | None) -> Plan:
         timeline=timeline,
         live=timeline.peak_microbatches,
         live_bytes=peak_bytes(timeline, [stage_bytes(config, stage) for stage in stages(config)]),
-        late=[count / parallel.virtual for count in peak_pending(timeline)],
+        late=[count / parallel.virtual for count in timeline.peak_pending],
         sent=[count * microbatches(config) for count in sent],
         tensor_bytes=boundary_bytes(config),
     )

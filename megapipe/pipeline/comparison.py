@@ -31,7 +31,7 @@ from megapipe.pipeline.schedule import (
     compute_only,
     simulate,
 )
-from megapipe.pipeline.schedule.dependencies import Dependencies, completion_order
+from megapipe.pipeline.schedule.dependencies import Numbered, completion_order, find_needs
 
 SLOWEST = 2
 """Ranks whose uneven actions have a row of their own."""
@@ -145,7 +145,7 @@ def compare(reality: Reality) -> Comparison:
     program = compute_only(reality.program)
     replay = _Replay(program)
     medians = median_times(span for spans in real.spans for span in spans)
-    stages = len(replay.dependencies.ranks)
+    stages = replay.stages
     costs = measured_costs(medians, stages)
     plan = simulate(program, costs)
     equal = simulate(program, equal_costs(medians, stages))
@@ -170,8 +170,14 @@ class _Replay:
     """Simulates one program again and again, with times of its own for each action."""
 
     def __init__(self, program: Program) -> None:
-        self.dependencies = Dependencies(program)
-        self._order = list(completion_order(program, self.dependencies.of))
+        numbered = Numbered(program)
+        needs = find_needs(numbered)
+        actions, rank_of = numbered.actions, numbered.rank_of
+        self.stages = len(numbered.ranks)
+        self._order = [
+            (rank_of[number], actions[number], [actions[need] for need in needs[number]])
+            for number in completion_order(numbered, needs)
+        ]
         self._ranks = len(program)
 
     def makespan(

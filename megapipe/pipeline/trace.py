@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from megapipe.pipeline.schedule import Action, Kind, Span, Timeline
-from megapipe.pipeline.schedule.dependencies import Dependencies
+from megapipe.pipeline.schedule.dependencies import Numbered, find_needs
 
 PLAN, REALITY = 1, 2
 """Process numbers of the trace."""
@@ -57,8 +57,9 @@ def _slices(
     process: int, timeline: Timeline, start: float, extra: dict[str, object]
 ) -> Iterator[Event]:
     spans = {s.action: (rank, s) for rank, row in enumerate(timeline.spans) for s in row}
-    dependencies = Dependencies([[span.action for span in row] for row in timeline.spans])
-    for action, (rank, span) in spans.items():
+    program = Numbered([[span.action for span in row] for row in timeline.spans])
+    needs = find_needs(program)  # from other ranks
+    for number, (action, (rank, span)) in enumerate(spans.items()):
         yield {
             "ph": "X",
             "name": str(action),
@@ -69,9 +70,8 @@ def _slices(
             "dur": _us(span.duration),
             "args": {"stage": action.stage, "microbatch": action.microbatch, **extra},
         }
-        for need in dependencies.of(action):
-            if dependencies.crosses(need, action):
-                yield from _arrow(process, need, spans[need], action, (rank, span), start, extra)
+        for need in (program.actions[source] for source in needs[number]):
+            yield from _arrow(process, need, spans[need], action, (rank, span), start, extra)
 
 
 def _arrow(

@@ -9,7 +9,7 @@ from torch import Tensor
 from megapipe.config import Config, load_config
 from megapipe.mesh import Mesh
 from megapipe.microbatch import MicroBatch
-from megapipe.models.activations import boundary_bytes, peak_bytes, peak_pending, stage_bytes
+from megapipe.models.activations import boundary_bytes, peak_bytes, stage_bytes
 from megapipe.models.build import build_stages
 from megapipe.models.partition import stages
 from megapipe.models.presets import PRESETS
@@ -83,7 +83,7 @@ def test_what_tensor_ranks_share(tmp_path: Path) -> None:
 def test_peaks() -> None:
     timeline = simulate(from_csv("0F0,0F1,1F0,1I0,1F1,1W0,0I0,1B1,0B1,0W0\n"))
     assert peak_bytes(timeline, [10, 3]) == [26]
-    assert peak_pending(timeline) == [1]
+    assert timeline.peak_pending == [1]
     for name, virtual in (("1f1b", 1), ("zb-h2", 1), ("zb-v", 2), ("dualpipe-v", 2)):
         program = build_program(name, pipeline=4, virtual=virtual, microbatches=9)
         timeline = simulate(program)

@@ -16,7 +16,7 @@ from megapipe.pipeline.comparison import (
 )
 from megapipe.pipeline.recording import Moment, Run
 from megapipe.pipeline.schedule import Action, Costs, Kind, Program, build_program, lower, simulate
-from megapipe.pipeline.schedule.dependencies import Dependencies, completion_order
+from megapipe.pipeline.schedule.dependencies import Numbered, completion_order, find_needs
 
 
 def act(
@@ -29,12 +29,15 @@ def act(
 ) -> Reality:
     """What ranks would record whose actions take as long as `work` says: `between` passes before
     each compute action, a tensor is under way for `travel`."""
-    dependencies = Dependencies(program)
+    numbered = Numbered(program)
+    needs = find_needs(numbered)
     entries = entered or [0.0] * len(program)
     free = list(entries)
     ends: dict[Action, float] = {}
     moments: list[list[Moment]] = [[] for _ in program]
-    for rank, action, needed in completion_order(program, dependencies.of):
+    for number in completion_order(numbered, needs):
+        rank, action = numbered.rank_of[number], numbered.actions[number]
+        needed = [numbered.actions[need] for need in needs[number]]
         began = free[rank] + (between if action.kind.computes else 0.0)
         arrivals = [ends[n] + (travel if n.kind.sends else 0.0) for n in needed]
         ready = max([began, *arrivals]) if action.kind.computes else began
