@@ -167,15 +167,15 @@ def print_table(rows: Sequence[Row], contenders: Sequence[str]) -> None:
     from rich.table import Table
 
     table = Table(title="overhead: ms per action beyond the simulation with the measured times")
-    for name in ("p", "unit", "schedule", "v", "m", "simulated\nbubble"):
+    for name in ("p", "unit\nms", "schedule", "v", "m", "bubble\nsimulated"):
         table.add_column(name, no_wrap=True)
-    for what in ("\nbubble", "\noverhead"):
+    for what in ("bubble", "overhead"):
         for name in contenders:
-            table.add_column(f"{name}{what}", justify="right")
+            table.add_column(f"{what}\n{name}", justify="right", no_wrap=True)
     if len(contenders) > 1:
-        table.add_column("ratio", justify="right")
+        table.add_column("\nratio", justify="right", no_wrap=True)
     for name in contenders:
-        table.add_column(f"{name}\nstep, ms: min, median, max", justify="right", no_wrap=True)
+        table.add_column(f"step: min med max\n{name}", justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*_cells(row, len(contenders) > 1))
     Console(width=150).print(table)

@@ -128,16 +128,16 @@ def _step(runner: Runner, unit: float) -> dict[str, Any]:
 
 
 def _took(runner: Runner) -> list[float]:
-    """Seconds of each action within its stage. What was done must be what the contender says that
-    its program is, all of it, in that order: it is what will be simulated."""
+    """Seconds of each action within its stage, from its first part to the end of its last. What was
+    done must be what the contender says that its program is, all of it, in that order: it is what
+    will be simulated."""
     took, latest = [], 0.0
     for action in runner.actions:
         spans = runner.stages[action.stage].spans
-        spans_of_action = [spans.pop((part, action.microbatch)) for part in runner.parts(action)]
-        for begin, end in sorted(spans_of_action):
-            assert begin >= latest, f"{action} was done before the action before it"
-            latest = end
-        took.append(sum(end - begin for begin, end in spans_of_action))
+        done = sorted(spans.pop((part, action.microbatch)) for part in runner.parts(action))
+        assert not done or done[0][0] >= latest, f"{action} was done before the action before it"
+        took.append(done[-1][1] - done[0][0] if done else 0.0)
+        latest = done[-1][1] if done else latest
     left = {number: list(stage.spans) for number, stage in runner.stages.items() if stage.spans}
     assert not left, f"done without being in the program: {left}"
     return took

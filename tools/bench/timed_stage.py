@@ -69,22 +69,29 @@ class TimedStage(nn.Module):
     def forward(self, inputs: Tensor | None, batch: MicroBatch | None = None) -> Tensor:
         """The first stage has a table, as embeddings are, so that backward reaches its input too;
         what torch hands it is not used. Only megapipe gives a batch."""
+        begin = perf_counter()
         microbatch = self._forwards
         self._forwards += 1
-        self.spend("F", microbatch)
+        self._spend()
         if self.table is not None:
             inputs = self.table
         output: Tensor = _InputPart.apply(inputs, self, microbatch)
         output = output + _WeightPart.apply(self.weight, self, microbatch)
-        return output.sum() if self.is_last and batch is not None else output
+        if self.is_last and batch is not None:
+            output = output.sum()
+        self.spans["F", microbatch] = (begin, perf_counter())
+        return output
 
     def spend(self, part: str, microbatch: int) -> None:
-        """Take the time of a part, and note when that was."""
+        """Take the time of a backward part, and note when that was."""
         assert (part, microbatch) not in self.spans, (part, microbatch)
         begin = perf_counter()
+        self._spend()
+        self.spans[part, microbatch] = (begin, perf_counter())
+
+    def _spend(self) -> None:
         if self.unit > 0:
             self._work(self.unit)
-        self.spans[part, microbatch] = (begin, perf_counter())
 
 
 class _InputPart(torch.autograd.Function):
