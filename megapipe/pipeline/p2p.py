@@ -31,7 +31,11 @@ Pair = tuple[int, int]
 
 
 class Channel:
-    """This rank's end of a one-way channel: the source only sends, the other only receives."""
+    """This rank's end of a one-way channel: the source only sends, the other only receives.
+
+    The methods of the group are what dist.isend and dist.irecv come to after their checks. These
+    took 3 us of 28 in a loop, but 40 of 200 after 20 ms in which other work had the caches.
+    """
 
     def __init__(self, group: dist.ProcessGroup, peer: int) -> None:
         """`peer` is the global rank of the other end."""
@@ -46,15 +50,12 @@ class Channel:
         """
         while len(self._sending) >= UNDER_WAY:
             self._finish_oldest()
-        work = dist.isend(tensor, group=self._group, group_dst=self._peer, tag=tag)
-        assert work is not None
+        work = self._group.send([tensor], self._peer, tag)
         self._sending.append((work, tensor))
 
     def receive(self, buffer: Tensor, tag: int) -> dist.Work:
         """Post a receive; `wait()` of the result returns when the tensor is in `buffer`."""
-        work = dist.irecv(buffer, group=self._group, group_src=self._peer, tag=tag)
-        assert work is not None
-        return work
+        return self._group.recv([buffer], self._peer, tag)
 
     def finish(self) -> None:
         """Wait until all that was sent has arrived."""
