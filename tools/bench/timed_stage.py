@@ -82,12 +82,14 @@ class TimedStage(nn.Module):
         self.spans["F", microbatch] = (begin, perf_counter())
         return output
 
-    def spend(self, part: str, microbatch: int) -> None:
-        """Take the time of a backward part, and note when that was."""
+    def backward(self, part: str, microbatch: int, gradient: Tensor) -> Tensor:
+        """Do a part, note when that was, and give the gradient on."""
         assert (part, microbatch) not in self.spans, (part, microbatch)
         begin = perf_counter()
+        gradient = gradient.clone()
         self._spend()
         self.spans[part, microbatch] = (begin, perf_counter())
+        return gradient
 
     def _spend(self) -> None:
         if self.unit > 0:
@@ -102,8 +104,7 @@ class _InputPart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.stage.spend("I", ctx.microbatch)
-        return grads[0].clone(), None, None
+        return ctx.stage.backward("I", ctx.microbatch, grads[0]), None, None
 
 
 class _WeightPart(torch.autograd.Function):
@@ -114,6 +115,8 @@ class _WeightPart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        stage, microbatch = ctx.stage, ctx.microbatch
-        stage.weight_grads.push(lambda: stage.spend("W", microbatch))
-        return grads[0].clone(), None, None
+        stage, microbatch, gradient = ctx.stage, ctx.microbatch, grads[0]
+        if not stage.weight_grads.deferred:
+            return stage.backward("W", microbatch, gradient), None, None
+        stage.weight_grads.push(lambda: stage.backward("W", microbatch, gradient))
+        return None, None, None
