@@ -20,6 +20,7 @@ from megapipe.config import Config, load_config
 from megapipe.mesh import build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
+from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.train.proof import Verdict, prove, synthetic_tokens
 from tests.ranks import POOL, run_ranks
 
@@ -60,8 +61,11 @@ class Layout:
     def __str__(self) -> str:
         degrees = {"tp": self.tensor, "pp": self.pipeline, "dp": self.data, "v": self.virtual}
         parts = [f"{name}{degree}" for name, degree in degrees.items() if degree > 1]
-        parts += ["sp"] * self.sequence_parallel + [self.schedule] * (self.schedule == "gpipe")
-        return "-".join(parts + [o.split(".")[-1].split("=")[0] for o in self.overrides]) or "one"
+        named = self.schedule not in ("1f1b", INTERLEAVED)
+        parts += ["sp"] * self.sequence_parallel + [self.schedule] * named
+        return (
+            "-".join(parts + [o.removeprefix("--").split(".")[-1] for o in self.overrides]) or "one"
+        )
 
 
 INTERLEAVED = "interleaved-1f1b"
@@ -121,6 +125,43 @@ def check(config: Config, steps: int = STEPS) -> Verdict:
 SHAPES = ("gpt2", "llama")
 
 
+def schedule_layouts(*pipelines: int) -> list[Layout]:
+    """Every schedule with layers that do not divide over the stages."""
+    layouts = []
+    for pipeline in pipelines:
+        for name, schedule in SCHEDULES.items():
+            virtual = schedule.chunks[0]
+            if pipeline == 8 and name not in ("1f1b", INTERLEAVED, "zb-h1", "zb-v"):
+                continue
+            layers = (f"--model.num_layers={pipeline * virtual + 1}",)
+            layouts.append(
+                Layout(pipeline=pipeline, virtual=virtual, schedule=name, overrides=layers)
+            )
+    return layouts
+
+
+RECOMPUTE = ("--train.recompute=full",)
+COMBINED = [
+    Layout(pipeline=2, schedule="zb-h1", overrides=RECOMPUTE + DROPOUT),
+    Layout(pipeline=2, virtual=2, schedule="zb-v", overrides=(*RECOMPUTE, *DROPOUT, *DOCUMENTS)),
+    Layout(pipeline=2, tensor=2, sequence_parallel=True, schedule="zb-h1"),
+    Layout(
+        pipeline=2,
+        tensor=2,
+        virtual=2,
+        schedule="zb-v",
+        sequence_parallel=True,
+        overrides=(*RECOMPUTE, *DROPOUT),
+    ),
+    Layout(pipeline=2, data=2, virtual=2, schedule="dualpipe-v"),
+    # Microbatches: 3 (fewer than the pattern of ZB-V needs), 5 and 16.
+    Layout(pipeline=2, virtual=2, schedule="zb-v", overrides=("--train.global_batch_size=6",)),
+    Layout(pipeline=4, schedule="zb-h2", overrides=("--train.global_batch_size=10",)),
+    Layout(pipeline=2, virtual=2, schedule="v-half", overrides=("--train.micro_batch_size=1",)),
+]
+"""Schedules together with recompute, dropout, documents, tensor ranks, replicas."""
+
+
 def configured(layout: Layout, shape: str) -> Config:
     if shape == "gpt2" and layout.pipeline == 3:
         layout = Layout(pipeline=3)  # 7 layers, balanced by cost
@@ -133,15 +174,39 @@ def test_layout_equals_one_process(layout: Layout, shape: str) -> None:
     check(configured(layout, shape))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("layout", schedule_layouts(2), ids=str)
+def test_schedule_equals_one_process(layout: Layout, shape: str) -> None:
+    check(layout.config(shape), 2)
+
+
+@pytest.mark.parametrize("layout", schedule_layouts(4), ids=str)
+def test_schedule_on_four_ranks_equals_one_process(layout: Layout) -> None:
+    check(layout.config("gpt2"), 2)
+
+
+@pytest.mark.parametrize("layout", COMBINED, ids=str)
+def test_schedule_combined_equals_one_process(layout: Layout) -> None:
+    check(layout.config("gpt2"), 2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=20)
-    steps = parser.parse_args().steps
+    parser.add_argument("--only", choices=("layouts", "schedules"), help="half of the matrix")
+    options = parser.parse_args()
+    steps = options.steps
     kinds = ("loss", "gradient norm", "gradient", "weight")
     print(f"largest relative errors over {steps} steps:", *kinds, sep="  ")
     for shape in SHAPES:
-        for layout in LAYOUTS:
-            verdict = check(configured(layout, shape), steps)
+        cases = []
+        if options.only != "schedules":
+            cases += [(layout, configured(layout, shape)) for layout in LAYOUTS]
+        if options.only != "layouts":
+            schedules = [*schedule_layouts(2, 4, 8), *COMBINED]
+            cases += [(layout, layout.config(shape)) for layout in schedules]
+        for layout, config in cases:
+            verdict = check(config, steps)
             errors = "  ".join(f"{verdict.worst(kind):.1e}" for kind in kinds)
             print(f"{shape:6} {layout!s:60} {errors}", flush=True)
     POOL.close()
