@@ -1,11 +1,15 @@
 """The figures of `megapipe bench pipeline`: from the ranks' reports to bubble and overhead."""
 
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from megapipe.pipeline.schedule import Action, Costs, Program, build_program, simulate
+from megapipe.pipeline.schedule import Action, Kind, Program, build_program, simulate
+
+INPUT_GRADS = (Kind.BACKWARD, Kind.BACKWARD_INPUT)
+"""What the stage before waits for."""
 
 
 class Cell(NamedTuple):
@@ -73,15 +77,30 @@ class Step(NamedTuple):
         return (self.seconds - self.simulated) / self.actions
 
 
-@dataclass(frozen=True)
-class MeasuredCosts(Costs):
-    """What each single action took. With means instead, a sleep that happened to take long would
-    count as overhead, whoever's program it was in."""
+def replay(program: Program, took: Mapping[Action, float]) -> float:
+    """How long the program takes if each action takes what it took, and all else nothing.
 
-    took: Mapping[Action, float] = field(default_factory=dict)
+    `simulate` has one cost for a stage and kind. With means a sleep that happened to last long
+    would count as overhead, so here each action has its own.
+    """
+    inputs = {(a.stage, a.microbatch): a for row in program for a in row if a.kind in INPUT_GRADS}
+    ends: dict[Action | None, float] = {None: 0.0}
 
-    def of(self, action: Action) -> float:
-        return self.took[action]
+    def need(action: Action) -> Action | None:
+        if action.kind is Kind.FORWARD and action.stage > 0:
+            return action._replace(stage=action.stage - 1)
+        if action.kind in INPUT_GRADS:
+            return inputs.get((action.stage + 1, action.microbatch))
+        return None
+
+    free = [0.0] * len(program)
+    rows = [deque(row) for row in program]
+    while any(rows):
+        for rank, row in enumerate(rows):
+            while row and (needed := need(row[0])) in ends:
+                free[rank] = max(free[rank], ends[needed]) + took[row[0]]
+                ends[row.popleft()] = free[rank]
+    return max(free)
 
 
 def measured(answers: Sequence[dict[str, Any]]) -> Step:
@@ -98,7 +117,7 @@ def measured(answers: Sequence[dict[str, Any]]) -> Step:
     return Step(
         seconds=max(answer["end"] for answer in answers)
         - min(answer["begin"] for answer in answers),
-        simulated=simulate(program, MeasuredCosts(took=took)).makespan,
+        simulated=replay(program, took),
         busy=sum(took.values()) / len(program),
         actions=max(map(len, program)),
         units={kind: fmean(seconds) for kind, seconds in sorted(by_kind.items())},
