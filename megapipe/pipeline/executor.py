@@ -62,12 +62,10 @@ class PipelineExecutor:
         self._trains = any(a.kind.computes and a.kind is not Kind.FORWARD for a in self.program)
 
         numbers = assign_buffers(self.program)
-        pool = [
-            torch.empty(hidden_shape, dtype=dtype, device=device)
-            for _ in range(1 + max(numbers.values(), default=-1))
-        ]
+        count = 1 + max(numbers.values(), default=-1)
+        pool = torch.empty((count, *hidden_shape), dtype=dtype, device=device)
         self._buffers = {receive: pool[number] for receive, number in numbers.items()}
-        self._pool_storages = {buffer.untyped_storage().data_ptr() for buffer in pool}
+        self._pool = range(pool.data_ptr(), pool.data_ptr() + pool.nbytes)
         self._one = torch.ones((), device=device)
         self._hidden = (torch.Size(hidden_shape), dtype)
         self._routes = {
@@ -169,7 +167,7 @@ class PipelineExecutor:
         Where a stage only passes on (a view of) what came, it must leave the receive buffer, which
         may be filled again before the tensor has been sent.
         """
-        if tensor.untyped_storage().data_ptr() in self._pool_storages:
+        if tensor.data_ptr() in self._pool:
             tensor = tensor.clone()
         self._outbox[send] = tensor
 
