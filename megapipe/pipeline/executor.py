@@ -16,7 +16,7 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
 from megapipe.microbatch import MicroBatch
 from megapipe.pipeline.p2p import Channel, Channels
@@ -112,14 +112,15 @@ class PipelineExecutor:
         inputs = None
         if stage > 0:
             arrived = self._arrival(Action(stage, Kind.RECEIVE_FORWARD, microbatch))
-            inputs = arrived.requires_grad_(self._trains)
+            inputs = arrived.detach().requires_grad_(self._trains)
         output: Tensor = self._stages[stage](inputs, self._batches[microbatch])
         if stage == self._last_stage:
             self._losses[microbatch] = output.detach()
         else:
             self._put(Action(stage, Kind.SEND_FORWARD, microbatch), output.detach())
         if self._trains:
-            self._live[stage, microbatch] = (inputs, get_gradient_edge(output))
+            assert output.grad_fn is not None, f"stage {stage} has nothing to train"
+            self._live[stage, microbatch] = (inputs, GradientEdge(output.grad_fn, output.output_nr))
 
     def _backward(self, action: Action) -> None:
         stage, _, microbatch, _ = action
@@ -179,7 +180,7 @@ class PipelineExecutor:
             return self._outbox.pop(receive.counterpart)
         work.wait()
         self._began = perf_counter()
-        return self._buffers[receive].detach()
+        return self._buffers[receive]
 
     def _route(self, action: Action, ranks: dict[int, int]) -> tuple[Channel, int]:
         """The channel of a SEND or RECEIVE, and a tag that is the same at both ends."""
