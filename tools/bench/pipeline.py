@@ -127,20 +127,21 @@ def _units(text: str) -> list[float]:
 def _possible(wanted: Sequence[Cell], schedules: Sequence[str]) -> tuple[list[Cell], list[str]]:
     """The cells that exist, and why others don't. That a schedule can't have some of the chunks is
     how schedules are, and is not worth a word; that it is in no cell is an error."""
-    cells, left_out, last = [], [], dict[str, str]()
+    cells, left_out, why = [], [], dict[str, str]()
     for cell in wanted:
         try:
             cell.program()
         except ScheduleError as error:
-            last[cell.schedule] = str(error)
+            why.setdefault(cell.schedule, str(error))
             fewest, most = SCHEDULES[cell.schedule].chunks
             if fewest <= cell.virtual <= (most or cell.virtual):
                 left_out.append(f"{cell}: {error}")
+                why[cell.schedule] = str(error)
         else:
             cells.append(cell)
     for name in schedules:
         if all(cell.schedule != name for cell in cells):
-            raise UsageError(f"--schedules: nothing is left of {name}: {last[name]}")
+            raise UsageError(f"--schedules: nothing is left of {name}: {why[name]}")
     return cells, left_out
 
 

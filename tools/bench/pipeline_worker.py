@@ -25,7 +25,6 @@ from megapipe.pipeline.schedule import Action, build_program, lower, validate
 from megapipe.pipeline.schedule.action import stage_ranks
 from megapipe.tools.bench.serving import answer, join
 from megapipe.tools.bench.timed_stage import PARTS, TimedStage
-from megapipe.tools.bench.torch_pipeline import TorchRunner
 
 
 class Runner(Protocol):
@@ -108,6 +107,8 @@ def _megapipe(spec: dict[str, Any]) -> Callable[[dict[str, Any]], Runner]:
 
 
 def _torch(spec: dict[str, Any]) -> Callable[[dict[str, Any]], Runner]:
+    from megapipe.tools.bench.torch_pipeline import TorchRunner  # takes 2 s to import
+
     return lambda order: TorchRunner(order, spec)
 
 
