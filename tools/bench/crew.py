@@ -19,11 +19,18 @@ from megapipe.errors import MegapipeError
 class Crew:
     """The processes of one contender; a context manager that ends them.
 
-    `spec` is the JSON that each worker gets (see worker.py), with its rank added.
+    Each runs `module` and gets `spec` as JSON, with its rank and a file for the rendezvous added.
     """
 
-    def __init__(self, name: str, ranks: int, spec: Mapping[str, Any], folder: Path) -> None:
-        self.name, self.ranks = name, ranks
+    def __init__(
+        self,
+        name: str,
+        ranks: int,
+        spec: Mapping[str, Any],
+        folder: Path,
+        module: str = "megapipe.tools.bench.worker",
+    ) -> None:
+        self.name, self.ranks, self._module = name, ranks, module
         self._logs = [folder / f"{name}-{rank}.log" for rank in range(ranks)]
         self._workers = [
             self._start(dict(spec) | {"rank": rank, "store": str(folder / f"{name}.store")})
@@ -33,7 +40,7 @@ class Crew:
     def _start(self, spec: dict[str, Any]) -> subprocess.Popen[str]:
         with self._logs[spec["rank"]].open("w") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "megapipe.tools.bench.worker", json.dumps(spec)],
+                [sys.executable, "-m", self._module, json.dumps(spec)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -48,12 +55,17 @@ class Crew:
     def step(self) -> tuple[float, list[dict[str, Any]]]:
         """One step on all ranks: its seconds, and each rank's report."""
         began = time.perf_counter()
+        answers = self.order({})
+        return time.perf_counter() - began, answers
+
+    def order(self, what: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Have all ranks do what their worker understands by this; each rank's report."""
+        line = json.dumps(what) + "\n"
         for worker in self._workers:
             assert worker.stdin is not None
-            worker.stdin.write("step\n")
+            worker.stdin.write(line)
             worker.stdin.flush()
-        answers = self._answers()
-        return time.perf_counter() - began, answers
+        return self._answers()
 
     def _answers(self) -> list[dict[str, Any]]:
         answers = []
@@ -61,10 +73,9 @@ class Crew:
             assert worker.stdout is not None
             line = worker.stdout.readline()
             if not line:
-                said = self._logs[rank].read_text().strip().splitlines()
-                raise MegapipeError(
-                    f"bench: rank {rank} of {self.name} ended: {said[-1] if said else 'no message'}"
-                )
+                said = self._logs[rank].read_text().replace(f"[rank{rank}]:", "").split("\n")
+                last = next(filter(None, map(str.strip, reversed(said))), "no message")
+                raise MegapipeError(f"bench: rank {rank} of {self.name} ended: {last}")
             answers.append(json.loads(line))
         return answers
 

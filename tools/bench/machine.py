@@ -1,13 +1,16 @@
 """What has to be known of a machine to read a figure that was measured on it."""
 
+import json
 import os
 import platform
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from megapipe import __version__
+from megapipe.errors import MegapipeError
 
 PACKAGES = ("torch", "triton", "transformers")
 
@@ -23,6 +26,24 @@ def describe_machine() -> dict[str, object]:
         "commit": commit(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def write_json(options: Any, bench: str, **figures: object) -> None:
+    """Write the figures of a bench with machine and options to the file that `--json` names, if it
+    was given. Raises MegapipeError where that file can't be written."""
+    if options.json is None:
+        return
+    content = {
+        "bench": bench,
+        **describe_machine(),
+        "options": {name: value for name, value in vars(options).items() if name != "json"},
+        **figures,
+    }
+    try:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise MegapipeError(f"--json {options.json} can't be written: {error.strerror}.") from error
 
 
 def processor() -> str:

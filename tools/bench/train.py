@@ -4,7 +4,6 @@ Every contender is a set of processes with one thread per rank; they take steps 
 each repeat compares all of them under the same conditions.
 """
 
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,11 +24,10 @@ from megapipe.config import (
     TrainConfig,
     dump_config,
 )
-from megapipe.errors import MegapipeError
 from megapipe.models.presets import PRESETS
 from megapipe.tools.arguments import Parser, UsageError
 from megapipe.tools.bench.crew import Crew
-from megapipe.tools.bench.machine import describe_machine
+from megapipe.tools.bench.machine import write_json
 
 LAYOUTS: dict[str, ParallelConfig] = {
     "1 process": ParallelConfig(data=1),
@@ -82,8 +80,7 @@ def run(argv: Sequence[str]) -> int:
     results = _measure(options)
     tokens = options.microbatches * options.micro_batch_size * options.sequence_length
     _print_table(results, tokens)
-    if options.json is not None:
-        _write(options, results, tokens)
+    _write(options, results, tokens)
     return 0
 
 
@@ -174,12 +171,11 @@ def _print_table(results: Sequence[Result], tokens: int) -> None:
 
 
 def _write(options: Any, results: Sequence[Result], tokens: int) -> None:
-    content = {
-        "bench": "train",
-        **describe_machine(),
-        "options": {name: value for name, value in vars(options).items() if name != "json"},
-        "tokens_per_step": tokens,
-        "results": [
+    write_json(
+        options,
+        "train",
+        tokens_per_step=tokens,
+        results=[
             {
                 "contender": result.contender,
                 "layout": result.layout,
@@ -191,9 +187,4 @@ def _write(options: Any, results: Sequence[Result], tokens: int) -> None:
             }
             for result in results
         ],
-    }
-    try:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise MegapipeError(f"--json {options.json} can't be written: {error.strerror}.") from error
+    )

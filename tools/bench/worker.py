@@ -8,17 +8,16 @@ JSON when it is ready and after each step.
 import json
 import sys
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megapipe.config import Config, parse_config
 from megapipe.mesh import build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.parameters import parameter_count
+from megapipe.tools.bench.serving import answer, join
 from megapipe.train.engine import Engine
 from megapipe.train.proof import synthetic_tokens
 
@@ -32,14 +31,10 @@ def main(spec: dict[str, Any]) -> None:
     config = parse_config(spec["config"])
     make = {"megapipe": _megapipe, "transformers": _transformers}[spec["contender"]]
     step = make(config, spec)
-    _answer(ready=True)
+    answer(ready=True)
     for number, _ in enumerate(sys.stdin):
         loss = step(number)
-        _answer(loss=loss, peak_bytes=peak_memory())
-
-
-def _answer(**fields: object) -> None:
-    print(json.dumps(fields), flush=True)
+        answer(loss=loss, peak_bytes=peak_memory())
 
 
 def peak_memory() -> int:
@@ -52,15 +47,7 @@ def peak_memory() -> int:
 def _megapipe(config: Config, spec: dict[str, Any]) -> Step:
     parallel = config.parallel
     assert parallel.data is not None
-    ranks = parallel.pipeline * parallel.data * parallel.tensor
-    if ranks > 1:
-        dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(spec["store"], ranks),
-            rank=spec["rank"],
-            world_size=ranks,
-            timeout=timedelta(minutes=5),
-        )
+    join(spec, parallel.pipeline * parallel.data * parallel.tensor)
     mesh = build_mesh(
         pipeline=parallel.pipeline,
         data=parallel.data,
