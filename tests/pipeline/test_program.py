@@ -149,7 +149,7 @@ def test_a_file_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[st
     write(folder)
     assert "program.csv: it can't be read as a program" in refused(capsys, *FROM_FILE)
     (folder / "program.csv").write_bytes(b"\xff\xfe0F0")
-    assert "program.csv can't be read as a program" in refused(capsys, *FROM_FILE)
+    assert "program.csv: it can't be read as a program" in refused(capsys, *FROM_FILE)
 
 
 def test_stages_that_are_not_neighbours(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

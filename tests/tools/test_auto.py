@@ -49,7 +49,7 @@ def test_a_dry_run_searches_with_estimates(tmp_path: Path) -> None:
     shown = dry_run(config, "run.toml")
     assert "Schedule: auto, 4 stages, 8 microbatches" in shown
     (program,) = [line for line in shown.splitlines() if line.startswith("Program: ")]
-    assert "GFLOP per step by simulation" in program
+    assert "forwards per step by simulation" in program
     assert "Costs: estimated by FLOPs. A run measures its stages and may choose another." in shown
     assert 'schedule = "auto"' in shown
     placed = "0, 3" if "stages V" in program else "0, 2"

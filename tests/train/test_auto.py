@@ -76,7 +76,10 @@ def test_first_start_and_resume_and_another_layout(tmp_path: Path) -> None:
 
     said, other = on_ranks(config_in(tmp_path, "--parallel.pipeline=2", "--parallel.virtual=2"))
     assert said[0].startswith("The program of an earlier start can't be taken again, and is repl")
-    assert "schedule.csv has 2 stages, and parallel.pipeline * parallel.virtual = 4" in said[0]
+    assert (
+        "schedule.csv: the program has 2 stages, and parallel.pipeline * parallel.virtual = 4"
+        in said[0]
+    )
     assert other != program
     assert (tmp_path / "schedule.csv").read_text() == other
 

@@ -24,6 +24,7 @@ from megapipe.config import (
     TrainConfig,
     dump_config,
 )
+from megapipe.errors import MegapipeError
 from megapipe.models.presets import PRESETS
 from megapipe.tools.arguments import Parser, UsageError
 from megapipe.tools.bench.crew import Crew
