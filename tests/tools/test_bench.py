@@ -40,7 +40,7 @@ def test_the_table_and_the_json_hold_every_contender(
 def test_wrong_words_are_refused() -> None:
     for words, message in (
         (["trian"], "'trian' is not a bench"),
-        (["train", "--layouts=tp3"], "'tp3' is not one of"),
+        (["train", "--layouts=tq3"], "'tq3' is not a layout"),
         (["train", "--repeats=0"], "--repeats 0 must be 1 or more"),
         (["train", "--preset=llama-9"], "--preset llama-9 does not exist"),
         (["train", "--preset=gpt2", "--against=transformers"], "compares llama presets"),

@@ -4,6 +4,7 @@ Every contender is a set of processes with one thread per rank; they take steps 
 each repeat compares all of them under the same conditions.
 """
 
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -26,17 +27,16 @@ from megapipe.config import (
 )
 from megapipe.errors import MegapipeError
 from megapipe.models.presets import PRESETS
+from megapipe.pipeline.schedule import SCHEDULES
+from megapipe.pipeline.schedule.build import check_chunks
 from megapipe.tools.arguments import Parser, UsageError
 from megapipe.tools.bench.crew import Crew
 from megapipe.tools.bench.machine import write_json
 
-LAYOUTS: dict[str, ParallelConfig] = {
-    "1 process": ParallelConfig(data=1),
-    "tp2": ParallelConfig(tensor=2, data=1, sequence_parallel=True),
-    "pp2": ParallelConfig(pipeline=2, data=1),
-    "dp2": ParallelConfig(data=2),
-    "tp2-pp2": ParallelConfig(tensor=2, pipeline=2, data=1, sequence_parallel=True),
-}
+LAYOUTS = ("1 process", "tp2", "tp2-sp", "pp2", "pp2-zb-h1", "dp2", "tp2-pp2", "tp2-pp2-zb-h1")
+"""What is measured unless something else is asked for; see `read_layout`."""
+_DEGREE = re.compile(r"(tp|pp|dp|v)([1-9]\d*)")
+_KEYS = {"tp": "tensor", "pp": "pipeline", "dp": "data", "v": "virtual"}
 PEERS = ("transformers",)
 
 
@@ -66,7 +66,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--layouts",
         default=",".join(LAYOUTS),
-        help=f"which of them, between commas (default: {','.join(LAYOUTS)})",
+        help="layouts between commas: degrees of tp, pp, dp and v, sp, a schedule (default: "
+        f"{','.join(LAYOUTS)})",
     )
     parser.add_argument(
         "--against", choices=PEERS, help="another library, same model and tokens, in one process"
@@ -100,8 +101,31 @@ def _check(options: Any) -> None:
     if options.against == "transformers" and not options.preset.startswith("llama"):
         raise UsageError(f"--against transformers compares llama presets, not {options.preset}.")
     for name in options.layouts.split(","):
-        if name not in LAYOUTS:
-            raise UsageError(f"--layouts: {name!r} is not one of {', '.join(LAYOUTS)}.")
+        read_layout(name)
+
+
+def read_layout(name: str) -> ParallelConfig:
+    """`tp2-pp2-v2-sp-zb-v`: degrees (tensor, pipeline, data, virtual), sequence parallelism, and
+    the schedule, 1f1b if none is named. Raises UsageError."""
+    if name == LAYOUTS[0]:
+        return ParallelConfig(data=1)
+    keys: dict[str, Any] = {"data": 1}
+    rest: list[str] = []
+    for word in name.split("-"):
+        if not rest and (degree := _DEGREE.fullmatch(word)):
+            keys[_KEYS[degree[1]]] = int(degree[2])
+        elif not rest and word == "sp":
+            keys["sequence_parallel"] = True
+        else:
+            rest.append(word)
+    schedule = "-".join(rest) or ("1f1b" if keys.get("virtual", 1) == 1 else "interleaved-1f1b")
+    if schedule not in SCHEDULES:
+        raise UsageError(
+            f"--layouts: {name!r} is not a layout, such as {LAYOUTS[-1]!r} or 'pp2-v2-zb-v'; "
+            f"schedules are {', '.join(SCHEDULES)}."
+        )
+    check_chunks(schedule, keys.get("virtual", 1))
+    return ParallelConfig(schedule=schedule, **keys)
 
 
 def _config(options: Any, parallel: ParallelConfig) -> Config:
@@ -131,7 +155,7 @@ def _measure(options: Any) -> list[Result]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for contender, layout in contenders:
-            parallel = LAYOUTS[layout]
+            parallel = read_layout(layout)
             assert parallel.data is not None
             ranks = parallel.tensor * parallel.pipeline * parallel.data
             spec = {"contender": contender, "config": dump_config(_config(options, parallel))}
