@@ -132,6 +132,13 @@ PROGRAMS = {
         4,
     ),
     "weight gradients late": (split_backwards(make("interleaved-1f1b", 2, 2, 5), delay=2), 5),
+    "zb-h1, 3 ranks": (make("zb-h1", 3, 1, 5), 5),
+    "zb-h2, 3 ranks": (make("zb-h2", 3, 1, 6), 6),
+    "zb-v": (make("zb-v", 2, 2, 5), 5),
+    "zb-v, fewer microbatches than its pattern": (make("zb-v", 3, 2, 3), 3),
+    "v-half": (make("v-half", 2, 2, 5), 5),
+    "v-min, 3 ranks": (make("v-min", 3, 2, 5), 5),
+    "dualpipe-v": (make("dualpipe-v", 2, 2, 6), 6),
     "random": (random_program(5, [0, 1, 2, 2, 1, 0], 4, split=True), 4),
 }
 
