@@ -8,21 +8,21 @@ that full recompute computes again at a time) comes on top.
 """
 
 from collections.abc import Sequence
+from math import prod
 
 from megapipe.config import Config
 from megapipe.models.parameters import local_kv_heads, vocabulary_rows
 from megapipe.models.partition import Stage
-from megapipe.pipeline.schedule import Kind, Timeline
-from megapipe.pipeline.schedule.action import LAST_OF_A_BACKWARD
+from megapipe.pipeline.program import hidden_shape
+from megapipe.pipeline.schedule import Timeline
+from megapipe.pipeline.schedule.limit import peak_amounts
 
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 
 def boundary_bytes(config: Config) -> int:
     """The tensor between two stages, on one tensor rank: [S_local, B, H]."""
-    train = config.train
-    elements = _local_length(config) * train.micro_batch_size * config.model.hidden_size
-    return elements * ELEMENT_BYTES[train.precision]
+    return prod(hidden_shape(config)) * ELEMENT_BYTES[config.train.precision]
 
 
 def stage_bytes(config: Config, stage: Stage) -> int:
@@ -67,21 +67,7 @@ def _layer_bytes(config: Config) -> int:
     return total
 
 
-def _local_length(config: Config) -> int:
-    parallel, length = config.parallel, config.train.sequence_length
-    return length // parallel.tensor if parallel.sequence_parallel else length
-
-
 def peak_bytes(timeline: Timeline, stages: Sequence[int]) -> list[int]:
     """For each rank the most activations it holds at a time; `stages` has the bytes of each."""
-    peaks = []
-    for spans in timeline.spans:
-        live = peak = 0
-        for action, _, _ in spans:
-            if action.kind is Kind.FORWARD:
-                live += stages[action.stage]
-                peak = max(peak, live)
-            elif action.kind in LAST_OF_A_BACKWARD:
-                live -= stages[action.stage]
-        peaks.append(peak)
-    return peaks
+    program = [[span.action for span in spans] for spans in timeline.spans]
+    return [round(most) for most in peak_amounts(program, stages)]

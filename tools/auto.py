@@ -7,13 +7,14 @@ an ordinary `csv` schedule. No torch.
 from pathlib import Path
 
 from megapipe.config import Config
-from megapipe.config.parallel import parse_memory
 from megapipe.models.activations import stage_bytes
 from megapipe.models.partition import stages
 from megapipe.models.stage_costs import stage_costs
 from megapipe.pipeline.costs import read_costs
 from megapipe.pipeline.program import (
     PROGRAM_FILE,
+    byte_limit,
+    looped,
     microbatch_limit,
     microbatches,
     training_program,
@@ -32,34 +33,25 @@ def estimated_search(config: Config) -> Found:
     if parallel.stage_costs is not None:
         costs = read_costs(parallel.stage_costs, parallel.pipeline * parallel.virtual)
     else:
-        costs = stage_costs(_looped(config))
-    limit = byte_limit(config) or microbatch_limit(config)
+        costs = stage_costs(looped(config))
+    limit = estimated_byte_limit(config) or microbatch_limit(config)
     assert limit is not None, "auto always has a limit"
     return search(parallel.pipeline, parallel.virtual, microbatches(config), costs, limit)
 
 
-def byte_limit(config: Config) -> Limit | None:
+def estimated_byte_limit(config: Config) -> Limit | None:
     """A parallel.activation_limit in bytes, with estimated activations."""
-    most = config.parallel.activation_limit
-    bytes_ = parse_memory(most) if isinstance(most, str) else None
-    if bytes_ is None:
+    most = byte_limit(config)
+    if most is None:
         return None
-    held = [float(stage_bytes(config, stage)) for stage in stages(_looped(config))]
-    return Limit.in_bytes(bytes_, held)
-
-
-def _looped(config: Config) -> Config:
-    """The same stages under a schedule that has a placement without any program."""
-    parallel = config.parallel
-    name = "1f1b" if parallel.virtual == 1 else "interleaved-1f1b"
-    update = {"schedule": name, "schedule_file": None}
-    return config.model_copy(update={"parallel": parallel.model_copy(update=update)})
+    held = [float(stage_bytes(config, stage)) for stage in stages(looped(config))]
+    return Limit.in_bytes(most, held)
 
 
 def check_program(config: Config) -> None:
     """Raises ScheduleError for a program that can't be, or exceeds parallel.activation_limit, one
     in bytes by estimated activations."""
-    program, limit = training_program(config), byte_limit(config)
+    program, limit = training_program(config), estimated_byte_limit(config)
     if limit is not None:
         check_limit(config.parallel.schedule, program, limit, virtual=config.parallel.virtual)
 

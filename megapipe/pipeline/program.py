@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megapipe.config import Config
+from megapipe.config.parallel import parse_memory
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule import (
     SCHEDULES,
@@ -63,6 +64,19 @@ def microbatch_limit(config: Config) -> Limit | None:
     if most is None or isinstance(most, str):
         return None
     return Limit.in_microbatches(most, parallel.pipeline, parallel.virtual)
+
+
+def byte_limit(config: Config) -> int | None:
+    """parallel.activation_limit where it is memory."""
+    most = config.parallel.activation_limit
+    return parse_memory(most) if isinstance(most, str) else None
+
+
+def looped(config: Config) -> Config:
+    """The same stages, placed in a loop, under a schedule that needs no file and has no limit."""
+    name = "1f1b" if config.parallel.virtual == 1 else "interleaved-1f1b"
+    update = {"schedule": name, "schedule_file": None, "activation_limit": None}
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=update)})
 
 
 def stage_placement(config: Config) -> list[int]:

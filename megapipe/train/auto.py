@@ -17,7 +17,6 @@ import torch
 
 from megapipe.checkpoint.exchange import Peers
 from megapipe.config import Config
-from megapipe.config.parallel import parse_memory
 from megapipe.config.save import write_text
 from megapipe.data_parallel.buffer import build_buffers
 from megapipe.errors import MegapipeError, ScheduleError
@@ -27,7 +26,9 @@ from megapipe.pipeline.costs import read_costs
 from megapipe.pipeline.measure import activation_bytes, measure_latency, measure_stages
 from megapipe.pipeline.program import (
     PROGRAM_FILE,
+    byte_limit,
     hidden_shape,
+    looped,
     microbatch_limit,
     microbatches,
     training_program,
@@ -76,7 +77,7 @@ def check_activation_bytes(config: Config, engine: Engine, peers: Peers) -> None
 
     Raises ScheduleError, on all ranks, where a rank would hold more.
     """
-    most = _most_bytes(config)
+    most = byte_limit(config)
     if most is None:
         return
     own = _own_bytes(config, engine.mesh, dict(engine.stages))
@@ -106,7 +107,7 @@ def _costs(
     if from_file is not None:
         stages = config.parallel.pipeline * config.parallel.virtual
         costs = from_first(peers, lambda: astuple(read_costs(from_file, stages)))
-        if _most_bytes(config) is None:
+        if byte_limit(config) is None:
             return Costs(*costs), []
     own = _measure(config, mesh, build_stages, peers)
     gc.collect()  # the run builds its stages where these were
@@ -127,9 +128,7 @@ def _measure(
     config: Config, mesh: Mesh, build_stages: BuildStages, peers: Peers
 ) -> dict[str, object]:
     """This rank's measurements, as JSON: by kind, what each stage takes under its number."""
-    looped = "1f1b" if config.parallel.virtual == 1 else "interleaved-1f1b"
-    parallel = config.parallel.model_copy(update={"schedule": looped, "activation_limit": None})
-    stages = dict(build_stages(config.model_copy(update={"parallel": parallel}), mesh))
+    stages = dict(build_stages(looped(config), mesh))
     build_buffers(
         stages.values(), main_dtype=MAIN_DTYPE[config.train.precision], data_size=mesh.data.size
     )
@@ -190,7 +189,7 @@ def _choose(config: Config, costs: Costs, sizes: list[float], file: Path) -> lis
 
 def _limit(config: Config, sizes: list[float]) -> tuple[Limit, str]:
     """The limit, and how to say it."""
-    most = _most_bytes(config)
+    most = byte_limit(config)
     if most is not None:
         return Limit.in_bytes(most, sizes), f"{config.parallel.activation_limit} on each rank"
     limit = microbatch_limit(config)
@@ -199,11 +198,6 @@ def _limit(config: Config, sizes: list[float]) -> tuple[Limit, str]:
     if config.parallel.activation_limit is None:
         text += " (as 1f1b has; parallel.activation_limit is not set)"
     return limit, text
-
-
-def _most_bytes(config: Config) -> int | None:
-    limit = config.parallel.activation_limit
-    return parse_memory(limit) if isinstance(limit, str) else None
 
 
 def _check_shared(file: Path, peers: Peers) -> None:
