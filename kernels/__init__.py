@@ -4,17 +4,22 @@ Each is a function on tensors that knows nothing of ranks, one file per operatio
 `from megapipe.kernels import rms_norm`.
 """
 
+from megapipe.kernels.backend import Backend, UnsupportedError, backend_of
 from megapipe.kernels.cross_entropy import exp_sum_and_target_, row_max, softmax_gradient_
 from megapipe.kernels.dropout import attention_dropout_mask, dropout, dropout_add
 from megapipe.kernels.gelu import gelu
 from megapipe.kernels.layer_norm import layer_norm
 from megapipe.kernels.random import fold, normal_rectangle
-from megapipe.kernels.rms_norm import rms_norm
+from megapipe.kernels.rms_norm import add_rms_norm, rms_norm
 from megapipe.kernels.rope import rope, rope_frequencies
 from megapipe.kernels.swiglu import swiglu
 
 __all__ = [
+    "Backend",
+    "UnsupportedError",
+    "add_rms_norm",
     "attention_dropout_mask",
+    "backend_of",
     "dropout",
     "dropout_add",
     "exp_sum_and_target_",

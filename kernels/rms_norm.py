@@ -1,25 +1,58 @@
-"""RMSNorm (Zhang & Sennrich 2019).
+"""RMSNorm (Zhang & Sennrich 2019), with the addition of the residual stream before it.
 
-r = (mean(x^2) + epsilon)^(-1/2)        over the last dimension, per row
-y = w x r
+s = x + residual                        where there is one
+r = (mean(s^2) + epsilon)^(-1/2)        over the last dimension, per row
+y = w s r
 
-dw = sum over rows of dy x r
-dx = r (w dy - x r^2 mean(w dy x))
+dw = sum over rows of dy s r
+ds = r (w dy - s r^2 mean(w dy s)) + what flows back into s itself
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from megapipe.kernels.backend import FP_FUSION, Backend, UnsupportedError, check_dtype, choose
+from megapipe.kernels.compilation import Variant
+from megapipe.kernels.row_sums import row_sums
 
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """[..., H] and weight [H] -> [..., H] in x's dtype; float32 (float64 for float64) inside."""
-    y: Tensor = _RMSNorm.apply(x, weight, epsilon)
+MAX_HIDDEN = 16384
+PROGRAMS = 256
+"""Programs of the backward pass. Each adds up the weight gradient of its rows; the number is fixed,
+so that the order of that sum depends on nothing but the number of rows."""
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, epsilon: float, *, backend: Backend | None = None
+) -> Tensor:
+    """x [..., H] and weight [H] -> [..., H] in x's dtype; float32 (float64 for float64) inside.
+
+    Raises UnsupportedError where a Triton kernel is asked for more than it takes: H above 16,384,
+    float64.
+    """
+    if choose(backend, x) == "triton":
+        y: Tensor = torch.ops.megapipe.rms_norm(x, None, weight, epsilon)[0]
+    else:
+        y = _Reference.apply(x, weight, epsilon)
     return y
 
 
-class _RMSNorm(torch.autograd.Function):
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, epsilon: float, *, backend: Backend | None = None
+) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual), each [..., H]; errors as `rms_norm`."""
+    if choose(backend, x) == "triton":
+        y, total, _ = torch.ops.megapipe.rms_norm(x, residual, weight, epsilon)
+        return y, total
+    total = residual + x
+    return _Reference.apply(total, weight, epsilon), total
+
+
+class _Reference(torch.autograd.Function):
     """Saves x and one number per row; the torch composition would save three tensors like x."""
 
     @staticmethod
@@ -46,3 +79,194 @@ class _RMSNorm(torch.autograd.Function):
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+@triton.jit
+def _rms_norm_forward(  # type: ignore[no-untyped-def]
+    x, residual, weight, y, total, scale, epsilon, hidden, ADD: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One row; `total` is x + residual, rounded, which is also what is normed."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < hidden
+    start = row * hidden
+    s = tl.load(x + start + columns, inside, other=0).to(tl.float32)
+    if ADD:
+        s += tl.load(residual + start + columns, inside, other=0).to(tl.float32)
+        rounded = s.to(total.dtype.element_ty)
+        tl.store(total + start + columns, rounded, inside)
+        s = rounded.to(tl.float32)
+    r = tl.rsqrt(tl.sum(s * s, 0) / hidden + epsilon)
+    tl.store(scale + row, r)
+    w = tl.load(weight + columns, inside, other=0).to(tl.float32)
+    tl.store(y + start + columns, (s * r * w).to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def _rms_norm_backward(  # type: ignore[no-untyped-def]
+    grad_y,
+    grad_total,
+    s,
+    weight,
+    scale,
+    grad_s,
+    partial,
+    rows,
+    hidden,
+    ADD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Rows program, program + programs, ...; their weight gradients go to one row of `partial`."""
+    program = tl.program_id(0)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < hidden
+    grad_w = tl.zeros((BLOCK,), tl.float32)
+    for row in range(program, rows, tl.num_programs(0)):
+        start = row * tl.cast(hidden, tl.int64)
+        r = tl.load(scale + row)
+        normed = tl.load(s + start + columns, inside, other=0).to(tl.float32) * r
+        grad = tl.load(grad_y + start + columns, inside, other=0).to(tl.float32)
+        grad_w += grad * normed
+        # Read for each row, from the cache: held over the loop it costs too many registers.
+        grad *= tl.load(weight + columns, inside, other=0).to(tl.float32)
+        mean = tl.sum(grad * normed, 0) / hidden
+        grad = (grad - normed * mean) * r
+        if ADD:
+            grad += tl.load(grad_total + start + columns, inside, other=0).to(tl.float32)
+        tl.store(grad_s + start + columns, grad.to(grad_s.dtype.element_ty), inside)
+    tl.store(partial + program.to(tl.int64) * hidden + columns, grad_w, inside)
+
+
+def _settings(hidden: int) -> tuple[int, int]:
+    """(block, warps) for rows of this width."""
+    if hidden > MAX_HIDDEN:
+        raise UnsupportedError("rms_norm", f"hidden size {hidden} is above {MAX_HIDDEN}")
+    block = triton.next_power_of_2(hidden)
+    return block, min(16, max(4, block // 512))
+
+
+@torch.library.custom_op("megapipe::rms_norm", mutates_args=())
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, x + residual or nothing, r [rows] float32)."""
+    check_dtype("rms_norm", x, residual, weight)
+    hidden = x.shape[-1]
+    block, warps = _settings(hidden)
+    x = x.contiguous()
+    y, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+    total = x.new_empty(0) if residual is None else torch.empty_like(x)
+    if x.numel():
+        _rms_norm_forward[(scale.numel(),)](
+            x,
+            None if residual is None else residual.contiguous(),
+            weight,
+            y,
+            total,
+            scale,
+            epsilon,
+            hidden,
+            ADD=residual is not None,
+            BLOCK=block,
+            num_warps=warps,
+            enable_fp_fusion=FP_FUSION,
+        )
+    return y, total, scale
+
+
+@torch.library.custom_op("megapipe::rms_norm_backward", mutates_args=())
+def _backward(
+    grad_y: Tensor, grad_total: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(gradient of s, gradient of weight)."""
+    hidden = s.shape[-1]
+    block, warps = _settings(hidden)
+    rows = scale.numel()
+    programs = min(rows, PROGRAMS)
+    grad_s = torch.empty_like(s, memory_format=torch.contiguous_format)
+    partial = s.new_empty((programs, hidden), dtype=torch.float32)
+    if s.numel():
+        _rms_norm_backward[(programs,)](
+            grad_y.contiguous(),
+            None if grad_total is None else grad_total.contiguous(),
+            s.contiguous(),
+            weight,
+            scale,
+            grad_s,
+            partial,
+            rows,
+            hidden,
+            ADD=grad_total is not None,
+            BLOCK=block,
+            num_warps=warps,
+            enable_fp_fusion=FP_FUSION,
+        )
+    return grad_s, row_sums(partial).to(weight.dtype)
+
+
+@_forward.register_fake
+def _(
+    x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = x.new_empty(0) if residual is None else torch.empty_like(y)
+    return y, total, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+@_backward.register_fake
+def _(
+    grad_y: Tensor, grad_total: Tensor | None, s: Tensor, weight: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(s, memory_format=torch.contiguous_format), torch.empty_like(weight)
+
+
+def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, _ = inputs
+    _, total, scale = output
+    ctx.added = residual is not None
+    ctx.mark_non_differentiable(scale)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total if ctx.added else x, weight, scale)
+
+
+def _differentiate(
+    ctx: Any, grad_y: Tensor | None, grad_total: Tensor | None, grad_scale: None
+) -> tuple[Tensor | None, ...]:
+    s, weight, scale = ctx.saved_tensors
+    if grad_y is None:
+        return grad_total, grad_total, None, None
+    grad_s, grad_weight = _backward(grad_y, grad_total if ctx.added else None, s, weight, scale)
+    return grad_s, grad_s if ctx.added else None, grad_weight, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_set_up)
+
+
+def variants() -> Iterator[Variant]:
+    """bfloat16, and float32 where registers are scarcest."""
+    for hidden, dtype in (
+        (1024, "bf16"),
+        (4096, "bf16"),
+        (MAX_HIDDEN, "bf16"),
+        (MAX_HIDDEN, "fp32"),
+    ):
+        block, warps = _settings(hidden)
+        narrow, label = f"*{dtype}", f"added, hidden {hidden}, {dtype}"
+        yield Variant(
+            _rms_norm_forward,
+            label,
+            signature=dict.fromkeys(("x", "residual", "weight", "y", "total"), narrow)
+            | {"scale": "*fp32", "epsilon": "fp32", "hidden": "i32"},
+            constants={"ADD": True, "BLOCK": block},
+            num_warps=warps,
+            divisible=("hidden",),
+        )
+        yield Variant(
+            _rms_norm_backward,
+            label,
+            signature=dict.fromkeys(("grad_y", "grad_total", "s", "weight", "grad_s"), narrow)
+            | {"scale": "*fp32", "partial": "*fp32", "rows": "i32", "hidden": "i32"},
+            constants={"ADD": True, "BLOCK": block},
+            num_warps=warps,
+            divisible=("hidden",),
+        )

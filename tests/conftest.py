@@ -7,6 +7,10 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: forked ranks hang on a parent's thread pool
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before triton: without a GPU its kernels run interpreted
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.corpus import write_config, write_text, write_tokenizer
 from tests.ranks import POOL

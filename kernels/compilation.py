@@ -1,0 +1,252 @@
+"""Kernels compiled ahead of time, for GPUs that this machine need not have.
+
+Each kernel's file lists the configurations in which it may be launched (`variants`). Compiling one
+for a target gives what its speed depends on before it ever runs: registers, spills, shared memory,
+how many programs fit on a multiprocessor, and whether the matrix units are used.
+
+    python -m megapipe.kernels.compilation [MODULE ...]     the table of all kernels and targets
+
+Fails if a configuration is unfit. Must run where TRITON_INTERPRET is not set.
+"""
+
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from megapipe.kernels.backend import FP_FUSION
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One configuration of one kernel.
+
+    `signature` gives the type of each run-time argument in Triton's words ("*bf16", "i32",
+    "fp32"), `constants` the values of the `tl.constexpr` ones; together they are all arguments.
+    Pointers are taken as aligned to 16 bytes, and so are the integers named in `divisible`
+    (multiples of 16), as a launch would find them.
+    """
+
+    kernel: Any  # a triton.JITFunction
+    label: str
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int
+    num_stages: int = 1
+    divisible: Sequence[str] = ()
+    tensor_cores: bool = False
+    targets: Sequence[str] = ()  # empty: all
+
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__).strip("_")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU: limits of one multiprocessor (compute unit), sizes in bytes."""
+
+    name: str
+    gpu: GPUTarget
+    registers: int
+    threads: int
+    shared: int  # of a multiprocessor
+    shared_program: int  # of one program at most
+    matrix_instructions: str  # pattern in the assembly
+
+    @property
+    def is_amd(self) -> bool:
+        return self.gpu.backend == "hip"
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("sm_80", GPUTarget("cuda", 80, 32), 65536, 2048, 164 << 10, 163 << 10, r"mma\.sync"),
+        Target(
+            "sm_90", GPUTarget("cuda", 90, 32), 65536, 2048, 228 << 10, 227 << 10, r"wgmma\.mma"
+        ),
+        Target(
+            "sm_100",
+            GPUTarget("cuda", 100, 32),
+            65536,
+            2048,
+            228 << 10,
+            227 << 10,
+            r"tcgen05\.mma|mma\.sync",
+        ),
+        Target(
+            "gfx942", GPUTarget("hip", "gfx942", 64), 131072, 2048, 64 << 10, 64 << 10, "v_mfma"
+        ),
+    )
+}
+"""A100, H100/H200, B200, MI300X."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a variant needs on a target. Registers are per thread."""
+
+    variant: Variant
+    target: Target
+    registers: int
+    spills: int  # bytes of registers that went to memory, per thread
+    shared: int  # bytes
+    matrix_instructions: int
+    problems: tuple[str, ...] = field(default=())
+
+    @property
+    def occupancy(self) -> float:
+        """Threads that can be resident, as a share of what the multiprocessor can hold."""
+        threads = self.variant.num_warps * self.target.gpu.warp_size
+        granule = 8
+        registers = max(granule, -(-self.registers // granule) * granule)
+        fit = min(self.target.threads // threads, self.target.registers // (registers * threads))
+        if self.shared:
+            fit = min(fit, self.target.shared // self.shared)
+        return fit * threads / self.target.threads
+
+
+def compile_variant(variant: Variant, target: Target) -> Compiled:
+    """Compile and look. `problems` says what would make this configuration unfit."""
+    kernel = variant.kernel
+    given = set(variant.signature) | set(variant.constants)
+    assert given == set(kernel.arg_names), given ^ set(kernel.arg_names)
+    signature = {
+        name: "constexpr" if name in variant.constants else variant.signature[name]
+        for name in kernel.arg_names
+    }
+    aligned = [
+        index
+        for index, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name in variant.divisible
+    ]
+    source = triton.compiler.ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs=dict(variant.constants),
+        attrs={(index,): [["tt.divisibility", 16]] for index in aligned},
+    )
+    options = {
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "enable_fp_fusion": FP_FUSION,
+    }
+    built = triton.compile(source, target=target.gpu, options=options)
+    registers, spills = (_amd_usage if target.is_amd else _nvidia_usage)(built)
+    assembly = built.asm["amdgcn" if target.is_amd else "ptx"]
+    compiled = Compiled(
+        variant,
+        target,
+        registers=registers,
+        spills=spills,
+        shared=built.metadata.shared,
+        matrix_instructions=len(re.findall(target.matrix_instructions, assembly)),
+    )
+    return Compiled(**vars(compiled) | {"problems": tuple(_problems(compiled))})
+
+
+def _problems(compiled: Compiled) -> Iterator[str]:
+    target = compiled.target
+    if compiled.spills:
+        yield f"spills {compiled.spills} bytes of registers"
+    if compiled.shared > target.shared_program:
+        yield f"needs {compiled.shared} bytes of shared memory of {target.shared_program}"
+    if compiled.occupancy == 0:
+        yield "does not fit on a multiprocessor"
+    if compiled.variant.tensor_cores and not compiled.matrix_instructions:
+        yield "does not use the matrix units"
+
+
+def _nvidia_usage(built: Any) -> tuple[int, int]:
+    """(registers, bytes spilled) read off the machine code: each store to local memory is a spill,
+    for our kernels have no arrays of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(built.asm["cubin"])
+        usage = _output(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
+        code = _output(triton.knobs.nvidia.nvdisasm.path, "-c", cubin)
+    (registers,) = re.findall(r"REG:(\d+)", usage)
+    stores = re.findall(r"\bSTL(?:\.(\d+))?\b", code)
+    return int(registers), sum(int(bits or 32) // 8 for bits in stores)
+
+
+def _output(*command: str | Path) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _amd_usage(built: Any) -> tuple[int, int]:
+    text = built.asm["amdgcn"]
+    (registers,) = re.findall(r"\.vgpr_count:\s+(\d+)", text)
+    (vector,) = re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)
+    (scalar,) = re.findall(r"\.sgpr_spill_count:\s+(\d+)", text)
+    return int(registers), 4 * (int(vector) + int(scalar))
+
+
+def kernel_modules() -> list[str]:
+    """The names of the files here that have `variants`."""
+    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    found = []
+    for name in names:
+        module = importlib.import_module(f"megapipe.kernels.{name}")
+        if "variants" in vars(module):
+            found.append(name)
+    return found
+
+
+def compile_module(module: str) -> list[dict[str, Any]]:
+    """All variants of a kernel's file on all targets, as rows of plain values."""
+    variants = importlib.import_module(f"megapipe.kernels.{module}").variants
+    return [
+        _row(module, compile_variant(variant, target))
+        for variant in variants()
+        for target in TARGETS.values()
+        if not variant.targets or target.name in variant.targets
+    ]
+
+
+def _row(module: str, compiled: Compiled) -> dict[str, Any]:
+    variant = compiled.variant
+    return {
+        "module": module,
+        "kernel": variant.name,
+        "configuration": variant.label,
+        "target": compiled.target.name,
+        "warps": variant.num_warps,
+        "stages": variant.num_stages,
+        "registers": compiled.registers,
+        "spills": compiled.spills,
+        "shared": compiled.shared,
+        "occupancy": round(compiled.occupancy, 3),
+        "matrix_instructions": compiled.matrix_instructions,
+        "problems": list(compiled.problems),
+    }
+
+
+def main(modules: Sequence[str]) -> int:
+    """One line of JSON for each variant and target, in the order of the files."""
+    names = list(modules) or kernel_modules()
+    unfit = 0
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
+        for rows in pool.map(compile_module, names):
+            for row in rows:
+                print(json.dumps(row), flush=True)
+                unfit += bool(row["problems"])
+    return min(unfit, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
