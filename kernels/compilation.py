@@ -4,23 +4,14 @@ Each kernel's file lists the configurations in which it may be launched (`varian
 for a target gives what its speed depends on before it ever runs: registers, spills, shared memory,
 how many programs fit on a multiprocessor, and whether the matrix units are used.
 
-    python -m megapipe.kernels.compilation [MODULE ...]     the table of all kernels and targets
-
-Fails if a configuration is unfit. Must run where TRITON_INTERPRET is not set.
+Must run where TRITON_INTERPRET is not set; `megapipe.tools.compile_kernels` does all of them.
 """
 
-import importlib
-import json
-import os
-import pkgutil
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -194,59 +185,3 @@ def _amd_usage(built: Any) -> tuple[int, int]:
     (vector,) = re.findall(r"\.vgpr_spill_count:\s+(\d+)", text)
     (scalar,) = re.findall(r"\.sgpr_spill_count:\s+(\d+)", text)
     return int(registers), 4 * (int(vector) + int(scalar))
-
-
-def kernel_modules() -> list[str]:
-    """The names of the files here that have `variants`."""
-    names = [module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)])]
-    found = []
-    for name in names:
-        module = importlib.import_module(f"megapipe.kernels.{name}")
-        if "variants" in vars(module):
-            found.append(name)
-    return found
-
-
-def compile_module(module: str) -> list[dict[str, Any]]:
-    """All variants of a kernel's file on all targets, as rows of plain values."""
-    variants = importlib.import_module(f"megapipe.kernels.{module}").variants
-    return [
-        _row(module, compile_variant(variant, target))
-        for variant in variants()
-        for target in TARGETS.values()
-        if not variant.targets or target.name in variant.targets
-    ]
-
-
-def _row(module: str, compiled: Compiled) -> dict[str, Any]:
-    variant = compiled.variant
-    return {
-        "module": module,
-        "kernel": variant.name,
-        "configuration": variant.label,
-        "target": compiled.target.name,
-        "warps": variant.num_warps,
-        "stages": variant.num_stages,
-        "registers": compiled.registers,
-        "spills": compiled.spills,
-        "shared": compiled.shared,
-        "occupancy": round(compiled.occupancy, 3),
-        "matrix_instructions": compiled.matrix_instructions,
-        "problems": list(compiled.problems),
-    }
-
-
-def main(modules: Sequence[str]) -> int:
-    """One line of JSON for each variant and target, in the order of the files."""
-    names = list(modules) or kernel_modules()
-    unfit = 0
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
-        for rows in pool.map(compile_module, names):
-            for row in rows:
-                print(json.dumps(row), flush=True)
-                unfit += bool(row["problems"])
-    return min(unfit, 1)
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from megapipe.kernels.compilation import TARGETS, kernel_modules
+from megapipe.kernels.compilation import TARGETS
+from megapipe.tools.compile_kernels import kernel_modules
 
 
 @cache
@@ -17,7 +18,7 @@ def rows() -> tuple[dict[str, Any], ...]:
     """Compiled in a process of its own: in this one, Triton may be set to interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "megapipe.kernels.compilation"],
+        [sys.executable, "-m", "megapipe.tools.compile_kernels"],
         env=environment,
         capture_output=True,
         text=True,
