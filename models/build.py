@@ -7,10 +7,12 @@ import torch
 
 from megapipe import kernels
 from megapipe.config import Config
+from megapipe.kernel_choice import choose_kernels
 from megapipe.mesh import Axis, Mesh, split_world
-from megapipe.models.gpt import GPTStage, Placement
+from megapipe.models.gpt import GPTStage
 from megapipe.models.parameters import ParameterSpec, parameter_table
 from megapipe.models.partition import Stage, stages
+from megapipe.models.placement import Placement
 from megapipe.tensor_parallel.parameter import Piece, ShardedParameter, sharded_parameters
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 
@@ -41,6 +43,7 @@ def build_stages(config: Config, mesh: Mesh) -> dict[int, GPTStage]:
                 device=mesh.device,
                 seed=config.train.seed,
                 store=WeightGradStore(),
+                kernels=choose_kernels(config, mesh.device),
             ),
             layers=stage.layers,
             is_first=stage.first,

@@ -9,8 +9,11 @@ from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.checkpoint.retention import newest_valid
 from megapipe.config import ModelConfig
 from megapipe.errors import CheckpointError
+from megapipe.kernel_choice import KernelChoice
 from megapipe.mesh import Axis
-from megapipe.models.gpt import GPTStage, KeyValueCache, Placement
+from megapipe.models.attention import KeyValueCache
+from megapipe.models.gpt import GPTStage
+from megapipe.models.placement import Placement
 from megapipe.tensor_parallel.parameter import sharded_parameters
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 
@@ -29,6 +32,7 @@ class PretrainedGPT(nn.Module):
             device=device,
             seed=0,
             store=WeightGradStore(),
+            kernels=KernelChoice("torch", "torch"),
         )
         self.config = model
         self.stage = GPTStage(

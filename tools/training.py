@@ -24,6 +24,7 @@ from megapipe.config import Config, ParallelConfig, check_layout, dump_config
 from megapipe.data.distribute import ReplicaFeed
 from megapipe.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from megapipe.errors import ConfigError, MegapipeError
+from megapipe.kernel_choice import choose_kernels
 from megapipe.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.flops import flops_per_token
@@ -267,7 +268,7 @@ def _introduction(config: Config, device: torch.device) -> Iterator[str]:
     data, train = config.data, config.train
     yield from layout_lines(config)
     yield f"Parameters: {parameter_count(config.model):,}"
-    yield "Kernels: torch"
+    yield f"Kernels: {choose_kernels(config, device)}"
     if device.type == "cuda":
         yield f"Device: {torch.cuda.get_device_name(device)}, {train.precision}"
     else:

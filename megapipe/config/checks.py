@@ -12,6 +12,10 @@ from megapipe.config.parallel import ParallelConfig
 from megapipe.config.train import TrainConfig
 from megapipe.pipeline.schedule import SCHEDULES
 
+MAX_KERNEL_HIDDEN, MAX_KERNEL_HEAD_DIM = 16384, 256
+"""Of the Triton kernels; a test compares them with the kernels' own limits, which are not imported
+here because that takes torch."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -162,6 +166,28 @@ def train_problems(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
             "train.sequence_length",
             f"is longer than model.max_sequence_length = {model.max_sequence_length}; "
             "shorten it, or raise model.max_sequence_length",
+        )
+
+
+def kernel_problems(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
+    """What the Triton kernels can take, where they are asked for by name."""
+    for key, asked in (("train.kernels", train.kernels), ("train.attention", train.attention)):
+        if asked == "triton" and train.precision == "fp64":
+            yield Problem(
+                key,
+                'is not for train.precision = "fp64"; use "auto", which takes torch for it',
+            )
+    if train.attention == "triton" and model.head_dim > MAX_KERNEL_HEAD_DIM:
+        yield Problem(
+            "train.attention",
+            f"takes heads of up to {MAX_KERNEL_HEAD_DIM}, and model.head_dim = {model.head_dim}; "
+            'use "sdpa"',
+        )
+    if train.kernels == "triton" and model.hidden_size > MAX_KERNEL_HIDDEN:
+        yield Problem(
+            "train.kernels",
+            f"takes model.hidden_size up to {MAX_KERNEL_HIDDEN:,}, and it is "
+            f'{model.hidden_size:,}; use "torch"',
         )
 
 

@@ -71,6 +71,7 @@ def cross_problems(sections: Mapping[str, Section]) -> list[checks.Problem]:
         found += checks.layout_problems(model, parallel)
     if isinstance(model, ModelConfig) and isinstance(train, TrainConfig):
         found += checks.train_problems(model, train)
+        found += checks.kernel_problems(model, train)
     if isinstance(parallel, ParallelConfig) and isinstance(train, TrainConfig):
         found += checks.batch_problems(parallel, train)
     if isinstance(train, TrainConfig) and isinstance(optimizer, OptimizerConfig):

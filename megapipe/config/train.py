@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from megapipe.config.section import Section
 
@@ -35,6 +35,29 @@ class TrainConfig(Section):
         default="none",
         description="full: keep only each layer's input and compute the rest again in the "
         "backward pass (less memory, about a third more arithmetic).",
+    )
+    kernels: Literal["auto", "triton", "torch"] = Field(
+        default="auto",
+        description="What computes norms, activations, rotary positions, dropout, the loss, weight "
+        "gradients and the optimizer: fused Triton kernels, or torch operations. auto takes triton "
+        "on a GPU and torch on a CPU or for fp64.",
+    )
+    attention: Literal["auto", "sdpa", "triton"] = Field(
+        default="auto",
+        description="sdpa is torch's scaled_dot_product_attention. auto takes it for plain causal "
+        "attention, and what train.kernels says where there are separate documents, a sliding "
+        "window or attention dropout.",
+    )
+    linear_cross_entropy: bool = Field(
+        default=False,
+        description="Compute output projection and loss together, a part of the tokens at a time: "
+        "no tensor of tokens x vocabulary is ever there. The head's gradients are then computed in "
+        "the forward pass.",
+    )
+    z_loss: NonNegativeFloat = Field(
+        default=0.0,
+        description="Adds this times log(sum of exponentials)^2 to each token's loss (PaLM: 1e-4), "
+        "which keeps logits from drifting; 0 for none.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",

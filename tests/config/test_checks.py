@@ -31,6 +31,18 @@ from tests.config.examples import write
             "--model.ffn_hidden_size=99",
             "parallel.tensor = 2 must divide model.ffn_hidden_size = 99",
         ),
+        (
+            "--train.kernels=triton --train.precision=fp64",
+            'train.kernels = "triton" is not for train.precision = "fp64"; use "auto"',
+        ),
+        (
+            "--train.attention=triton --model.head_dim=320",
+            'train.attention = "triton" takes heads of up to 256, and model.head_dim = 320; use "s',
+        ),
+        (
+            "--train.kernels=triton --model.hidden_size=32768",
+            'train.kernels = "triton" takes model.hidden_size up to 16,384, and it is 32,768; use',
+        ),
         ("--parallel.pipeline=9", "parallel.pipeline = 9 is too large: parallel.pipeline 9 *"),
         (
             "--parallel.layers_per_stage=[4,2,2]",

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from megapipe.config import ModelConfig
 from megapipe.data_parallel.buffer import build_buffers
+from megapipe.kernel_choice import KernelChoice
 from megapipe.mesh import Axis
 from megapipe.microbatch import MicroBatch
-from megapipe.models.gpt import GPTStage, KeyValueCache, Placement
+from megapipe.models.attention import KeyValueCache
+from megapipe.models.gpt import GPTStage
 from megapipe.models.parameters import parameter_table
+from megapipe.models.placement import Placement
 from megapipe.models.presets import PRESETS
 from megapipe.tensor_parallel.parameter import sharded_parameters
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
@@ -57,6 +60,7 @@ def build(model: ModelConfig, weights: dict[str, Tensor], **fields: Any) -> GPTS
         device=torch.device("cpu"),
         seed=0,
         store=WeightGradStore(),
+        kernels=KernelChoice("torch", "torch"),
         **({"recompute": False} | fields),
     )
     stage = GPTStage(model, place, layers=range(model.num_layers), is_first=True, is_last=True)

@@ -1,0 +1,199 @@
+"""Causal grouped-query attention, and what queries may see and how positions turn them.
+
+Shapes: S sequence, B sequences in a microbatch, N query heads and K key/value heads on this tensor
+rank, D head dim.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megapipe import kernels
+from megapipe.config import ModelConfig
+from megapipe.models.placement import Context, Placement
+from megapipe.tensor_parallel.linear import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    replicated_parameter,
+)
+from megapipe.tensor_parallel.parameter import Piece
+
+
+class KeyValueCache:
+    """Keys and values of the tokens so far, for one layer: [max_length, B, K, D] each."""
+
+    def __init__(self) -> None:
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[0]
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.keys is not None and self.values is not None:
+            keys = torch.cat([self.keys, keys])
+            values = torch.cat([self.values, values])
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention: heads are cut over tensor ranks."""
+
+    def __init__(self, name: str, model: ModelConfig, place: Placement) -> None:
+        super().__init__()
+        tensor = place.tensor
+        self.head_dim = model.head_dim
+        self.heads = model.num_heads // tensor.size
+        self.first_head = self.heads * tensor.rank
+        self.kv_heads = max(1, model.num_kv_heads // tensor.size)
+        self.qkv = ColumnParallelLinear(
+            model.hidden_size,
+            self._qkv_pieces(name, model, place),
+            bias=model.qkv_bias,
+            tensor=tensor,
+            sequence_parallel=place.sequence_parallel,
+            store=place.store,
+            dtype=place.dtype,
+            device=place.device,
+        )
+        self.output = RowParallelLinear(
+            model.num_heads * model.head_dim,
+            model.hidden_size,
+            f"{name}.output.weight",
+            bias=model.bias,
+            tensor=tensor,
+            sequence_parallel=place.sequence_parallel,
+            store=place.store,
+            dtype=place.dtype,
+            device=place.device,
+        )
+        self.q_norm = self.k_norm = None
+        if model.qk_norm:
+            make = partial(
+                replicated_parameter,
+                shape=(model.head_dim,),
+                tensor=tensor,
+                partial_gradient=True,  # each rank sees its heads only
+                dtype=place.dtype,
+                device=place.device,
+            )
+            self.q_norm, self.k_norm = make(f"{name}.q_norm.weight"), make(f"{name}.k_norm.weight")
+        self.norm_epsilon = model.norm_epsilon
+        self.dropout = model.attention_dropout
+        self.dropout_seed = kernels.fold(place.seed, f"{name}.dropout")
+
+    def _qkv_pieces(self, name: str, model: ModelConfig, place: Placement) -> list[Piece]:
+        width, copies = model.head_dim, place.key_value_copies
+        q_rows, kv_rows = self.heads * width, self.kv_heads * width
+        first_kv_head = place.tensor.rank * model.num_kv_heads // place.tensor.size
+        q = Piece(
+            f"{name}.q.weight",
+            global_shape=(model.num_heads * width, model.hidden_size),
+            start=(self.first_head * width, 0),
+            shape=(q_rows, model.hidden_size),
+        )
+        kv = [
+            Piece(
+                f"{name}.{which}.weight",
+                global_shape=(model.num_kv_heads * width, model.hidden_size),
+                start=(first_kv_head * width, 0),
+                shape=(kv_rows, model.hidden_size),
+                sum_over=copies if copies.size > 1 else None,
+                counted=copies.is_first,
+            )
+            for which in ("k", "v")
+        ]
+        return [q, *kv]
+
+    def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [S, B, N + 2K, D]
+        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q = kernels.rms_norm(q, self.q_norm, self.norm_epsilon)
+            k = kernels.rms_norm(k, self.k_norm, self.norm_epsilon)
+        if context.cos is not None and context.sin is not None:
+            q, k = kernels.rope(q, k, context.cos, context.sin)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [B, heads, S, D]
+        if context.mask is not None and q.is_cuda:
+            # No fused kernel of torch takes a mask and unequal head counts together: given both, it
+            # would fall back to one that holds all probabilities, [B, N, S, S].
+            k, v = self._repeat(k), self._repeat(v)
+        if self.dropout > 0 and self.training:
+            out = self._attend_with_dropout(q, k, v, context)
+        else:
+            out = F.scaled_dot_product_attention(
+                q,
+                k,
+                v,
+                attn_mask=context.mask,
+                is_causal=context.mask is None,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+        return self.output(out.permute(2, 0, 1, 3).flatten(2))
+
+    def _repeat(self, t: Tensor) -> Tensor:
+        """[B, K, S, D] -> [B, N, S, D]: a key/value head for each query head."""
+        return t.repeat_interleave(self.heads // self.kv_heads, dim=1)
+
+    def _attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        """The formula itself, with probabilities in memory: [B, N, S, S].
+
+        scaled_dot_product_attention draws its dropout from a generator, which differs by layout.
+        """
+        k, v = self._repeat(k), self._repeat(v)
+        mask = context.mask
+        if mask is None:
+            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+        scores = (q @ k.mT) * self.head_dim**-0.5
+        probabilities = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        keep = kernels.attention_dropout_mask(
+            self.dropout,
+            self.dropout_seed,
+            context.samples_B,
+            heads=range(self.first_head, self.first_head + self.heads),
+            length=q.shape[-2],
+        )
+        return (probabilities * keep.to(q.dtype) / (1 - self.dropout)) @ v
+
+
+def rope_table(
+    model: ModelConfig, positions_S: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position x frequency, [S, D / 2] each; angles in float64, so that position
+    100,000 keeps its low bits."""
+    frequencies = kernels.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
+    angles = positions_S.double()[:, None] * frequencies.to(positions_S.device).double()
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def attention_mask(
+    length: int,
+    *,
+    offset: int,
+    window: int | None,
+    documents_BS: Tensor | None,
+    device: torch.device,
+) -> Tensor | None:
+    """True where query (row) may see key (column): [S, keys] or [B, 1, S, S]; None: plain causal.
+
+    `offset` tokens stand before the first query (in a key/value cache).
+    """
+    keys = offset + length
+    windowed = window is not None and window < keys
+    if documents_BS is None and not windowed and offset == 0:
+        return None
+    query = torch.arange(offset, keys, device=device)[:, None]
+    key = torch.arange(keys, device=device)[None, :]
+    mask = key <= query
+    if window is not None:
+        mask &= query - key < window
+    if documents_BS is not None:
+        same = documents_BS[:, None, :, None] == documents_BS[:, None, None, :]
+        return same & mask
+    return mask

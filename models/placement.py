@@ -1,0 +1,44 @@
+"""How layers are built on a rank, and what they are handed with each microbatch."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megapipe.kernel_choice import KernelChoice
+from megapipe.mesh import Axis
+from megapipe.tensor_parallel.weight_grad import WeightGradStore
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a stage is to be built on this rank: handed to every layer.
+
+    `key_value_copies` are the tensor ranks that hold the same key/value head, when there are fewer
+    of those than tensor ranks; `seed` is the one that dropout draws from; `kernels` says what the
+    layers compute with.
+    """
+
+    tensor: Axis
+    key_value_copies: Axis
+    sequence_parallel: bool
+    recompute: bool
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+    store: WeightGradStore
+    kernels: KernelChoice
+
+    @property
+    def layer(self) -> dict[str, object]:
+        return {"tensor": self.tensor, "dtype": self.dtype, "device": self.device}
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every block of a microbatch needs beside the hidden states."""
+
+    samples_B: Tensor
+    mask: Tensor | None  # True where a query may look; None: plain causal
+    cos: Tensor | None  # [S, D / 2]
+    sin: Tensor | None
