@@ -15,7 +15,13 @@ def test_the_table_and_the_json_hold_every_contender(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "results" / "train.json"
-    words = ["train", "--preset=llama-micro", "--layouts=1 process,pp2", "--against=transformers"]
+    words = [
+        "train",
+        "--preset=llama-micro",
+        "--layouts=1 process,pp2",
+        "--against=transformers",
+        "--breakdown",
+    ]
     assert run([*words, *SMALL, f"--json={file}"]) == 0
     content = json.loads(file.read_text())
     rows = content["results"]
@@ -29,7 +35,10 @@ def test_the_table_and_the_json_hold_every_contender(
     for row in rows:
         assert len(row["tokens_per_second"]) == 2
         assert row["median_tokens_per_second"] > 0
-        assert row["peak_rss_bytes"] > 50e6
+        assert row["peak_bytes"] > 50e6
+        assert sum(share for _, share, _ in row["breakdown"]) == pytest.approx(1)
+        assert "aten::mm" in [name for name, _, _ in row["breakdown"]][:6]
+        assert row["mfu"] is None, "the peak of a CPU is not known"
         assert all(5 < loss < 8 for loss in row["losses"]), "ln 509 is 6.2"
     assert rows[1]["losses"] == pytest.approx(rows[2]["losses"], rel=1e-5), "the same model"
     out = capsys.readouterr().out
@@ -47,6 +56,18 @@ def test_wrong_words_are_refused() -> None:
     ):
         with pytest.raises(MegapipeError, match=message):
             run(words)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(MegapipeError, match="torch finds no GPU here; use --device cpu"):
+        run(["train", "--device=cuda"])
+
+
+def test_a_gpu_takes_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(MegapipeError, match="--layouts tp2: a bench on a GPU has '1 process' only"):
+        run(["train", "--layouts=1 process,tp2"])
 
 
 def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from megapipe.config import (
     Config,
     DataConfig,
@@ -26,12 +28,15 @@ from megapipe.config import (
     dump_config,
 )
 from megapipe.errors import MegapipeError
+from megapipe.models.flops import flops_per_token
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.pipeline.schedule.build import check_chunks
 from megapipe.tools.arguments import Parser, UsageError
+from megapipe.tools.bench.breakdown import Share, print_breakdown
 from megapipe.tools.bench.crew import Crew
 from megapipe.tools.bench.machine import write_json
+from megapipe.train.metrics import device_peak_flops
 
 LAYOUTS = ("1 process", "tp2", "tp2-sp", "pp2", "pp2-zb-h1", "dp2", "tp2-pp2", "tp2-pp2-zb-h1")
 """What is measured unless something else is asked for; see `read_layout`."""
@@ -50,6 +55,7 @@ class Result:
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     peak_bytes: int = 0
+    breakdown: list[Share] = field(default_factory=list)
 
     def tokens_per_second(self, tokens: int) -> list[float]:
         return [tokens / seconds for seconds in self.seconds]
@@ -59,15 +65,14 @@ def run(argv: Sequence[str]) -> int:
     """Measure, print the table, write the JSON."""
     parser = Parser(
         "bench train",
-        "Tokens per second and memory of a training step on this machine's CPU: float32, one\n"
-        "thread per rank, random tokens.",
+        "Tokens per second and memory of a training step, random tokens: one process on a GPU in\n"
+        "bf16, or layouts of several on this machine's CPU in float32 with one thread per rank.",
     )
     parser.add_argument("--preset", default="llama-tiny", help="the model (default: llama-tiny)")
     parser.add_argument(
         "--layouts",
-        default=",".join(LAYOUTS),
-        help="layouts between commas: degrees of tp, pp, dp and v, sp, a schedule (default: "
-        f"{','.join(LAYOUTS)})",
+        help="layouts between commas: degrees of tp, pp, dp and v, sp, a schedule (default on a "
+        f"CPU: {','.join(LAYOUTS)}; on a GPU: {LAYOUTS[0]})",
     )
     parser.add_argument(
         "--against", choices=PEERS, help="another library, same model and tokens, in one process"
@@ -76,14 +81,37 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--sequence-length", type=int, default=256, help="tokens (default: 256)")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="sequences (default: 4)")
     parser.add_argument("--microbatches", type=int, default=8, help="in a step (default: 8)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), help="(default: bf16 on a GPU, fp32 on a CPU)"
+    )
+    parser.add_argument(
+        "--breakdown",
+        action="store_true",
+        help="also take one step of rank 0 of each under the profiler: share of time per kernel",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
     options = parser.parse_args(list(argv))
+    _settle_device(options)
     _check(options)
     results = _measure(options)
     tokens = options.microbatches * options.micro_batch_size * options.sequence_length
-    _print_table(results, tokens)
+    _print_table(options, results, tokens)
+    for result in results if options.breakdown else ():
+        print_breakdown(f"{result.contender} {result.layout}", result.breakdown)
     _write(options, results, tokens)
     return 0
+
+
+def _settle_device(options: Any) -> None:
+    """Fill in what depends on the device."""
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif options.device == "cuda" and not torch.cuda.is_available():
+        raise MegapipeError("--device cuda: torch finds no GPU here; use --device cpu.")
+    on_gpu = options.device == "cuda"
+    options.precision = options.precision or ("bf16" if on_gpu else "fp32")
+    options.layouts = options.layouts or (LAYOUTS[0] if on_gpu else ",".join(LAYOUTS))
 
 
 def _check(options: Any) -> None:
@@ -102,6 +130,11 @@ def _check(options: Any) -> None:
         raise UsageError(f"--against transformers compares llama presets, not {options.preset}.")
     for name in options.layouts.split(","):
         read_layout(name)
+        if options.device == "cuda" and name != LAYOUTS[0]:
+            raise UsageError(
+                f"--layouts {name}: a bench on a GPU has {LAYOUTS[0]!r} only, for NCCL takes one "
+                "GPU per process; measure layouts with `megapipe train`, or use --device cpu."
+            )
 
 
 def read_layout(name: str) -> ParallelConfig:
@@ -139,8 +172,8 @@ def _config(options: Any, parallel: ParallelConfig) -> Config:
             global_batch_size=sequences,
             micro_batch_size=options.micro_batch_size,
             sequence_length=options.sequence_length,
-            precision="fp32",
-            device="cpu",
+            precision=options.precision,
+            device=options.device,
         ),
         optimizer=OptimizerConfig(),
         data=DataConfig(tokenizer="unused", sources=(SourceConfig(path="unused"),)),
@@ -171,25 +204,35 @@ def _measure(options: Any) -> list[Result]:
                 result.losses.append(answers[0]["loss"])
                 result.peak_bytes = max(answer["peak_bytes"] for answer in answers)
             print(f"repeat {repeat + 1} of {options.repeats}", file=sys.stderr, flush=True)
+        for crew, result in zip(crews, results, strict=True) if options.breakdown else ():
+            result.breakdown = crew.order({"profile": True})[0]["breakdown"]
     return results
 
 
-def _print_table(results: Sequence[Result], tokens: int) -> None:
+def model_flops_utilization(options: Any, speed: float) -> float | None:
+    """MFU at this many tokens a second; None where the device's peak is not known."""
+    peak = device_peak_flops(torch.device(options.device), options.precision)
+    model = ModelConfig(**PRESETS[options.preset])
+    return speed * flops_per_token(model, options.sequence_length) / peak if peak else None
+
+
+def _print_table(options: Any, results: Sequence[Result], tokens: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        "", "layout", "ranks", "tokens/s, median", "min", "max", "ratio", "peak RSS per rank, MiB"
-    )
+    memory = "peak RSS per rank, MiB" if options.device == "cpu" else "peak GPU memory, MiB"
+    table = Table("", "layout", "ranks", "tokens/s, median", "min", "max", "ratio", "MFU", memory)
     base = median(results[0].tokens_per_second(tokens))
     for result in results:
         speeds = result.tokens_per_second(tokens)
+        mfu = model_flops_utilization(options, median(speeds))
         table.add_row(
             result.contender,
             result.layout,
             str(result.ranks),
             *(f"{value:.0f}" for value in (median(speeds), min(speeds), max(speeds))),
             f"{median(speeds) / base:.2f}",
+            "" if mfu is None else f"{mfu:.1%}",
             f"{result.peak_bytes / 2**20:.0f}",
         )
     Console(width=110).print(table)
@@ -207,8 +250,10 @@ def _write(options: Any, results: Sequence[Result], tokens: int) -> None:
                 "ranks": result.ranks,
                 "tokens_per_second": result.tokens_per_second(tokens),
                 "median_tokens_per_second": median(result.tokens_per_second(tokens)),
-                "peak_rss_bytes": result.peak_bytes,
+                "peak_bytes": result.peak_bytes,
                 "losses": result.losses,
+                "mfu": model_flops_utilization(options, median(result.tokens_per_second(tokens))),
+                "breakdown": result.breakdown,
             }
             for result in results
         ],

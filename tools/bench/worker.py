@@ -2,12 +2,13 @@
 
 `python -m megapipe.tools.bench.worker SPEC`, where SPEC is JSON: contender ("megapipe" or
 "transformers"), rank, store (a file for the rendezvous), config (TOML). It answers with a line of
-JSON when it is ready and after each step.
+JSON when it is ready and after each step; `{"profile": true}` makes that step a profiled one.
 """
 
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from megapipe.config import Config, parse_config
 from megapipe.mesh import build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.parameters import parameter_count
+from megapipe.tools.bench.breakdown import profile_step
 from megapipe.tools.bench.serving import answer, join
 from megapipe.train.engine import Engine
 from megapipe.train.proof import synthetic_tokens
@@ -31,14 +33,20 @@ def main(spec: dict[str, Any]) -> None:
     config = parse_config(spec["config"])
     make = {"megapipe": _megapipe, "transformers": _transformers}[spec["contender"]]
     step = make(config, spec)
+    device = torch.device(config.train.device)
     answer(ready=True)
-    for number, _ in enumerate(sys.stdin):
+    for number, line in enumerate(sys.stdin):
+        if json.loads(line).get("profile"):
+            answer(breakdown=profile_step(partial(step, number), device))
+            continue
         loss = step(number)
-        answer(loss=loss, peak_bytes=peak_memory())
+        answer(loss=loss, peak_bytes=peak_memory(device))
 
 
-def peak_memory() -> int:
-    """Bytes that this process had resident at most since it began (VmHWM)."""
+def peak_memory(device: torch.device) -> int:
+    """Bytes of GPU memory that tensors took at most, or that this process had resident (VmHWM)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     lines = Path("/proc/self/status").read_text().splitlines()
     (kibibytes,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
     return int(kibibytes) * 1024
@@ -52,7 +60,7 @@ def _megapipe(config: Config, spec: dict[str, Any]) -> Step:
         pipeline=parallel.pipeline,
         data=parallel.data,
         tensor=parallel.tensor,
-        device=torch.device("cpu"),
+        device=torch.device(config.train.device),
     )
     engine = Engine(config, mesh, build_stages)
     tokens = synthetic_tokens(config)
@@ -83,6 +91,8 @@ def _transformers(config: Config, spec: dict[str, Any]) -> Step:
         )
     )
     assert sum(p.numel() for p in theirs.parameters()) == parameter_count(model), "another model"
+    device = torch.device(config.train.device)
+    theirs.to(device)  # type: ignore[arg-type]  # their wrapper hides the signature
     adamw = torch.optim.AdamW(
         theirs.parameters(),
         lr=optimizer.learning_rate,
@@ -91,7 +101,7 @@ def _transformers(config: Config, spec: dict[str, Any]) -> Step:
         fused=True,
     )
     tokens = synthetic_tokens(config)
-    mesh = build_mesh(pipeline=1, data=1, tensor=1, device=torch.device("cpu"))
+    mesh = build_mesh(pipeline=1, data=1, tensor=1, device=device)
     count = train.global_batch_size // train.micro_batch_size
 
     def step(number: int) -> float:
@@ -99,9 +109,10 @@ def _transformers(config: Config, spec: dict[str, Any]) -> Step:
         total = 0.0
         for batch in tokens(number, mesh):
             assert batch.targets_BS is not None
-            logits = theirs(input_ids=batch.tokens_BS, use_cache=False).logits
+            with torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16"):
+                logits = theirs(input_ids=batch.tokens_BS, use_cache=False).logits
             loss = torch.nn.functional.cross_entropy(
-                logits.flatten(0, 1), batch.targets_BS.flatten()
+                logits.flatten(0, 1).float(), batch.targets_BS.flatten()
             )
             (loss / count).backward()
             total += loss.item() / count
