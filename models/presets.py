@@ -130,6 +130,12 @@ def _llama() -> Iterator[tuple[str, Preset]]:
     yield "llama2-7b", _LLAMA2 | _shape(32, 4096, 32, ffn_hidden_size=11008)
     yield "llama2-13b", _LLAMA2 | _shape(40, 5120, 40, ffn_hidden_size=13824)
     yield "llama2-70b", _LLAMA2 | _shape(80, 8192, 64, num_kv_heads=8, ffn_hidden_size=28672)
+    # Llama 3.2: the small one shares its embedding with the output and stretches 32 times.
+    stretch = {"rope_scaling": _LLAMA3["rope_scaling"] | {"factor": 32.0}, "tie_embeddings": True}
+    yield (
+        "llama3-1b",
+        _LLAMA3 | stretch | _shape(16, 2048, 32, num_kv_heads=8, ffn_hidden_size=8192),
+    )
     yield "llama3-8b", _LLAMA3 | _shape(32, 4096, 32, num_kv_heads=8, ffn_hidden_size=14336)
     yield "llama3-70b", _LLAMA3 | _shape(80, 8192, 64, num_kv_heads=8, ffn_hidden_size=28672)
     yield "llama3-405b", _LLAMA3 | _shape(126, 16384, 128, num_kv_heads=8, ffn_hidden_size=53248)
