@@ -4,20 +4,25 @@ Each is a function on tensors that knows nothing of ranks, one file per operatio
 `from megapipe.kernels import rms_norm`.
 """
 
+from megapipe.kernels.adamw import adamw_
 from megapipe.kernels.backend import Backend, UnsupportedError, backend_of
 from megapipe.kernels.cross_entropy import exp_sum_and_target_, row_max, softmax_gradient_
 from megapipe.kernels.dropout import attention_dropout_mask, dropout, dropout_add
 from megapipe.kernels.gelu import gelu
+from megapipe.kernels.grad_norm import grad_norm
 from megapipe.kernels.layer_norm import layer_norm
 from megapipe.kernels.random import fold, normal_rectangle
 from megapipe.kernels.rms_norm import add_rms_norm, rms_norm
 from megapipe.kernels.rope import rope, rope_frequencies
 from megapipe.kernels.swiglu import swiglu
+from megapipe.kernels.weight_grad import add_weight_grad
 
 __all__ = [
     "Backend",
     "UnsupportedError",
+    "adamw_",
     "add_rms_norm",
+    "add_weight_grad",
     "attention_dropout_mask",
     "backend_of",
     "dropout",
@@ -25,6 +30,7 @@ __all__ = [
     "exp_sum_and_target_",
     "fold",
     "gelu",
+    "grad_norm",
     "layer_norm",
     "normal_rectangle",
     "rms_norm",

@@ -28,6 +28,7 @@ def build_stages(config: Config, mesh: Mesh) -> dict[int, GPTStage]:
     key_value_copies = _key_value_copies(config, mesh)
     tied = _tied_ranks(config, mesh, placed)
 
+    choice = choose_kernels(config, mesh.device)
     built: dict[int, GPTStage] = {}
     for stage in placed:
         if stage.rank != mesh.pipeline.rank:
@@ -42,8 +43,8 @@ def build_stages(config: Config, mesh: Mesh) -> dict[int, GPTStage]:
                 dtype=MODEL_DTYPE[config.train.precision],
                 device=mesh.device,
                 seed=config.train.seed,
-                store=WeightGradStore(),
-                kernels=choose_kernels(config, mesh.device),
+                store=WeightGradStore(choice.kernels),
+                kernels=choice,
             ),
             layers=stage.layers,
             is_first=stage.first,

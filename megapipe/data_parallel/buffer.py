@@ -72,6 +72,22 @@ class ParameterBuffer:
             for piece in slot.parameter.pieces:
                 yield piece, piece.view(local)
 
+    def counted_runs(self) -> list[slice]:
+        """The parts of a flat tensor that this rank counts: the longest runs without a piece that
+        it does not. They hold padding too, where gradients are zero."""
+        runs: list[slice] = []
+        open_run = False
+        for slot in self.slots:
+            width = slot.parameter.shape[1:].numel()
+            for piece in slot.parameter.pieces:
+                start = slot.offset + piece.row * width
+                stop = start + piece.shape[0] * width
+                if piece.counted and start < stop:
+                    first = runs.pop().start if open_run else start
+                    runs.append(slice(first, stop))
+                open_run = piece.counted if start < stop else open_run
+        return runs
+
     def publish_master(self) -> None:
         """Round the master weights into the weights that the model computes with."""
         if self.master is not self.weights:

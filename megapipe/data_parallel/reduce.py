@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from megapipe.data_parallel.buffer import ParameterBuffer
+from megapipe.kernels import Backend, grad_norm
 from megapipe.mesh import Axis
 from megapipe.tensor_parallel.collectives import all_reduce_, start_all_reduce
 
@@ -48,20 +49,24 @@ def _sum_together(views: Sequence[Tensor], axis: Axis) -> None:
         view.copy_(part.view_as(view))
 
 
-def local_squared_norm(buffers: Sequence[ParameterBuffer]) -> Tensor:
+def local_squared_norm(buffers: Sequence[ParameterBuffer], backend: Backend) -> Tensor:
     """Sum of squares of the gradients that this rank counts, as a float64 scalar.
 
     Added up over a replica's ranks this is the squared global norm: each rectangle of a global
     tensor is counted on one rank, however many hold a copy of it; padding is zero.
     """
-    views = [
-        view
-        for buffer in buffers
-        for piece, view in buffer.pieces(buffer.gradients)
-        if piece.counted and view.numel() > 0
-    ]
-    device = buffers[0].gradients.device
-    if not views:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    norms = torch.stack(torch._foreach_norm(views))
-    return norms.double().square().sum()
+    if backend == "triton":
+        parts = [buffer.gradients[run] for buffer in buffers for run in buffer.counted_runs()]
+        squares = [grad_norm(part, backend=backend)[0] for part in parts]
+    else:
+        views = [
+            view
+            for buffer in buffers
+            for piece, view in buffer.pieces(buffer.gradients)
+            if piece.counted and view.numel() > 0
+        ]
+        norms = torch._foreach_norm(views) if views else ()
+        squares = [torch.stack(norms).double().square().sum()] if norms else []
+    if not squares:
+        return torch.zeros((), dtype=torch.float64, device=buffers[0].gradients.device)
+    return torch.stack(squares).sum()

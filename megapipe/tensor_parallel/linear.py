@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megapipe.kernels import add_weight_grad
 from megapipe.mesh import Axis
 from megapipe.tensor_parallel.collectives import (
     Pending,
@@ -26,7 +27,7 @@ from megapipe.tensor_parallel.collectives import (
     start_reduce_scatter,
     sum_partial,
 )
-from megapipe.tensor_parallel.parameter import Piece, ShardedParameter, add_weight_grad
+from megapipe.tensor_parallel.parameter import Piece, ShardedParameter
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 
 
@@ -211,7 +212,7 @@ class _ColumnParallel(torch.autograd.Function):
             inputs = x
             if ctx.gathers:
                 inputs = gathering.wait() if gathering is not None else all_gather(x, tensor)
-            add_weight_grad(weight.main_grad, grad_out, inputs)
+            add_weight_grad(weight.main_grad, grad_out, inputs, backend=store.backend)
 
         store.push(weight_grad)
         grad_bias = grad_out.flatten(0, -2).sum(0) if ctx.has_bias else None
@@ -241,5 +242,6 @@ class _RowParallel(torch.autograd.Function):
         if ctx.scatters:
             grad_out = all_gather(grad_out, ctx.tensor)
         grad_in = grad_out @ weight
-        ctx.store.push(lambda: add_weight_grad(weight.main_grad, grad_out, x))
+        backend = ctx.store.backend
+        ctx.store.push(lambda: add_weight_grad(weight.main_grad, grad_out, x, backend=backend))
         return grad_in, None, None, None, None

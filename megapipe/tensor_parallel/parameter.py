@@ -91,15 +91,3 @@ def _move_to_main_grad(parameter: Tensor) -> None:
     if parameter.grad is not None:  # None: the layer has added to main_grad itself
         parameter.main_grad.add_(parameter.grad)
         parameter.grad = None
-
-
-def add_weight_grad(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> None:
-    """main_grad [out, in] += grad_out [..., out]^T inputs [..., in], in main_grad's precision."""
-    grad_out = grad_out.flatten(0, -2)
-    inputs = inputs.flatten(0, -2)
-    if main_grad.dtype == grad_out.dtype:
-        main_grad.addmm_(grad_out.t(), inputs)
-    elif grad_out.is_cuda:  # narrow factors, a wide sum: one matmul of the tensor cores
-        main_grad.add_(torch.mm(grad_out.t(), inputs, out_dtype=main_grad.dtype))
-    else:
-        main_grad.addmm_(grad_out.t().to(main_grad.dtype), inputs.to(main_grad.dtype))

@@ -10,14 +10,17 @@ from contextlib import contextmanager
 
 import torch
 
+from megapipe.kernels import Backend
+
 
 class WeightGradStore:
     """Runs weight-gradient closures at once, or collects them while `defer` is active.
 
-    One store serves all layers of one stage.
+    One store serves all layers of one stage. `backend` is what the closures compute with.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: Backend = "torch") -> None:
+        self.backend = backend
         self._pending: list[Callable[[], None]] | None = None
 
     @property

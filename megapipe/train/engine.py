@@ -11,6 +11,7 @@ from megapipe.config import Config
 from megapipe.data_parallel.buffer import build_buffers
 from megapipe.data_parallel.reduce import local_squared_norm, reduce_gradients
 from megapipe.errors import MegapipeError
+from megapipe.kernel_choice import choose_kernels
 from megapipe.mesh import Mesh
 from megapipe.microbatch import IGNORED_TARGET, MicroBatch
 from megapipe.pipeline.executor import PipelineExecutor
@@ -69,7 +70,8 @@ class Engine:
             main_dtype=MAIN_DTYPE[config.train.precision],
             data_size=mesh.data.size,
         )
-        self.optimizer = Optimizer(self.buffers, config.optimizer)
+        self.backend = choose_kernels(config, mesh.device).kernels
+        self.optimizer = Optimizer(self.buffers, config.optimizer, self.backend)
         self._channels = make_channels(mesh)
         placement = stage_placement(config)
         self.program = lower(training_program(config))
@@ -115,8 +117,8 @@ class Engine:
                 "weights are as before. Lower optimizer.learning_rate, or resume from an earlier "
                 "checkpoint with checkpoint.resume and another train.run_dir."
             )
-        self._scale_gradients(result)
-        self.optimizer.step(learning_rate)
+        # Sums over tokens -> means, clipped to the configured global norm.
+        self.optimizer.step(learning_rate, gradient_scale=result.clip / result.tokens)
         return result
 
     def validation_loss(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
@@ -140,7 +142,7 @@ class Engine:
         stop: bool,
         counts: Sequence[int],
     ) -> StepResult:
-        squared_norm = local_squared_norm(self.buffers)
+        squared_norm = local_squared_norm(self.buffers, self.backend)
         more = [float(stop), *counts, *self._bubble.values()]
         sums = self._sum_over_world(losses, batches, squared_norm, more)
         loss, tokens, squared, stops, *sums = sums
@@ -183,8 +185,3 @@ class Engine:
         sums: list[float] = all_reduce_(totals, self.mesh.world).tolist()
         self._bubble.synchronized()
         return sums
-
-    def _scale_gradients(self, result: StepResult) -> None:
-        """Sums over tokens -> means, clipped to the configured global norm."""
-        for buffer in self.buffers:
-            buffer.gradients.mul_(result.clip / result.tokens)

@@ -5,74 +5,61 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from megapipe.config import OptimizerConfig
 from megapipe.data_parallel.buffer import ParameterBuffer
+from megapipe.kernels import Backend, adamw_
 from megapipe.tensor_parallel.parameter import Piece
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Adam's state of one buffer, laid out like it; `steps` is a float32 scalar."""
+    """Adam's state of one buffer, laid out like it."""
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    steps: Tensor
 
 
 class Optimizer:
-    """torch's fused AdamW on each buffer's master weights, as one long parameter.
+    """AdamW on each buffer's master weights, as one long parameter.
 
-    Padding between parameters is zero in weights and gradients, so it stays zero. Called as a
-    function: the class torch.optim.AdamW imports torch's compiler at its first step, which costs
-    each rank 2 s and 100 MB.
+    Padding between parameters is zero in weights and gradients, so it stays zero. `steps` are the
+    updates so far, which Adam's bias correction counts.
     """
 
-    def __init__(self, buffers: Sequence[ParameterBuffer], config: OptimizerConfig) -> None:
+    def __init__(
+        self, buffers: Sequence[ParameterBuffer], config: OptimizerConfig, backend: Backend
+    ) -> None:
         self.buffers = buffers
         self.config = config
+        self.backend = backend
+        self.steps = 0
         self._moments = [
-            Moments(
-                exp_avg=torch.zeros_like(buffer.master),
-                exp_avg_sq=torch.zeros_like(buffer.master),
-                steps=torch.zeros((), dtype=torch.float32, device=buffer.master.device),
-            )
+            Moments(torch.zeros_like(buffer.master), torch.zeros_like(buffer.master))
             for buffer in buffers
         ]
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Update the master weights from the buffers' gradients, then the model's weights."""
+    def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
+        """Update the master weights from the buffers' gradients, times `gradient_scale`, and from
+        them the model's weights. What is in the gradients afterwards is for nobody to use."""
         config = self.config
+        self.steps += 1
         for buffer, moments in zip(self.buffers, self._moments, strict=True):
-            adamw(
-                [buffer.master],
-                [buffer.gradients],
-                [moments.exp_avg],
-                [moments.exp_avg_sq],
-                max_exp_avg_sqs=[],
-                state_steps=[moments.steps],
-                fused=True,
-                amsgrad=False,
-                beta1=config.betas[0],
-                beta2=config.betas[1],
-                lr=learning_rate,
+            adamw_(
+                buffer.master,
+                buffer.gradients,
+                moments.exp_avg,
+                moments.exp_avg_sq,
+                step=self.steps,
+                learning_rate=learning_rate,
+                betas=config.betas,
+                epsilon=config.epsilon,
                 weight_decay=config.weight_decay if buffer.decay else 0.0,
-                eps=config.epsilon,
-                maximize=False,
+                gradient_scale=gradient_scale,
+                weights=None if buffer.master is buffer.weights else buffer.weights,
+                backend=self.backend,
             )
-            buffer.publish_master()
-
-    @property
-    def steps(self) -> int:
-        """Updates so far: Adam's bias correction counts them."""
-        return int(self._moments[0].steps.item())
-
-    @steps.setter
-    def steps(self, value: int) -> None:
-        for moments in self._moments:
-            moments.steps.fill_(value)
 
     def state(self) -> Iterator[tuple[str, Piece, Tensor]]:
         """(kind, piece, values): "weights" (the master copy) and both moments; values are views."""

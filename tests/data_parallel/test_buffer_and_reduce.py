@@ -1,5 +1,6 @@
 """Flat buffers lay parameters out once; reduction sums what is partial, and counts norms once."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -112,7 +113,7 @@ def _reduced(pipeline: int, data: int, tensor: int) -> None:
     # The norm over a replica counts every global element once.
     for one in members.values():
         one.main_grad.fill_(1.0)
-    squared = all_reduce_(local_squared_norm(buffers).clone(), mesh.replica)
+    squared = all_reduce_(local_squared_norm(buffers, "torch").clone(), mesh.replica)
     per_stage = 3 * 5 + 4 * 3 * tensor
     assert abs(float(squared) - (pipeline * per_stage + 2 * 3 * tensor)) < 1e-9
 
@@ -122,3 +123,29 @@ def test_partial_gradients_are_summed_over_their_ranks_and_replicas() -> None:
     run_ranks(_reduced, 4, 2, 1, 2)
     run_ranks(_reduced, 4, 2, 2, 1)
     run_ranks(_reduced, 1, 1, 1, 1)
+
+
+def test_counted_runs_are_the_counted_elements_and_padding() -> None:
+    """Two counted in a row are one run; what is not counted, and rows of no piece, end or widen it."""
+
+    def pieces(*counted: bool) -> ShardedParameter:
+        cut = [
+            Piece(f"p{i}", (2, 3), (0, 0), (2, 3), row=2 * i, counted=own)
+            for i, own in enumerate(counted)
+        ]
+        shape = (2 * len(counted) + 1, 3)  # the last row belongs to no piece
+        return ShardedParameter(shape, tuple(cut), decay=True, dtype=torch.float32, device=CPU)
+
+    members = [pieces(True, True), pieces(True, False, True), pieces(False), pieces(True)]
+    (buffer,) = build_buffers([Holder(*members)], main_dtype=torch.float32, data_size=1)
+    # Parameters begin at multiples of 64 elements; a piece has 6.
+    assert buffer.counted_runs() == [slice(0, 70), slice(76, 82), slice(192, 198)]
+    generator = torch.Generator().manual_seed(0)
+    for piece, view in buffer.pieces(buffer.gradients):
+        view.copy_(torch.randn(piece.shape, generator=generator))
+    norms = [float(local_squared_norm([buffer], backend)) for backend in ("torch", "triton")]
+    assert norms[1] == pytest.approx(norms[0], rel=1e-6)
+    buffer.gradients.zero_()
+    for piece, view in buffer.pieces(buffer.gradients):
+        view.fill_(0.0 if piece.counted else 1.0)
+    assert float(local_squared_norm([buffer], "triton")) == 0

@@ -1,0 +1,168 @@
+"""A linear layer's weight gradient, added to the main gradient in the same pass.
+
+    main_grad [out, in] += grad_out [tokens, out]^T inputs [tokens, in]
+
+Narrow factors, float32 sums. torch has no product that accumulates bf16 factors onto float32: it
+needs the product in memory first, 4 bytes written and read again for each weight. Here a program
+holds a tile of the sum, adds the main gradient's tile at the end and writes it: 8 bytes a weight.
+Every tile is one program's, tokens in order, so the bits never depend on timing.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from megapipe.kernels.backend import (
+    FP_FUSION,
+    Backend,
+    UnsupportedError,
+    check_dtype,
+    choose,
+)
+from megapipe.kernels.compilation import Variant
+
+GROUP = 8
+"""Rows of tiles that are worked on together, so that their factors are found in the cache."""
+
+
+def add_weight_grad(
+    main_grad: Tensor, grad_out: Tensor, inputs: Tensor, *, backend: Backend | None = None
+) -> None:
+    """main_grad [out, in] += grad_out [..., out]^T inputs [..., in], in main_grad's precision.
+
+    Raises UnsupportedError in Triton unless main_grad is float32 and both factors have one dtype.
+    """
+    grad_out = grad_out.flatten(0, -2)
+    inputs = inputs.flatten(0, -2)
+    if choose(backend, main_grad) == "triton":
+        torch.ops.megapipe.add_weight_grad(main_grad, grad_out, inputs)
+    elif main_grad.dtype == grad_out.dtype:
+        main_grad.addmm_(grad_out.t(), inputs)
+    elif grad_out.is_cuda:  # narrow factors, a wide sum: one matmul of the tensor cores
+        main_grad.add_(torch.mm(grad_out.t(), inputs, out_dtype=main_grad.dtype))
+    else:
+        main_grad.addmm_(grad_out.t().to(main_grad.dtype), inputs.to(main_grad.dtype))
+
+
+@triton.jit
+def _weight_grad(  # type: ignore[no-untyped-def]
+    main_grad,
+    grad_out,
+    inputs,
+    tokens,
+    rows,
+    columns,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """One tile of main_grad [rows, columns]."""
+    across = tl.cdiv(columns, BLOCK_COLUMNS)
+    down = tl.cdiv(rows, BLOCK_ROWS)
+    band = tl.program_id(0) // (GROUP * across)
+    within = tl.program_id(0) % (GROUP * across)
+    height = min(down - band * GROUP, GROUP)
+    row = (band * GROUP + within % height) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = (within // height) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    token = tl.arange(0, BLOCK_TOKENS)
+    left = grad_out + token[:, None] * tl.cast(rows, tl.int64) + row[None, :]
+    right = inputs + token[:, None] * tl.cast(columns, tl.int64) + column[None, :]
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
+    for first in range(0, tokens, BLOCK_TOKENS):
+        there = (first + token < tokens)[:, None]
+        g = tl.load(left, there & (row < rows)[None, :], other=0)
+        x = tl.load(right, there & (column < columns)[None, :], other=0)
+        total = tl.dot(tl.trans(g), x, total, input_precision=PRECISION)
+        left += BLOCK_TOKENS * tl.cast(rows, tl.int64)
+        right += BLOCK_TOKENS * tl.cast(columns, tl.int64)
+    places = main_grad + row[:, None] * tl.cast(columns, tl.int64) + column[None, :]
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    tl.store(places, tl.load(places, inside, other=0) + total, inside)
+
+
+class Settings(NamedTuple):
+    """Tile of the sum, tokens at a time, warps, stages of the pipeline of loads."""
+
+    rows: int
+    columns: int
+    tokens: int
+    warps: int
+    stages: int
+
+
+def _settings(element_size: int, is_amd: bool) -> Settings:
+    """By the factors' dtype; AMD's have 64 KiB of shared memory."""
+    if element_size == 4:
+        return Settings(64, 64, 32, 4, 2)
+    return Settings(128, 128, 64, 8, 2 if is_amd else 3)
+
+
+@torch.library.custom_op("megapipe::add_weight_grad", mutates_args=("main_grad",))
+def _launch(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> None:
+    check_dtype("add_weight_grad", grad_out, inputs)
+    if main_grad.dtype != torch.float32 or grad_out.dtype != inputs.dtype:
+        found = ", ".join(
+            str(x.dtype).removeprefix("torch.") for x in (main_grad, grad_out, inputs)
+        )
+        raise UnsupportedError(
+            "add_weight_grad", f"takes a float32 sum and factors of one dtype, not {found}"
+        )
+    (tokens, rows), columns = grad_out.shape, inputs.shape[1]
+    assert inputs.shape[0] == tokens
+    assert main_grad.shape == (rows, columns)
+    assert main_grad.is_contiguous()
+    settings = _settings(inputs.element_size(), torch.version.hip is not None)
+    tiles = triton.cdiv(rows, settings.rows) * triton.cdiv(columns, settings.columns)
+    if tiles and tokens:
+        _weight_grad[(tiles,)](
+            main_grad,
+            grad_out.contiguous(),
+            inputs.contiguous(),
+            tokens,
+            rows,
+            columns,
+            PRECISION="ieee",  # of float32 factors: as exact as torch's
+            GROUP=GROUP,
+            BLOCK_ROWS=settings.rows,
+            BLOCK_COLUMNS=settings.columns,
+            BLOCK_TOKENS=settings.tokens,
+            num_warps=settings.warps,
+            num_stages=settings.stages,
+            enable_fp_fusion=FP_FUSION,
+        )
+
+
+@_launch.register_fake
+def _(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> None:
+    return None
+
+
+def variants() -> Iterator[Variant]:
+    """bfloat16 and float32 factors."""
+    for dtype, size in (("bf16", 2), ("fp32", 4)):
+        for targets, is_amd in ((("sm_80", "sm_90", "sm_100"), False), (("gfx942",), True)):
+            settings = _settings(size, is_amd)
+            yield Variant(
+                _weight_grad,
+                dtype,
+                signature={"main_grad": "*fp32", "grad_out": f"*{dtype}", "inputs": f"*{dtype}"}
+                | dict.fromkeys(("tokens", "rows", "columns"), "i32"),
+                constants={
+                    "PRECISION": "ieee",
+                    "GROUP": GROUP,
+                    "BLOCK_ROWS": settings.rows,
+                    "BLOCK_COLUMNS": settings.columns,
+                    "BLOCK_TOKENS": settings.tokens,
+                },
+                num_warps=settings.warps,
+                num_stages=settings.stages,
+                divisible=("tokens", "rows", "columns"),
+                tensor_cores=size == 2,
+                targets=targets,
+            )

@@ -1,0 +1,79 @@
+"""The weight gradient's product: the Triton kernel against torch and float64."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megapipe.kernels import Backend, UnsupportedError, add_weight_grad
+from megapipe.kernels import weight_grad as module
+from tests.kernels.proof import assert_as_accurate, assert_same_bits, programs_in_reverse
+
+
+def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def added(main_grad: Tensor, grad_out: Tensor, inputs: Tensor, backend: Backend) -> list[Tensor]:
+    result = main_grad.clone()
+    add_weight_grad(result, grad_out, inputs, backend=backend)
+    return [result]
+
+
+@pytest.fixture
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_settings", lambda *_: module.Settings(16, 32, 16, 4, 1))
+    monkeypatch.setattr(module, "GROUP", 2)
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@settings(max_examples=20, deadline=None)
+@given(
+    tokens=st.integers(0, 40),
+    rows=st.integers(1, 50),
+    columns=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)
+def test_as_accurate_as_torch(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> None:
+    main_grad = random((rows, columns), torch.float32, 0)
+    grad_out, inputs = random((tokens, rows), dtype, 1), random((tokens, columns), dtype, 2)
+    (kernel,) = added(main_grad, grad_out, inputs, "triton")
+    exact = main_grad.double() + grad_out.double().t() @ inputs.double()
+    assert_as_accurate([kernel], added(main_grad, grad_out, inputs, "torch"), [exact])
+
+
+def test_the_tiles_that_run_on_gpus() -> None:
+    """Two by two of them, with edges; the factors are views of more dimensions."""
+    grad_out = random((3, 30, 2 * 130), torch.float16, 1)[..., ::2]
+    inputs = random((30, 3, 140), torch.float16, 2).transpose(0, 1)
+    main_grad = random((130, 140), torch.float32, 0)
+    (kernel,) = added(main_grad, grad_out, inputs, "triton")
+    product = grad_out.double().flatten(0, 1).t() @ inputs.double().flatten(0, 1)
+    reference = added(main_grad, grad_out, inputs, "torch")
+    assert_as_accurate([kernel], reference, [main_grad.double() + product])
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_any_order_and_what_is_not_finite() -> None:
+    main_grad = random((40, 50), torch.float32, 0)
+    grad_out, inputs = random((9, 40), torch.float32, 1), random((9, 50), torch.float32, 2)
+    in_order = added(main_grad, grad_out, inputs, "triton")
+    with programs_in_reverse():
+        assert_same_bits(in_order, added(main_grad, grad_out, inputs, "triton"))
+    inputs[3, 7] = torch.nan
+    (found,) = added(main_grad, grad_out, inputs, "triton")
+    assert found[:, 7].isnan().all()
+    assert found.isnan().sum() == 40
+
+
+def test_refusals() -> None:
+    wide, narrow = torch.zeros(4, 4), torch.zeros(4, 4, dtype=torch.float16)
+    for operands in ((narrow, narrow, narrow), (wide, wide, narrow)):
+        with pytest.raises(UnsupportedError, match="float32 sum and factors of one dtype"):
+            add_weight_grad(*operands, backend="triton")
+
+
+def test_operator() -> None:
+    arguments = (torch.zeros(5, 6), torch.rand(3, 5), torch.rand(3, 6))
+    torch.library.opcheck(torch.ops.megapipe.add_weight_grad, arguments)
