@@ -6,11 +6,22 @@ Each is a function on tensors that knows nothing of ranks, one file per operatio
 
 from megapipe.kernels.adamw import adamw_
 from megapipe.kernels.backend import Backend, UnsupportedError, backend_of
-from megapipe.kernels.cross_entropy import exp_sum_and_target_, row_max, softmax_gradient_
+from megapipe.kernels.cross_entropy import (
+    Combined,
+    cross_entropy,
+    cross_entropy_gradient_,
+    cross_entropy_stats_,
+    rescale,
+    token_losses,
+)
 from megapipe.kernels.dropout import attention_dropout_mask, dropout, dropout_add
 from megapipe.kernels.gelu import gelu
 from megapipe.kernels.grad_norm import grad_norm
 from megapipe.kernels.layer_norm import layer_norm
+from megapipe.kernels.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_forward,
+)
 from megapipe.kernels.random import fold, normal_rectangle
 from megapipe.kernels.rms_norm import add_rms_norm, rms_norm
 from megapipe.kernels.rope import rope, rope_frequencies
@@ -19,24 +30,29 @@ from megapipe.kernels.weight_grad import add_weight_grad
 
 __all__ = [
     "Backend",
+    "Combined",
     "UnsupportedError",
     "adamw_",
     "add_rms_norm",
     "add_weight_grad",
     "attention_dropout_mask",
     "backend_of",
+    "cross_entropy",
+    "cross_entropy_gradient_",
+    "cross_entropy_stats_",
     "dropout",
     "dropout_add",
-    "exp_sum_and_target_",
     "fold",
     "gelu",
     "grad_norm",
     "layer_norm",
+    "linear_cross_entropy",
+    "linear_cross_entropy_forward",
     "normal_rectangle",
+    "rescale",
     "rms_norm",
     "rope",
     "rope_frequencies",
-    "row_max",
-    "softmax_gradient_",
     "swiglu",
+    "token_losses",
 ]

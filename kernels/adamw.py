@@ -87,7 +87,7 @@ def _reference(
     epsilon: float,
     weight_decay: float,
 ) -> None:
-    """torch's own, fused. As a function, for the class torch.optim.AdamW imports torch's compiler at
+    """torch's own, fused. As a function: the class torch.optim.AdamW imports torch's compiler in
     its first step, which costs each rank 2 s and 100 MB."""
     steps = torch.tensor(float(step - 1), dtype=torch.float32, device=master.device)
     torch_adamw(

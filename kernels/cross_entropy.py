@@ -1,75 +1,191 @@
-"""The local halves of cross-entropy over a vocabulary that may be cut over ranks.
+"""Cross-entropy over a vocabulary that may be cut into parts, and its gradient over the logits.
 
-    loss = log(sum_v exp(x_v - m)) + m - x_target,    m = max_v x_v
-    dx_v = dloss (exp(x_v - m) / sum - [v = target])
+    loss = lse - x_target + z lse^2,    lse = log(sum_v exp(x_v)) = m + log(sum_v exp(x_v - m))
+    dx_v = dloss (p_v (1 + 2 z lse) - [v = target]),    p_v = exp(x_v - m) share
 
-The caller combines maxima, sums and target logits of all parts between the two halves. The gradient
-is written over the logits, so no copy of [N, V] is made. Float32 logits become exp(x - m) on the
-way; narrower ones stay as they are until then, and are widened a few rows at a time: a probability
-near 1 in bfloat16 has no digits left for p - 1.
+The first half finds a part's maximum m, its sum of exp(x - m) and its target logits in one pass
+over the logits; the caller combines those of all parts (`Combined`; `share` is the probability of
+a class whose logit is m, for exp(x - lse) would lose digits where p is near 1). The second half
+writes the gradient over the logits, so no copy of [N, V] is ever made. z pulls lse towards 0 (the
+z-loss of PaLM, Chowdhery et al. 2022). Sums are float32 (float64 for float64 logits) whatever the
+logits are: a probability near 1 in bfloat16 has no digits left for p - 1.
+
+Bytes: logits read, then read and written, 3 times their size in all.
 """
 
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from megapipe.kernels.backend import FP_FUSION, Backend, check_dtype, choose
+from megapipe.kernels.compilation import Variant
+
 CHUNK_BYTES = 16 * 2**20
-"""Logits in less than float32 are widened in pieces of at most this size."""
+"""Of torch's: logits in less than float32 are widened in pieces of at most this size."""
+BLOCK, WARPS = 4096, 8
+"""Of Triton's: columns at a time."""
 
 
-def row_max(logits_NV: Tensor, valid: int) -> Tensor:
-    """[N] float32 (float64): the maximum over the first `valid` columns, -inf if there are none."""
-    wide = _wide_dtype(logits_NV)
-    if valid == 0:
-        return torch.full((logits_NV.shape[0],), -torch.inf, dtype=wide, device=logits_NV.device)
-    return logits_NV[:, :valid].amax(dim=1).to(wide)
+def cross_entropy(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    *,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    overwrite: bool = False,
+    backend: Backend | None = None,
+) -> Tensor:
+    """[N, V], targets [N] -> the sum of the losses, a scalar in float32 (float64).
+
+    With `overwrite` the gradient takes the place of the logits, which are spoilt from the forward
+    pass on and may have been saved by nobody but their producer; else they are copied first.
+    Raises UnsupportedError for float64 in Triton.
+    """
+    loss: Tensor = _CrossEntropy.apply(
+        logits_NV if overwrite else logits_NV.clone(),
+        torch.where(targets_N == ignore_index, -1, targets_N),
+        z_loss,
+        choose(backend, logits_NV),
+    )
+    return loss
 
 
-def exp_sum_and_target_(
-    logits_NV: Tensor, max_N: Tensor, targets_N: Tensor, first: int, valid: int
-) -> tuple[Tensor, Tensor]:
-    """(sum of exp(x - max), logit of the target), [N] each, for `softmax_gradient_` later.
+class _CrossEntropy(torch.autograd.Function):
+    """All of the vocabulary in one part."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NV: Tensor, targets_N: Tensor, z_loss: float, backend: Backend
+    ) -> Tensor:
+        columns = logits_NV.shape[1]
+        max_N, sum_N, target_N = cross_entropy_stats_(
+            logits_NV, targets_N, first=0, valid=columns, backend=backend
+        )
+        found = combine_one(max_N, sum_N, target_N)
+        ctx.save_for_backward(logits_NV, max_N, *found, targets_N)
+        ctx.columns, ctx.z_loss, ctx.backend = columns, z_loss, backend
+        return token_losses(found, targets_N, z_loss).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        logits_NV, max_N, *found, targets_N = ctx.saved_tensors
+        cross_entropy_gradient_(
+            logits_NV,
+            max_N,
+            Combined(*found),
+            targets_N,
+            first=0,
+            valid=ctx.columns,
+            grad=grads[0],
+            z_loss=ctx.z_loss,
+            backend=ctx.backend,
+        )
+        return logits_NV, None, None, None
+
+
+def cross_entropy_stats_(
+    logits_NV: Tensor, targets_N: Tensor, *, first: int, valid: int, backend: Backend
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(maximum m, sum of exp(x - m), logit of the target), [N] each, of one part of the vocabulary.
 
     Column c stands for class `first` + c; columns from `valid` on are padding. Where the target
-    lies in another part (or is negative) its logit is 0. Logits of float32 or more are overwritten.
+    lies in another part (or is negative) its logit is 0; a part without columns has m = -inf and
+    sum 0. The logits then belong to `cross_entropy_gradient_`: torch leaves exp(x - m) in them.
     """
+    if backend == "triton":
+        check_dtype("cross_entropy", logits_NV)
+        max_N, sum_N, target_N = torch.ops.megapipe.cross_entropy_stats(
+            logits_NV, targets_N, first, valid
+        )
+        return max_N, sum_N, target_N
+    wide = torch.float64 if logits_NV.dtype == torch.float64 else torch.float32
+    rows = logits_NV.shape[0]
+    if valid == 0:
+        nothing = torch.zeros(rows, dtype=wide, device=logits_NV.device)
+        return torch.full_like(nothing, -torch.inf), nothing, nothing.clone()
     own, index = _own_targets(targets_N, first, valid)
-    target = logits_NV.gather(1, index).squeeze(1).to(max_N.dtype)
-    target_N = torch.where(own, target, 0)
+    max_N = logits_NV[:, :valid].amax(dim=1).to(wide)
+    target_N = torch.where(own, logits_NV.gather(1, index).squeeze(1).to(wide), 0)
+    shift_N = torch.where(max_N == -torch.inf, 0, max_N)
     sum_N = torch.empty_like(max_N)
-    for rows in _chunks(logits_NV):
+    for part in _chunks(logits_NV):
         # `to` gives the logits themselves where they are wide already.
-        exponentials = logits_NV[rows, :valid].to(max_N.dtype).sub_(max_N[rows, None]).exp_()
-        sum_N[rows] = exponentials.sum(dim=1)
-    return sum_N, target_N
+        exponentials = logits_NV[part, :valid].to(wide).sub_(shift_N[part, None]).exp_()
+        sum_N[part] = exponentials.sum(dim=1)
+    return max_N, sum_N, target_N
 
 
-def softmax_gradient_(
+class Combined(NamedTuple):
+    """What all parts of the vocabulary say together, [N] each."""
+
+    lse_N: Tensor
+    share_N: Tensor  # exp(m - lse), with the maximum m of the part that is asking
+    target_N: Tensor
+
+
+def combine_one(max_N: Tensor, sum_N: Tensor, target_N: Tensor) -> Combined:
+    """Of a vocabulary in one part."""
+    return Combined(max_N + sum_N.log(), sum_N.reciprocal(), target_N)
+
+
+def rescale(max_N: Tensor, of_all_N: Tensor) -> Tensor:
+    """What a part's sum of exp(x - m) is multiplied by to be one of exp(x - m of all parts)."""
+    return torch.where(max_N == -torch.inf, 0, (max_N - of_all_N).exp())
+
+
+def token_losses(found: Combined, targets_N: Tensor, z_loss: float) -> Tensor:
+    """[N] losses, 0 for negative targets."""
+    losses_N = found.lse_N - found.target_N
+    if z_loss:
+        losses_N = losses_N + z_loss * found.lse_N.square()
+    return torch.where(targets_N >= 0, losses_N, 0)
+
+
+def cross_entropy_gradient_(
     logits_NV: Tensor,
     max_N: Tensor,
-    sum_N: Tensor,
+    found: Combined,
     targets_N: Tensor,
+    *,
     first: int,
     valid: int,
     grad: Tensor,
-) -> Tensor:
-    """grad * (softmax - onehot(target)) written over what `exp_sum_and_target_` left; 0 for
-    negative targets and padding.
+    z_loss: float,
+    backend: Backend,
+) -> None:
+    """Write the gradient over what `cross_entropy_stats_` left; 0 for negative targets and padding.
 
-    `grad` is the scalar gradient of the sum of losses, `max_N` and `sum_N` are those of all parts.
+    `grad` is the scalar gradient of the sum of losses, `max_N` the part's own maximum.
     """
+    lse_N, share_N, _ = found
+    if backend == "triton":
+        torch.ops.megapipe.cross_entropy_gradient_(
+            logits_NV, max_N, share_N, lse_N, targets_N, grad, first, valid, z_loss
+        )
+        return
+    wide = lse_N.dtype
     own, index = _own_targets(targets_N, first, valid)
-    scale_N1 = torch.where(targets_N >= 0, grad.to(sum_N.dtype) / sum_N, 0).unsqueeze(1)
-    at_target_N1 = torch.where(own, -grad, 0).to(sum_N.dtype).unsqueeze(1)
+    slope_N = share_N * grad.to(wide)
+    if z_loss:
+        slope_N = slope_N * (1 + 2 * z_loss * lse_N)
+    slope_N1 = torch.where(targets_N >= 0, slope_N, 0).unsqueeze(1)
+    at_target_N1 = torch.where(own, -grad, 0).to(wide).unsqueeze(1)
     logits_NV[:, valid:] = 0
+    if valid == 0:
+        return
+    shift_N1 = torch.where(max_N == -torch.inf, 0, max_N).unsqueeze(1)
     for rows in _chunks(logits_NV):
         part = logits_NV[rows]
-        if part.dtype == sum_N.dtype:
-            part.mul_(scale_N1[rows]).scatter_add_(1, index[rows], at_target_N1[rows])
+        if part.dtype == wide:
+            part.mul_(slope_N1[rows]).scatter_add_(1, index[rows], at_target_N1[rows])
         else:
-            wide = part.to(sum_N.dtype).sub_(max_N[rows, None]).exp_().mul_(scale_N1[rows])
-            part.copy_(wide.scatter_add_(1, index[rows], at_target_N1[rows]))
+            shifted = part.to(wide).sub_(shift_N1[rows]).exp_().mul_(slope_N1[rows])
+            part.copy_(shifted.scatter_add_(1, index[rows], at_target_N1[rows]))
             part[:, valid:] = 0
-    return logits_NV
 
 
 def _own_targets(targets_N: Tensor, first: int, valid: int) -> tuple[Tensor, Tensor]:
@@ -85,5 +201,156 @@ def _chunks(logits_NV: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, rows, size)]
 
 
-def _wide_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+@triton.jit
+def _cross_entropy_stats(  # type: ignore[no-untyped-def]
+    logits, targets, maxima, sums, at_targets, stride, first, valid, BLOCK: tl.constexpr
+):
+    """One row: a running maximum, and the sum so far rescaled whenever it grows."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    largest = -float("inf")
+    total = 0.0
+    for start in range(0, valid, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + columns, columns < valid, other=-float("inf")).to(tl.float32)
+        larger = tl.maximum(largest, tl.max(x, 0))
+        shift = tl.where(larger == -float("inf"), 0.0, larger)
+        total = total * tl.exp(largest - shift) + tl.sum(tl.exp(x - shift), 0)
+        largest = larger
+    column = tl.load(targets + row) - first
+    own = (column >= 0) & (column < valid)
+    tl.store(maxima + row, largest)
+    tl.store(sums + row, total)
+    tl.store(at_targets + row, tl.load(logits + column, own, other=0).to(tl.float32))
+
+
+@triton.jit
+def _cross_entropy_gradient(  # type: ignore[no-untyped-def]
+    logits,
+    maxima,
+    shares,
+    lse,
+    targets,
+    grad,
+    stride,
+    width,
+    first,
+    valid,
+    z_loss,
+    BLOCK: tl.constexpr,
+):
+    """One block of a row's columns; `width` counts the padding too."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    places = logits + row * stride + columns
+    x = tl.load(places, columns < valid, other=-float("inf")).to(tl.float32)
+    target = tl.load(targets + row)
+    slope = tl.where(target < 0, 0.0, tl.load(grad).to(tl.float32))
+    largest = tl.load(maxima + row)
+    shift = tl.where(largest == -float("inf"), 0.0, largest)
+    share = tl.load(shares + row) * (1 + 2 * z_loss * tl.load(lse + row))
+    dx = tl.exp(x - shift) * share
+    dx -= tl.where(columns == target - first, 1.0, 0.0)
+    dx = tl.where((target >= 0) & (columns < valid), dx * slope, 0.0)
+    tl.store(places, dx.to(logits.dtype.element_ty), columns < width)
+
+
+@torch.library.custom_op("megapipe::cross_entropy_stats", mutates_args=())
+def _stats(
+    logits_NV: Tensor, targets_N: Tensor, first: int, valid: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits_NV.shape[0]
+    assert _rows_are_dense(logits_NV)
+    max_N, sum_N, target_N = (logits_NV.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    if rows:
+        _cross_entropy_stats[(rows,)](
+            logits_NV,
+            targets_N.contiguous(),
+            max_N,
+            sum_N,
+            target_N,
+            logits_NV.stride(0),
+            first,
+            valid,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+            enable_fp_fusion=FP_FUSION,
+        )
+    return max_N, sum_N, target_N
+
+
+@torch.library.custom_op("megapipe::cross_entropy_gradient_", mutates_args=("logits_NV",))
+def _gradient(
+    logits_NV: Tensor,
+    max_N: Tensor,
+    share_N: Tensor,
+    lse_N: Tensor,
+    targets_N: Tensor,
+    grad: Tensor,
+    first: int,
+    valid: int,
+    z_loss: float,
+) -> None:
+    rows, width = logits_NV.shape
+    assert _rows_are_dense(logits_NV)
+    if rows and width:
+        _cross_entropy_gradient[(rows, triton.cdiv(width, BLOCK))](
+            logits_NV,
+            max_N,
+            share_N,
+            lse_N,
+            targets_N.contiguous(),
+            grad,
+            logits_NV.stride(0),
+            width,
+            first,
+            valid,
+            z_loss,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+            enable_fp_fusion=FP_FUSION,
+        )
+
+
+def _rows_are_dense(x: Tensor) -> bool:
+    return x.numel() == 0 or x.shape[1] == 1 or x.stride(1) == 1
+
+
+@_stats.register_fake
+def _(
+    logits_NV: Tensor, targets_N: Tensor, first: int, valid: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    made = [logits_NV.new_empty(logits_NV.shape[0], dtype=torch.float32) for _ in range(3)]
+    return made[0], made[1], made[2]
+
+
+@_gradient.register_fake
+def _(*args: object) -> None:
+    return None
+
+
+def variants() -> Iterator[Variant]:
+    """Both halves for bfloat16 and float32 logits."""
+    common = {"targets": "*i64", "stride": "i32", "first": "i32", "valid": "i32"}
+    for dtype in ("bf16", "fp32"):
+        yield Variant(
+            _cross_entropy_stats,
+            f"{dtype} logits",
+            signature={"logits": f"*{dtype}"}
+            | common
+            | dict.fromkeys(("maxima", "sums", "at_targets"), "*fp32"),
+            constants={"BLOCK": BLOCK},
+            num_warps=WARPS,
+            divisible=("stride", "first", "valid"),
+        )
+        yield Variant(
+            _cross_entropy_gradient,
+            f"{dtype} logits",
+            signature={"logits": f"*{dtype}"}
+            | dict.fromkeys(("maxima", "shares", "lse", "grad"), "*fp32")
+            | {"width": "i32", "z_loss": "fp32"}
+            | common,
+            constants={"BLOCK": BLOCK},
+            num_warps=WARPS,
+            divisible=("stride", "width", "first", "valid"),
+        )

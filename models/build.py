@@ -12,7 +12,7 @@ from megapipe.mesh import Axis, Mesh, split_world
 from megapipe.models.gpt import GPTStage
 from megapipe.models.parameters import ParameterSpec, parameter_table
 from megapipe.models.partition import Stage, stages
-from megapipe.models.placement import Placement
+from megapipe.models.placement import LossSettings, Placement
 from megapipe.tensor_parallel.parameter import Piece, ShardedParameter, sharded_parameters
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 
@@ -45,6 +45,7 @@ def build_stages(config: Config, mesh: Mesh) -> dict[int, GPTStage]:
                 seed=config.train.seed,
                 store=WeightGradStore(choice.kernels),
                 kernels=choice,
+                loss=LossSettings(config.train.linear_cross_entropy, config.train.z_loss),
             ),
             layers=stage.layers,
             is_first=stage.first,

@@ -14,6 +14,7 @@ under sequence parallelism. Activations between layers are [S_local, B, H].
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,10 @@ from megapipe.tensor_parallel.linear import (
     column_parallel_linear,
     replicated_parameter,
 )
-from megapipe.tensor_parallel.loss import vocab_parallel_cross_entropy
+from megapipe.tensor_parallel.loss import (
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+)
 from megapipe.tensor_parallel.parameter import Piece, ShardedParameter
 
 
@@ -237,13 +241,27 @@ class Head(nn.Module):
         )
 
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
-        """The sum of the losses of all targets that are not ignored."""
+        """The sum of the losses of all targets that are not ignored.
+
+        z-loss is part of what is trained; a validation loss leaves it out.
+        """
         assert batch.targets_BS is not None
-        return vocab_parallel_cross_entropy(
-            self.logits(x),
-            batch.targets_BS.t(),
-            vocab_size=self.vocab_size,
-            tensor=self.place.tensor,
+        place = self.place
+        settings: dict[str, Any] = {
+            "vocab_size": self.vocab_size,
+            "tensor": place.tensor,
+            "z_loss": place.loss.z_loss if self.training else 0.0,
+            "backend": place.kernels.kernels,
+        }
+        targets_SB = batch.targets_BS.t()
+        if not place.loss.linear:
+            return vocab_parallel_cross_entropy(self.logits(x), targets_SB, **settings)
+        return vocab_parallel_linear_cross_entropy(
+            self.norm(x),
+            self.weight,
+            targets_SB,
+            sequence_parallel=place.sequence_parallel,
+            **settings,
         )
 
 

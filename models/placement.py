@@ -11,6 +11,14 @@ from megapipe.tensor_parallel.weight_grad import WeightGradStore
 
 
 @dataclass(frozen=True)
+class LossSettings:
+    """How the head computes the loss: see train.linear_cross_entropy and train.z_loss."""
+
+    linear: bool = False
+    z_loss: float = 0.0
+
+
+@dataclass(frozen=True)
 class Placement:
     """How a stage is to be built on this rank: handed to every layer.
 
@@ -28,6 +36,7 @@ class Placement:
     seed: int
     store: WeightGradStore
     kernels: KernelChoice
+    loss: LossSettings = LossSettings()
 
     @property
     def layer(self) -> dict[str, object]:

@@ -1,11 +1,12 @@
 """Cross-entropy over a vocabulary that is cut over tensor ranks; logits are never gathered.
 
-    loss = sum over tokens of log(sum_v exp(x_v - m)) + m - x_target,    m = max_v x_v
+    loss = sum over tokens of lse - x_target + z lse^2,    lse = log(sum_v exp(x_v))
 
 Each rank finds its own maximum, sum of exponentials and target logit; three numbers per token cross
-the ranks. The gradient softmax(x) - onehot(target) is written over the logits.
+the ranks. The gradient is written over the logits.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +14,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapipe import kernels
+from megapipe.kernels import Backend, Combined
+from megapipe.kernels.linear_cross_entropy import Vocabulary
 from megapipe.mesh import Axis
-from megapipe.tensor_parallel.collectives import all_reduce_
+from megapipe.tensor_parallel.collectives import (
+    all_gather,
+    all_reduce_,
+    start_all_reduce,
+    start_reduce_scatter,
+)
+from megapipe.tensor_parallel.parameter import ShardedParameter
 
 
 def vocab_parallel_cross_entropy(
-    logits: Tensor, targets: Tensor, *, vocab_size: int, tensor: Axis
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    tensor: Axis,
+    z_loss: float = 0.0,
+    backend: Backend = "torch",
 ) -> Tensor:
     """Scalar sum of the losses of [...] targets, given this rank's [..., columns] of the logits.
 
@@ -27,7 +42,40 @@ def vocab_parallel_cross_entropy(
     The logits are overwritten, in forward already; only their producer may have saved them.
     """
     loss: Tensor = _CrossEntropy.apply(
-        logits.flatten(0, -2), targets.reshape(-1), vocab_size, tensor
+        logits.flatten(0, -2), targets.reshape(-1), vocab_size, tensor, z_loss, backend
+    )
+    return loss
+
+
+def vocab_parallel_linear_cross_entropy(
+    hidden: Tensor,
+    weight: ShardedParameter,
+    targets: Tensor,
+    *,
+    vocab_size: int,
+    tensor: Axis,
+    sequence_parallel: bool,
+    z_loss: float = 0.0,
+    backend: Backend = "torch",
+) -> Tensor:
+    """The loss of `hidden` [S_local, B, H] times this rank's rows of `weight`, [V, H], without ever
+    holding the logits of all tokens; `targets` are [S, B].
+
+    Where autograd is on, both gradients are computed in the forward pass: that of the weight goes
+    straight to its main gradient, unscaled. So the loss must be the end of the graph, its gradient
+    1, as the pipeline executor has it; the backward pass checks that, and a schedule has nothing to
+    defer here.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden,
+        weight,
+        targets.reshape(-1),
+        vocab_size,
+        tensor,
+        sequence_parallel and tensor.size > 1,
+        z_loss,
+        backend,
+        torch.is_grad_enabled(),
     )
     return loss
 
@@ -35,24 +83,94 @@ def vocab_parallel_cross_entropy(
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, targets_N: Tensor, vocab_size: int, tensor: Axis
+        ctx: Any,
+        logits_NV: Tensor,
+        targets_N: Tensor,
+        vocab_size: int,
+        tensor: Axis,
+        z_loss: float,
+        backend: Backend,
     ) -> Tensor:
-        columns = logits_NV.shape[1]
-        first = tensor.rank * columns
-        valid = min(max(vocab_size - first, 0), columns)
-        max_N = all_reduce_(kernels.row_max(logits_NV, valid), tensor, dist.ReduceOp.MAX)
-        sums_2N = torch.stack(
-            kernels.exp_sum_and_target_(logits_NV, max_N, targets_N, first, valid)
+        own = _own_rows(vocab_size, logits_NV.shape[1], tensor)
+        max_N, sum_N, target_N = kernels.cross_entropy_stats_(
+            logits_NV, targets_N, first=own.first, valid=own.valid, backend=backend
         )
-        sum_N, target_N = all_reduce_(sums_2N, tensor)
-        ctx.save_for_backward(logits_NV, max_N, sum_N, targets_N)
-        ctx.first, ctx.valid = first, valid
-        return torch.where(targets_N >= 0, sum_N.log() + max_N - target_N, 0).sum()
+        found = _combine(tensor, max_N, sum_N, target_N)
+        ctx.save_for_backward(logits_NV, max_N, *found, targets_N)
+        ctx.own, ctx.z_loss, ctx.backend = own, z_loss, backend
+        return kernels.token_losses(found, targets_N, z_loss).sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits_NV, max_N, sum_N, targets_N = ctx.saved_tensors
-        grad_NV = kernels.softmax_gradient_(
-            logits_NV, max_N, sum_N, targets_N, ctx.first, ctx.valid, grads[0]
+        logits_NV, max_N, *found, targets_N = ctx.saved_tensors
+        kernels.cross_entropy_gradient_(
+            logits_NV,
+            max_N,
+            Combined(*found),
+            targets_N,
+            first=ctx.own.first,
+            valid=ctx.own.valid,
+            grad=grads[0],
+            z_loss=ctx.z_loss,
+            backend=ctx.backend,
         )
-        return grad_NV, None, None, None
+        return logits_NV, None, None, None, None, None
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: ShardedParameter,
+        targets_N: Tensor,
+        vocab_size: int,
+        tensor: Axis,
+        gathers: bool,
+        z_loss: float,
+        backend: Backend,
+        differentiable: bool,
+    ) -> Tensor:
+        whole = all_gather(hidden, tensor) if gathers else hidden
+
+        def add(logits_grad: Tensor, rows: Tensor) -> None:
+            kernels.add_weight_grad(weight.main_grad, logits_grad, rows, backend=backend)
+
+        loss, ctx.hidden_grad = kernels.linear_cross_entropy_forward(
+            whole.flatten(0, -2),
+            weight,
+            targets_N,
+            vocabulary=_own_rows(vocab_size, weight.shape[0], tensor),
+            combine=partial(_combine, tensor),
+            add_weight_grad=add if differentiable else None,
+            z_loss=z_loss,
+            backend=backend,
+        )
+        ctx.shape, ctx.tensor = whole.shape, tensor
+        ctx.start = start_reduce_scatter if gathers else start_all_reduce
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        said = "the weight's gradient is that of a loss whose own gradient is 1"
+        if grad.is_cuda:
+            torch._assert_async(grad == 1, said)  # without a wait for the GPU
+        else:
+            assert grad == 1, said
+        hidden_grad = ctx.start(ctx.hidden_grad.view(ctx.shape), ctx.tensor).wait()
+        return (hidden_grad, *[None] * 8)
+
+
+def _own_rows(vocab_size: int, rows: int, tensor: Axis) -> Vocabulary:
+    """This rank's classes, of `rows` with the padding."""
+    first = tensor.rank * rows
+    return Vocabulary(first, min(max(vocab_size - first, 0), rows))
+
+
+def _combine(tensor: Axis, max_N: Tensor, sum_N: Tensor, target_N: Tensor) -> Combined:
+    """Over all ranks' parts of the vocabulary."""
+    of_all_N = all_reduce_(max_N.clone(), tensor, dist.ReduceOp.MAX)
+    scale_N = kernels.rescale(max_N, of_all_N)
+    sum_N, target_N = all_reduce_(torch.stack([sum_N * scale_N, target_N]), tensor)
+    return Combined(sum_N.log() + of_all_N, scale_N / sum_N, target_N)

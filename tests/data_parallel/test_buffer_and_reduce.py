@@ -126,7 +126,7 @@ def test_partial_gradients_are_summed_over_their_ranks_and_replicas() -> None:
 
 
 def test_counted_runs_are_the_counted_elements_and_padding() -> None:
-    """Two counted in a row are one run; what is not counted, and rows of no piece, end or widen it."""
+    """Two counted in a row are one run, over rows of no piece too; what is not counted ends it."""
 
     def pieces(*counted: bool) -> ShardedParameter:
         cut = [

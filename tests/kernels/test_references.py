@@ -148,20 +148,31 @@ def split_loss(logits: Tensor, targets: Tensor, parts: int, vocab: int) -> tuple
     pieces = [part.clone() for part in logits.chunk(parts, dim=1)]
     width = pieces[0].shape[1]
     valid = [min(max(vocab - width * i, 0), width) for i in range(parts)]
-    maximum = torch.stack(
-        [kernels.row_max(piece, n) for piece, n in zip(pieces, valid, strict=True)]
-    ).amax(0)
-    sums, target = torch.zeros_like(maximum), torch.zeros_like(maximum)
-    for i, piece in enumerate(pieces):
-        s, t = kernels.exp_sum_and_target_(piece, maximum, targets, width * i, valid[i])
-        sums += s
-        target += t
-    loss = torch.where(targets >= 0, sums.log() + maximum - target, 0).sum()
-    one = torch.ones((), dtype=loss.dtype)
-    grads = [
-        kernels.softmax_gradient_(piece, maximum, sums, targets, width * i, valid[i], 0.5 * one)
-        for i, piece in enumerate(pieces)
+    firsts = [width * i for i in range(parts)]
+    stats = [
+        kernels.cross_entropy_stats_(piece, targets, first=first, valid=n, backend="torch")
+        for piece, first, n in zip(pieces, firsts, valid, strict=True)
     ]
+    maxima, sums, at_targets = (torch.stack(kind) for kind in zip(*stats, strict=True))
+    scales = kernels.rescale(maxima, maxima.amax(0))
+    total = (sums * scales).sum(0)
+    lse = total.log() + maxima.amax(0)
+    loss = torch.zeros(())
+    for i, piece in enumerate(pieces):
+        found = kernels.Combined(lse, scales[i] / total, at_targets.sum(0))
+        loss = kernels.token_losses(found, targets, 0.0).sum()
+        kernels.cross_entropy_gradient_(
+            piece,
+            maxima[i],
+            found,
+            targets,
+            first=firsts[i],
+            valid=valid[i],
+            grad=torch.tensor(0.5, dtype=loss.dtype),
+            z_loss=0.0,
+            backend="torch",
+        )
+    grads = pieces
     return loss, torch.cat(grads, dim=1)
 
 

@@ -1,0 +1,165 @@
+"""Output projection and cross-entropy, a part of the tokens at a time.
+
+    logits = h W^T,    loss = cross-entropy(logits),    dh = dlogits W,    dW = dlogits^T h
+
+Logits of all tokens never exist: those of some rows are made, turned into their gradient in place,
+used for both products, and given up. So both gradients are computed in the forward pass (as in
+Liger's kernel, Hsu et al. 2024), with the three products that the unfused way takes too; computing
+the logits again in the backward pass (Cut Cross-Entropy, Wijmans et al. 2024) would take four. What
+is kept is one tensor like h.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megapipe.kernels.backend import Backend, choose
+from megapipe.kernels.cross_entropy import (
+    Combined,
+    combine_one,
+    cross_entropy_gradient_,
+    cross_entropy_stats_,
+    token_losses,
+)
+from megapipe.kernels.weight_grad import add_weight_grad
+
+PARTS, LEAST_ROWS = 16, 128
+"""Rows are cut into at most so many parts, of at least so many rows: products of fewer rows are
+slower for each row."""
+
+Combine = Callable[[Tensor, Tensor, Tensor], Combined]
+"""(maximum, sum of exp(x - maximum), target logit) of one part of the vocabulary, [N] each -> what
+all parts say."""
+AddWeightGrad = Callable[[Tensor, Tensor], None]
+"""(gradient of logits [N, V], h [N, H]): adds their product to the gradient of W."""
+
+
+class Vocabulary(NamedTuple):
+    """The rows of W: classes from `first` on; those from row `valid` on are padding."""
+
+    first: int
+    valid: int
+
+
+def linear_cross_entropy(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    *,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    backend: Backend | None = None,
+) -> Tensor:
+    """h [N, H], W [V, H], targets [N] -> the sum of the losses, a scalar in float32 (float64).
+
+    The gradient of W is summed in float32 (float64), [V, H], and rounded to W's dtype at the end.
+    Raises UnsupportedError for float64 in Triton.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(
+        hidden_NH,
+        weight_VH,
+        torch.where(targets_N == ignore_index, -1, targets_N),
+        z_loss,
+        choose(backend, hidden_NH),
+        torch.is_grad_enabled(),
+    )
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """All of the vocabulary in one part."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        targets_N: Tensor,
+        z_loss: float,
+        backend: Backend,
+        differentiable: bool,
+    ) -> Tensor:
+        weight_grad = None
+        if differentiable and ctx.needs_input_grad[1]:
+            wide = torch.float64 if weight_VH.dtype == torch.float64 else torch.float32
+            weight_grad = torch.zeros_like(weight_VH, dtype=wide)
+
+        def add(logits_grad: Tensor, hidden: Tensor) -> None:
+            if weight_grad is not None:
+                add_weight_grad(weight_grad, logits_grad, hidden, backend=backend)
+
+        loss, hidden_grad = linear_cross_entropy_forward(
+            hidden_NH,
+            weight_VH,
+            targets_N,
+            vocabulary=Vocabulary(0, weight_VH.shape[0]),
+            combine=combine_one,
+            add_weight_grad=add if differentiable else None,
+            z_loss=z_loss,
+            backend=backend,
+        )
+        ctx.hidden_grad, ctx.weight_grad, ctx.dtype = hidden_grad, weight_grad, weight_VH.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        weight_grad = None
+        if ctx.weight_grad is not None:
+            weight_grad = (ctx.weight_grad * grad).to(ctx.dtype)
+        return (ctx.hidden_grad * grad).to(ctx.hidden_grad), weight_grad, None, None, None, None
+
+
+def linear_cross_entropy_forward(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets_N: Tensor,
+    *,
+    vocabulary: Vocabulary,
+    combine: Combine,
+    add_weight_grad: AddWeightGrad | None,
+    z_loss: float,
+    backend: Backend,
+) -> tuple[Tensor, Tensor | None]:
+    """(sum of losses, gradient of h by this part of the vocabulary).
+
+    Without `add_weight_grad` no gradient is computed and the second is None. Gradients are those of
+    the sum itself: of a loss whose own gradient is 1. Negative targets are ignored. `combine` is
+    called for each part of the rows, the same number of times wherever N is the same.
+    """
+    loss = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
+    hidden_grad = None if add_weight_grad is None else torch.empty_like(hidden_NH)
+    one = torch.ones((), dtype=torch.float32, device=hidden_NH.device)
+    for rows in row_parts(hidden_NH.shape[0]):
+        targets = targets_N[rows]
+        logits = hidden_NH[rows] @ weight_VH.t()
+        own = cross_entropy_stats_(
+            logits, targets, first=vocabulary.first, valid=vocabulary.valid, backend=backend
+        )
+        found = combine(*own)
+        loss += token_losses(found, targets, z_loss).sum()
+        if add_weight_grad is None or hidden_grad is None:
+            continue
+        cross_entropy_gradient_(
+            logits,
+            own[0],
+            found,
+            targets,
+            first=vocabulary.first,
+            valid=vocabulary.valid,
+            grad=one,
+            z_loss=z_loss,
+            backend=backend,
+        )
+        torch.mm(logits, weight_VH, out=hidden_grad[rows])
+        add_weight_grad(logits, hidden_NH[rows])
+    wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
+    return loss.to(wide), hidden_grad
+
+
+def row_parts(rows: int) -> list[slice]:
+    """How the rows are cut."""
+    size = max(LEAST_ROWS, -(-rows // PARTS))
+    return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]

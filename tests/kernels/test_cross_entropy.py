@@ -1,0 +1,164 @@
+"""Cross-entropy's halves, and with the output projection: Triton against torch and float64."""
+
+import sys
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megapipe.kernels import (
+    Backend,
+    UnsupportedError,
+    cross_entropy,
+    cross_entropy_stats_,
+    linear_cross_entropy,
+)
+from tests.kernels.proof import (
+    assert_as_accurate,
+    assert_same_bits,
+    programs_in_reverse,
+    values_and_gradients,
+)
+
+MODULE = sys.modules["megapipe.kernels.cross_entropy"]
+
+
+def inputs(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Logits, and targets of which every third is ignored."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    logits = (3 * torch.randn(rows, columns, generator=generator)).to(dtype)
+    targets = torch.randint(columns, (rows,), generator=generator)
+    targets[2::3] = -100
+    return logits, targets
+
+
+def loss(logits: Tensor, targets: Tensor, backend: Backend = "torch", z: float = 0.0) -> Tensor:
+    return cross_entropy(logits, targets, z_loss=z, backend=backend)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    rows=st.integers(0, 6),
+    columns=st.integers(1, 300),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    z=st.sampled_from([0.0, 1e-2]),
+)
+def test_as_accurate_as_torch(rows: int, columns: int, dtype: torch.dtype, z: float) -> None:
+    logits, targets = inputs(rows, columns, dtype)
+    kernel = values_and_gradients(partial(loss, backend="triton", z=z), (logits, targets))
+    reference = values_and_gradients(partial(loss, z=z), (logits, targets))
+    exact = values_and_gradients(partial(loss, z=z), (logits.double(), targets))
+    assert_as_accurate(kernel, reference, exact)
+
+
+def test_many_blocks_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MODULE, "BLOCK", 32)
+    given_ = inputs(4, 131)
+    kernel = values_and_gradients(partial(loss, backend="triton", z=1e-2), given_)
+    exact = values_and_gradients(partial(loss, z=1e-2), (given_[0].double(), given_[1]))
+    assert_as_accurate(kernel, values_and_gradients(partial(loss, z=1e-2), given_), exact)
+    with programs_in_reverse():
+        again = values_and_gradients(partial(loss, backend="triton", z=1e-2), given_)
+    assert_same_bits(kernel, again)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_logits_are_kept_unless_given_away(backend: Backend) -> None:
+    logits, targets = inputs(3, 20)
+    kept = logits.clone()
+    values_and_gradients(partial(loss, backend=backend), (logits, targets))
+    leaf = kept.clone().requires_grad_()
+    cross_entropy(leaf, targets, backend=backend).backward()
+    assert torch.equal(leaf.detach(), kept)
+    gradient = leaf.grad
+    again = kept.clone()
+    given_away = again.clone().requires_grad_() * 1  # not a leaf, as logits are
+    cross_entropy(given_away, targets, overwrite=True, backend=backend).backward()
+    assert gradient is not None
+    assert torch.equal(given_away.detach(), gradient)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_part_of_the_vocabulary(backend: Backend) -> None:
+    """Columns 8-12 of classes 10-14 are padding; one row is all minus infinity, targets are
+    elsewhere, here, and in the padding's place."""
+    logits, _ = inputs(4, 12)
+    logits[1] = -torch.inf
+    targets = torch.tensor([12, 11, 3, 19])
+    found = cross_entropy_stats_(logits.clone(), targets, first=10, valid=8, backend=backend)
+    part = logits[:, :8]
+    assert torch.equal(found[0], part.amax(1))
+    torch.testing.assert_close(
+        found[1][[0, 2, 3]], (part - part.amax(1)[:, None]).exp().sum(1)[[0, 2, 3]]
+    )
+    assert found[1][1] == 0
+    assert torch.equal(found[2], torch.tensor([logits[0, 2], -torch.inf, 0, 0]))
+    nothing = cross_entropy_stats_(logits.clone(), targets, first=90, valid=0, backend=backend)
+    assert torch.equal(nothing[0], torch.full((4,), -torch.inf))
+    assert not nothing[1].any()
+    assert not nothing[2].any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_not_finite_as_torch(value: float) -> None:
+    logits, targets = inputs(3, 40)
+    logits[1, 7] = value
+    kernel = values_and_gradients(partial(loss, backend="triton"), (logits, targets))
+    reference = values_and_gradients(loss, (logits, targets))
+    for own, other in zip(kernel, reference, strict=True):
+        assert torch.equal(own.isfinite(), other.isfinite())
+
+
+def test_refusals() -> None:
+    for function in (cross_entropy, partial(linear_cross_entropy, torch.zeros(2, 3).double())):
+        with pytest.raises(UnsupportedError, match="float64"):
+            function(torch.zeros(2, 3).double(), torch.zeros(2).long(), backend="triton")
+
+
+def test_operators() -> None:
+    logits, targets = inputs(3, 40)
+    torch.library.opcheck(torch.ops.megapipe.cross_entropy_stats, (logits, targets, 0, 38))
+    per_row = [torch.rand(3) for _ in range(3)]
+    arguments = (logits, *per_row, targets, torch.ones(()), 0, 38, 1e-3)
+    torch.library.opcheck(torch.ops.megapipe.cross_entropy_gradient_, arguments)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    rows=st.integers(0, 40),
+    columns=st.integers(1, 60),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+    z=st.sampled_from([0.0, 1e-2]),
+)
+def test_with_the_projection(rows: int, columns: int, dtype: torch.dtype, z: float) -> None:
+    """In parts of 8 rows; the unfused way is torch's own cross-entropy."""
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, 16, generator=generator).to(dtype)
+    weight = torch.randn(columns, 16, generator=generator).to(dtype)
+    targets = torch.randint(columns, (rows,), generator=generator)
+    targets[2::3] = -100
+
+    def whole(hidden: Tensor, weight: Tensor) -> Tensor:
+        return cross_entropy(hidden @ weight.t(), targets, z_loss=z, backend="torch")
+
+    def fused(hidden: Tensor, weight: Tensor, backend: Backend = "torch") -> Tensor:
+        return linear_cross_entropy(hidden, weight, targets, z_loss=z, backend=backend)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["megapipe.kernels.linear_cross_entropy"], "LEAST_ROWS", 8)
+        kernel = values_and_gradients(partial(fused, backend="triton"), (hidden, weight))
+        exact = values_and_gradients(fused, (hidden.double(), weight.double()))
+    unfused = values_and_gradients(whole, (hidden.double(), weight.double()))
+    for own, other in zip(exact, unfused, strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
+    assert_as_accurate(kernel, values_and_gradients(whole, (hidden, weight)), exact)
+
+
+def test_rows_are_cut_into_sixteen_parts_at_most() -> None:
+    parts = sys.modules["megapipe.kernels.linear_cross_entropy"].row_parts
+    assert [part.stop - part.start for part in parts(300)] == [128, 128, 44]
+    assert [part.stop - part.start for part in parts(4100)] == [257] * 15 + [245]
+    assert parts(0) == []
