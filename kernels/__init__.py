@@ -24,7 +24,7 @@ from megapipe.kernels.linear_cross_entropy import (
 )
 from megapipe.kernels.random import fold, normal_rectangle
 from megapipe.kernels.rms_norm import add_rms_norm, rms_norm
-from megapipe.kernels.rope import rope, rope_frequencies
+from megapipe.kernels.rope import rope, rope_frequencies, rope_qkv_
 from megapipe.kernels.swiglu import swiglu
 from megapipe.kernels.weight_grad import add_weight_grad
 
@@ -53,6 +53,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_frequencies",
+    "rope_qkv_",
     "swiglu",
     "token_losses",
 ]

@@ -2,14 +2,25 @@
 
     [a, b] = halves of a head;  y = [a cos - b sin, b cos + a sin],  angle = position * frequency
 
-The gradient is the rotation by the opposite angle.
+The gradient is the rotation by the opposite angle. Triton turns queries and keys in one launch, on
+request in place: attention then keeps the projection's own output for its backward pass, and not a
+turned copy beside it. With QK-norm see norm_rope.py.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from megapipe.kernels.backend import FP_FUSION, Backend, UnsupportedError, check_dtype, choose
+from megapipe.kernels.compilation import Variant
+
+TILE, WARPS = 1024, 4
+"""Of Triton's: elements of one half of some heads that a program turns at once."""
 
 
 class Scaling(Protocol):
@@ -38,14 +49,56 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Scaling | None) -> Te
     return frequencies * (keep + (1 - keep) / scaling.factor)
 
 
-def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """q [S, B, N, D] and k [S, B, K, D] turned by the angles whose cos and sin are [S, D / 2]."""
-    turned_q: Tensor = _Rope.apply(q, cos, sin)
-    turned_k: Tensor = _Rope.apply(k, cos, sin)
-    return turned_q, turned_k
+def rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    positions_SB: Tensor | None = None,
+    backend: Backend | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q [S, B, N, D] and k [S, B, K, D], turned, as new tensors.
+
+    `cos` and `sin` are [T, D / 2]; row s belongs to position s of the sequence, or the row that
+    `positions_SB` (int32 or int64) names. q and k may have any strides but in D. Raises
+    UnsupportedError for float64 in Triton.
+    """
+    if choose(backend, q) == "triton":
+        turned_q, turned_k = torch.ops.megapipe.rope(q, k, cos, sin, positions_SB, False)
+        return turned_q, turned_k
+    cos, sin = (angle_table(x, q.shape[0], positions_SB) for x in (cos, sin))
+    return _Reference.apply(q, cos, sin), _Reference.apply(k, cos, sin)
 
 
-class _Rope(torch.autograd.Function):
+def rope_qkv_(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    positions_SB: Tensor | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """qkv [S, B, N + 2 K, D], of which the first N heads are queries and the next K keys: turned in
+    place in Triton, returned with the values as they are. Differentiable: the tensor must be the
+    output of an operation that has not saved it. Otherwise as `rope`."""
+    if choose(backend, qkv) == "triton":
+        turned: Tensor = _InPlace.apply(qkv, heads, kv_heads, cos, sin, positions_SB)
+        return turned
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
+    return torch.cat([*rope(q, k, cos, sin, positions_SB=positions_SB, backend="torch"), v], dim=2)
+
+
+def angle_table(table: Tensor, length: int, positions_SB: Tensor | None) -> Tensor:
+    """[T, D / 2] -> what is multiplied with [S, B, heads, D / 2]."""
+    if positions_SB is None:
+        return table[:length, None, None]
+    return table[positions_SB][:, :, None]
+
+
+class _Reference(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
@@ -65,9 +118,257 @@ class _Rope(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
     """x [S, B, N, D] turned, written to `out`."""
-    cos, sin = cos[:, None, None], sin[:, None, None]
     first, second = x.chunk(2, dim=-1)
     out_first, out_second = out.chunk(2, dim=-1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
     torch.mul(second, cos, out=out_second).addcmul_(first, sin)
     return out
+
+
+class _InPlace(torch.autograd.Function):
+    """Triton's, on the projection's output; the gradient, which others may hold, is copied."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        qkv: Tensor,
+        heads: int,
+        kv_heads: int,
+        cos: Tensor,
+        sin: Tensor,
+        positions_SB: Tensor | None,
+    ) -> Tensor:
+        ctx.mark_dirty(qkv)
+        ctx.save_for_backward(cos, sin, positions_SB)
+        ctx.heads, ctx.kv_heads = heads, kv_heads
+        torch.ops.megapipe.rope_(qkv, heads, kv_heads, cos, sin, positions_SB, False)
+        return qkv
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin, positions_SB = ctx.saved_tensors
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        torch.ops.megapipe.rope_(grad, ctx.heads, ctx.kv_heads, cos, sin, positions_SB, True)
+        return grad, None, None, None, None, None
+
+
+@triton.jit
+def _turn_heads(  # type: ignore[no-untyped-def]
+    x,
+    out,
+    head_stride,
+    out_head_stride,
+    heads,
+    half,
+    cos,
+    sin,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """All heads of one token, HEADS at a time; cos and sin are [HALF]."""
+    column = tl.arange(0, HALF)[None, :]
+    for first in range(0, heads, HEADS):
+        head = first + tl.arange(0, HEADS)[:, None]
+        inside = (head < heads) & (column < half)
+        a = tl.load(x + head * head_stride + column, inside, other=0).to(tl.float32)
+        b = tl.load(x + head * head_stride + half + column, inside, other=0).to(tl.float32)
+        turned_a = a * cos[None, :] - b * sin[None, :]
+        turned_b = b * cos[None, :] + a * sin[None, :]
+        places = out + head * out_head_stride + column
+        tl.store(places, turned_a.to(out.dtype.element_ty), inside)
+        tl.store(places + half, turned_b.to(out.dtype.element_ty), inside)
+
+
+@triton.jit
+def _rope(  # type: ignore[no-untyped-def]
+    q,
+    k,
+    out_q,
+    out_k,
+    cos,
+    sin,
+    positions,
+    batch,
+    half,
+    heads,
+    kv_heads,
+    q_s,
+    q_b,
+    q_h,
+    k_s,
+    k_b,
+    k_h,
+    out_q_s,
+    out_q_b,
+    out_q_h,
+    out_k_s,
+    out_k_b,
+    out_k_h,
+    OPPOSITE: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """One token: strides of the sequence, the batch and the heads follow each tensor's name."""
+    s = (tl.program_id(0) // batch).to(tl.int64)
+    b = (tl.program_id(0) % batch).to(tl.int64)
+    position = s
+    if POSITIONS:
+        position = tl.load(positions + tl.program_id(0)).to(tl.int64)
+    column = tl.arange(0, HALF)
+    angles = position * half + column
+    c = tl.load(cos + angles, column < half, other=0).to(tl.float32)
+    d = tl.load(sin + angles, column < half, other=0).to(tl.float32)
+    if OPPOSITE:
+        d = -d
+    _turn_heads(
+        q + s * q_s + b * q_b,
+        out_q + s * out_q_s + b * out_q_b,
+        q_h,
+        out_q_h,
+        heads,
+        half,
+        c,
+        d,
+        HEADS,
+        HALF,
+    )
+    _turn_heads(
+        k + s * k_s + b * k_b,
+        out_k + s * out_k_s + b * out_k_b,
+        k_h,
+        out_k_h,
+        kv_heads,
+        half,
+        c,
+        d,
+        HEADS,
+        HALF,
+    )
+
+
+def _settings(heads: int, half: int) -> tuple[int, int]:
+    """(heads at a time, columns of a half)."""
+    columns = triton.next_power_of_2(half)
+    return min(triton.next_power_of_2(heads), max(1, TILE // columns)), columns
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    out_q: Tensor,
+    out_k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions_SB: Tensor | None,
+    opposite: bool,
+) -> None:
+    check_dtype("rope", q, k)
+    (length, batch, heads, width), kv_heads = q.shape, k.shape[2]
+    if width % 2 or q.stride(3) != 1 or k.stride(3) != 1:
+        raise UnsupportedError("rope", f"heads of width {width}, strides {q.stride()}")
+    assert cos.shape[1] == sin.shape[1] == width // 2
+    assert positions_SB is not None or cos.shape[0] >= length
+    block, columns = _settings(heads, width // 2)
+    if q.numel():
+        _rope[(length * batch,)](
+            q,
+            k,
+            out_q,
+            out_k,
+            cos.contiguous(),
+            sin.contiguous(),
+            None if positions_SB is None else positions_SB.contiguous(),
+            batch,
+            width // 2,
+            heads,
+            kv_heads,
+            *(stride for x in (q, k, out_q, out_k) for stride in x.stride()[:3]),
+            OPPOSITE=opposite,
+            POSITIONS=positions_SB is not None,
+            HEADS=block,
+            HALF=columns,
+            num_warps=WARPS,
+            enable_fp_fusion=FP_FUSION,
+        )
+
+
+@torch.library.custom_op("megapipe::rope", mutates_args=())
+def _turned(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions_SB: Tensor | None,
+    opposite: bool,
+) -> tuple[Tensor, Tensor]:
+    out_q, out_k = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    _launch(q, k, out_q, out_k, cos, sin, positions_SB, opposite)
+    return out_q, out_k
+
+
+@torch.library.custom_op("megapipe::rope_", mutates_args=("qkv",))
+def _turn_(
+    qkv: Tensor,
+    heads: int,
+    kv_heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    positions_SB: Tensor | None,
+    opposite: bool,
+) -> None:
+    q, k, _ = qkv.split([heads, kv_heads, kv_heads], dim=2)
+    _launch(q, k, q, k, cos, sin, positions_SB, opposite)
+
+
+@_turned.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions_SB: Tensor | None,
+    opposite: bool,
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+@_turn_.register_fake
+def _(*args: object) -> None:
+    return None
+
+
+def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, cos, sin, positions_SB, ctx.opposite = inputs
+    ctx.save_for_backward(cos, sin, positions_SB)
+
+
+def _differentiate(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+    cos, sin, positions_SB = ctx.saved_tensors
+    # The gradients may be views that a sum expanded.
+    grads = grad_q.contiguous(), grad_k.contiguous()
+    turned = _turned(*grads, cos, sin, positions_SB, not ctx.opposite)
+    return (*turned, None, None, None, None)
+
+
+_turned.register_autograd(_differentiate, setup_context=_set_up)
+
+
+def variants() -> Iterator[Variant]:
+    """Heads of 64 and 128 of a wide and a narrow layer."""
+    strides = [f"{x}_{dim}" for x in ("q", "k", "out_q", "out_k") for dim in "sbh"]
+    numbers = ["batch", "half", "heads", "kv_heads", *strides]
+    for heads, width, positions in ((12, 64, False), (64, 128, False), (32, 128, True)):
+        block, columns = _settings(heads, width // 2)
+        yield Variant(
+            _rope,
+            f"{heads} heads of {width}, {'positions given, ' if positions else ''}bf16",
+            signature=dict.fromkeys(("q", "k", "out_q", "out_k"), "*bf16")
+            | {"cos": "*fp32", "sin": "*fp32"}
+            | dict.fromkeys(numbers, "i32")
+            | ({"positions": "*i32"} if positions else {}),
+            constants={"OPPOSITE": True, "POSITIONS": positions, "HEADS": block, "HALF": columns}
+            | ({} if positions else {"positions": None}),
+            num_warps=WARPS,
+            divisible=("half", *strides),
+        )

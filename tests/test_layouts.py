@@ -70,6 +70,7 @@ class Layout:
 
 INTERLEAVED = "interleaved-1f1b"
 DROPOUT = ("--model.dropout=0.1", "--model.attention_dropout=0.1")
+LINEAR_LOSS = ("--train.linear_cross_entropy=true", "--train.z_loss=1e-3")
 DOCUMENTS = ("--data.mask_documents=true",)
 LAYOUTS = [
     Layout(tensor=2),
@@ -94,6 +95,8 @@ LAYOUTS = [
     ),
     Layout(tensor=2, pipeline=2, data=2, sequence_parallel=True, overrides=DOCUMENTS + DROPOUT),
     Layout(tensor=2, pipeline=2, overrides=("--train.recompute=full", *DROPOUT)),
+    Layout(tensor=2, pipeline=2, sequence_parallel=True, overrides=LINEAR_LOSS),
+    Layout(tensor=2, pipeline=2, schedule="zb-h1", overrides=LINEAR_LOSS),
 ]
 
 
