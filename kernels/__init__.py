@@ -22,6 +22,7 @@ from megapipe.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_forward,
 )
+from megapipe.kernels.norm_rope import norm_rope
 from megapipe.kernels.random import fold, normal_rectangle
 from megapipe.kernels.rms_norm import add_rms_norm, rms_norm
 from megapipe.kernels.rope import rope, rope_frequencies, rope_qkv_
@@ -48,6 +49,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "linear_cross_entropy_forward",
+    "norm_rope",
     "normal_rectangle",
     "rescale",
     "rms_norm",
