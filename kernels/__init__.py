@@ -8,7 +8,7 @@ from megapipe.kernels.backend import Backend, UnsupportedError, backend_of
 from megapipe.kernels.cross_entropy import exp_sum_and_target_, row_max, softmax_gradient_
 from megapipe.kernels.dropout import attention_dropout_mask, dropout, dropout_add
 from megapipe.kernels.gelu import gelu
-from megapipe.kernels.layer_norm import layer_norm
+from megapipe.kernels.layer_norm import add_layer_norm, layer_norm
 from megapipe.kernels.random import fold, normal_rectangle
 from megapipe.kernels.rms_norm import add_rms_norm, rms_norm
 from megapipe.kernels.rope import rope, rope_frequencies
@@ -17,6 +17,7 @@ from megapipe.kernels.swiglu import swiglu
 __all__ = [
     "Backend",
     "UnsupportedError",
+    "add_layer_norm",
     "add_rms_norm",
     "attention_dropout_mask",
     "backend_of",

@@ -1,0 +1,66 @@
+"""How a matrix is divided among the programs of kernels that need whole rows at once (norms)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+from megapipe.kernels.backend import UnsupportedError
+
+MAX_COLUMNS = 16384
+ELEMENTS = 4096
+PROGRAMS = 256
+"""Groups of programs of a backward pass. Each adds up the weight gradient of its rows; the number
+is fixed, so that the order of that sum depends on nothing but the number of rows."""
+
+
+@dataclass(frozen=True)
+class RowTiles:
+    """A program holds `rows` rows of `block` columns (the next power of two): 4096 elements, which
+    are 24 KiB of loads in flight in a backward pass in bfloat16, or one row.
+
+    In a backward pass `parts` programs share wide rows: a program has block / parts columns.
+    """
+
+    rows: int
+    block: int
+    parts: int
+
+    @property
+    def forward_warps(self) -> int:
+        return _warps(self.block)
+
+    @property
+    def backward_warps(self) -> int:
+        return _warps(self.block // self.parts)
+
+    def forward(self) -> dict[str, Any]:
+        """Constants of a kernel with one program for each `rows` rows."""
+        return {"ROWS": self.rows, "BLOCK": self.block}
+
+    def backward(self) -> dict[str, Any]:
+        """Constants of a kernel with programs that each go through many rows."""
+        return {"ROWS": self.rows, "BLOCK": self.block // self.parts, "PARTS": self.parts}
+
+    def forward_grid(self, rows: int) -> tuple[int]:
+        return (triton.cdiv(rows, self.rows),)
+
+    def backward_grid(self, rows: int) -> tuple[int, int]:
+        """(groups of rows, parts of a row)."""
+        return min(triton.cdiv(rows, self.rows), PROGRAMS), self.parts
+
+
+def row_tiles(kernel: str, hidden: int, held: int) -> RowTiles:
+    """For rows of this width, of which a backward program holds `held` columns at most.
+
+    A function of width and dtype alone: every rank takes the same, and so gets the same bits.
+    """
+    if hidden > MAX_COLUMNS:
+        raise UnsupportedError(kernel, f"hidden size {hidden} is above {MAX_COLUMNS}")
+    block = triton.next_power_of_2(hidden)
+    return RowTiles(max(1, ELEMENTS // block), block, max(1, block // held))
+
+
+def _warps(columns: int) -> int:
+    """16 elements for each thread, more in the widest rows."""
+    return min(16, max(8, columns // 512))
