@@ -64,10 +64,9 @@ def test_a_row_shared_by_programs(hidden: int, dtype: torch.dtype) -> None:
     check(inputs(2, hidden, dtype))
 
 
-@pytest.mark.parametrize("hidden", [2, 3])
-def test_few_columns(hidden: int) -> None:
-    """Many rows: the gradient of a row of two columns is next to nothing, and its error luck."""
-    check(inputs(64, hidden, torch.float32))
+def test_few_columns() -> None:
+    """Many rows: the error in a row of three columns is luck."""
+    check(inputs(64, 3, torch.float32))
 
 
 def test_one_column_is_its_bias() -> None:
