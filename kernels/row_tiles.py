@@ -1,9 +1,15 @@
-"""How a matrix is divided among the programs of kernels that need whole rows at once (norms)."""
+"""How a matrix is divided among a kernel's programs.
+
+`row_tiles` is for kernels that need whole rows at once (norms), `element_tiles` for those that do
+not. Both are functions of the width (and dtype) alone: every rank takes the same, and so gets the
+same bits.
+"""
 
 from dataclasses import dataclass
 from typing import Any
 
 import triton
+import triton.language as tl
 
 from megapipe.kernels.backend import UnsupportedError
 
@@ -51,10 +57,7 @@ class RowTiles:
 
 
 def row_tiles(kernel: str, hidden: int, held: int) -> RowTiles:
-    """For rows of this width, of which a backward program holds `held` columns at most.
-
-    A function of width and dtype alone: every rank takes the same, and so gets the same bits.
-    """
+    """For rows of this width, of which a backward program holds `held` columns at most."""
     if hidden > MAX_COLUMNS:
         raise UnsupportedError(kernel, f"hidden size {hidden} is above {MAX_COLUMNS}")
     block = triton.next_power_of_2(hidden)
@@ -64,3 +67,27 @@ def row_tiles(kernel: str, hidden: int, held: int) -> RowTiles:
 def _warps(columns: int) -> int:
     """16 elements for each thread, more in the widest rows."""
     return min(16, max(8, columns // 512))
+
+
+ELEMENT_WARPS = 4
+
+
+def element_tiles(columns: int) -> dict[str, Any]:
+    """Constants of a kernel whose program has a tile of 2048 elements, 16 for each thread."""
+    block = min(2048, triton.next_power_of_2(columns))
+    return {"ROWS": 2048 // block, "BLOCK": block}
+
+
+def element_grid(rows: int, columns: int) -> tuple[int]:
+    """A grid of one dimension (the others end at 65,535): tiles of the first rows come first."""
+    tile = element_tiles(columns)
+    return (triton.cdiv(rows, tile["ROWS"]) * triton.cdiv(columns, tile["BLOCK"]),)
+
+
+@triton.jit
+def _element_tile(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(row [ROWS], column [BLOCK], inside [ROWS, BLOCK]) of this program's tile."""
+    blocks = tl.cdiv(columns, BLOCK)
+    row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    return row, column, (row < rows)[:, None] & (column < columns)[None, :]
