@@ -128,18 +128,19 @@ def _layer_norm_backward(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr,
 ):
     """As _rms_norm_backward of rms_norm.py, with two sums over rows and two means over columns."""
-    program = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     grad_w = tl.zeros((ROWS, BLOCK), tl.float32)
     grad_b = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+    share = 1.0 / hidden
+    for first in range(group * ROWS, rows, groups * ROWS):
         row = first + tl.arange(0, ROWS)
         mean = tl.load(means + row, row < rows, other=0)
         r = tl.load(scale + row, row < rows, other=0)
         dot = tl.zeros((ROWS,), tl.float32)
         total = tl.zeros((ROWS,), tl.float32)
         for part in range(1, PARTS):
-            other = (tl.program_id(1) + part) % PARTS * BLOCK + tl.arange(0, BLOCK)
+            other = (tl.program_id(0) + part) % PARTS * BLOCK + tl.arange(0, BLOCK)
             normed, _, grad = _normed_and_gradients(
                 grad_y, s, weight, mean, r, row, other, rows, hidden
             )
@@ -152,14 +153,14 @@ def _layer_norm_backward(  # type: ignore[no-untyped-def]
         grad_b += grad
         dot += tl.sum(wide * normed, 1)
         total += tl.sum(wide, 1)
-        grad = wide - (total / hidden)[:, None] - normed * (dot / hidden)[:, None]
+        grad = wide - (total * share)[:, None] - normed * (dot * share)[:, None]
         grad *= r[:, None]
         inside = (row < rows)[:, None] & (column < hidden)[None, :]
         places = row[:, None] * tl.cast(hidden, tl.int64) + column[None, :]
         if ADD:
             grad += tl.load(grad_total + places, inside, other=0).to(tl.float32)
         tl.store(grad_s + places, grad.to(grad_s.dtype.element_ty), inside)
-    start = program.to(tl.int64) * hidden + column
+    start = group.to(tl.int64) * hidden + column
     tl.store(partial_w + start, tl.sum(grad_w, 0), column < hidden)
     tl.store(partial_b + start, tl.sum(grad_b, 0), column < hidden)
 
@@ -212,7 +213,7 @@ def _backward(
     rows = r.numel()
     grid = tiles.backward_grid(rows)
     grad_s = torch.empty_like(s, memory_format=torch.contiguous_format)
-    partial = s.new_empty((2, grid[0], hidden), dtype=torch.float32)
+    partial = s.new_empty((2, grid[1], hidden), dtype=torch.float32)
     if s.numel():
         _layer_norm_backward[grid](
             grad_y.contiguous(),

@@ -147,15 +147,15 @@ def _rms_norm_backward(  # type: ignore[no-untyped-def]
     columns each. Each needs the others' terms of the mean, and reads what gives them from the
     cache, where the others have brought it.
     """
-    program = tl.program_id(0)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     grad_w = tl.zeros((ROWS, BLOCK), tl.float32)
-    for first in range(program * ROWS, rows, tl.num_programs(0) * ROWS):
+    for first in range(group * ROWS, rows, groups * ROWS):
         row = first + tl.arange(0, ROWS)
         r = tl.load(scale + row, row < rows, other=0)
         dot = tl.zeros((ROWS,), tl.float32)
         for part in range(1, PARTS):
-            other = (tl.program_id(1) + part) % PARTS * BLOCK + tl.arange(0, BLOCK)
+            other = (tl.program_id(0) + part) % PARTS * BLOCK + tl.arange(0, BLOCK)
             normed, _, grad = _normed_and_gradients(grad_y, s, weight, r, row, other, rows, hidden)
             dot += tl.sum(grad * normed, 1)
         normed, grad, wide = _normed_and_gradients(grad_y, s, weight, r, row, column, rows, hidden)
@@ -167,7 +167,7 @@ def _rms_norm_backward(  # type: ignore[no-untyped-def]
         if ADD:
             grad += tl.load(grad_total + places, inside, other=0).to(tl.float32)
         tl.store(grad_s + places, grad.to(grad_s.dtype.element_ty), inside)
-    start = partial + program.to(tl.int64) * hidden
+    start = partial + group.to(tl.int64) * hidden
     tl.store(start + column, tl.sum(grad_w, 0), column < hidden)
 
 
@@ -212,7 +212,7 @@ def _backward(
     rows = scale.numel()
     grid = tiles.backward_grid(rows)
     grad_s = torch.empty_like(s, memory_format=torch.contiguous_format)
-    partial = s.new_empty((grid[0], hidden), dtype=torch.float32)
+    partial = s.new_empty((grid[1], hidden), dtype=torch.float32)
     if s.numel():
         _rms_norm_backward[grid](
             grad_y.contiguous(),

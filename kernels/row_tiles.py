@@ -52,15 +52,15 @@ class RowTiles:
         return (triton.cdiv(rows, self.rows),)
 
     def backward_grid(self, rows: int) -> tuple[int, int]:
-        """(groups of rows, parts of a row)."""
-        return min(triton.cdiv(rows, self.rows), PROGRAMS), self.parts
+        """(parts of a row, groups of rows): the parts start together, and so share the cache."""
+        return self.parts, min(triton.cdiv(rows, self.rows), PROGRAMS)
 
 
 def row_tiles(kernel: str, hidden: int, held: int) -> RowTiles:
     """For rows of this width, of which a backward program holds `held` columns at most."""
     if hidden > MAX_COLUMNS:
         raise UnsupportedError(kernel, f"hidden size {hidden} is above {MAX_COLUMNS}")
-    block = triton.next_power_of_2(hidden)
+    block = triton.next_power_of_2(max(1, hidden))
     return RowTiles(max(1, ELEMENTS // block), block, max(1, block // held))
 
 
