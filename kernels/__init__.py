@@ -15,13 +15,10 @@ from megapipe.kernels.cross_entropy import (
     token_losses,
 )
 from megapipe.kernels.dropout import attention_dropout_mask, dropout, dropout_add
-from megapipe.kernels.gelu import gelu
+from megapipe.kernels.gelu import bias_gelu, gelu
 from megapipe.kernels.grad_norm import grad_norm
-from megapipe.kernels.layer_norm import layer_norm
-from megapipe.kernels.linear_cross_entropy import (
-    linear_cross_entropy,
-    linear_cross_entropy_forward,
-)
+from megapipe.kernels.layer_norm import add_layer_norm, layer_norm
+from megapipe.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_forward
 from megapipe.kernels.norm_rope import norm_rope
 from megapipe.kernels.random import fold, normal_rectangle
 from megapipe.kernels.rms_norm import add_rms_norm, rms_norm
@@ -34,10 +31,12 @@ __all__ = [
     "Combined",
     "UnsupportedError",
     "adamw_",
+    "add_layer_norm",
     "add_rms_norm",
     "add_weight_grad",
     "attention_dropout_mask",
     "backend_of",
+    "bias_gelu",
     "cross_entropy",
     "cross_entropy_gradient_",
     "cross_entropy_stats_",

@@ -5,6 +5,8 @@ of a global tensor has its own number, whoever holds it.
 
     64 bits: splitmix64's finaliser (Steele et al. 2014) of key + index * golden ratio
     32 bits: lowbias32 (Wellons 2018) of a row's key and the element's index in the row
+
+`_hash64` and `_hash32` are the same functions inside a Triton kernel, bit for bit.
 """
 
 import hashlib
@@ -12,6 +14,8 @@ import math
 from collections.abc import Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**20
@@ -93,6 +97,32 @@ def hash32(rows: Tensor, width: int) -> Tensor:
     x *= _signed32(0x846CA68B)
     x ^= (x >> 16) & 0xFFFF
     return x & 0x7FFFFFFF
+
+
+@triton.jit
+def _hash64(key, index):  # type: ignore[no-untyped-def]
+    """hash64 in a kernel: integers that broadcast, of any type -> uint64."""
+    # Unsigned, so that >> brings in zeros and nothing need be cleared.
+    x = (tl.cast(index, tl.uint64) + 1) * 0x9E3779B97F4A7C15 + tl.cast(key, tl.uint64)
+    x ^= x >> 30
+    x *= 0xBF58476D1CE4E5B9
+    x ^= x >> 27
+    x *= 0x94D049BB133111EB
+    x ^= x >> 31
+    return x
+
+
+@triton.jit
+def _hash32(row_key, column):  # type: ignore[no-untyped-def]
+    """hash32 in a kernel: `_hash64`s of rows and indices in the row, of shapes that broadcast ->
+    int32, >= 0."""
+    x = tl.cast(row_key, tl.uint32) + tl.cast(column, tl.uint32) * 0x9E3779B9
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return tl.cast(x & 0x7FFFFFFF, tl.int32)
 
 
 def _normal(bits: Tensor) -> Tensor:

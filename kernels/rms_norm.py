@@ -16,14 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megapipe.kernels.backend import FP_FUSION, Backend, UnsupportedError, check_dtype, choose
+from megapipe.kernels.backend import FP_FUSION, Backend, check_dtype, choose
 from megapipe.kernels.compilation import Variant
 from megapipe.kernels.row_sums import row_sums
+from megapipe.kernels.row_tiles import row_tiles
 
-MAX_HIDDEN = 16384
-PROGRAMS = 256
-"""Programs of the backward pass. Each adds up the weight gradient of its rows; the number is fixed,
-so that the order of that sum depends on nothing but the number of rows."""
+HELD = 8192
 
 
 def rms_norm(
@@ -83,23 +81,48 @@ def _wide(x: Tensor) -> Tensor:
 
 @triton.jit
 def _rms_norm_forward(  # type: ignore[no-untyped-def]
-    x, residual, weight, y, total, scale, epsilon, hidden, ADD: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    residual,
+    weight,
+    y,
+    total,
+    scale,
+    epsilon,
+    rows,
+    hidden,
+    ADD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One row; `total` is x + residual, rounded, which is also what is normed."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < hidden
-    start = row * hidden
-    s = tl.load(x + start + columns, inside, other=0).to(tl.float32)
+    """ROWS rows; `total` is x + residual, rounded, which is also what is normed."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (column < hidden)[None, :]
+    places = row[:, None].to(tl.int64) * hidden + column[None, :]
+    s = tl.load(x + places, inside, other=0).to(tl.float32)
     if ADD:
-        s += tl.load(residual + start + columns, inside, other=0).to(tl.float32)
+        s += tl.load(residual + places, inside, other=0).to(tl.float32)
         rounded = s.to(total.dtype.element_ty)
-        tl.store(total + start + columns, rounded, inside)
+        tl.store(total + places, rounded, inside)
         s = rounded.to(tl.float32)
-    r = tl.rsqrt(tl.sum(s * s, 0) / hidden + epsilon)
-    tl.store(scale + row, r)
-    w = tl.load(weight + columns, inside, other=0).to(tl.float32)
-    tl.store(y + start + columns, (s * r * w).to(y.dtype.element_ty), inside)
+    r = tl.rsqrt(tl.sum(s * s, 1) / hidden + epsilon)
+    tl.store(scale + row, r, row < rows)
+    w = tl.load(weight + column, column < hidden, other=0).to(tl.float32)
+    tl.store(y + places, (s * r[:, None] * w[None, :]).to(y.dtype.element_ty), inside)
+
+
+@triton.jit
+def _normed_and_gradients(  # type: ignore[no-untyped-def]
+    grad_y, s, weight, r, row, column, rows, hidden
+):
+    """(s r, dy, w dy) in some columns of some rows."""
+    inside = (row < rows)[:, None] & (column < hidden)[None, :]
+    places = row[:, None] * tl.cast(hidden, tl.int64) + column[None, :]
+    normed = tl.load(s + places, inside, other=0).to(tl.float32) * r[:, None]
+    grad = tl.load(grad_y + places, inside, other=0).to(tl.float32)
+    # Read for each row, from the cache: held over the loop it costs too many registers.
+    w = tl.load(weight + column, column < hidden, other=0).to(tl.float32)
+    return normed, grad, grad * w[None, :]
 
 
 @triton.jit
@@ -114,35 +137,38 @@ def _rms_norm_backward(  # type: ignore[no-untyped-def]
     rows,
     hidden,
     ADD: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
-    """Rows program, program + programs, ...; their weight gradients go to one row of `partial`."""
-    program = tl.program_id(0)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < hidden
-    grad_w = tl.zeros((BLOCK,), tl.float32)
-    for row in range(program, rows, tl.num_programs(0)):
-        start = row * tl.cast(hidden, tl.int64)
-        r = tl.load(scale + row)
-        normed = tl.load(s + start + columns, inside, other=0).to(tl.float32) * r
-        grad = tl.load(grad_y + start + columns, inside, other=0).to(tl.float32)
+    """Every so many rows ROWS of them; their weight gradients go to one row of `partial`.
+
+    Where the registers would not suffice for a whole row and its sums, PARTS programs have BLOCK
+    columns each. Each needs the others' terms of the mean, and reads what gives them from the
+    cache, where the others have brought it.
+    """
+    group, groups = tl.program_id(1), tl.num_programs(1)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    grad_w = tl.zeros((ROWS, BLOCK), tl.float32)
+    for first in range(group * ROWS, rows, groups * ROWS):
+        row = first + tl.arange(0, ROWS)
+        r = tl.load(scale + row, row < rows, other=0)
+        dot = tl.zeros((ROWS,), tl.float32)
+        for part in range(1, PARTS):
+            other = (tl.program_id(0) + part) % PARTS * BLOCK + tl.arange(0, BLOCK)
+            normed, _, grad = _normed_and_gradients(grad_y, s, weight, r, row, other, rows, hidden)
+            dot += tl.sum(grad * normed, 1)
+        normed, grad, wide = _normed_and_gradients(grad_y, s, weight, r, row, column, rows, hidden)
         grad_w += grad * normed
-        # Read for each row, from the cache: held over the loop it costs too many registers.
-        grad *= tl.load(weight + columns, inside, other=0).to(tl.float32)
-        mean = tl.sum(grad * normed, 0) / hidden
-        grad = (grad - normed * mean) * r
+        mean = (dot + tl.sum(wide * normed, 1)) / hidden
+        grad = (wide - normed * mean[:, None]) * r[:, None]
+        inside = (row < rows)[:, None] & (column < hidden)[None, :]
+        places = row[:, None] * tl.cast(hidden, tl.int64) + column[None, :]
         if ADD:
-            grad += tl.load(grad_total + start + columns, inside, other=0).to(tl.float32)
-        tl.store(grad_s + start + columns, grad.to(grad_s.dtype.element_ty), inside)
-    tl.store(partial + program.to(tl.int64) * hidden + columns, grad_w, inside)
-
-
-def _settings(hidden: int) -> tuple[int, int]:
-    """(block, warps) for rows of this width."""
-    if hidden > MAX_HIDDEN:
-        raise UnsupportedError("rms_norm", f"hidden size {hidden} is above {MAX_HIDDEN}")
-    block = triton.next_power_of_2(hidden)
-    return block, min(16, max(4, block // 512))
+            grad += tl.load(grad_total + places, inside, other=0).to(tl.float32)
+        tl.store(grad_s + places, grad.to(grad_s.dtype.element_ty), inside)
+    start = partial + group.to(tl.int64) * hidden
+    tl.store(start + column, tl.sum(grad_w, 0), column < hidden)
 
 
 @torch.library.custom_op("megapipe::rms_norm", mutates_args=())
@@ -152,23 +178,25 @@ def _forward(
     """(y, x + residual or nothing, r [rows] float32)."""
     check_dtype("rms_norm", x, residual, weight)
     hidden = x.shape[-1]
-    block, warps = _settings(hidden)
+    tiles = row_tiles("rms_norm", hidden, HELD)
     x = x.contiguous()
     y, scale = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
     total = x.new_empty(0) if residual is None else torch.empty_like(x)
     if x.numel():
-        _rms_norm_forward[(scale.numel(),)](
+        rows = scale.numel()
+        _rms_norm_forward[tiles.forward_grid(rows)](
             x,
             None if residual is None else residual.contiguous(),
-            weight,
+            weight.contiguous(),
             y,
             total,
             scale,
             epsilon,
+            rows,
             hidden,
             ADD=residual is not None,
-            BLOCK=block,
-            num_warps=warps,
+            **tiles.forward(),
+            num_warps=tiles.forward_warps,
             enable_fp_fusion=FP_FUSION,
         )
     return y, total, scale
@@ -180,25 +208,25 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """(gradient of s, gradient of weight)."""
     hidden = s.shape[-1]
-    block, warps = _settings(hidden)
+    tiles = row_tiles("rms_norm", hidden, HELD)
     rows = scale.numel()
-    programs = min(rows, PROGRAMS)
+    grid = tiles.backward_grid(rows)
     grad_s = torch.empty_like(s, memory_format=torch.contiguous_format)
-    partial = s.new_empty((programs, hidden), dtype=torch.float32)
+    partial = s.new_empty((grid[1], hidden), dtype=torch.float32)
     if s.numel():
-        _rms_norm_backward[(programs,)](
+        _rms_norm_backward[grid](
             grad_y.contiguous(),
             None if grad_total is None else grad_total.contiguous(),
             s.contiguous(),
-            weight,
+            weight.contiguous(),
             scale,
             grad_s,
             partial,
             rows,
             hidden,
             ADD=grad_total is not None,
-            BLOCK=block,
-            num_warps=warps,
+            **tiles.backward(),
+            num_warps=tiles.backward_warps,
             enable_fp_fusion=FP_FUSION,
         )
     return grad_s, row_sums(partial).to(weight.dtype)
@@ -244,21 +272,16 @@ _forward.register_autograd(_differentiate, setup_context=_set_up)
 
 def variants() -> Iterator[Variant]:
     """bfloat16, and float32 where registers are scarcest."""
-    for hidden, dtype in (
-        (1024, "bf16"),
-        (4096, "bf16"),
-        (MAX_HIDDEN, "bf16"),
-        (MAX_HIDDEN, "fp32"),
-    ):
-        block, warps = _settings(hidden)
+    for hidden, dtype in ((128, "bf16"), (4096, "bf16"), (16384, "bf16"), (16384, "fp32")):
+        tiles = row_tiles("rms_norm", hidden, HELD)
         narrow, label = f"*{dtype}", f"added, hidden {hidden}, {dtype}"
         yield Variant(
             _rms_norm_forward,
             label,
             signature=dict.fromkeys(("x", "residual", "weight", "y", "total"), narrow)
-            | {"scale": "*fp32", "epsilon": "fp32", "hidden": "i32"},
-            constants={"ADD": True, "BLOCK": block},
-            num_warps=warps,
+            | {"scale": "*fp32", "epsilon": "fp32", "rows": "i32", "hidden": "i32"},
+            constants={"ADD": True} | tiles.forward(),
+            num_warps=tiles.forward_warps,
             divisible=("hidden",),
         )
         yield Variant(
@@ -266,7 +289,7 @@ def variants() -> Iterator[Variant]:
             label,
             signature=dict.fromkeys(("grad_y", "grad_total", "s", "weight", "grad_s"), narrow)
             | {"scale": "*fp32", "partial": "*fp32", "rows": "i32", "hidden": "i32"},
-            constants={"ADD": True, "BLOCK": block},
-            num_warps=warps,
+            constants={"ADD": True} | tiles.backward(),
+            num_warps=tiles.backward_warps,
             divisible=("hidden",),
         )

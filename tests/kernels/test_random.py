@@ -1,12 +1,14 @@
 """Numbers that depend on their place alone: same in every cut, and as random as they claim."""
 
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapipe import kernels
 from megapipe.kernels.dropout import keep_mask
-from megapipe.kernels.random import CHUNK_ELEMENTS, hash64
+from megapipe.kernels.random import CHUNK_ELEMENTS, _hash32, _hash64, hash32, hash64
 
 
 def normal(shape: tuple[int, ...], start: tuple[int, ...], part: tuple[int, ...]) -> torch.Tensor:
@@ -61,6 +63,43 @@ def test_hash64_is_splitmix64() -> None:
         0x06C45D188009454F,
     ]
     assert hash64(1234567, torch.arange(2)).tolist() == [6457827717110365317, 3203168211198807973]
+
+
+@triton.jit
+def _hashes(key, index, wide, narrow, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """For each of BLOCK indices: 64 bits of it, and 31 bits of each of 16 columns of that row."""
+    row, column = tl.arange(0, BLOCK), tl.arange(0, 16)
+    keys = _hash64(key, tl.load(index + row))
+    tl.store(wide + row, keys.to(tl.int64))
+    places = row[:, None] * 16 + column[None, :]
+    tl.store(narrow + places, _hash32(keys[:, None], column[None, :]))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    key=st.integers(0, 2**63 - 1) | st.integers(0, 2),
+    first=st.integers(-(2**63), 2**63 - 1 - 16) | st.integers(-3, 3),
+    step=st.sampled_from([0, 1]),
+)
+def test_hashes_in_a_kernel_have_the_same_bits(key: int, first: int, step: int) -> None:
+    index = torch.arange(16) * step + first
+    wide, narrow = torch.empty(16, dtype=torch.int64), torch.empty(16, 16, dtype=torch.int32)
+    _hashes[(1,)](key, index, wide, narrow, BLOCK=16)
+    assert torch.equal(wide, hash64(key, index))
+    assert torch.equal(narrow, hash32(wide, 16))
+
+
+def test_hashes_in_a_kernel_of_scalars() -> None:
+    """What a kernel does: the key of a row from a program's index, in 32 bits, a key of 32 bits."""
+    out = torch.empty(3, 16, dtype=torch.int32)
+    _row_bits[(3,)](7, out, WIDTH=16)
+    assert torch.equal(out, hash32(hash64(7, torch.arange(3)), 16))
+
+
+@triton.jit
+def _row_bits(key, out, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, column = tl.program_id(0), tl.arange(0, WIDTH)
+    tl.store(out + row * WIDTH + column, _hash32(_hash64(key, row), column))
 
 
 def test_dropout_bits_depend_on_sample_and_position_only() -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megapipe.kernels import Backend, UnsupportedError, add_rms_norm, rms_norm
+from megapipe.kernels import Backend, UnsupportedError, add_rms_norm, rms_norm, row_tiles
 from tests.kernels.proof import (
     assert_as_accurate,
     assert_same_bits,
@@ -46,8 +46,9 @@ def test_as_accurate_as_torch(rows: int, hidden: int, dtype: torch.dtype) -> Non
         assert_as_accurate(kernel, reference, exact)
 
 
-def test_largest_block() -> None:
-    x, residual, weight = inputs(3, 16384, torch.float32)
+@pytest.mark.parametrize(("hidden", "dtype"), [(16384, torch.float32), (12290, torch.float16)])
+def test_a_row_shared_by_programs(hidden: int, dtype: torch.dtype) -> None:
+    x, residual, weight = inputs(2, hidden, dtype)
     kernel = values_and_gradients(lambda *a: added(*a, backend="triton"), (x, residual, weight))
     reference = values_and_gradients(added, (x, residual, weight))
     exact = values_and_gradients(added, [a.double() for a in (x, residual, weight)])
@@ -55,9 +56,8 @@ def test_largest_block() -> None:
 
 
 def test_more_rows_than_programs_and_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    monkeypatch.setattr(sys.modules["megapipe.kernels.rms_norm"], "PROGRAMS", 4)
+    monkeypatch.setattr(row_tiles, "PROGRAMS", 2)
+    monkeypatch.setattr(row_tiles, "ELEMENTS", 128)  # 2 rows of 33 columns
     given_ = inputs(11, 33, torch.float32)
     kernel = values_and_gradients(lambda *a: added(*a, backend="triton"), given_)
     exact = values_and_gradients(added, [a.double() for a in given_])
