@@ -10,27 +10,30 @@ is in memory. Keys can be limited to a window of the last positions and to the q
 Each gradient's sum is one program's, blocks in order, so a run's bits do not depend on timing.
 
 FLOPs of a causal head: 2 S^2 D forward, 7 S^2 D backward (scores and dp are made in both passes).
+Memory moved for it: q, o and a share of k and v forward, twice that and four gradients backward;
+with as many key/value heads as query heads that is S / 4 FLOPs a byte in bfloat16, so that from
+S = 1200 on the matrix units of an H100 (295 FLOPs for a byte of its memory) are what limits it.
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from megapipe.kernels.attention_kernels import (
+from megapipe.kernels.attention_backward import (
     _attention_backward_keys,
     _attention_backward_queries,
     _attention_delta,
-    _attention_forward,
 )
-from megapipe.kernels.backend import FP_FUSION, Backend, UnsupportedError, check_dtype, choose
+from megapipe.kernels.attention_forward import _attention_forward
+from megapipe.kernels.attention_settings import PRECISION, Kernel, blocks_of, options_of
+from megapipe.kernels.backend import Backend, UnsupportedError, check_dtype, choose
 from megapipe.kernels.dropout import attention_dropout_mask, last_kept
 
 MAX_HEAD_DIM = 256
-DELTA_ROWS, DELTA_WARPS = 64, 4
 
 
 def attention(
@@ -44,22 +47,26 @@ def attention(
     dropout_key: int = 0,
     samples_B: Tensor | None = None,
     first_head: int = 0,
+    scale: float | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
-    """q [B, N, S, D], k and v [B, K, S, D] -> [B, N, S, D], laid out in memory as [S, B, N, D].
+    """q [B, N, S, D], k and v [B, K, S, D] -> [B, N, S, D], by Triton as [S, B, N, D] in memory.
 
     N is a multiple of K: query heads share key/value heads in order. Any strides but in D. `window`
     is how many of the last keys a query sees, its own position included; `bounds_2BS` is what
     `document_bounds` gives. Dropout keeps the probabilities that `attention_dropout_mask` says for
-    (dropout_key, samples_B [B], head `first_head` + n). In torch, k and v may be longer than q,
-    whose positions are then the last (a key/value cache). Raises UnsupportedError in Triton for
-    that, for heads wider than 256, and for float64.
+    (dropout_key, samples_B [B], head `first_head` + n). `scale` is D^(-1/2) unless given.
+    Products are float32 sums, of float32 inputs not rounded. In torch, k and v may be longer than
+    q, whose positions are then the last (a key/value cache). Raises UnsupportedError in Triton for
+    that, for heads wider than 256, for a scale that is not positive, and for float64.
     """
+    assert 0 <= dropout < 1, dropout
+    assert window is None or window > 0, window
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    masks = (window, bounds_2BS, dropout, dropout_key, samples_B, first_head)
     if choose(backend, q) == "torch":
-        return _reference(q, k, v, window, bounds_2BS, dropout, dropout_key, samples_B, first_head)
-    out, _ = torch.ops.megapipe.attention(
-        q, k, v, window, bounds_2BS, dropout, dropout_key, samples_B, first_head
-    )
+        return _reference(q, k, v, scale, *masks)
+    out: Tensor = torch.ops.megapipe.attention(q, k, v, scale, *masks)[0]
     return out
 
 
@@ -103,6 +110,7 @@ def _reference(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    scale: float,
     window: int | None,
     bounds_2BS: Tensor | None,
     dropout: float,
@@ -120,12 +128,18 @@ def _reference(
         k, v = (x.repeat_interleave(heads // kv_heads, dim=1) for x in (k, v))
     if dropout == 0:
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=heads != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=heads != k.shape[1],
         )
     assert samples_B is not None
     if mask is None:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
-    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    scores = (q @ k.mT) * scale
     probabilities = scores.masked_fill(~mask, -torch.inf).softmax(-1)
     kept = attention_dropout_mask(
         dropout,
@@ -137,65 +151,35 @@ def _reference(
     return (probabilities * kept.to(q.dtype) / (1 - dropout)) @ v
 
 
-class Settings(NamedTuple):
-    """Queries and keys in a block, warps, stages of the pipeline of loads."""
-
-    queries: int
-    keys: int
-    warps: int
-    stages: int
-
-
-def _settings(kernel: str, block_d: int, element_size: int, is_amd: bool) -> Settings:
-    """Of "forward", "queries" or "keys" (the gradients of), by head width and dtype: fixed, so that
-    all ranks and runs have the same bits."""
-    if element_size == 4:
-        return Settings(32, 32, 4, 1)
-    stages = 1 if is_amd else 2
-    narrow = {
-        "forward": Settings(128, 64, 8, stages),
-        "queries": Settings(64, 64, 8, stages),
-        "keys": Settings(64, 64, 8, stages),
-    }
-    wide = {
-        "forward": Settings(64, 32, 8, stages),
-        "queries": Settings(64, 32, 8, stages),
-        "keys": Settings(32, 64, 8, stages),
-    }
-    return (narrow if block_d <= 128 else wide)[kernel]
-
-
-def _common(
-    q: Tensor,
-    k: Tensor,
+def _masks(
     window: int | None,
     bounds_2BS: Tensor | None,
     dropout: float,
     dropout_key: int,
     samples_B: Tensor | None,
     first_head: int,
+    length: int,
 ) -> dict[str, Any]:
-    """Arguments that all three kernels take, by name."""
-    heads, length, width = q.shape[1:]
+    """Arguments that say what each query sees and what dropout keeps, by name."""
     windowed = window is not None and window < length
+    if bounds_2BS is not None:
+        assert bounds_2BS.dtype == torch.int32, bounds_2BS.dtype
+        assert bounds_2BS.shape[2] == length, bounds_2BS.shape
+        bounds_2BS = bounds_2BS.contiguous()
+    if dropout > 0:
+        assert samples_B is not None, "samples_B are needed where there is dropout"
+        samples_B = samples_B.contiguous()
     return {
-        # Without documents never read, but added to.
-        "bounds": q.new_empty(0, dtype=torch.int32) if bounds_2BS is None else bounds_2BS,
-        "samples": samples_B if dropout > 0 else None,
-        "scale": width**-0.5 / math.log(2),
-        "heads": heads,
-        "group": heads // k.shape[1],
-        "length": length,
-        "width": width,
+        "bounds": bounds_2BS,
+        "samples": samples_B,
         "window": window if windowed else 0,
         "key": dropout_key,
         "first_head": first_head,
         "last_kept": last_kept(dropout),
-        "keep_scale": 1 / (1 - dropout),
         "WINDOW": windowed,
         "DOCUMENTS": bounds_2BS is not None,
         "DROPOUT": dropout > 0,
-        "PRECISION": "ieee",  # of float32 inputs: as exact as torch's
+        "PRECISION": PRECISION,
     }
 
 
@@ -207,20 +191,17 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def _blocks(kernel: str, q: Tensor) -> tuple[Settings, dict[str, Any]]:
-    block_d = max(16, triton.next_power_of_2(q.shape[3]))
-    settings = _settings(kernel, block_d, q.element_size(), torch.version.hip is not None)
-    return settings, {
-        "BLOCK_M": settings.queries,
-        "BLOCK_N": settings.keys,
-        "BLOCK_D": block_d,
-        "num_warps": settings.warps,
-        "num_stages": settings.stages,
-        "enable_fp_fusion": FP_FUSION,
-    }
+def _blocks(kernel: Kernel, x: Tensor) -> dict[str, Any]:
+    arguments = (kernel, x.shape[3], x.element_size(), torch.version.hip is not None)
+    return blocks_of(*arguments) | options_of(*arguments)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _programs(x: Tensor, block: int) -> tuple[int]:
+    """One for each so many rows of each of the heads of x."""
+    return (triton.cdiv(x.shape[2], block) * x.shape[0] * x.shape[1],)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float) -> None:
     check_dtype("attention", q, k, v)
     if not q.dtype == k.dtype == v.dtype:
         raise UnsupportedError("attention", f"dtypes {q.dtype}, {k.dtype}, {v.dtype}")
@@ -228,9 +209,18 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise UnsupportedError("attention", f"heads of width {q.shape[3]} are above {MAX_HEAD_DIM}")
     if k.shape[2] != q.shape[2]:
         raise UnsupportedError("attention", f"{k.shape[2]} keys for {q.shape[2]} queries")
-    assert k.shape == v.shape
-    assert q.shape[1] % k.shape[1] == 0
-    assert all(x.stride(3) == 1 or x.shape[3] == 1 or x.numel() == 0 for x in (q, k, v))
+    if not scale > 0:  # the largest score is looked for before they are scaled
+        raise UnsupportedError("attention", f"scale {scale} is not positive")
+    assert k.shape == v.shape, (k.shape, v.shape)
+    assert q.shape[1] % k.shape[1] == 0, (q.shape, k.shape)
+    for x in (q, k, v):
+        if not _takes(x):
+            raise UnsupportedError("attention", f"strides {x.stride()}")
+
+
+def _takes(x: Tensor) -> bool:
+    """Its rows are contiguous, and 32 bits hold a place within a block of them."""
+    return x.numel() == 0 or ((x.stride(3) == 1 or x.shape[3] == 1) and x.stride(2) < 2**23)
 
 
 def _like_attention(q: Tensor) -> Tensor:
@@ -244,6 +234,7 @@ def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    scale: float,
     window: int | None,
     bounds_2BS: Tensor | None,
     dropout: float,
@@ -252,18 +243,22 @@ def _forward(
     first_head: int,
 ) -> tuple[Tensor, Tensor]:
     """(output, log2-sum-exp2 of the scores [B, N, S])."""
-    _check(q, k, v)
-    batch, heads, length, _ = q.shape
-    out, lse = _like_attention(q), q.new_empty((batch, heads, length), dtype=torch.float32)
-    settings, blocks = _blocks("forward", q)
+    _check(q, k, v, scale)
+    out, lse = _like_attention(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+    blocks = _blocks("forward", q)
     if q.numel():
-        _attention_forward[(triton.cdiv(length, settings.queries), batch * heads)](
+        _attention_forward[_programs(q, blocks["BLOCK_M"])](
             q=q,
             k=k,
             v=v,
             out=out,
             lse=lse,
-            **_common(q, k, window, bounds_2BS, dropout, dropout_key, samples_B, first_head),
+            scale=scale / math.log(2),
+            heads=q.shape[1],
+            group=q.shape[1] // k.shape[1],
+            length=q.shape[2],
+            keep_scale=1 / (1 - dropout),
+            **_masks(window, bounds_2BS, dropout, dropout_key, samples_B, first_head, q.shape[2]),
             **_strides(q=q, k=k, v=v, out=out),
             **blocks,
         )
@@ -278,6 +273,7 @@ def _backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    scale: float,
     window: int | None,
     bounds_2BS: Tensor | None,
     dropout: float,
@@ -285,37 +281,38 @@ def _backward(
     samples_B: Tensor | None,
     first_head: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, length, width = q.shape
-    grad_out = grad_out if grad_out.stride(3) == 1 else grad_out.contiguous()
     grad_q, grad_k, grad_v = (_like_attention(x) for x in (q, k, v))
     if q.numel() == 0:
         return grad_q, grad_k, grad_v
+    batch, heads, length, _ = q.shape
+    grad_out = grad_out if _takes(grad_out) else grad_out.contiguous()
     delta = torch.empty_like(lse)
-    common = _common(q, k, window, bounds_2BS, dropout, dropout_key, samples_B, first_head)
-    _attention_delta[(triton.cdiv(length, DELTA_ROWS), batch * heads)](
+    blocks = _blocks("delta", q)
+    _attention_delta[_programs(q, blocks["BLOCK_M"])](
         out=out,
         grad_out=grad_out,
         delta=delta,
         heads=heads,
         length=length,
-        width=width,
+        kept_share=1 - dropout,
         **_strides(out=out, grad=grad_out),
-        BLOCK_M=DELTA_ROWS,
-        BLOCK_D=max(16, triton.next_power_of_2(width)),
-        num_warps=DELTA_WARPS,
-        enable_fp_fusion=FP_FUSION,
+        **blocks,
     )
+    common = _masks(window, bounds_2BS, dropout, dropout_key, samples_B, first_head, length)
     common |= {"grad_out": grad_out, "lse": lse, "delta": delta, "q": q, "k": k, "v": v}
-    common |= {"natural_scale": width**-0.5} | _strides(q=q, k=k, v=v, grad=grad_out)
-    settings, blocks = _blocks("queries", q)
-    _attention_backward_queries[(triton.cdiv(length, settings.queries), batch * heads)](
+    common |= {"heads": heads, "group": heads // k.shape[1], "length": length}
+    common |= {"scale": scale / math.log(2), "grad_scale": scale / (1 - dropout)}
+    common |= _strides(q=q, k=k, v=v, grad=grad_out)
+    blocks = _blocks("queries", q)
+    _attention_backward_queries[_programs(q, blocks["BLOCK_M"])](
         grad_q=grad_q, **common, **_strides(grad_q=grad_q), **blocks
     )
-    settings, blocks = _blocks("keys", q)
-    _attention_backward_keys[(triton.cdiv(length, settings.keys), batch * k.shape[1])](
+    blocks = _blocks("keys", q)
+    _attention_backward_keys[_programs(k, blocks["BLOCK_N"])](
         grad_k=grad_k,
         grad_v=grad_v,
         batch=batch,
+        keep_scale=1 / (1 - dropout),
         **common,
         **_strides(grad_k=grad_k),
         **blocks,
@@ -334,8 +331,9 @@ def _(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    q, k, v, ctx.window, bounds_2BS, ctx.dropout, ctx.key, samples_B, ctx.first_head = inputs
+    q, k, v, ctx.scale, ctx.window, bounds_2BS, ctx.dropout, ctx.key, samples_B, first_head = inputs
     out, lse = output
+    ctx.first_head = first_head
     ctx.mark_non_differentiable(lse)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, out, lse, bounds_2BS, samples_B)
@@ -343,19 +341,11 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> No
 
 def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: None) -> tuple[Tensor | None, ...]:
     if grad_out is None:
-        return (None,) * 9
+        return (None,) * 10
     *tensors, bounds_2BS, samples_B = ctx.saved_tensors
-    grads = _backward(
-        grad_out,
-        *tensors,
-        ctx.window,
-        bounds_2BS,
-        ctx.dropout,
-        ctx.key,
-        samples_B,
-        ctx.first_head,
-    )
-    return (*grads, *[None] * 6)
+    masks = (ctx.window, bounds_2BS, ctx.dropout, ctx.key, samples_B, ctx.first_head)
+    grads = _backward(grad_out, *tensors, ctx.scale, *masks)
+    return (*grads, *[None] * 7)
 
 
 _forward.register_autograd(_differentiate, setup_context=_set_up)

@@ -17,15 +17,15 @@ from tests.kernels.proof import (
     values_and_gradients,
 )
 
-MODULE = sys.modules["megapipe.kernels.attention"]
+SETTINGS = sys.modules["megapipe.kernels.attention_settings"]
 
 
 @pytest.fixture
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that short sequences have blocks of each kind: hidden, cut and whole."""
-    sizes = {"forward": (32, 16), "queries": (16, 32), "keys": (16, 32)}
+    sizes = {"forward": (32, 16), "queries": (16, 32), "keys": (16, 32), "delta": (32, 0)}
     monkeypatch.setattr(
-        MODULE, "_settings", lambda kernel, *_: MODULE.Settings(*sizes[kernel], 4, 1)
+        SETTINGS, "settings", lambda kernel, *_: SETTINGS.Settings(*sizes[kernel], 4, 1)
     )
 
 
@@ -144,8 +144,8 @@ def test_refusals() -> None:
 
 def test_operator() -> None:
     q, k, v = (x.clone().requires_grad_() for x in inputs(1, 2, 1, 6, 8, torch.float32))
-    plain = (q, k, v, None, None, 0.0, 0, None, 0)
+    plain = (q, k, v, 0.3, None, None, 0.0, 0, None, 0)
     torch.library.opcheck(torch.ops.megapipe.attention, plain)
     bounds = document_bounds(documents(1, 6))
-    masked = (q, k, v, 3, bounds, 0.2, 5, torch.arange(1), 1)
+    masked = (q, k, v, 0.3, 3, bounds, 0.2, 5, torch.arange(1), 1)
     torch.library.opcheck(torch.ops.megapipe.attention, masked)
