@@ -11,9 +11,11 @@ import triton
 import triton.language as tl
 
 from megapipe.kernels.attention_forward import (
+    _count,
     _head_key,
     _kept,
     _key_range,
+    _place,
     _rows,
     _seen,
     _store_rows,
@@ -66,8 +68,10 @@ def _query_gradients(  # type: ignore[no-untyped-def]
     v_stride,
     log_sum,
     delta,
-    begin,
-    end,
+    low,
+    whole_low,
+    whole_high,
+    high,
     m,
     start,
     row_key,
@@ -75,7 +79,7 @@ def _query_gradients(  # type: ignore[no-untyped-def]
     length,
     window,
     last_kept,
-    MASKED: tl.constexpr,
+    CUT: tl.constexpr,
     WINDOW: tl.constexpr,
     DOCUMENTS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -84,14 +88,15 @@ def _query_gradients(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Keys from `begin` to `end` added to a block of queries' gradient (without its factor)."""
-    for n_first in range(begin, end, BLOCK_N):
+    """The whole or the cut blocks of keys added to the gradient of queries, without its factor."""
+    for index in range(_count(low, whole_low, whole_high, high, CUT, BLOCK_N)):
+        n_first = _place(index, low, whole_low, whole_high, CUT, BLOCK_N)
         n = n_first + tl.arange(0, BLOCK_N)
-        keys = _rows(k, n_first, k_stride, length, WIDTH, MASKED, BLOCK_N, BLOCK_D)
-        values = _rows(v, n_first, v_stride, length, WIDTH, MASKED, BLOCK_N, BLOCK_D)
+        keys = _rows(k, n_first, k_stride, length, WIDTH, CUT, BLOCK_N, BLOCK_D)
+        values = _rows(v, n_first, v_stride, length, WIDTH, CUT, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
         p = tl.exp2(scores * scale - log_sum[:, None])
-        if MASKED:
+        if CUT:
             seen = _seen(m[:, None], n[None, :], start[:, None], window, WINDOW, DOCUMENTS)
             p = tl.where(seen, p, 0.0)
         dp = tl.dot(do, tl.trans(values), input_precision=PRECISION)
@@ -174,21 +179,15 @@ def _attention_backward_queries(  # type: ignore[no-untyped-def]
         m_first, length, window, starts, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N
     )
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if WINDOW or DOCUMENTS:
-        dq = _query_gradients(
-            dq, queries, do, k, v, k_s, v_s, log_sum, d, low, whole_low, m, start, row_key, scale,
-            length, window, last_kept, True, WINDOW, DOCUMENTS, DROPOUT, PRECISION, WIDTH,
-            BLOCK_N, BLOCK_D,
-        )  # fmt: skip
     dq = _query_gradients(
-        dq, queries, do, k, v, k_s, v_s, log_sum, d, whole_low, whole_high, m, start, row_key,
-        scale, length, window, last_kept, False, WINDOW, DOCUMENTS, DROPOUT, PRECISION, WIDTH,
-        BLOCK_N, BLOCK_D,
+        dq, queries, do, k, v, k_s, v_s, log_sum, d, low, whole_low, whole_high, high, m, start,
+        row_key, scale, length, window, last_kept, False, WINDOW, DOCUMENTS, DROPOUT, PRECISION,
+        WIDTH, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq = _query_gradients(
-        dq, queries, do, k, v, k_s, v_s, log_sum, d, whole_high, high, m, start, row_key, scale,
-        length, window, last_kept, True, WINDOW, DOCUMENTS, DROPOUT, PRECISION, WIDTH, BLOCK_N,
-        BLOCK_D,
+        dq, queries, do, k, v, k_s, v_s, log_sum, d, low, whole_low, whole_high, high, m, start,
+        row_key, scale, length, window, last_kept, True, WINDOW, DOCUMENTS, DROPOUT, PRECISION,
+        WIDTH, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     grad_q += b * grad_q_b + head * grad_q_h
     _store_rows(grad_q, dq * grad_scale, m_first, grad_q_s, length, WIDTH, BLOCK_M, BLOCK_D)
@@ -229,21 +228,28 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     values,
     q,
     grad_out,
-    q_stride,
-    grad_stride,
     lse,
     delta,
     starts,
-    begin,
-    end,
+    samples,
+    b,
+    first_head,
+    q_h,
+    q_s,
+    grad_h,
+    grad_s,
+    group,
+    low,
+    whole_low,
+    whole_high,
+    high,
     n,
-    head_key,
     scale,
     length,
     window,
     key,
     last_kept,
-    MASKED: tl.constexpr,
+    CUT: tl.constexpr,
     WINDOW: tl.constexpr,
     DOCUMENTS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -252,17 +258,22 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Queries of one head from `begin` to `end` added to the gradients of a block of keys and
-    values, without their factors. Tiles are [keys, queries]."""
-    for m_first in range(begin, end, BLOCK_M):
+    """The whole or the cut blocks of queries, of each of the heads from `first_head`, added to the
+    gradients of a block of keys and values, without their factors. Tiles are [keys, queries]."""
+    count = _count(low, whole_low, whole_high, high, CUT, BLOCK_M)
+    for index in range(group * count):  # one loop, so that loads run ahead from head to head
+        member = tl.cast(index // count, tl.int64)
+        m_first = _place(index % count, low, whole_low, whole_high, CUT, BLOCK_M)
         m = m_first + tl.arange(0, BLOCK_M)
-        queries = _rows(q, m_first, q_stride, length, WIDTH, MASKED, BLOCK_M, BLOCK_D)
-        do = _rows(grad_out, m_first, grad_stride, length, WIDTH, MASKED, BLOCK_M, BLOCK_D)
-        log_sum = tl.load(lse + m, m < length, other=0)
-        d = tl.load(delta + m, m < length, other=0)
+        queries = _rows(q + member * q_h, m_first, q_s, length, WIDTH, CUT, BLOCK_M, BLOCK_D)
+        do = _rows(
+            grad_out + member * grad_h, m_first, grad_s, length, WIDTH, CUT, BLOCK_M, BLOCK_D
+        )
+        log_sum = tl.load(lse + member * length + m, m < length, other=0)
+        d = tl.load(delta + member * length + m, m < length, other=0)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
         p = tl.exp2(scores * scale - log_sum[None, :])
-        if MASKED:
+        if CUT:
             start = m
             if DOCUMENTS:
                 start = tl.load(starts + m, m < length, other=0)
@@ -271,7 +282,9 @@ def _key_gradients(  # type: ignore[no-untyped-def]
         dp = tl.dot(values, tl.trans(do), input_precision=PRECISION)
         kept = p
         if DROPOUT:
-            row_key = _hash64(key, head_key + m.to(tl.uint64))
+            row_key = _hash64(
+                key, _head_key(samples, b, first_head + member, key) + m.to(tl.uint64)
+            )
             keep = _kept(row_key[None, :], n[:, None], last_kept)
             kept = tl.where(keep, p, 0.0)
             dp = tl.where(keep, dp, 0.0)
@@ -353,29 +366,22 @@ def _attention_backward_keys(  # type: ignore[no-untyped-def]
     )
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for member in range(group):
-        head = kv_head * group + member
-        sums = (b * heads + head) * length
-        queries = q + b * q_b + head * q_h
-        do = grad_out + b * grad_b + head * grad_h
-        head_key = head
-        if DROPOUT:
-            head_key = _head_key(samples, b, first_head + head, key)
-        dk, dv = _key_gradients(
-            dk, dv, keys, values, queries, do, q_s, grad_s, lse + sums, delta + sums, starts, low,
-            whole_low, n, head_key, scale, length, window, key, last_kept, True, WINDOW,
-            DOCUMENTS, DROPOUT, PRECISION, WIDTH, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
-        dk, dv = _key_gradients(
-            dk, dv, keys, values, queries, do, q_s, grad_s, lse + sums, delta + sums, starts,
-            whole_low, whole_high, n, head_key, scale, length, window, key, last_kept, False,
-            WINDOW, DOCUMENTS, DROPOUT, PRECISION, WIDTH, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
-        dk, dv = _key_gradients(
-            dk, dv, keys, values, queries, do, q_s, grad_s, lse + sums, delta + sums, starts,
-            whole_high, high, n, head_key, scale, length, window, key, last_kept, True, WINDOW,
-            DOCUMENTS, DROPOUT, PRECISION, WIDTH, BLOCK_M, BLOCK_D,
-        )  # fmt: skip
+    head = kv_head * group
+    q += b * q_b + head * q_h
+    grad_out += b * grad_b + head * grad_h
+    lse += (b * heads + head) * length
+    delta += (b * heads + head) * length
+    head += first_head
+    dk, dv = _key_gradients(
+        dk, dv, keys, values, q, grad_out, lse, delta, starts, samples, b, head, q_h, q_s, grad_h,
+        grad_s, group, low, whole_low, whole_high, high, n, scale, length, window, key, last_kept,
+        False, WINDOW, DOCUMENTS, DROPOUT, PRECISION, WIDTH, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+    dk, dv = _key_gradients(
+        dk, dv, keys, values, q, grad_out, lse, delta, starts, samples, b, head, q_h, q_s, grad_h,
+        grad_s, group, low, whole_low, whole_high, high, n, scale, length, window, key, last_kept,
+        True, WINDOW, DOCUMENTS, DROPOUT, PRECISION, WIDTH, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
     base = b * grad_k_b + kv_head * grad_k_h
     _store_rows(grad_k + base, dk * grad_scale, n_first, grad_k_s, length, WIDTH, BLOCK_N, BLOCK_D)
     _store_rows(grad_v + base, dv * keep_scale, n_first, grad_k_s, length, WIDTH, BLOCK_N, BLOCK_D)

@@ -58,7 +58,8 @@ def _key_range(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
 ):
     """(low, whole_low, whole_high, high): keys that a block of queries sees are in [low, high), and
-    each query sees all of [whole_low, whole_high); all but `high` are multiples of BLOCK_N."""
+    each query sees all of [whole_low, whole_high); all but `high` are multiples of BLOCK_N. What is
+    in the first but not in the second are the blocks that a mask cuts."""
     m_last = tl.minimum(m_first + BLOCK_M, length) - 1
     high = m_last + 1
     low = m_first * 0
@@ -74,6 +75,27 @@ def _key_range(  # type: ignore[no-untyped-def]
     whole_high = tl.maximum((m_first + 1) // BLOCK_N * BLOCK_N, low)
     whole_low = tl.minimum(whole_low, whole_high)
     return low, whole_low, whole_high, high
+
+
+@triton.jit
+def _count(  # type: ignore[no-untyped-def]
+    low, whole_low, whole_high, high, CUT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """How many blocks are cut, or whole."""
+    if CUT:
+        return (whole_low - low) // BLOCK + tl.cdiv(high - whole_high, BLOCK)
+    return (whole_high - whole_low) // BLOCK
+
+
+@triton.jit
+def _place(  # type: ignore[no-untyped-def]
+    index, low, whole_low, whole_high, CUT: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Where the block of this index, of the cut or of the whole ones, begins."""
+    if CUT:
+        place = low + index * BLOCK
+        return tl.where(place < whole_low, place, place + (whole_high - whole_low))
+    return whole_low + index * BLOCK
 
 
 @triton.jit
@@ -122,8 +144,10 @@ def _attend(  # type: ignore[no-untyped-def]
     v,
     k_stride,
     v_stride,
-    begin,
-    end,
+    low,
+    whole_low,
+    whole_high,
+    high,
     m,
     start,
     row_key,
@@ -131,7 +155,7 @@ def _attend(  # type: ignore[no-untyped-def]
     length,
     window,
     last_kept,
-    MASKED: tl.constexpr,
+    CUT: tl.constexpr,
     WINDOW: tl.constexpr,
     DOCUMENTS: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -140,24 +164,25 @@ def _attend(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Keys from `begin` to `end` added to the output so far, the sum and the maximum."""
-    for n_first in range(begin, end, BLOCK_N):
+    """The whole or the cut blocks of keys added to the output so far, the sum and the maximum."""
+    for index in range(_count(low, whole_low, whole_high, high, CUT, BLOCK_N)):
+        n_first = _place(index, low, whole_low, whole_high, CUT, BLOCK_N)
         n = n_first + tl.arange(0, BLOCK_N)
-        keys = _rows(k, n_first, k_stride, length, WIDTH, MASKED, BLOCK_N, BLOCK_D)
+        keys = _rows(k, n_first, k_stride, length, WIDTH, CUT, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
-        if MASKED:
+        if CUT:
             seen = _seen(m[:, None], n[None, :], start[:, None], window, WINDOW, DOCUMENTS)
             scores = tl.where(seen, scores, -float("inf"))
         larger = tl.maximum(largest, tl.max(scores, 1) * scale)
         shift = larger
-        if MASKED and (WINDOW or DOCUMENTS):  # a query that has seen nothing yet
+        if CUT and (WINDOW or DOCUMENTS):  # a query that has seen nothing yet
             shift = tl.where(larger == -float("inf"), 0.0, larger)
         p = tl.exp2(scores * scale - shift[:, None])  # one instruction before the exponential
         shrink = tl.exp2(largest - shift)
         total = total * shrink + tl.sum(p, 1)
         if DROPOUT:
             p = tl.where(_kept(row_key[:, None], n[None, :], last_kept), p, 0.0)
-        values = _rows(v, n_first, v_stride, length, WIDTH, MASKED, BLOCK_N, BLOCK_D)
+        values = _rows(v, n_first, v_stride, length, WIDTH, CUT, BLOCK_N, BLOCK_D)
         out = out * shrink[:, None]
         out = tl.dot(p.to(values.dtype), values, out, input_precision=PRECISION)
         largest = larger
@@ -229,21 +254,15 @@ def _attention_forward(  # type: ignore[no-untyped-def]
     o = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
-    if WINDOW or DOCUMENTS:
-        o, total, largest = _attend(
-            o, total, largest, queries, k, v, k_s, v_s, low, whole_low, m, start, row_key, scale,
-            length, window, last_kept, True, WINDOW, DOCUMENTS, DROPOUT, PRECISION, WIDTH,
-            BLOCK_N, BLOCK_D,
-        )  # fmt: skip
     o, total, largest = _attend(
-        o, total, largest, queries, k, v, k_s, v_s, whole_low, whole_high, m, start, row_key,
-        scale, length, window, last_kept, False, WINDOW, DOCUMENTS, DROPOUT, PRECISION, WIDTH,
-        BLOCK_N, BLOCK_D,
+        o, total, largest, queries, k, v, k_s, v_s, low, whole_low, whole_high, high, m, start,
+        row_key, scale, length, window, last_kept, False, WINDOW, DOCUMENTS, DROPOUT, PRECISION,
+        WIDTH, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     o, total, largest = _attend(
-        o, total, largest, queries, k, v, k_s, v_s, whole_high, high, m, start, row_key, scale,
-        length, window, last_kept, True, WINDOW, DOCUMENTS, DROPOUT, PRECISION, WIDTH, BLOCK_N,
-        BLOCK_D,
+        o, total, largest, queries, k, v, k_s, v_s, low, whole_low, whole_high, high, m, start,
+        row_key, scale, length, window, last_kept, True, WINDOW, DOCUMENTS, DROPOUT, PRECISION,
+        WIDTH, BLOCK_N, BLOCK_D,
     )  # fmt: skip
     o *= (keep_scale / total)[:, None]
     _store_rows(out + b * out_b + head * out_h, o, m_first, out_s, length, WIDTH, BLOCK_M, BLOCK_D)
