@@ -12,6 +12,7 @@ import triton.language as tl
 
 from megapipe.kernels.attention_forward import (
     _count,
+    _first_seen,
     _head_key,
     _kept,
     _key_range,
@@ -73,15 +74,13 @@ def _query_gradients(  # type: ignore[no-untyped-def]
     whole_high,
     high,
     m,
-    start,
+    first,
     row_key,
     scale,
     length,
-    window,
     last_kept,
     CUT: tl.constexpr,
-    WINDOW: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
+    BOUNDED: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -97,7 +96,7 @@ def _query_gradients(  # type: ignore[no-untyped-def]
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
         p = tl.exp2(scores * scale - log_sum[:, None])
         if CUT:
-            seen = _seen(m[:, None], n[None, :], start[:, None], window, WINDOW, DOCUMENTS)
+            seen = _seen(m[:, None], n[None, :], first[:, None], BOUNDED)
             p = tl.where(seen, p, 0.0)
         dp = tl.dot(do, tl.trans(values), input_precision=PRECISION)
         if DROPOUT:
@@ -161,12 +160,11 @@ def _attention_backward_queries(  # type: ignore[no-untyped-def]
     k += b * k_b + head // group * k_h
     v += b * v_b + head // group * v_h
     m = m_first + tl.arange(0, BLOCK_M)
-    start = m
     row_key = m
     starts = bounds
     if DOCUMENTS:
         starts += b * length
-        start = tl.load(starts + m, m < length, other=0)
+    first = _first_seen(m, starts, length, window, WINDOW, DOCUMENTS)
     if DROPOUT:
         row_key = _hash64(key, _head_key(samples, b, first_head + head, key) + m.to(tl.uint64))
     q += b * q_b + head * q_h
@@ -180,14 +178,14 @@ def _attention_backward_queries(  # type: ignore[no-untyped-def]
     )
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     dq = _query_gradients(
-        dq, queries, do, k, v, k_s, v_s, log_sum, d, low, whole_low, whole_high, high, m, start,
-        row_key, scale, length, window, last_kept, False, WINDOW, DOCUMENTS, DROPOUT, PRECISION,
-        WIDTH, BLOCK_N, BLOCK_D,
+        dq, queries, do, k, v, k_s, v_s, log_sum, d, low, whole_low, whole_high, high, m, first,
+        row_key, scale, length, last_kept, False, WINDOW or DOCUMENTS, DROPOUT, PRECISION, WIDTH,
+        BLOCK_N, BLOCK_D,
     )  # fmt: skip
     dq = _query_gradients(
-        dq, queries, do, k, v, k_s, v_s, log_sum, d, low, whole_low, whole_high, high, m, start,
-        row_key, scale, length, window, last_kept, True, WINDOW, DOCUMENTS, DROPOUT, PRECISION,
-        WIDTH, BLOCK_N, BLOCK_D,
+        dq, queries, do, k, v, k_s, v_s, log_sum, d, low, whole_low, whole_high, high, m, first,
+        row_key, scale, length, last_kept, True, WINDOW or DOCUMENTS, DROPOUT, PRECISION, WIDTH,
+        BLOCK_N, BLOCK_D,
     )  # fmt: skip
     grad_q += b * grad_q_b + head * grad_q_h
     _store_rows(grad_q, dq * grad_scale, m_first, grad_q_s, length, WIDTH, BLOCK_M, BLOCK_D)
@@ -269,15 +267,14 @@ def _key_gradients(  # type: ignore[no-untyped-def]
         do = _rows(
             grad_out + member * grad_h, m_first, grad_s, length, WIDTH, CUT, BLOCK_M, BLOCK_D
         )
-        log_sum = tl.load(lse + member * length + m, m < length, other=0)
-        d = tl.load(delta + member * length + m, m < length, other=0)
+        inside = (m < length) | (not CUT)
+        log_sum = tl.load(lse + member * length + m, inside, other=0)
+        d = tl.load(delta + member * length + m, inside, other=0)
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
         p = tl.exp2(scores * scale - log_sum[None, :])
         if CUT:
-            start = m
-            if DOCUMENTS:
-                start = tl.load(starts + m, m < length, other=0)
-            seen = _seen(m[None, :], n[:, None], start[None, :], window, WINDOW, DOCUMENTS)
+            first = _first_seen(m, starts, length, window, WINDOW, DOCUMENTS)
+            seen = _seen(m[None, :], n[:, None], first[None, :], WINDOW or DOCUMENTS)
             p = tl.where(seen & (m < length)[None, :], p, 0.0)
         dp = tl.dot(values, tl.trans(do), input_precision=PRECISION)
         kept = p

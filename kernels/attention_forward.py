@@ -21,16 +21,24 @@ from megapipe.kernels.random import _hash32, _hash64
 
 
 @triton.jit
-def _seen(  # type: ignore[no-untyped-def]
-    m, n, start, window, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr
+def _first_seen(  # type: ignore[no-untyped-def]
+    m, starts, length, window, WINDOW: tl.constexpr, DOCUMENTS: tl.constexpr
 ):
-    """Whether query m may look at key n; `start` is where the query's document begins."""
-    seen = n <= m
-    if WINDOW:
-        seen &= m - n < window
+    """The first key that each query may look at; `starts` is where its document begins."""
+    first = m * 0
     if DOCUMENTS:
-        seen &= n >= start
-    return seen
+        first = tl.load(starts + m, m < length, other=0)
+    if WINDOW:
+        first = tl.maximum(first, m - window + 1)
+    return first
+
+
+@triton.jit
+def _seen(m, n, first, BOUNDED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Whether query m may look at key n: first <= n <= m."""
+    if BOUNDED:  # one comparison, for what is below `first` wraps around
+        return (n - first).to(tl.uint32) <= (m - first).to(tl.uint32)
+    return n <= m
 
 
 @triton.jit
@@ -149,15 +157,13 @@ def _attend(  # type: ignore[no-untyped-def]
     whole_high,
     high,
     m,
-    start,
+    first,
     row_key,
     scale,
     length,
-    window,
     last_kept,
     CUT: tl.constexpr,
-    WINDOW: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
+    BOUNDED: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -171,11 +177,11 @@ def _attend(  # type: ignore[no-untyped-def]
         keys = _rows(k, n_first, k_stride, length, WIDTH, CUT, BLOCK_N, BLOCK_D)
         scores = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
         if CUT:
-            seen = _seen(m[:, None], n[None, :], start[:, None], window, WINDOW, DOCUMENTS)
+            seen = _seen(m[:, None], n[None, :], first[:, None], BOUNDED)
             scores = tl.where(seen, scores, -float("inf"))
         larger = tl.maximum(largest, tl.max(scores, 1) * scale)
         shift = larger
-        if CUT and (WINDOW or DOCUMENTS):  # a query that has seen nothing yet
+        if CUT and BOUNDED:  # a query that has seen nothing yet
             shift = tl.where(larger == -float("inf"), 0.0, larger)
         p = tl.exp2(scores * scale - shift[:, None])  # one instruction before the exponential
         shrink = tl.exp2(largest - shift)
@@ -239,12 +245,11 @@ def _attention_forward(  # type: ignore[no-untyped-def]
     k += b * k_b + head // group * k_h
     v += b * v_b + head // group * v_h
     m = m_first + tl.arange(0, BLOCK_M)
-    start = m
     row_key = m
     starts = bounds
     if DOCUMENTS:
         starts += b * length
-        start = tl.load(starts + m, m < length, other=0)
+    first = _first_seen(m, starts, length, window, WINDOW, DOCUMENTS)
     if DROPOUT:
         row_key = _hash64(key, _head_key(samples, b, first_head + head, key) + m.to(tl.uint64))
     queries = _rows(q, m_first, q_s, length, WIDTH, True, BLOCK_M, BLOCK_D)
@@ -255,14 +260,14 @@ def _attention_forward(  # type: ignore[no-untyped-def]
     total = tl.zeros((BLOCK_M,), tl.float32)
     largest = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     o, total, largest = _attend(
-        o, total, largest, queries, k, v, k_s, v_s, low, whole_low, whole_high, high, m, start,
-        row_key, scale, length, window, last_kept, False, WINDOW, DOCUMENTS, DROPOUT, PRECISION,
-        WIDTH, BLOCK_N, BLOCK_D,
+        o, total, largest, queries, k, v, k_s, v_s, low, whole_low, whole_high, high, m, first,
+        row_key, scale, length, last_kept, False, WINDOW or DOCUMENTS, DROPOUT, PRECISION, WIDTH,
+        BLOCK_N, BLOCK_D,
     )  # fmt: skip
     o, total, largest = _attend(
-        o, total, largest, queries, k, v, k_s, v_s, low, whole_low, whole_high, high, m, start,
-        row_key, scale, length, window, last_kept, True, WINDOW, DOCUMENTS, DROPOUT, PRECISION,
-        WIDTH, BLOCK_N, BLOCK_D,
+        o, total, largest, queries, k, v, k_s, v_s, low, whole_low, whole_high, high, m, first,
+        row_key, scale, length, last_kept, True, WINDOW or DOCUMENTS, DROPOUT, PRECISION, WIDTH,
+        BLOCK_N, BLOCK_D,
     )  # fmt: skip
     o *= (keep_scale / total)[:, None]
     _store_rows(out + b * out_b + head * out_h, o, m_first, out_s, length, WIDTH, BLOCK_M, BLOCK_D)
