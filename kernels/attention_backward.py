@@ -228,7 +228,6 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     grad_out,
     lse,
     delta,
-    starts,
     samples,
     b,
     first_head,
@@ -242,14 +241,13 @@ def _key_gradients(  # type: ignore[no-untyped-def]
     whole_high,
     high,
     n,
+    after,
     scale,
     length,
-    window,
     key,
     last_kept,
     CUT: tl.constexpr,
-    WINDOW: tl.constexpr,
-    DOCUMENTS: tl.constexpr,
+    BOUNDED: tl.constexpr,
     DROPOUT: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -273,9 +271,10 @@ def _key_gradients(  # type: ignore[no-untyped-def]
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
         p = tl.exp2(scores * scale - log_sum[None, :])
         if CUT:
-            first = _first_seen(m, starts, length, window, WINDOW, DOCUMENTS)
-            seen = _seen(m[None, :], n[:, None], first[None, :], WINDOW or DOCUMENTS)
-            p = tl.where(seen & (m < length)[None, :], p, 0.0)
+            seen = m[None, :] >= n[:, None]
+            if BOUNDED:  # n <= m < after in one comparison: m - n below 0 wraps around
+                seen = (m[None, :] - n[:, None]).to(tl.uint32) < (after - n)[:, None].to(tl.uint32)
+            p = tl.where(seen, p, 0.0)
         dp = tl.dot(values, tl.trans(do), input_precision=PRECISION)
         kept = p
         if DROPOUT:
@@ -354,10 +353,13 @@ def _attention_backward_keys(  # type: ignore[no-untyped-def]
     v += b * v_b + kv_head * v_h
     keys = _rows(k, n_first, k_s, length, WIDTH, True, BLOCK_N, BLOCK_D)
     values = _rows(v, n_first, v_s, length, WIDTH, True, BLOCK_N, BLOCK_D)
-    starts, ends = bounds, bounds
+    ends = bounds
+    after = n * 0 + length  # the first query that no longer sees each key
     if DOCUMENTS:
-        starts += b * length
         ends += (b + batch) * length
+        after = tl.load(ends + n, n < length, other=0)
+    if WINDOW:
+        after = tl.minimum(after, n + window)
     low, whole_low, whole_high, high = _query_range(
         n_first, length, window, ends, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N
     )
@@ -370,14 +372,14 @@ def _attention_backward_keys(  # type: ignore[no-untyped-def]
     delta += (b * heads + head) * length
     head += first_head
     dk, dv = _key_gradients(
-        dk, dv, keys, values, q, grad_out, lse, delta, starts, samples, b, head, q_h, q_s, grad_h,
-        grad_s, group, low, whole_low, whole_high, high, n, scale, length, window, key, last_kept,
-        False, WINDOW, DOCUMENTS, DROPOUT, PRECISION, WIDTH, BLOCK_M, BLOCK_D,
+        dk, dv, keys, values, q, grad_out, lse, delta, samples, b, head, q_h, q_s, grad_h, grad_s,
+        group, low, whole_low, whole_high, high, n, after, scale, length, key, last_kept, False,
+        WINDOW or DOCUMENTS, DROPOUT, PRECISION, WIDTH, BLOCK_M, BLOCK_D,
     )  # fmt: skip
     dk, dv = _key_gradients(
-        dk, dv, keys, values, q, grad_out, lse, delta, starts, samples, b, head, q_h, q_s, grad_h,
-        grad_s, group, low, whole_low, whole_high, high, n, scale, length, window, key, last_kept,
-        True, WINDOW, DOCUMENTS, DROPOUT, PRECISION, WIDTH, BLOCK_M, BLOCK_D,
+        dk, dv, keys, values, q, grad_out, lse, delta, samples, b, head, q_h, q_s, grad_h, grad_s,
+        group, low, whole_low, whole_high, high, n, after, scale, length, key, last_kept, True,
+        WINDOW or DOCUMENTS, DROPOUT, PRECISION, WIDTH, BLOCK_M, BLOCK_D,
     )  # fmt: skip
     base = b * grad_k_b + kv_head * grad_k_h
     _store_rows(grad_k + base, dk * grad_scale, n_first, grad_k_s, length, WIDTH, BLOCK_N, BLOCK_D)
