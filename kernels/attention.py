@@ -29,7 +29,7 @@ from megapipe.kernels.attention_backward import (
     _attention_delta,
 )
 from megapipe.kernels.attention_forward import _attention_forward
-from megapipe.kernels.attention_settings import PRECISION, Kernel, blocks_of, options_of
+from megapipe.kernels.attention_settings import PRECISION, Kernel, architecture_of, launch
 from megapipe.kernels.backend import Backend, UnsupportedError, check_dtype, choose
 from megapipe.kernels.dropout import attention_dropout_mask, last_kept
 
@@ -191,9 +191,11 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     }
 
 
-def _blocks(kernel: Kernel, x: Tensor) -> dict[str, Any]:
-    arguments = (kernel, x.shape[3], x.element_size(), torch.version.hip is not None)
-    return blocks_of(*arguments) | options_of(*arguments)
+def _blocks(kernel: Kernel, x: Tensor, masks: dict[str, Any]) -> dict[str, Any]:
+    masked = masks["WINDOW"] or masks["DOCUMENTS"] or masks["DROPOUT"]
+    architecture = architecture_of(x.device)
+    blocks, options = launch(kernel, x.shape[3], x.element_size(), architecture, masked)
+    return blocks | options
 
 
 def _programs(x: Tensor, block: int) -> tuple[int]:
@@ -245,7 +247,8 @@ def _forward(
     """(output, log2-sum-exp2 of the scores [B, N, S])."""
     _check(q, k, v, scale)
     out, lse = _like_attention(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    blocks = _blocks("forward", q)
+    masks = _masks(window, bounds_2BS, dropout, dropout_key, samples_B, first_head, q.shape[2])
+    blocks = _blocks("forward", q, masks)
     if q.numel():
         _attention_forward[_programs(q, blocks["BLOCK_M"])](
             q=q,
@@ -258,7 +261,7 @@ def _forward(
             group=q.shape[1] // k.shape[1],
             length=q.shape[2],
             keep_scale=1 / (1 - dropout),
-            **_masks(window, bounds_2BS, dropout, dropout_key, samples_B, first_head, q.shape[2]),
+            **masks,
             **_strides(q=q, k=k, v=v, out=out),
             **blocks,
         )
@@ -287,7 +290,8 @@ def _backward(
     batch, heads, length, _ = q.shape
     grad_out = grad_out if _takes(grad_out) else grad_out.contiguous()
     delta = torch.empty_like(lse)
-    blocks = _blocks("delta", q)
+    masks = _masks(window, bounds_2BS, dropout, dropout_key, samples_B, first_head, length)
+    blocks = _blocks("delta", q, masks)
     _attention_delta[_programs(q, blocks["BLOCK_M"])](
         out=out,
         grad_out=grad_out,
@@ -298,16 +302,15 @@ def _backward(
         **_strides(out=out, grad=grad_out),
         **blocks,
     )
-    common = _masks(window, bounds_2BS, dropout, dropout_key, samples_B, first_head, length)
-    common |= {"grad_out": grad_out, "lse": lse, "delta": delta, "q": q, "k": k, "v": v}
+    common = masks | {"grad_out": grad_out, "lse": lse, "delta": delta, "q": q, "k": k, "v": v}
     common |= {"heads": heads, "group": heads // k.shape[1], "length": length}
     common |= {"scale": scale / math.log(2), "grad_scale": scale / (1 - dropout)}
     common |= _strides(q=q, k=k, v=v, grad=grad_out)
-    blocks = _blocks("queries", q)
+    blocks = _blocks("queries", q, masks)
     _attention_backward_queries[_programs(q, blocks["BLOCK_M"])](
         grad_q=grad_q, **common, **_strides(grad_q=grad_q), **blocks
     )
-    blocks = _blocks("keys", q)
+    blocks = _blocks("keys", q, masks)
     _attention_backward_keys[_programs(k, blocks["BLOCK_N"])](
         grad_k=grad_k,
         grad_v=grad_v,

@@ -1,15 +1,16 @@
 """How attention's kernels are launched, and the configurations of them compiled ahead of time.
 
-Settings depend on the head's width, the size of an element and the maker of the GPU alone, so that
-all ranks and runs have the same bits. They are those with which nothing spills, and two programs
-fit on a multiprocessor where that costs no spill; NVIDIA's need at most 99 KiB of shared memory,
-which its workstation GPUs have too.
+Settings depend on the head's width, the size of an element, the kind of GPU and whether there are
+masks, so that all ranks and runs have the same bits. Each was chosen among those that compile
+without a spill for the most work on what is read: larger blocks first, then a pipeline of loads,
+then programs that fit on a multiprocessor. None was timed.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import torch
 import triton
 
 from megapipe.kernels.backend import FP_FUSION
@@ -17,6 +18,9 @@ from megapipe.kernels.compilation import Variant
 
 Kernel = Literal["forward", "queries", "keys", "delta"]
 """The output; the gradients of queries, and of keys and values; what both of these need."""
+
+Architecture = Literal["sm_80", "sm_90", "gfx942"]
+"""The first also for workstation GPUs, the second for B200."""
 
 
 class Settings(NamedTuple):
@@ -33,38 +37,68 @@ def head_block(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
-def settings(kernel: Kernel, block_d: int, element_size: int, amd: bool) -> Settings:
-    """For heads of at most `block_d` columns; `amd` or else NVIDIA."""
+HALF_PRECISION: dict[Architecture, dict[Kernel, tuple[Settings, Settings, Settings]]] = {
+    "sm_80": {
+        "forward": (Settings(128, 64, 8, 2), Settings(128, 64, 8, 2), Settings(64, 32, 8, 2)),
+        "queries": (Settings(128, 64, 8, 2), Settings(128, 32, 8, 2), Settings(64, 32, 8, 2)),
+        "keys": (Settings(64, 128, 8, 2), Settings(64, 64, 8, 2), Settings(16, 64, 8, 2)),
+    },
+    "sm_90": {
+        "forward": (Settings(128, 64, 8, 2), Settings(128, 64, 8, 3), Settings(64, 32, 8, 2)),
+        "queries": (Settings(128, 64, 8, 2), Settings(128, 64, 8, 2), Settings(64, 32, 8, 2)),
+        # 64 keys, which wgmma takes at least, would spill at a width of 256: mma.sync.
+        "keys": (Settings(64, 128, 8, 2), Settings(32, 128, 8, 2), Settings(16, 32, 4, 2)),
+    },
+    "gfx942": {
+        "forward": (Settings(128, 64, 8, 1), Settings(128, 32, 8, 1), Settings(64, 32, 8, 1)),
+        "queries": (Settings(128, 64, 8, 1), Settings(128, 32, 8, 1), Settings(32, 32, 4, 1)),
+        "keys": (Settings(16, 128, 8, 1), Settings(16, 128, 8, 1), Settings(16, 64, 8, 1)),
+    },
+}
+"""Of bfloat16 and float16, for heads of at most 64, 128 and 256 columns."""
+
+NVIDIA_SINGLE: dict[Kernel, Settings] = {
+    "forward": Settings(32, 32, 8, 1),
+    "queries": Settings(32, 32, 8, 1),
+    "keys": Settings(16, 32, 8, 1),
+}
+AMD_SINGLE = Settings(16, 16, 4, 1)
+"""Of float32."""
+
+
+def settings(
+    kernel: Kernel, block_d: int, element_size: int, architecture: Architecture, masks: bool
+) -> Settings:
+    """For heads of at most `block_d` columns; `masks`: a window, documents or dropout."""
     if kernel == "delta":
         return Settings(64, 0, 4, 1)
     if element_size == 4:
-        return Settings(32, 32, 4, 1)
-    stages = 1 if amd else 2
-    narrow = {
-        "forward": Settings(128, 64, 8, stages),
-        "queries": Settings(64, 64, 8, stages),
-        "keys": Settings(64, 64, 8, stages),
-    }
-    wide = {
-        "forward": Settings(64, 32, 8, stages),
-        "queries": Settings(64, 32, 8, stages),
-        "keys": Settings(32, 64, 8, stages),
-    }
-    return (narrow if block_d <= 128 else wide)[kernel]
+        return AMD_SINGLE if architecture == "gfx942" else NVIDIA_SINGLE[kernel]
+    chosen = HALF_PRECISION[architecture][kernel][0 if block_d <= 64 else block_d // 128]
+    if masks and (architecture, kernel, block_d) == ("sm_90", "keys", 128):
+        return chosen._replace(queries=16)  # 16 bytes would spill
+    return chosen
 
 
-def blocks_of(kernel: Kernel, width: int, element_size: int, amd: bool) -> dict[str, Any]:
-    """The constants of a launch that say how large its blocks are."""
+def architecture_of(device: torch.device) -> Architecture:
+    """Of a GPU; in the interpreter the first."""
+    if torch.version.hip is not None:
+        return "gfx942"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10):
+        return "sm_90"
+    return "sm_80"
+
+
+def launch(
+    kernel: Kernel, width: int, element_size: int, architecture: Architecture, masks: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(constants that say how large the blocks are, options)."""
     block_d = head_block(width)
-    chosen = settings(kernel, block_d, element_size, amd)
+    chosen = settings(kernel, block_d, element_size, architecture, masks)
     blocks = {"BLOCK_M": chosen.queries, "WIDTH": width, "BLOCK_D": block_d}
-    return blocks if kernel == "delta" else blocks | {"BLOCK_N": chosen.keys}
-
-
-def options_of(kernel: Kernel, width: int, element_size: int, amd: bool) -> dict[str, Any]:
-    """The options of a launch."""
-    chosen = settings(kernel, head_block(width), element_size, amd)
-    return {
+    if kernel != "delta":
+        blocks["BLOCK_N"] = chosen.keys
+    return blocks, {
         "num_warps": chosen.warps,
         "num_stages": chosen.stages,
         "enable_fp_fusion": FP_FUSION,
@@ -77,22 +111,22 @@ PRECISION = "ieee"
 
 @dataclass(frozen=True)
 class Specimen:
-    """One configuration of one kernel, for the GPUs of one maker."""
+    """One configuration of one kernel."""
 
     kernel: Kernel
     width: int
     dtype: str
     masks: bool  # window, documents and dropout together; False: plain causal
-    amd: bool
+    architecture: Architecture
 
     def variant(self, function: Any, types: Mapping[str, str]) -> Variant:
         """Strides in `types` are taken as multiples of 16."""
         size = 4 if self.dtype == "fp32" else 2
-        options = options_of(self.kernel, self.width, size, self.amd)
-        constants = blocks_of(self.kernel, self.width, size, self.amd)
+        constants, options = launch(self.kernel, self.width, size, self.architecture, self.masks)
         if self.kernel != "delta":
             constants |= dict.fromkeys(("WINDOW", "DOCUMENTS", "DROPOUT"), self.masks)
             constants |= {"PRECISION": PRECISION}
+        wgmma_spills = (self.kernel, self.width, self.architecture) == ("keys", 256, "sm_90")
         return Variant(
             function,
             f"width {self.width}, {self.dtype}{', masks' if self.masks else ''}",
@@ -101,21 +135,28 @@ class Specimen:
             num_warps=options["num_warps"],
             num_stages=options["num_stages"],
             divisible=tuple(name for name in types if name.endswith(("_b", "_h", "_s"))),
-            tensor_cores=self.kernel != "delta" and self.dtype != "fp32",
-            targets=("gfx942",) if self.amd else ("sm_80", "sm_90", "sm_100"),
+            tensor_cores=self.kernel != "delta" and self.dtype != "fp32" and not wgmma_spills,
+            targets=TARGETS[self.architecture],
         )
 
 
+TARGETS: dict[Architecture, tuple[str, ...]] = {
+    "sm_80": ("sm_80",),
+    "sm_90": ("sm_90", "sm_100"),
+    "gfx942": ("gfx942",),
+}
+
+
 def specimens(kernel: Kernel) -> Iterator[Specimen]:
-    """Each block of columns, float32, and all masks at once: where registers are scarcest."""
-    for amd in (False, True):
+    """Each block of columns, all masks at once, and float32 at its widest."""
+    for architecture in TARGETS:
         if kernel == "delta":
-            yield Specimen(kernel, 256, "fp32", False, amd)
+            yield Specimen(kernel, 256, "fp32", False, architecture)
             continue
         for width in (64, 128, 256):
-            yield Specimen(kernel, width, "bf16", False, amd)
-        yield Specimen(kernel, 128, "bf16", True, amd)
-        yield Specimen(kernel, 256, "fp32", True, amd)
+            yield Specimen(kernel, width, "bf16", False, architecture)
+        yield Specimen(kernel, 128, "bf16", True, architecture)
+        yield Specimen(kernel, 256, "fp32", True, architecture)
 
 
 def signature(dtype: str, *tensors: str) -> dict[str, str]:
