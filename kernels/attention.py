@@ -23,8 +23,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from megapipe.kernels.attention_backward import (
-    _attention_backward_keys,
+from megapipe.kernels.attention_backward_keys import _attention_backward_keys
+from megapipe.kernels.attention_backward_queries import (
     _attention_backward_queries,
     _attention_delta,
 )

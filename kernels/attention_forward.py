@@ -275,7 +275,7 @@ def _attention_forward(  # type: ignore[no-untyped-def]
 
 
 def variants() -> Iterator[Variant]:
-    """Each head width's block, float32, and all masks at once."""
+    """See `specimens`."""
     for specimen in specimens("forward"):
         yield specimen.variant(
             _attention_forward,

@@ -57,13 +57,20 @@ HALF_PRECISION: dict[Architecture, dict[Kernel, tuple[Settings, Settings, Settin
 }
 """Of bfloat16 and float16, for heads of at most 64, 128 and 256 columns."""
 
-NVIDIA_SINGLE: dict[Kernel, Settings] = {
-    "forward": Settings(32, 32, 8, 1),
-    "queries": Settings(32, 32, 8, 1),
-    "keys": Settings(16, 32, 8, 1),
+SINGLE_PRECISION: dict[Architecture, dict[Kernel, Settings]] = {
+    "sm_80": {
+        "forward": Settings(32, 32, 8, 1),
+        "queries": Settings(32, 32, 8, 1),
+        "keys": Settings(16, 32, 8, 1),
+    },
+    "sm_90": {
+        "forward": Settings(16, 16, 4, 1),
+        "queries": Settings(16, 16, 4, 1),
+        "keys": Settings(16, 32, 8, 1),
+    },
+    "gfx942": dict.fromkeys(("forward", "queries", "keys"), Settings(16, 16, 4, 1)),
 }
-AMD_SINGLE = Settings(16, 16, 4, 1)
-"""Of float32."""
+"""Of float32, for any width."""
 
 
 def settings(
@@ -71,12 +78,12 @@ def settings(
 ) -> Settings:
     """For heads of at most `block_d` columns; `masks`: a window, documents or dropout."""
     if kernel == "delta":
-        return Settings(64, 0, 4, 1)
+        return Settings(32, 0, 4, 1)
     if element_size == 4:
-        return AMD_SINGLE if architecture == "gfx942" else NVIDIA_SINGLE[kernel]
+        return SINGLE_PRECISION[architecture][kernel]
     chosen = HALF_PRECISION[architecture][kernel][0 if block_d <= 64 else block_d // 128]
-    if masks and (architecture, kernel, block_d) == ("sm_90", "keys", 128):
-        return chosen._replace(queries=16)  # 16 bytes would spill
+    if masks and kernel == "keys" and block_d == 128 and architecture != "gfx942":
+        return chosen._replace(queries=chosen.queries // 2)  # some bytes would spill
     return chosen
 
 
@@ -172,3 +179,7 @@ def signature(dtype: str, *tensors: str) -> dict[str, str]:
 def strides_of(*tensors: str) -> dict[str, str]:
     """Types of their strides: by sample, head and position."""
     return {f"{name}_{dim}": "i32" for name in tensors for dim in "bhs"}
+
+
+SUMS = {"lse": "*fp32", "delta": "*fp32", "grad_scale": "fp32"}
+"""Types of what both backward kernels take besides."""
