@@ -283,7 +283,6 @@ def variants() -> Iterator[Variant]:
         (4096, "bf16"),
         (8192, "bf16"),
         (16384, "bf16"),
-        (4096, "fp32"),
         (16384, "fp32"),
     ):
         tiles = _tiles(hidden, torch.float32 if dtype == "fp32" else torch.bfloat16)
