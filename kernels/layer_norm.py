@@ -280,7 +280,6 @@ def variants() -> Iterator[Variant]:
     """bfloat16, and float32 where registers are scarcest."""
     for hidden, dtype in (
         (1024, "bf16"),
-        (4096, "bf16"),
         (8192, "bf16"),
         (16384, "bf16"),
         (16384, "fp32"),
