@@ -155,8 +155,8 @@ def _(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> None:
 
 
 def variants() -> Iterator[Variant]:
-    """bfloat16 factors of few and of many tiles, and float32 factors."""
-    for dtype, size, width in (("bf16", 2, 1024), ("bf16", 2, 4096), ("fp32", 4, 4096)):
+    """bfloat16 factors of many and of few tiles, and float32 factors."""
+    for dtype, size, width in (("bf16", 2, 4096), ("bf16", 2, 1024), ("fp32", 4, 4096)):
         for targets, is_amd in ((("sm_80", "sm_90", "sm_100"), False), (("gfx942",), True)):
             settings = _settings(size, is_amd, width, width)
             yield Variant(

@@ -93,6 +93,17 @@ def test_any_order_and_what_is_not_finite() -> None:
     assert found.isnan().sum() == 40
 
 
+@pytest.mark.usefixtures("_small_tiles")
+def test_nothing_is_written_beyond_the_main_gradient() -> None:
+    """In a buffer, other gradients follow. What is masked adds 0, which shows on -0.0 alone."""
+    buffer = torch.full((64 + 17 * 35 + 64,), -0.0)
+    main_grad = buffer[64:-64].view(17, 35)
+    grad_out, inputs = random((9, 17), torch.float32, 1), random((9, 35), torch.float32, 2)
+    add_weight_grad(main_grad, grad_out, inputs, backend="triton")
+    assert buffer[:64].signbit().all()
+    assert buffer[-64:].signbit().all()
+
+
 def test_refusals() -> None:
     wide, narrow = torch.zeros(4, 4), torch.zeros(4, 4, dtype=torch.float16)
     for operands in ((narrow, narrow, narrow), (wide, wide, narrow)):
