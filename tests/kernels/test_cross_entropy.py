@@ -1,6 +1,7 @@
 """Cross-entropy's halves, and with the output projection: Triton against torch and float64."""
 
 import sys
+import weakref
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megapipe.kernels import (
     Backend,
@@ -116,6 +118,66 @@ def test_refusals() -> None:
     for function in (cross_entropy, partial(linear_cross_entropy, torch.zeros(2, 3).double())):
         with pytest.raises(UnsupportedError, match="float64"):
             function(torch.zeros(2, 3).double(), torch.zeros(2).long(), backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_columns_first(backend: Backend) -> None:
+    logits, targets = inputs(5, 7)
+    hidden, weight = torch.randn(5, 16).t().contiguous().t(), torch.randn(7, 16)
+    turned = logits.t().contiguous().t()
+    own, expected = (
+        values_and_gradients(partial(loss, backend=backend), (x, targets)) for x in (turned, logits)
+    )
+    assert_same_bits(own, expected)
+
+    def fused(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, targets, backend=backend)
+
+    own = values_and_gradients(fused, (hidden, weight.t().contiguous().t()))
+    for one, other in zip(
+        own, values_and_gradients(fused, (hidden.contiguous(), weight)), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_columns_first_cannot_be_overwritten_by_triton() -> None:
+    logits, targets = inputs(5, 7)
+    turned = logits.t().contiguous().t()
+    with pytest.raises(UnsupportedError, match="side by side"):
+        cross_entropy(turned, targets, overwrite=True, backend="triton")
+
+
+class LiveLogits(TorchDispatchMode):
+    """The most elements of [rows, columns] tensors that were there at one time."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__()
+        self.columns, self.most = columns, 0
+        self.made: list[tuple[weakref.ref[Tensor], int, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dim() == 2 and out.shape[1] == self.columns:
+            self.made.append((weakref.ref(out), out.data_ptr(), out.numel()))
+        live = {place: size for one, place, size in self.made if one() is not None}
+        self.most = max(self.most, sum(live.values()))
+        return out
+
+
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_one_part_of_the_logits_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, with_gradients: bool
+) -> None:
+    monkeypatch.setattr(sys.modules["megapipe.kernels.linear_cross_entropy"], "LEAST_ROWS", 4)
+    rows, columns = 64, 500
+    hidden, weight = torch.randn(rows, 1), torch.randn(columns, 1)  # W^T counts: one row
+    targets = torch.randint(columns, (rows,))
+    with torch.set_grad_enabled(with_gradients), LiveLogits(columns) as live:
+        linear_cross_entropy(hidden, weight.requires_grad_(), targets, backend="torch")
+    assert live.most <= (rows // 16 + 1) * columns
+    with LiveLogits(columns) as control:
+        cross_entropy(hidden @ weight.t(), targets, backend="torch")
+    assert control.most >= rows * columns
 
 
 def test_operators() -> None:
