@@ -5,6 +5,7 @@ Each is a function on tensors that knows nothing of ranks, one file per operatio
 """
 
 from megapipe.kernels.adamw import adamw_
+from megapipe.kernels.attention import attention, attention_mask, document_bounds
 from megapipe.kernels.backend import Backend, UnsupportedError, backend_of
 from megapipe.kernels.cross_entropy import (
     Combined,
@@ -34,12 +35,15 @@ __all__ = [
     "add_layer_norm",
     "add_rms_norm",
     "add_weight_grad",
+    "attention",
     "attention_dropout_mask",
+    "attention_mask",
     "backend_of",
     "bias_gelu",
     "cross_entropy",
     "cross_entropy_gradient_",
     "cross_entropy_stats_",
+    "document_bounds",
     "dropout",
     "dropout_add",
     "fold",

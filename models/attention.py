@@ -7,7 +7,6 @@ rank, D head dim.
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megapipe import kernels
@@ -83,6 +82,8 @@ class Attention(nn.Module):
             )
             self.q_norm, self.k_norm = make(f"{name}.q_norm.weight"), make(f"{name}.k_norm.weight")
         self.norm_epsilon = model.norm_epsilon
+        self.window = model.sliding_window
+        self.choice = place.kernels
         self.dropout = model.attention_dropout
         self.dropout_seed = kernels.fold(place.seed, f"{name}.dropout")
 
@@ -112,54 +113,40 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [S, B, N + 2K, D]
         q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q = kernels.rms_norm(q, self.q_norm, self.norm_epsilon)
-            k = kernels.rms_norm(k, self.k_norm, self.norm_epsilon)
-        if context.cos is not None and context.sin is not None:
-            q, k = kernels.rope(q, k, context.cos, context.sin)
+        q, k = self._place(q, k, context)
         if cache is not None:
             k, v = cache.append(k, v)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [B, heads, S, D]
-        if context.mask is not None and q.is_cuda:
-            # No fused kernel of torch takes a mask and unequal head counts together: given both, it
-            # would fall back to one that holds all probabilities, [B, N, S, S].
-            k, v = self._repeat(k), self._repeat(v)
-        if self.dropout > 0 and self.training:
-            out = self._attend_with_dropout(q, k, v, context)
-        else:
-            out = F.scaled_dot_product_attention(
-                q,
-                k,
-                v,
-                attn_mask=context.mask,
-                is_causal=context.mask is None,
-                enable_gqa=q.shape[1] != k.shape[1],
-            )
+        out = kernels.attention(
+            q,
+            k,
+            v,
+            window=self.window,
+            bounds_2BS=context.bounds_2BS,
+            dropout=self.dropout if self.training else 0.0,
+            dropout_key=self.dropout_seed,
+            samples_B=context.samples_B,
+            first_head=self.first_head,
+            backend=self.choice.attention,
+        )
         return self.output(out.permute(2, 0, 1, 3).flatten(2))
 
-    def _repeat(self, t: Tensor) -> Tensor:
-        """[B, K, S, D] -> [B, N, S, D]: a key/value head for each query head."""
-        return t.repeat_interleave(self.heads // self.kv_heads, dim=1)
-
-    def _attend_with_dropout(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        """The formula itself, with probabilities in memory: [B, N, S, S].
-
-        scaled_dot_product_attention draws its dropout from a generator, which differs by layout.
-        """
-        k, v = self._repeat(k), self._repeat(v)
-        mask = context.mask
-        if mask is None:
-            mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
-        scores = (q @ k.mT) * self.head_dim**-0.5
-        probabilities = scores.masked_fill(~mask, -torch.inf).softmax(-1)
-        keep = kernels.attention_dropout_mask(
-            self.dropout,
-            self.dropout_seed,
-            context.samples_B,
-            heads=range(self.first_head, self.first_head + self.heads),
-            length=q.shape[-2],
+    def _place(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        """QK-norm and rotary positions, where the model has them."""
+        backend = self.choice.kernels
+        cos, sin = context.cos, context.sin
+        if self.q_norm is None or self.k_norm is None:
+            if cos is None or sin is None:
+                return q, k
+            return kernels.rope(q, k, cos, sin, backend=backend)
+        if cos is not None and sin is not None:
+            return kernels.norm_rope(
+                q, k, self.q_norm, self.k_norm, cos, sin, self.norm_epsilon, backend=backend
+            )
+        return (
+            kernels.rms_norm(q, self.q_norm, self.norm_epsilon, backend=backend),
+            kernels.rms_norm(k, self.k_norm, self.norm_epsilon, backend=backend),
         )
-        return (probabilities * keep.to(q.dtype) / (1 - self.dropout)) @ v
 
 
 def rope_table(
@@ -170,30 +157,3 @@ def rope_table(
     frequencies = kernels.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
     angles = positions_S.double()[:, None] * frequencies.to(positions_S.device).double()
     return angles.cos().to(dtype), angles.sin().to(dtype)
-
-
-def attention_mask(
-    length: int,
-    *,
-    offset: int,
-    window: int | None,
-    documents_BS: Tensor | None,
-    device: torch.device,
-) -> Tensor | None:
-    """True where query (row) may see key (column): [S, keys] or [B, 1, S, S]; None: plain causal.
-
-    `offset` tokens stand before the first query (in a key/value cache).
-    """
-    keys = offset + length
-    windowed = window is not None and window < keys
-    if documents_BS is None and not windowed and offset == 0:
-        return None
-    query = torch.arange(offset, keys, device=device)[:, None]
-    key = torch.arange(keys, device=device)[None, :]
-    mask = key <= query
-    if window is not None:
-        mask &= query - key < window
-    if documents_BS is not None:
-        same = documents_BS[:, None, :, None] == documents_BS[:, None, None, :]
-        return same & mask
-    return mask

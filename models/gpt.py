@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from megapipe import kernels
 from megapipe.config import ModelConfig
 from megapipe.microbatch import MicroBatch
-from megapipe.models.attention import Attention, KeyValueCache, attention_mask, rope_table
+from megapipe.models.attention import Attention, KeyValueCache, rope_table
 from megapipe.models.placement import Context, Placement
 from megapipe.tensor_parallel.collectives import own_sequence_slice
 from megapipe.tensor_parallel.embedding import VocabParallelEmbedding, vocabulary_parameter
@@ -62,7 +62,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
             return kernels.rms_norm(x, self.weight, self.epsilon, backend=self.backend)
-        return kernels.layer_norm(x, self.weight, self.bias, self.epsilon)
+        return kernels.layer_norm(x, self.weight, self.bias, self.epsilon, backend=self.backend)
 
     def after_add(self, branch: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of residual + branch, residual + branch)."""
@@ -70,8 +70,9 @@ class Norm(nn.Module):
             return kernels.add_rms_norm(
                 branch, residual, self.weight, self.epsilon, backend=self.backend
             )
-        total = residual + branch
-        return self(total), total
+        return kernels.add_layer_norm(
+            branch, residual, self.weight, self.bias, self.epsilon, backend=self.backend
+        )
 
 
 class FeedForward(nn.Module):
@@ -113,12 +114,15 @@ class FeedForward(nn.Module):
             device=place.device,
         )
         self.activation = model.activation
+        self.backend = place.kernels.kernels
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.up(x)
         if self.activation == "swiglu":
-            return self.down(kernels.swiglu(y))
-        return self.down(kernels.gelu(y, approximate=self.activation == "gelu_tanh"))
+            return self.down(kernels.swiglu(y, backend=self.backend))
+        return self.down(
+            kernels.gelu(y, approximate=self.activation == "gelu_tanh", backend=self.backend)
+        )
 
 
 class Block(nn.Module):
@@ -151,6 +155,7 @@ class Dropout(nn.Module):
         super().__init__()
         self.probability = model.dropout
         self.seed = kernels.fold(place.seed, name)
+        self.backend = place.kernels.kernels
         self.rank = place.tensor.rank if place.sequence_parallel else 0
 
     @property
@@ -162,8 +167,12 @@ class Dropout(nn.Module):
             return branch if residual is None else residual + branch
         first = self.rank * branch.shape[0]  # global position of the local part's first row
         if residual is None:
-            return kernels.dropout(branch, self.probability, self.seed, samples_B, first)
-        return kernels.dropout_add(branch, residual, self.probability, self.seed, samples_B, first)
+            return kernels.dropout(
+                branch, self.probability, self.seed, samples_B, first, backend=self.backend
+            )
+        return kernels.dropout_add(
+            branch, residual, self.probability, self.seed, samples_B, first, backend=self.backend
+        )
 
 
 class Embedding(nn.Module):
@@ -332,14 +341,10 @@ class GPTStage(nn.Module):
         if self.model.position == "rope":
             positions = torch.arange(offset, offset + length, device=self.place.device)
             cos, sin = rope_table(self.model, positions, self.place.dtype)
-        mask = attention_mask(
-            length,
-            offset=offset,
-            window=self.model.sliding_window,
-            documents_BS=batch.documents_BS,
-            device=self.place.device,
-        )
-        return Context(batch.samples_B, mask, cos, sin)
+        bounds = None
+        if batch.documents_BS is not None:
+            bounds = kernels.document_bounds(batch.documents_BS)
+        return Context(batch.samples_B, bounds, cos, sin)
 
 
 def _positions(tokens_BS: Tensor, documents_BS: Tensor | None) -> Tensor:

@@ -48,6 +48,6 @@ class Context:
     """What every block of a microbatch needs beside the hidden states."""
 
     samples_B: Tensor
-    mask: Tensor | None  # True where a query may look; None: plain causal
+    bounds_2BS: Tensor | None  # of each token's document; None: attention crosses documents
     cos: Tensor | None  # [S, D / 2]
     sin: Tensor | None

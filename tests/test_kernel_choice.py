@@ -8,7 +8,7 @@ import torch
 import triton
 
 from megapipe.config import Config, load_config
-from megapipe.config.checks import MAX_KERNEL_HIDDEN
+from megapipe.config.checks import MAX_KERNEL_HEAD_DIM, MAX_KERNEL_HIDDEN
 from megapipe.errors import MegapipeError
 from megapipe.kernel_choice import choose_kernels
 from tests.config.examples import write
@@ -61,4 +61,5 @@ def test_a_cpu_cannot_run_triton(tmp_path: Path, key: str, monkeypatch: pytest.M
 
 
 def test_limits_are_those_of_the_kernels() -> None:
-    assert sys.modules["megapipe.kernels.rms_norm"].MAX_HIDDEN == MAX_KERNEL_HIDDEN
+    assert sys.modules["megapipe.kernels.row_tiles"].MAX_COLUMNS == MAX_KERNEL_HIDDEN
+    assert sys.modules["megapipe.kernels.attention"].MAX_HEAD_DIM == MAX_KERNEL_HEAD_DIM

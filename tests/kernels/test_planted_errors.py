@@ -122,24 +122,24 @@ sys.modules["planted"] = module
 spec.loader.exec_module(module)
 from megapipe.kernels.compilation import TARGETS, compile_variant
 variants = [v for v in module.variants() if v.name == sys.argv[2]]
-compiled = compile_variant(variants[-1], TARGETS["sm_90"])
+compiled = compile_variant(variants[0], TARGETS["sm_90"])
 print(json.dumps(compiled.problems))
 """
 
 
 def test_oversized_block_is_caught(tmp_path: Path) -> None:
-    """A row of 65,536 elements on the warps of one of 16,384."""
-    source = Path(kernels.__path__[0], "rms_norm.py").read_text(encoding="utf-8")
-    assert source.count("MAX_HIDDEN = 16384") == 1
+    """A tile of 256 x 256 on the warps of one of 128 x 128."""
+    source = Path(kernels.__path__[0], "weight_grad.py").read_text(encoding="utf-8")
+    assert source.count("Settings(128, 128, 64, 8,") == 1
     path = tmp_path / "oversized.py"
     path.write_text(
-        source.replace("MAX_HIDDEN = 16384", "MAX_HIDDEN = 65536").replace(
+        source.replace("Settings(128, 128, 64, 8,", "Settings(256, 256, 64, 8,").replace(
             '"megapipe::', '"oversized::'
         )
     )
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", OVERSIZED, str(path), "rms_norm_backward"],
+        [sys.executable, "-c", OVERSIZED, str(path), "weight_grad"],
         env=environment,
         capture_output=True,
         text=True,
