@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import TritonError
 
 from megapipe.kernels import UnsupportedError
 from megapipe.models.presets import PRESETS
 from megapipe.tools.arguments import Parser, UsageError
-from megapipe.tools.bench import kernels_elementwise, kernels_products
+from megapipe.tools.bench import kernels_elementwise, kernels_optimizer, kernels_products
 from megapipe.tools.bench.kernels_cases import (
     Case,
     Function,
@@ -37,10 +38,16 @@ from megapipe.tools.bench.kernels_roofline import BANDWIDTHS, Row, print_rooflin
 from megapipe.tools.bench.kernels_timing import Best, DeviceTimer, Timer, measure_best
 from megapipe.tools.bench.machine import write_json
 
-CASES = {case.name: case for case in (*kernels_elementwise.CASES, *kernels_products.CASES)}
+CASES = {
+    case.name: case
+    for part in (kernels_elementwise, kernels_products, kernels_optimizer)
+    for case in part.CASES
+}
 SHAPES = ("llama3-8b", "llama3-70b", "gpt2")
 OURS, BASE = "megapipe", "torch eager"
 NO_GPU = 2
+FAILURES = (RuntimeError, UnsupportedError, TritonError)
+"""Of a contender: no memory, what torch.compile raises, a shape that a kernel does not take."""
 
 
 @dataclass
@@ -201,7 +208,7 @@ def measure(
                 limit = best.copied_bytes if case.bound == "memory" else best.matmul_flops
                 row.share = reached / median(row.seconds) / limit
                 del inputs
-        except (RuntimeError, UnsupportedError) as error:  # what torch.compile raises, no memory
+        except FAILURES as error:
             rows[-1].problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         results += rows
         if device.type == "cuda":
@@ -244,10 +251,11 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
 def print_results(case: Case, results: Sequence[Result]) -> None:
     """One table for each kernel."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     limit = "of a copy's speed" if case.bound == "memory" else "of a product's speed"
-    table = Table("one rank of", "", "", "us", f"x {BASE}", limit, "error", title=case.name)
+    labels = (Column(name, no_wrap=True) for name in ("one rank of", "", ""))
+    table = Table(*labels, "us", f"x {BASE}", limit, "error", title=case.name)
     base = {
         (result.shape, result.passes): median(result.seconds)
         for result in results

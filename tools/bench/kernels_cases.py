@@ -1,8 +1,7 @@
 """What `megapipe bench kernels` compares: for each kernel its inputs, the contenders, and its work.
 
-A case is data. The cases themselves are in kernels_elementwise.py (bound by memory: norms,
-activations, rotary positions, dropout, the optimizer) and kernels_products.py (losses, attention,
-weight gradients).
+A case is data. The cases themselves are in kernels_elementwise.py (norms, activations, rotary
+positions, dropout), kernels_products.py (losses, attention) and kernels_optimizer.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -179,11 +178,14 @@ def widened(inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def gradients_for(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """What flows back: 1 into a loss, else random numbers of about 1, the same for each dtype."""
+    """What flows back: 1 into a loss, else random numbers of about 1 in the output's layout, the
+    same for each dtype."""
     return [
         torch.ones_like(y)
         if y.dim() == 0
-        else Source(y.device, torch.float32, seed=1 + i).normal(*y.shape).bfloat16().to(y.dtype)
+        else torch.empty_like(y).copy_(
+            Source(y.device, torch.float32, seed=1 + i).normal(*y.shape).bfloat16()
+        )
         for i, y in enumerate(outputs)
     ]
 

@@ -1,9 +1,7 @@
-"""Cases that memory bounds: norms, activations, rotary positions, dropout, the optimizer.
+"""Cases that memory bounds: norms, activations, rotary positions, dropout.
 
 In the formulae of work: `narrow` is the 2 bytes of bfloat16, `wide` the 4 of float32.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
@@ -18,13 +16,12 @@ from megapipe.tools.bench.kernels_cases import Case, Shape, Source, Work
 
 EPSILON = 1e-5
 DROPOUT, KEY = 0.1, 1234
-RATE, BETAS, DECAY, STEP = 3e-4, (0.9, 0.95), 0.1, 100
 narrow, wide = 2, 4
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """`.float()`, but float64 stays what it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.dtype == torch.float64 else x.float()
 
 
 # --- Norms ---------------------------------------------------------------------------------------
@@ -340,102 +337,4 @@ DROPOUT_ADD = Case(
     backward=_dropout_backward,
 )
 
-# --- Optimizer -----------------------------------------------------------------------------------
-
-
-def _adamw_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    """Master weights, gradient, moments, weights."""
-    master, gradient, exp_avg, root = (source.normal(shape.shard, wide=True) for _ in range(4))
-    return [master, gradient, exp_avg, root.square(), master.to(source.dtype)]
-
-
-def _adamw_ours(
-    master: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    weights: Tensor,
-    backend: Backend,
-) -> tuple[Tensor, ...]:
-    kernels.adamw_(
-        master,
-        gradient,
-        exp_avg,
-        exp_avg_sq,
-        step=STEP,
-        learning_rate=RATE,
-        betas=BETAS,
-        epsilon=EPSILON,
-        weight_decay=DECAY,
-        weights=weights,
-        backend=backend,
-    )
-    return master, exp_avg, exp_avg_sq, weights
-
-
-def _adamw_eager(
-    master: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, weights: Tensor
-) -> tuple[Tensor, ...]:
-    """torch.optim.AdamW's single-tensor form."""
-    first, second = BETAS
-    master.mul_(1 - RATE * DECAY)
-    exp_avg.lerp_(gradient, 1 - first)
-    exp_avg_sq.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-    root = (exp_avg_sq.sqrt() / math.sqrt(1 - second**STEP)).add_(EPSILON)
-    master.addcdiv_(exp_avg, root, value=-RATE / (1 - first**STEP))
-    weights.copy_(master)
-    return master, exp_avg, exp_avg_sq, weights
-
-
-def _adamw_work(shape: Shape) -> Work:
-    moved = {
-        "master weights, moments, read and written": 2 * 3 * shape.shard * wide,
-        "gradient": shape.shard * wide,
-        "weights": shape.shard * narrow,
-    }
-    return Work(moved, 14 * shape.shard)
-
-
-ADAMW = Case(
-    name="adamw",
-    bound="memory",
-    make=_adamw_inputs,
-    differentiable=(),
-    ours=_adamw_ours,
-    eager=_adamw_eager,
-    forward=_adamw_work,
-)
-
-
-def _grad_norm_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    return [source.normal(shape.shard, wide=True)]
-
-
-def _grad_norm_ours(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
-    return kernels.grad_norm(x, backend=backend)
-
-
-def _grad_norm_eager(x: Tensor) -> tuple[Tensor, ...]:
-    return torch.linalg.vector_norm(x).square(), x.isfinite().logical_not().sum()
-
-
-GRAD_NORM = Case(
-    name="grad_norm",
-    bound="memory",
-    make=_grad_norm_inputs,
-    differentiable=(),
-    ours=_grad_norm_ours,
-    eager=_grad_norm_eager,
-    forward=lambda shape: Work({"gradient": shape.shard * wide}, 3 * shape.shard),
-)
-
-CASES = (
-    RMS_NORM,
-    LAYER_NORM,
-    SWIGLU,
-    BIAS_GELU,
-    ROPE,
-    DROPOUT_ADD,
-    ADAMW,
-    GRAD_NORM,
-)
+CASES = (RMS_NORM, LAYER_NORM, SWIGLU, BIAS_GELU, ROPE, DROPOUT_ADD)

@@ -1,4 +1,4 @@
-"""Cases with matrix products or whole vocabularies: losses, attention, weight gradients."""
+"""Cases with matrix products or whole vocabularies: losses, attention."""
 
 import torch
 import torch.nn.functional as F
@@ -192,48 +192,4 @@ ATTENTION = Case(
     backward=_attention_backward,
 )
 
-# --- Weight gradients ----------------------------------------------------------------------------
-
-
-def _weight_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    """Of the layer into the feed-forward width."""
-    return [
-        source.normal(shape.ffn, shape.hidden, wide=True),
-        source.normal(shape.tokens, shape.ffn),
-        source.normal(shape.tokens, shape.hidden),
-    ]
-
-
-def _weight_ours(
-    main_grad: Tensor, grad_out: Tensor, inputs: Tensor, backend: Backend
-) -> tuple[Tensor, ...]:
-    kernels.add_weight_grad(main_grad, grad_out, inputs, backend=backend)
-    return (main_grad,)
-
-
-def _weight_eager(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
-    """A narrow product, then a wide sum."""
-    main_grad += grad_out.t() @ inputs
-    return (main_grad,)
-
-
-def _weight_work(shape: Shape) -> Work:
-    moved = {
-        "dy": shape.tokens * shape.ffn * narrow,
-        "x": shape.tokens * shape.hidden * narrow,
-        "main gradient, read and written": 2 * shape.ffn * shape.hidden * wide,
-    }
-    return Work(moved, 2 * shape.tokens * shape.ffn * shape.hidden)
-
-
-WEIGHT_GRAD = Case(
-    name="weight_grad",
-    bound="matmul",
-    make=_weight_inputs,
-    differentiable=(),
-    ours=_weight_ours,
-    eager=_weight_eager,
-    forward=_weight_work,
-)
-
-CASES = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, ATTENTION, WEIGHT_GRAD)
+CASES = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, ATTENTION)

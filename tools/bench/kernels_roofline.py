@@ -41,7 +41,8 @@ class Traffic(TorchDispatchMode):
             read = args[1:] if name in _OVERWRITES else args
             moved = _distinct_bytes(tree_leaves((read, kwargs)))
             moved += _distinct_bytes(tree_leaves(result))
-            self.operations.append((name, moved))
+            if moved:
+                self.operations.append((name, moved))
         return result
 
 
@@ -103,11 +104,11 @@ def roofline(cases: Iterable[Case], shapes: Iterable[Shape]) -> Iterator[Row]:
 def print_roofline(rows: Iterable[Row]) -> None:
     """MB and GFLOP are 10^6 bytes and 10^9 operations."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     speeds = ", ".join(f"{name} {speed / 1e12:.2f} TB/s" for name, speed in BANDWIDTHS.items())
     table = Table(
-        *("kernel", "one rank of", "", "MB", "GFLOP"),
+        *(Column(name, no_wrap=True) for name in ("kernel", "one rank of", "", "MB", "GFLOP")),
         *(f"us, {name}" for name in BANDWIDTHS),
         *("MB unfused", "ratio"),
         title=f"bf16; {speeds}, {PEAK / 1e12:.0f} TFLOP/s; fused: each tensor moved once",
@@ -127,4 +128,4 @@ def print_roofline(rows: Iterable[Row]) -> None:
             f"{row.unfused_bytes / row.work.bytes:.1f} x",
         )
         last = row.kernel
-    Console(width=120).print(table)
+    Console(width=124).print(table)
