@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megapipe.kernels import UnsupportedError
 from megapipe.tools.arguments import UsageError
-from megapipe.tools.bench import run
+from megapipe.tools.bench import kernels, run
 from megapipe.tools.bench.kernels import (
     BASE,
     CASES,
@@ -228,6 +228,26 @@ def test_the_contenders_that_a_gpu_gets(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("megapipe.tools.bench.kernels.find_spec", lambda name: object())
     assert list(contenders(CASES["rope"])) == [*names, "Liger"]
     assert list(contenders(CASES["attention"])) == names
+
+
+def test_a_table_for_each_kernel_and_all_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "contenders", lambda case: {BASE: case.eager})
+    cases = [CASES["swiglu"], CASES["grad_norm"]]
+    shapes = [TOY, replace(TOY, model="other")]
+    best = Best(copied_bytes=1e9, matmul_flops=1e9)
+    results = kernels.compare(cases, shapes, host_timer, best, CPU, torch.bfloat16)
+    assert [(r.kernel, r.shape.model) for r in results] == [
+        *[("swiglu", "toy")] * 2,
+        *[("swiglu", "other")] * 2,
+        *[("grad_norm", "toy"), ("grad_norm", "other")],
+    ]
+    json.dumps([kernels._row(result) for result in results])
+    printed = capsys.readouterr()
+    assert "swiglu" in printed.out
+    assert "grad_norm" in printed.out
+    assert printed.err.count("done") == 4
 
 
 def test_the_best_is_counted_in_bytes_and_flops_per_second() -> None:

@@ -112,14 +112,7 @@ def _on_gpu(options: Any, cases: Sequence[Case], shapes: Sequence[Shape]) -> int
     )
     if find_spec("liger_kernel") is None:
         print("Liger is not installed (pip install liger-kernel): left out.")
-    results = []
-    for case in cases:
-        of_case: list[Result] = []
-        for shape in shapes:
-            of_case += measure(case, shape, contenders(case), timer, best, device, torch.bfloat16)
-            print(f"{case.name}, {shape.label}: done", file=sys.stderr, flush=True)
-        print_results(case, of_case)
-        results += of_case
+    results = compare(cases, shapes, timer, best, device, torch.bfloat16)
     write_json(
         options,
         "kernels",
@@ -128,6 +121,26 @@ def _on_gpu(options: Any, cases: Sequence[Case], shapes: Sequence[Shape]) -> int
         results=[_row(result) for result in results],
     )
     return int(any(result.problem and result.contender == OURS for result in results))
+
+
+def compare(
+    cases: Sequence[Case],
+    shapes: Sequence[Shape],
+    timer: Timer,
+    best: Best,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Result]:
+    """Measure all contenders; a table for each kernel when it is done."""
+    results = []
+    for case in cases:
+        of_case: list[Result] = []
+        for shape in shapes:
+            of_case += measure(case, shape, contenders(case), timer, best, device, dtype)
+            print(f"{case.name}, {shape.label}: done", file=sys.stderr, flush=True)
+        print_results(case, of_case)
+        results += of_case
+    return results
 
 
 def _kernels(options: Any) -> list[str]:
