@@ -34,7 +34,7 @@ from megapipe.tools.bench.kernels_cases import (
     widened,
 )
 from megapipe.tools.bench.kernels_elementwise import DROPOUT
-from megapipe.tools.bench.kernels_roofline import roofline, unfused
+from megapipe.tools.bench.kernels_roofline import Traffic, roofline, unfused
 from megapipe.tools.bench.kernels_timing import Best, measure_best
 
 CPU = torch.device("cpu")
@@ -302,6 +302,34 @@ def test_rms_norm_by_hand() -> None:
         ("_to_copy", wide + narrow),
         ("mul", 16 * 2 + 2 * narrow),
     ]
+
+
+def test_adamw_by_hand() -> None:
+    """100 elements: 400 bytes in float32, 200 in bfloat16. A copy does not read where it writes,
+    and a square reads its number once."""
+    case, shard, copy = CASES["adamw"], 400, 200
+    assert case.forward(TOY).bytes == 7 * shard + copy
+    assert unfused(case, TOY) == (
+        [
+            ("mul_", 2 * shard),
+            ("lerp_", 3 * shard),
+            ("mul_", 2 * shard),
+            ("addcmul_", 3 * shard),
+            ("sqrt", 2 * shard),
+            ("div", 2 * shard),
+            ("add_", 2 * shard),
+            ("addcdiv_", 4 * shard),
+            ("copy_", shard + copy),
+        ],
+        [],
+    )
+
+
+def test_what_is_expanded_is_in_memory_once() -> None:
+    x, y = torch.zeros(3, device="meta"), torch.zeros(5, 3, device="meta")
+    with Traffic() as traffic:
+        _ = x.expand(5, 3) + y
+    assert traffic.operations == [("add", 12 + 60 + 60)]
 
 
 def test_the_least_time_is_of_data_or_of_arithmetic() -> None:
