@@ -40,7 +40,7 @@ from megapipe.pipeline.schedule.search import search
 from megapipe.pipeline.schedule.search.reason import report, seconds, summary
 from megapipe.train.engine import MAIN_DTYPE, MODEL_DTYPE, BuildStages, Engine
 from megapipe.train.proof import synthetic_microbatch
-from megapipe.train.run_directory import from_first
+from megapipe.train.run_directory import RunLock, from_first
 
 REASON_FILE = "schedule.txt"
 """In the run directory: what was measured and tried, and why the program was chosen."""
@@ -51,14 +51,16 @@ Say = Callable[[str], None]
 
 
 def settle_program(
-    config: Config, mesh: Mesh, build_stages: BuildStages, peers: Peers, say: Say
+    config: Config, mesh: Mesh, build_stages: BuildStages, lock: RunLock, peers: Peers, say: Say
 ) -> None:
     """For schedule auto: see to it that the run directory has a program that fits, the same for all
-    ranks. Collective. Raises MegapipeError for a limit that nothing keeps, for a damaged file, and
-    for a run directory that ranks don't share.
+    ranks, and stays this run's: it is locked. Collective. Raises MegapipeError for a limit that
+    nothing keeps, for a damaged file, and for a run directory that another run writes to or that
+    ranks don't share.
     """
     if config.parallel.schedule != "auto":
         return
+    lock.take()
     file = Path(config.train.run_dir) / PROGRAM_FILE
     why_not = from_first(peers, lambda: why_not_stored(config))
     if why_not is None:
@@ -175,13 +177,6 @@ def _choose(config: Config, costs: Costs, sizes: list[float], file: Path) -> lis
     if parallel.stage_costs is not None:
         source = f"from {parallel.stage_costs} (parallel.stage_costs)"
     reason = report(found, seconds, source, written)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MegapipeError(
-            f'train.run_dir = "{file.parent}" can\'t be made: {error.strerror}. Choose a directory '
-            "that can be written."
-        ) from error
     write_text(reason, file.parent / REASON_FILE)
     write_text(to_csv(found.program), file)
     return [*summary(found, seconds), f"  Why: {file.parent / REASON_FILE}; the program: {file}"]

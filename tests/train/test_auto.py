@@ -17,6 +17,7 @@ from megapipe.pipeline.program import training_program
 from megapipe.pipeline.schedule import from_csv, lower, to_csv, validate
 from megapipe.train.auto import check_activation_bytes, settle_program
 from megapipe.train.engine import Engine
+from megapipe.train.run_directory import RunLock
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -37,7 +38,9 @@ def settle(config: Config) -> list[str]:
         pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor, device=CPU
     )
     said: list[str] = []
-    settle_program(config, mesh, build_stages, peers_of(mesh), said.append)
+    peers = peers_of(mesh)
+    with RunLock(Path(config.train.run_dir), said.append, peers) as lock:
+        settle_program(config, mesh, build_stages, lock, peers, said.append)
     return said
 
 
@@ -139,6 +142,16 @@ def test_a_tighter_limit_replaces_the_program(tmp_path: Path) -> None:
     )
     assert "has activations of 2 microbatches live on pipeline rank 0" in said[0]
     assert "at most 1 microbatch live" in said[1]
+
+
+def test_the_program_of_a_run_under_way_is_left_alone(tmp_path: Path) -> None:
+    settle(config_in(tmp_path))
+    program = (tmp_path / "schedule.csv").read_bytes()
+    with RunLock(tmp_path, print) as lock:
+        lock.take()
+        with pytest.raises(MegapipeError, match=r"another run is writing to train\.run_dir"):
+            settle(config_in(tmp_path, "--train.global_batch_size=2"))
+    assert (tmp_path / "schedule.csv").read_bytes() == program
 
 
 def test_limits_that_nothing_keeps(tmp_path: Path) -> None:
