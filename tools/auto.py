@@ -21,7 +21,8 @@ from megapipe.pipeline.program import (
     why_not_stored,
 )
 from megapipe.pipeline.schedule import to_csv
-from megapipe.pipeline.schedule.limit import Limit, check_limit
+from megapipe.pipeline.schedule.fitting import check_limit
+from megapipe.pipeline.schedule.limit import Limit
 from megapipe.pipeline.schedule.search import Found, search
 from megapipe.pipeline.schedule.search.reason import forwards, seconds, summary
 

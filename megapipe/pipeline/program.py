@@ -18,7 +18,8 @@ from megapipe.pipeline.schedule import (
     validate,
 )
 from megapipe.pipeline.schedule.action import sequential, stage_ranks
-from megapipe.pipeline.schedule.limit import Limit, check_limit
+from megapipe.pipeline.schedule.fitting import check_limit
+from megapipe.pipeline.schedule.limit import Limit
 from megapipe.pipeline.schedule.validate import check_complete
 
 PROGRAM_FILE = "schedule.csv"

@@ -35,7 +35,8 @@ from megapipe.pipeline.program import (
     why_not_stored,
 )
 from megapipe.pipeline.schedule import Costs, to_csv
-from megapipe.pipeline.schedule.limit import Limit, check_limit
+from megapipe.pipeline.schedule.fitting import check_limit
+from megapipe.pipeline.schedule.limit import Limit
 from megapipe.pipeline.schedule.search import search
 from megapipe.pipeline.schedule.search.reason import report, seconds, summary
 from megapipe.train.engine import MAIN_DTYPE, MODEL_DTYPE, BuildStages, Engine

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapipe.pipeline.schedule.search.graph import Graph, Move, neighbours
-from megapipe.pipeline.schedule.search.greedy import dispatch, patterns
 from megapipe.pipeline.schedule.search.improve import Budget, improve
-from megapipe.pipeline.schedule.search.words import Problem, Words, makespan, peaks
-from tests.pipeline.schedule.search.problems import problem_of, problems
+from megapipe.pipeline.schedule.search.policies import dispatch, patterns
+from megapipe.pipeline.schedule.words import Problem, Words, makespan, peaks
+from tests.pipeline.schedule.problems import problem_of, problems
 
 
 def some_words(problem: Problem) -> Words:

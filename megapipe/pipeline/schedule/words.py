@@ -1,4 +1,4 @@
-"""Programs in the form that the search works on: for each rank a word of letters.
+"""Programs as list scheduling and the search work on them: for each rank a word of letters.
 
 Microbatches are alike, so at every stage they may as well pass in order (sorting the times of the
 forwards of a stage changes neither when the stage works nor what it holds). A program is then no
