@@ -112,9 +112,8 @@ def with_schedule(config: Config, name: str) -> tuple[Config, list[str]]:
     parallel, notes = config.parallel, []
     if name == parallel.schedule:
         return config, []
-    fewest, most = SCHEDULES[name].chunks
-    fits = fewest <= parallel.virtual and (most is None or parallel.virtual <= most)
-    virtual = parallel.virtual if fits else fewest
+    fits = SCHEDULES[name].takes(parallel.virtual)
+    virtual = parallel.virtual if fits else SCHEDULES[name].chunks[0]
     layers = parallel.layers_per_stage
     if not fits and layers is not None:
         layers = None
