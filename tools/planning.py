@@ -17,7 +17,7 @@ from megapipe.models.activations import boundary_bytes, peak_bytes, stage_bytes
 from megapipe.models.partition import stages
 from megapipe.models.stage_costs import Work, equal_costs, stage_costs
 from megapipe.pipeline.picture import Panel, draw, save
-from megapipe.pipeline.program import microbatches, stage_placement, training_program
+from megapipe.pipeline.program import microbatches, stage_placement, training_program, with_program
 from megapipe.pipeline.schedule import SCHEDULES, Timeline, simulate
 from megapipe.tools.arguments import UsageError
 from megapipe.tools.dry_run import layout_lines
@@ -131,7 +131,7 @@ def with_schedule(config: Config, name: str) -> tuple[Config, list[str]]:
 
 def make_plan(config: Config, work: tuple[float, float, float] | None) -> Plan:
     """Simulate the config's schedule; parallel.data has to be filled in."""
-    parallel = config.parallel
+    config, parallel = with_program(config), config.parallel
     costs = stage_costs(config) if work is None else equal_costs(config, Work(*work))
     timeline = simulate(training_program(config), costs)
     sent = _tensors_sent(stage_placement(config), parallel.pipeline)

@@ -179,7 +179,7 @@ def _start_or_resume(
     plan = plan_start(config, peers)
     for line in [*_introduction(config, mesh.device), *plan.notes]:
         voice.say(line)
-    settle_program(config, mesh, build_stages, lock, peers, voice.say)
+    config = settle_program(config, mesh, build_stages, lock, peers, voice.say)
     feed, validation = _open_feeds(config, mesh, voice)
     engine = Engine(config, mesh, build_stages)
     check_activation_bytes(config, engine, peers)
