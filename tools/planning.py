@@ -1,6 +1,8 @@
 """`megapipe plan` behind its command line: plans of one schedule or many, as text and picture."""
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
@@ -49,6 +51,20 @@ class Plan:
         )
 
 
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Plans are tuples in lists, without cycles, and the collector would look through all of them
+    again and again: 5 of 13 s for all schedules of a trillion parameters on 3,072 ranks."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@_without_collector()
 def plan(
     config: Config,
     wanted: str | None,

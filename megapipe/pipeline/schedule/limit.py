@@ -68,15 +68,16 @@ class Limit:
 
 def peak_amounts(program: Program, sizes: Sequence[float]) -> list[float]:
     """The most that each rank of a program holds, a microbatch at stage s taking `sizes[s]`."""
-    found = []
+    found, forward = [], Kind.FORWARD
     for actions in sequential(program):
         live = most = 0.0
-        for action in actions:
-            if action.kind is Kind.FORWARD:
-                live += sizes[action.stage]
-                most = max(most, live)
-            elif action.kind in LAST_OF_A_BACKWARD:
-                live -= sizes[action.stage]
+        for stage, kind, _, _ in actions:
+            if kind is forward:
+                live += sizes[stage]
+                if live > most:
+                    most = live
+            elif kind in LAST_OF_A_BACKWARD:
+                live -= sizes[stage]
         found.append(most)
     return found
 

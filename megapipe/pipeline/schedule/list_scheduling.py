@@ -73,7 +73,7 @@ def list_schedule(problem: Problem, pattern: Pattern, rules: Rules = PLAIN) -> W
 class _Rank:
     """One rank's work and memory. Lists over its stages."""
 
-    def __init__(self, problem: Problem, rules: Rules, rank: int) -> None:
+    def __init__(self, problem: Problem, pattern: Pattern, rules: Rules, rank: int) -> None:
         self.stages = problem.own[rank]
         sizes = [problem.limit.sizes[stage] for stage in self.stages]
         self.sizes = sizes
@@ -81,12 +81,19 @@ class _Rank:
             *enumerate(self.stages),
             *((-1, problem.stages + stage) for stage in self.stages),
         ]
+        """Of F and I, with the index of the stage for a forward, else -1."""
         self.room = [sum(sizes[index:]) for index in range(len(sizes))]
         """What a forward must find free: its own size and that of the rank's later stages."""
         ahead = max(1.0, rules.ahead * (problem.pipeline - rank)) * self.room[0]
         self.most = min(problem.limit.ceiling, ahead * (1 + 1e-9))
+        self.orders: tuple[list[tuple[int, int]], ...] = ()
+        """With a strict order: what of F and of I is still to do, backwards, as `letters`."""
         if rules.strict:
             self.room = sizes
+            self.orders = tuple(
+                _in_order(half, problem.microbatches, pattern)
+                for half in (self.letters[: len(sizes)], self.letters[len(sizes) :])
+            )
         self.delay = rules.delay * rank if rules.by_rank else rules.delay
         self.pending: deque[int] = deque()  # stages (as indices) whose weight gradients wait
         self.live = 0.0
@@ -94,12 +101,24 @@ class _Rank:
         self.word: Word = []
 
 
+def _in_order(
+    letters: list[tuple[int, int]], microbatches: int, pattern: Pattern
+) -> list[tuple[int, int]]:
+    """Each of the letters once for every microbatch, the last of the pattern first."""
+    turns = [
+        (pattern.period * count + pattern.offsets[letter], place)
+        for place, (_, letter) in enumerate(letters)
+        for count in range(microbatches)
+    ]
+    return [letters[place] for _, place in sorted(turns, reverse=True)]
+
+
 class _Ranks:
     def __init__(self, problem: Problem, pattern: Pattern, rules: Rules) -> None:
         self.problem, self.rules = problem, rules
         self.period, self.offsets = pattern.period, pattern.offsets
         stages = problem.stages
-        self.ranks = [_Rank(problem, rules, rank) for rank in range(problem.pipeline)]
+        self.ranks = [_Rank(problem, pattern, rules, rank) for rank in range(problem.pipeline)]
         self.done = [0] * (2 * stages)
         self.arrivals: list[list[float]] = [[] for _ in range(2 * stages)]
         """When what each letter of F and I needs is there, as soon as that is known."""
@@ -125,7 +144,10 @@ class _Ranks:
     def _choose(self, rank: _Rank, now: float) -> int:
         """The letter to begin, -1 to wait."""
         best, least, soonest, cramped = -1, inf, inf, False
-        for index, letter in self._heads(rank):
+        heads = rank.letters  # the letters that might be next
+        if self.rules.strict:
+            heads = [order[-1] for order in rank.orders if order]
+        for index, letter in heads:
             count = self.done[letter]
             arrived = self.arrivals[letter]
             if count >= len(arrived):
@@ -148,22 +170,6 @@ class _Ranks:
                 return weight
         return best
 
-    def _heads(self, rank: _Rank) -> list[tuple[int, int]]:
-        """The letters that might be next: (index of the stage for a forward, else -1; letter)."""
-        if not self.rules.strict:
-            return rank.letters
-        half = len(rank.stages)
-        return [
-            min(letters, key=self._turn) for letters in (rank.letters[:half], rank.letters[half:])
-        ]
-
-    def _turn(self, head: tuple[int, int]) -> float:
-        _, letter = head
-        count = self.done[letter]
-        if count == self.problem.microbatches:
-            return inf
-        return self.period * count + self.offsets[letter]
-
     def _begin(self, rank: _Rank, number: int, letter: int, now: float) -> None:
         stages = self.problem.stages
         rank.word.append(letter)
@@ -176,6 +182,8 @@ class _Ranks:
             rank.live -= rank.sizes[index]
             return
         self.done[letter] += 1
+        if self.rules.strict:
+            rank.orders[kind].pop()
         if kind == 0:
             rank.live += rank.sizes[index]
         else:
