@@ -6,6 +6,10 @@
 
 and the model's weights are w rounded to their dtype. An element costs 28 bytes of traffic with a
 bf16 copy of 2 more: master weight, both moments read and written, gradient read.
+
+A launch rounds its scalars to float32. So differences from 1 are taken before, in float64:
+1 - float32(0.999) is off by 1e-5 of itself, and float32(1 - lr * decay) of lr * decay by as much as
+3e-8 / (lr * decay).
 """
 
 import math
@@ -40,8 +44,8 @@ def adamw_(
 ) -> None:
     """Update `master`, both moments and `weights` (if given), [N] each, in place.
 
-    `step` counts updates from 1, this one included. `gradient` may be left scaled or not: it is of
-    no more use afterwards. Zeros with zero gradients stay zeros. Raises UnsupportedError for master
+    `step` counts updates from 1, this one included. torch leaves `gradient` scaled, Triton as it
+    was. Zeros with zero gradients stay zeros. Raises UnsupportedError for master
     weights that are not float32 in Triton.
     """
     if choose(backend, master) == "torch":
@@ -66,9 +70,10 @@ def adamw_(
         exp_avg_sq,
         weights,
         gradient_scale,
-        1 - learning_rate * weight_decay,
-        betas[0],
+        learning_rate * weight_decay,
+        1 - betas[0],
         betas[1],
+        1 - betas[1],
         epsilon,
         learning_rate / (1 - betas[0] ** step),
         1 / math.sqrt(1 - betas[1] ** step),
@@ -117,24 +122,27 @@ def _adamw(  # type: ignore[no-untyped-def]
     weights,
     length,
     scale,
-    keep,
-    beta1,
+    decay,
+    new1,
     beta2,
+    new2,
     epsilon,
     rate,
     root,
     COPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`keep` is 1 - lr * decay, `rate` lr / (1 - b1^t), `root` (1 - b2^t)^(-1/2)."""
+    """`decay` is lr * decay above, `new1` 1 - b1, `new2` 1 - b2, `rate` lr / (1 - b1^t),
+    `root` (1 - b2^t)^(-1/2)."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < length
     g = tl.load(gradient + places, inside, other=0) * scale
     m = tl.load(exp_avg + places, inside, other=0)
     v = tl.load(exp_avg_sq + places, inside, other=0)
-    w = tl.load(master + places, inside, other=0) * keep
-    m += (g - m) * (1 - beta1)
-    v = v * beta2 + g * g * (1 - beta2)
+    w = tl.load(master + places, inside, other=0)
+    w -= w * decay
+    m += (g - m) * new1
+    v = v * beta2 + g * g * new2
     w -= rate * (m / (tl.sqrt_rn(v) * root + epsilon))
     tl.store(exp_avg + places, m, inside)
     tl.store(exp_avg_sq + places, v, inside)
@@ -153,9 +161,10 @@ def _launch(
     exp_avg_sq: Tensor,
     weights: Tensor | None,
     scale: float,
-    keep: float,
-    beta1: float,
+    decay: float,
+    new1: float,
     beta2: float,
+    new2: float,
     epsilon: float,
     rate: float,
     root: float,
@@ -174,9 +183,10 @@ def _launch(
             weights,
             master.numel(),
             scale,
-            keep,
-            beta1,
+            decay,
+            new1,
             beta2,
+            new2,
             epsilon,
             rate,
             root,
@@ -194,7 +204,7 @@ def _(*args: object) -> None:
 
 def variants() -> Iterator[Variant]:
     """With and without narrower weights, for shards of up to and above 2^31 elements."""
-    scalars = ("scale", "keep", "beta1", "beta2", "epsilon", "rate", "root")
+    scalars = ("scale", "decay", "new1", "beta2", "new2", "epsilon", "rate", "root")
     flat = dict.fromkeys(("master", "gradient", "exp_avg", "exp_avg_sq"), "*fp32")
     for copy in ("*bf16", None):
         for length in ("i32", "i64"):

@@ -21,7 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megapipe.kernels.backend import FP_FUSION, Backend, check_dtype, choose
+from megapipe.kernels.backend import (
+    FP_FUSION,
+    Backend,
+    UnsupportedError,
+    check_dtype,
+    choose,
+)
 from megapipe.kernels.compilation import Variant
 
 CHUNK_BYTES = 16 * 2**20
@@ -43,10 +49,10 @@ def cross_entropy(
 
     With `overwrite` the gradient takes the place of the logits, which are spoilt from the forward
     pass on and may have been saved by nobody but their producer; else they are copied first.
-    Raises UnsupportedError for float64 in Triton.
+    Raises UnsupportedError in Triton for float64, and with `overwrite` for rows that are not dense.
     """
     loss: Tensor = _CrossEntropy.apply(
-        logits_NV if overwrite else logits_NV.clone(),
+        logits_NV if overwrite else logits_NV.clone(memory_format=torch.contiguous_format),
         torch.where(targets_N == ignore_index, -1, targets_N),
         z_loss,
         choose(backend, logits_NV),
@@ -98,6 +104,8 @@ def cross_entropy_stats_(
     """
     if backend == "triton":
         check_dtype("cross_entropy", logits_NV)
+        if not _rows_are_dense(logits_NV):
+            raise UnsupportedError("cross_entropy", "a row's logits do not lie side by side")
         max_N, sum_N, target_N = torch.ops.megapipe.cross_entropy_stats(
             logits_NV, targets_N, first, valid
         )

@@ -280,10 +280,8 @@ def variants() -> Iterator[Variant]:
     """bfloat16, and float32 where registers are scarcest."""
     for hidden, dtype in (
         (1024, "bf16"),
-        (4096, "bf16"),
         (8192, "bf16"),
         (16384, "bf16"),
-        (4096, "fp32"),
         (16384, "fp32"),
     ):
         tiles = _tiles(hidden, torch.float32 if dtype == "fp32" else torch.bfloat16)

@@ -2,11 +2,11 @@
 
     logits = h W^T,    loss = cross-entropy(logits),    dh = dlogits W,    dW = dlogits^T h
 
-Logits of all tokens never exist: those of some rows are made, turned into their gradient in place,
-used for both products, and given up. So both gradients are computed in the forward pass (as in
-Liger's kernel, Hsu et al. 2024), with the three products that the unfused way takes too; computing
-the logits again in the backward pass (Cut Cross-Entropy, Wijmans et al. 2024) would take four. What
-is kept is one tensor like h.
+Logits of all tokens never exist: those of some rows are made in a buffer, turned into their
+gradient in place, used for both products, and overwritten by the next. So both gradients are
+computed in the forward pass (as in Liger's kernel, Hsu et al. 2024), with the three products that
+the unfused way takes too; computing the logits again in the backward pass (Cut Cross-Entropy,
+Wijmans et al. 2024) would take four. What is kept is one tensor like h.
 """
 
 from collections.abc import Callable
@@ -84,7 +84,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_grad = None
         if differentiable and ctx.needs_input_grad[1]:
             wide = torch.float64 if weight_VH.dtype == torch.float64 else torch.float32
-            weight_grad = torch.zeros_like(weight_VH, dtype=wide)
+            weight_grad = torch.zeros_like(
+                weight_VH, dtype=wide, memory_format=torch.contiguous_format
+            )
 
         def add(logits_grad: Tensor, hidden: Tensor) -> None:
             if weight_grad is not None:
@@ -132,9 +134,14 @@ def linear_cross_entropy_forward(
     loss = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
     hidden_grad = None if add_weight_grad is None else torch.empty_like(hidden_NH)
     one = torch.ones((), dtype=torch.float32, device=hidden_NH.device)
-    for rows in row_parts(hidden_NH.shape[0]):
+    parts = row_parts(hidden_NH.shape[0])
+    # One buffer: a new one each time would be made before the last is given up, twice the memory.
+    largest = max((part.stop - part.start for part in parts), default=0)
+    buffer = hidden_NH.new_empty(largest, weight_VH.shape[0])
+    for rows in parts:
         targets = targets_N[rows]
-        logits = hidden_NH[rows] @ weight_VH.t()
+        logits = buffer[: rows.stop - rows.start]
+        torch.mm(hidden_NH[rows], weight_VH.t(), out=logits)
         own = cross_entropy_stats_(
             logits, targets, first=vocabulary.first, valid=vocabulary.valid, backend=backend
         )

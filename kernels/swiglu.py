@@ -153,7 +153,7 @@ _forward.register_autograd(_differentiate, setup_context=_set_up)
 
 def variants() -> Iterator[Variant]:
     """Wide rows, and narrow ones of which a program has several."""
-    for width, dtype in ((14336, "bf16"), (512, "bf16"), (14336, "fp32")):
+    for width, dtype in ((14336, "bf16"), (512, "fp32")):
         pointer, sizes = f"*{dtype}", {"rows": "i32", "width": "i32"}
         for kernel, tensors in (
             (_swiglu_forward, ("x", "y")),

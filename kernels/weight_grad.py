@@ -71,14 +71,15 @@ def _weight_grad(  # type: ignore[no-untyped-def]
     row = (band * GROUP + within % height) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = (within // height) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     token = tl.arange(0, BLOCK_TOKENS)
-    left = grad_out + token[:, None] * tl.cast(rows, tl.int64) + row[None, :]
+    # Read already transposed: a tile transposed after its load is not loaded ahead on sm_80.
+    left = grad_out + token[None, :] * tl.cast(rows, tl.int64) + row[:, None]
     right = inputs + token[:, None] * tl.cast(columns, tl.int64) + column[None, :]
     total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), tl.float32)
     for first in range(0, tokens, BLOCK_TOKENS):
-        there = (first + token < tokens)[:, None]
-        g = tl.load(left, there & (row < rows)[None, :], other=0)
-        x = tl.load(right, there & (column < columns)[None, :], other=0)
-        total = tl.dot(tl.trans(g), x, total, input_precision=PRECISION)
+        there = first + token < tokens
+        g = tl.load(left, there[None, :] & (row < rows)[:, None], other=0)
+        x = tl.load(right, there[:, None] & (column < columns)[None, :], other=0)
+        total = tl.dot(g, x, total, input_precision=PRECISION)
         left += BLOCK_TOKENS * tl.cast(rows, tl.int64)
         right += BLOCK_TOKENS * tl.cast(columns, tl.int64)
     places = main_grad + row[:, None] * tl.cast(columns, tl.int64) + column[None, :]
@@ -96,11 +97,21 @@ class Settings(NamedTuple):
     stages: int
 
 
-def _settings(element_size: int, is_amd: bool) -> Settings:
-    """By the factors' dtype; AMD's have 64 KiB of shared memory."""
+FEW = 128
+"""Fewer tiles than this leave multiprocessors of an H100 (132) idle: smaller ones are taken."""
+
+
+def _settings(element_size: int, is_amd: bool, rows: int, columns: int) -> Settings:
+    """By the factors' dtype and the sum's shape; AMD's have 64 KiB of shared memory.
+
+    Not by the number of tokens: it is a loop's length, and to cut it up would cost a second sum.
+    """
     if element_size == 4:
         return Settings(64, 64, 32, 4, 2)
-    return Settings(128, 128, 64, 8, 2 if is_amd else 3)
+    stages = 2 if is_amd else 3
+    if triton.cdiv(rows, 128) * triton.cdiv(columns, 128) < FEW:
+        return Settings(64, 128, 64, 4, stages)
+    return Settings(128, 128, 64, 8, stages)
 
 
 @torch.library.custom_op("megapipe::add_weight_grad", mutates_args=("main_grad",))
@@ -117,7 +128,7 @@ def _launch(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> None:
     assert inputs.shape[0] == tokens
     assert main_grad.shape == (rows, columns)
     assert main_grad.is_contiguous()
-    settings = _settings(inputs.element_size(), torch.version.hip is not None)
+    settings = _settings(inputs.element_size(), torch.version.hip is not None, rows, columns)
     tiles = triton.cdiv(rows, settings.rows) * triton.cdiv(columns, settings.columns)
     if tiles and tokens:
         _weight_grad[(tiles,)](
@@ -144,13 +155,13 @@ def _(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> None:
 
 
 def variants() -> Iterator[Variant]:
-    """bfloat16 and float32 factors."""
-    for dtype, size in (("bf16", 2), ("fp32", 4)):
+    """bfloat16 factors of many and of few tiles, and float32 factors."""
+    for dtype, size, width in (("bf16", 2, 4096), ("bf16", 2, 1024), ("fp32", 4, 4096)):
         for targets, is_amd in ((("sm_80", "sm_90", "sm_100"), False), (("gfx942",), True)):
-            settings = _settings(size, is_amd)
+            settings = _settings(size, is_amd, width, width)
             yield Variant(
                 _weight_grad,
-                dtype,
+                f"{dtype}, tiles of {settings.rows} by {settings.columns}",
                 signature={"main_grad": "*fp32", "grad_out": f"*{dtype}", "inputs": f"*{dtype}"}
                 | dict.fromkeys(("tokens", "rows", "columns"), "i32"),
                 constants={

@@ -8,12 +8,18 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before torch: forked ranks hang on a pare
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():  # before triton: without a GPU its kernels run interpreted
     os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.corpus import write_config, write_text, write_tokenizer
 from tests.ranks import POOL
+
+# The same examples in every run: a bound on rounding errors that holds for all but a few draws in a
+# thousand must not make a change look guilty. `--hypothesis-profile=default` draws others.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 
 @pytest.fixture(scope="session", autouse=True)

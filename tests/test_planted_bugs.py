@@ -15,7 +15,7 @@ from megapipe.microbatch import MicroBatch
 from megapipe.models.build import build_stages
 from megapipe.pipeline.program import microbatches
 from megapipe.tensor_parallel.parameter import sharded_parameters
-from megapipe.train.engine import Engine
+from megapipe.train.engine import BuildStages, Engine
 from megapipe.train.proof import Difference, Verdict, prove, synthetic_tokens
 from tests.ranks import run_ranks
 from tests.test_layouts import TOLERANCE, Layout
@@ -93,16 +93,18 @@ def test_a_planted_bug_is_found_and_named(plant: Plant, kind: str, name: str) ->
 
 def _scaled_gradients(config: Config) -> Difference | None:
     """All gradients of the layout are too large by one factor, which clipping would hide."""
-    scale = Engine._scale_gradients
+    build = Engine.__init__
 
-    def wrong(self: Engine, result: object) -> None:
-        scale(self, result)  # type: ignore[arg-type]
-        if self.mesh.world_size > 1:
-            for buffer in self.buffers:
-                buffer.gradients.mul_(microbatches(self.config))
+    def wrong(self: Engine, config: Config, mesh: Mesh, build_stages: BuildStages) -> None:
+        build(self, config, mesh, build_stages)
+        factor = microbatches(config) if mesh.world_size > 1 else 1
+        step = self.optimizer.step
+        patch.setattr(
+            self.optimizer, "step", lambda rate, gradient_scale: step(rate, gradient_scale * factor)
+        )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "_scale_gradients", wrong)
+        patch.setattr(Engine, "__init__", wrong)
         return _prove_with_bug(config, None)
 
 

@@ -4,6 +4,7 @@ The search runs with estimated costs and its program goes to a file, so that all
 an ordinary `csv` schedule. No torch.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 from megapipe.config import Config
@@ -18,12 +19,14 @@ from megapipe.pipeline.program import (
     microbatch_limit,
     microbatches,
     training_program,
-    why_not_stored,
+    with_program,
 )
 from megapipe.pipeline.schedule import to_csv
-from megapipe.pipeline.schedule.limit import Limit, check_limit
+from megapipe.pipeline.schedule.fitting import check_limit
+from megapipe.pipeline.schedule.limit import Limit
 from megapipe.pipeline.schedule.search import Found, search
 from megapipe.pipeline.schedule.search.reason import forwards, seconds, summary
+from megapipe.pipeline.schedule.stored import UnfitProgramError
 
 
 def estimated_search(config: Config) -> Found:
@@ -57,13 +60,15 @@ def check_program(config: Config) -> None:
 
 
 def without_auto(config: Config, folder: Path) -> tuple[Config, list[str]]:
-    """The config with a program in place of `auto`, and lines that say which: the stored one where
-    a run has it, or else a found one, written to `folder`. Other configs stay as they are."""
+    """The config with the program of its file, as `with_program` has it, and lines that say which
+    it is in place of `auto`: the stored one where a run has it, or else a found one, written to
+    `folder`."""
     parallel = config.parallel
     if parallel.schedule != "auto":
-        return config, []
-    if why_not_stored(config) is None:
-        return config, [f"Program: that of {Path(config.train.run_dir) / PROGRAM_FILE}"]
+        return with_program(config), []
+    with suppress(UnfitProgramError):
+        file = Path(config.train.run_dir) / PROGRAM_FILE
+        return with_program(config), [f"Program: that of {file}"]
     found = estimated_search(config)
     file = folder / PROGRAM_FILE
     file.write_text(to_csv(found.program), encoding="utf-8")
@@ -75,4 +80,5 @@ def without_auto(config: Config, folder: Path) -> tuple[Config, list[str]]:
         else "  Costs: estimated by FLOPs. A run measures its stages and may choose another."
     )
     update = {"schedule": "csv", "schedule_file": str(file), "stage_costs": None}
-    return config.model_copy(update={"parallel": parallel.model_copy(update=update)}), lines
+    chosen = config.model_copy(update={"parallel": parallel.model_copy(update=update)})
+    return with_program(chosen), lines

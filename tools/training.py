@@ -163,10 +163,23 @@ def _train(config: Config, command: str, began: float, device: torch.device, voi
         pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor, device=device
     )
     peers = Peers(mesh.rank, mesh.world_size, mesh.world.group)
+    with RunLock(Path(config.train.run_dir), voice.say, peers) as lock:
+        return _start_or_resume(config, command, began, mesh, peers, lock, voice)
+
+
+def _start_or_resume(
+    config: Config,
+    command: str,
+    began: float,
+    mesh: Mesh,
+    peers: Peers,
+    lock: RunLock,
+    voice: Voice,
+) -> int:
     plan = plan_start(config, peers)
-    for line in [*_introduction(config, device), *plan.notes]:
+    for line in [*_introduction(config, mesh.device), *plan.notes]:
         voice.say(line)
-    settle_program(config, mesh, build_stages, peers, voice.say)
+    config = settle_program(config, mesh, build_stages, lock, peers, voice.say)
     feed, validation = _open_feeds(config, mesh, voice)
     engine = Engine(config, mesh, build_stages)
     check_activation_bytes(config, engine, peers)
@@ -183,13 +196,12 @@ def _train(config: Config, command: str, began: float, device: torch.device, voi
             "Raise train.steps to go on."
         )
         return 0
+    lock.take()
     write_config(config, peers)
-    is_first = mesh.rank == 0
     with (
-        RunLock(run_dir, voice.say, peers),
         StopRequest(voice.say) as stop,  # outside of these: a signal must not cut loggers short
         Loggers(
-            config, run_dir=run_dir, rank0=is_first, start=progress.step, total_steps=steps
+            config, run_dir=run_dir, rank0=mesh.rank == 0, start=progress.step, total_steps=steps
         ) as loggers,
         voice.through(loggers.event),
     ):

@@ -137,21 +137,11 @@ def parallel_problems(parallel: ParallelConfig) -> Iterator[Problem]:
         yield Problem("parallel.virtual", "must be 1 with parallel.pipeline = 1")
     if parallel.schedule not in SCHEDULES:
         return
-    fewest, most = SCHEDULES[parallel.schedule].chunks
-    if most == 1 and parallel.virtual > 1:
-        yield Problem(
-            "parallel.virtual",
-            f'must be 1 with parallel.schedule = "{parallel.schedule}", which has one group of '
-            'layers per rank; set it to 1, or parallel.schedule = "interleaved-1f1b"',
-        )
-    elif parallel.virtual < fewest or (most is not None and parallel.virtual > most):
-        number = f"{fewest} or more" if most is None else f"{fewest}"
-        yield Problem(
-            "parallel.schedule",
-            f"needs parallel.virtual = {number} (it is {parallel.virtual}); with one group of "
-            'layers per rank there are "1f1b" and "zb-h1"',
-        )
-    if most != 1 and parallel.pipeline == 1:
+    schedule = SCHEDULES[parallel.schedule]
+    wrong = schedule.wrong_chunks(parallel.virtual)
+    if wrong is not None:
+        yield Problem("parallel.virtual", wrong)
+    if schedule.chunks != (1, 1) and parallel.pipeline == 1:
         yield Problem(
             "parallel.schedule",
             "needs parallel.pipeline of 2 or more; on one pipeline rank use "

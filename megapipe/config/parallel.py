@@ -19,9 +19,7 @@ def _chunks() -> str:
     """How many groups of layers the schedules have on a rank."""
     schedules: dict[str, list[str]] = {}
     for name, schedule in SCHEDULES.items():
-        fewest, most = schedule.chunks
-        number = f"{fewest} or more" if most is None else f"{fewest} to {most}"
-        schedules.setdefault(str(fewest) if most == fewest else number, []).append(name)
+        schedules.setdefault(schedule.possible_chunks, []).append(name)
     return "; ".join(f"{number} for {', '.join(names)}" for number, names in schedules.items())
 
 

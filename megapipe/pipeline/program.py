@@ -1,57 +1,91 @@
 """From a config to its pipeline program, and to the rank of each stage."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from megapipe.config import Config
 from megapipe.config.parallel import parse_memory
 from megapipe.errors import ScheduleError
-from megapipe.pipeline.schedule import (
-    SCHEDULES,
-    Kind,
-    Program,
-    build_program,
-    compute_only,
-    from_csv,
-    lower,
-    validate,
+from megapipe.pipeline.schedule import SCHEDULES, Program, build_program, lower, validate
+from megapipe.pipeline.schedule.fitting import check_limit
+from megapipe.pipeline.schedule.limit import Limit
+from megapipe.pipeline.schedule.stored import (
+    Shape,
+    StoredProgram,
+    UnfitProgramError,
+    read_stored,
 )
-from megapipe.pipeline.schedule.action import sequential, stage_ranks
-from megapipe.pipeline.schedule.limit import Limit, check_limit
-from megapipe.pipeline.schedule.validate import check_complete
 
 PROGRAM_FILE = "schedule.csv"
 """In the run directory: the program that `auto` chose for the run, which a resume takes again."""
 
 
+def with_program(config: Config, content: bytes | None = None) -> Config:
+    """The config with the program of its file, read (or taken from its `content`) and proved, which
+    goes with it to all that asks for the program or the place of a stage. Schedules that are made
+    by name have no file, and their configs stay as they are. parallel.data must be filled in.
+
+    Raises ScheduleError as `read_stored` does, and for a program that exceeds a
+    parallel.activation_limit in microbatches; for schedule auto, UnfitProgramError in place of that
+    error, and where there is no file yet.
+    """
+    file = program_file(config)
+    if file is None or _carried(config) is not None:
+        return config
+    auto = config.parallel.schedule == "auto"
+    if auto and content is None and not file.exists():
+        raise UnfitProgramError(f"there is no {file} yet")
+    try:
+        stored = read_stored(file, _shape(config), content)
+    except UnfitProgramError:
+        raise
+    except ScheduleError as error:
+        advice = " Delete the file to search anew." if auto else ""
+        raise ScheduleError(f"{error}{advice}") from error
+    try:
+        _check_microbatch_limit(config, stored.program)
+    except ScheduleError as error:
+        raise (UnfitProgramError if auto else ScheduleError)(str(error)) from error
+    return config.carrying(stored)
+
+
 def training_program(config: Config) -> Program:
     """The compute actions of a training step; parallel.data must be filled in.
 
-    Raises ScheduleError for a number of microbatches that the schedule can't have, for a file that
-    is not a program of this layout, lacks an action or can't finish, and for a program that holds
-    more than a parallel.activation_limit in microbatches. (What one in bytes allows is known when
-    stages are.)
+    Raises ScheduleError for a number of microbatches that the schedule can't have, for a program
+    that holds more than a parallel.activation_limit in microbatches, and as `with_program` does.
+    (What a limit in bytes allows is known when stages are.)
     """
     parallel = config.parallel
-    file = program_file(config)
-    if file is None:
+    if program_file(config) is not None:
+        program = _stored(config).program
+    else:
         program = build_program(
             parallel.schedule,
             pipeline=parallel.pipeline,
             virtual=parallel.virtual,
             microbatches=microbatches(config),
         )
-    else:
-        program = _read(file, config)
-        with _naming(file):
-            _check_work(program, microbatches(config))
-            check_complete(program)
-            validate(lower(program))
-    limit = microbatch_limit(config)
-    if limit is not None:
-        check_limit(parallel.schedule, program, limit, virtual=parallel.virtual)
+    _check_microbatch_limit(config, program)
     return program
+
+
+def lowered_program(config: Config) -> Program:
+    """`training_program` with its communication, proved to finish."""
+    config = with_program(config)
+    program = training_program(config)
+    if program_file(config) is not None:
+        return _stored(config).lowered
+    lowered = lower(program)
+    validate(lowered)
+    return lowered
+
+
+def stage_placement(config: Config) -> list[int]:
+    """The pipeline rank of each stage, in the order in which a token passes them."""
+    parallel = config.parallel
+    if program_file(config) is not None:
+        return _stored(config).placement
+    return SCHEDULES[parallel.schedule].placement(parallel.pipeline, parallel.virtual)
 
 
 def microbatch_limit(config: Config) -> Limit | None:
@@ -79,36 +113,6 @@ def looped(config: Config) -> Config:
     return config.model_copy(update={"parallel": config.parallel.model_copy(update=update)})
 
 
-def stage_placement(config: Config) -> list[int]:
-    """The pipeline rank of each stage, in the order in which a token passes them."""
-    parallel = config.parallel
-    file = program_file(config)
-    if file is None:
-        return SCHEDULES[parallel.schedule].placement(parallel.pipeline, parallel.virtual)
-    ranks = stage_ranks(_read(file, config))
-    return [ranks[stage] for stage in range(len(ranks))]
-
-
-def why_not_stored(config: Config) -> str | None:
-    """For `auto`: why the run directory's program can't be this run's, None if it can.
-
-    Raises ScheduleError for a file that is no program at all.
-    """
-    file = Path(config.train.run_dir) / PROGRAM_FILE
-    if not file.exists():
-        return f"there is no {file} yet"
-    try:
-        with _naming(file):
-            validate(lower(_parse(file)))
-    except ScheduleError as error:
-        raise ScheduleError(f"{error}. Delete the file to search anew.") from error
-    try:
-        training_program(config)
-    except ScheduleError as error:
-        return str(error)
-    return None
-
-
 def program_file(config: Config) -> Path | None:
     """Where the program is read from, for schedules that are not made by name."""
     if config.parallel.schedule == "csv":
@@ -134,46 +138,28 @@ def microbatches(config: Config) -> int:
     return train.global_batch_size // (data * train.micro_batch_size)
 
 
-@contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Errors say in which file they are."""
-    try:
-        yield
-    except ScheduleError as error:
-        raise ScheduleError(f"{file}: {error}") from error
+# --- Programs that configs carry -----------------------------------------------------------------
 
 
-def _read(file: Path, config: Config) -> Program:
-    """A program with the ranks and stages of the config."""
-    parallel = config.parallel
-    with _naming(file):
-        program = _parse(file)
-        _check_equal(len(program), "ranks (lines)", "parallel.pipeline", parallel.pipeline)
-        key, stages = "parallel.pipeline * parallel.virtual", parallel.pipeline * parallel.virtual
-        _check_equal(len(stage_ranks(program)), "stages", key, stages)
-    return program
+def _shape(config: Config) -> Shape:
+    return Shape(config.parallel.pipeline, config.parallel.virtual, microbatches(config))
 
 
-def _parse(file: Path) -> Program:
-    try:
-        text = file.read_text(encoding="utf-8-sig")  # spreadsheets write a mark at the beginning
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScheduleError(f"it can't be read as a program: {error}") from error
-    return compute_only(from_csv(text))
+def _carried(config: Config) -> StoredProgram | None:
+    """What the config carries, if it was read for what the config says now."""
+    stored = config.stored_program
+    if stored is None or (stored.file, stored.shape) != (program_file(config), _shape(config)):
+        return None
+    return stored
 
 
-def _check_equal(found: int, what: str, key: str, value: int) -> None:
-    if found != value:
-        raise ScheduleError(f"the program has {found} {what}, and {key} = {value}: make them equal")
+def _stored(config: Config) -> StoredProgram:
+    stored = _carried(with_program(config))
+    assert stored is not None
+    return stored
 
 
-def _check_work(program: Program, count: int) -> None:
-    actions = [action for row in sequential(program) for action in row]
-    if all(action.kind is Kind.FORWARD for action in actions):
-        raise ScheduleError("the program has no backward: nothing would be trained")
-    found = 1 + max(action.microbatch for action in actions)
-    if found != count:
-        raise ScheduleError(
-            f"the program has {found} microbatches, and the config has {count} "
-            "(train.global_batch_size / (train.micro_batch_size * parallel.data)): make them equal"
-        )
+def _check_microbatch_limit(config: Config, program: Program) -> None:
+    limit = microbatch_limit(config)
+    if limit is not None:
+        check_limit(config.parallel.schedule, program, limit, virtual=config.parallel.virtual)

@@ -32,15 +32,17 @@ from megapipe.pipeline.program import (
     microbatch_limit,
     microbatches,
     training_program,
-    why_not_stored,
+    with_program,
 )
 from megapipe.pipeline.schedule import Costs, to_csv
-from megapipe.pipeline.schedule.limit import Limit, check_limit
+from megapipe.pipeline.schedule.fitting import check_limit
+from megapipe.pipeline.schedule.limit import Limit
 from megapipe.pipeline.schedule.search import search
 from megapipe.pipeline.schedule.search.reason import report, seconds, summary
+from megapipe.pipeline.schedule.stored import UnfitProgramError
 from megapipe.train.engine import MAIN_DTYPE, MODEL_DTYPE, BuildStages, Engine
 from megapipe.train.proof import synthetic_microbatch
-from megapipe.train.run_directory import from_first
+from megapipe.train.run_directory import RunLock, from_first
 
 REASON_FILE = "schedule.txt"
 """In the run directory: what was measured and tried, and why the program was chosen."""
@@ -51,25 +53,32 @@ Say = Callable[[str], None]
 
 
 def settle_program(
-    config: Config, mesh: Mesh, build_stages: BuildStages, peers: Peers, say: Say
-) -> None:
-    """For schedule auto: see to it that the run directory has a program that fits, the same for all
-    ranks. Collective. Raises MegapipeError for a limit that nothing keeps, for a damaged file, and
-    for a run directory that ranks don't share.
+    config: Config, mesh: Mesh, build_stages: BuildStages, lock: RunLock, peers: Peers, say: Say
+) -> Config:
+    """The config with its program, where that comes from a file: read once, for all that follows.
+
+    For schedule auto it is that of the run directory if it fits, or else a new one, which is the
+    same for all ranks and stays this run's: the directory is locked. Collective. Raises
+    MegapipeError for a limit that nothing keeps, for a damaged file, and for a run directory that
+    another run writes to or that ranks don't share.
     """
     if config.parallel.schedule != "auto":
-        return
+        return with_program(config)
+    lock.take()
     file = Path(config.train.run_dir) / PROGRAM_FILE
-    why_not = from_first(peers, lambda: why_not_stored(config))
-    if why_not is None:
-        say(f"Program: that of {file}, from an earlier start of this run")
-    else:
-        if file.exists():
-            say(f"The program of an earlier start can't be taken again, and is replaced: {why_not}")
-        costs, sizes = _costs(config, mesh, build_stages, peers)
-        for line in from_first(peers, lambda: _choose(config, costs, sizes, file)):
-            say(line)
-    _check_shared(file, peers)
+    content = _shared_content(file, peers)
+    if content is not None:
+        try:
+            settled = with_program(config, content)
+        except UnfitProgramError as error:
+            say(f"The program of an earlier start can't be taken again, and is replaced: {error}")
+        else:
+            say(f"Program: that of {file}, from an earlier start of this run")
+            return settled
+    costs, sizes = _costs(config, mesh, build_stages, peers)
+    for line in from_first(peers, lambda: _choose(config, costs, sizes, file)):
+        say(line)
+    return with_program(config, _shared_content(file, peers))
 
 
 def check_activation_bytes(config: Config, engine: Engine, peers: Peers) -> None:
@@ -175,13 +184,6 @@ def _choose(config: Config, costs: Costs, sizes: list[float], file: Path) -> lis
     if parallel.stage_costs is not None:
         source = f"from {parallel.stage_costs} (parallel.stage_costs)"
     reason = report(found, seconds, source, written)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MegapipeError(
-            f'train.run_dir = "{file.parent}" can\'t be made: {error.strerror}. Choose a directory '
-            "that can be written."
-        ) from error
     write_text(reason, file.parent / REASON_FILE)
     write_text(to_csv(found.program), file)
     return [*summary(found, seconds), f"  Why: {file.parent / REASON_FILE}; the program: {file}"]
@@ -200,21 +202,31 @@ def _limit(config: Config, sizes: list[float]) -> tuple[Limit, str]:
     return limit, text
 
 
-def _check_shared(file: Path, peers: Peers) -> None:
-    """Raises MegapipeError unless all ranks read from `file` what rank 0 does."""
-    expected = peers.all_gather(_digest(file))[0]
+def _shared_content(file: Path, peers: Peers) -> bytes | None:
+    """What rank 0 reads from `file`, None where it finds none. Raises MegapipeError unless all
+    ranks read the same."""
+    content = _read(file)
+    expected = peers.all_gather(_digest(content))[0]
+    if expected is None:
+        return None
     deadline = time.monotonic() + SHARED_WITHIN
-    while (same := _digest(file) == expected) is False and time.monotonic() < deadline:
+    while (same := _digest(content) == expected) is False and time.monotonic() < deadline:
         time.sleep(0.05)  # a network file system may show it late
+        content = _read(file)
     if not all(peers.all_gather(same)):
         raise MegapipeError(
             f"{file} is not the same file for all ranks: train.run_dir must lie on a file system "
             "that they share."
         )
+    return content
 
 
-def _digest(file: Path) -> str | None:
+def _read(file: Path) -> bytes | None:
     try:
-        return sha256(file.read_bytes()).hexdigest()
+        return file.read_bytes()
     except OSError:
         return None
+
+
+def _digest(content: bytes | None) -> str | None:
+    return None if content is None else sha256(content).hexdigest()

@@ -18,9 +18,10 @@ from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import make_channels
 from megapipe.pipeline.program import (
     hidden_shape,
+    lowered_program,
     microbatches,
     stage_placement,
-    training_program,
+    with_program,
 )
 from megapipe.pipeline.schedule import Program, forward_program, lower, validate
 from megapipe.pipeline.schedule.timeline import KEPT_STEPS
@@ -63,6 +64,7 @@ class Engine:
     """
 
     def __init__(self, config: Config, mesh: Mesh, build_stages: BuildStages) -> None:
+        config = with_program(config)
         self.config, self.mesh = config, mesh
         self.stages = dict(sorted(build_stages(config, mesh).items()))
         self.buffers = build_buffers(
@@ -74,15 +76,16 @@ class Engine:
         self.optimizer = Optimizer(self.buffers, config.optimizer, self.backend)
         self._channels = make_channels(mesh)
         placement = stage_placement(config)
-        self.program = lower(training_program(config))
+        self.program = lowered_program(config)
+        forwards = lower(forward_program(placement, microbatches(config)))
+        validate(forwards)
         self._training = self._executor(self.program, kept_runs=KEPT_STEPS)
-        self._validating = self._executor(lower(forward_program(placement, microbatches(config))))
+        self._validating = self._executor(forwards)
         self.recorder = self._training.recorder
         self._bubble = BubbleMeter(mesh, self.program, self.recorder)
         self.holds_loss = len(placement) - 1 in self.stages
 
     def _executor(self, lowered: Program, kept_runs: int = 1) -> PipelineExecutor:
-        validate(lowered)
         config = self.config
         return PipelineExecutor(
             lowered,

@@ -42,7 +42,7 @@ class Optimizer:
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
         """Update the master weights from the buffers' gradients, times `gradient_scale`, and from
-        them the model's weights. What is in the gradients afterwards is for nobody to use."""
+        them the model's weights. torch leaves the gradients scaled, Triton as they were."""
         config = self.config
         self.steps += 1
         for buffer, moments in zip(self.buffers, self._moments, strict=True):

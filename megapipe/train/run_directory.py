@@ -44,37 +44,55 @@ def plan_start(config: Config, peers: Peers = ALONE) -> Plan:
 
 
 def write_config(config: Config, peers: Peers = ALONE) -> None:
-    """Make the run directory, and put the resolved config into it in one step. Collective."""
-    from_first(peers, lambda: _write(config))
+    """Put the resolved config into the run directory, in one step. Collective. Needs its lock."""
+    from_first(peers, lambda: save_config(config, Path(config.train.run_dir) / NAME))
 
 
 class RunLock:
-    """While it is entered no other run writes to the run directory. Collective.
+    """Keeps other runs from writing to the run directory, from `take` until it is left.
 
     A lock of the kernel's on `run.lock` in it, held by the first rank: it is gone when that process
-    is, however it ended. Raises MegapipeError where another run has it.
+    is, however it ended.
     """
 
     def __init__(self, run_dir: Path, say: Callable[[str], None], peers: Peers = ALONE) -> None:
         self._path, self._say, self._peers = run_dir / "run.lock", say, peers
+        self._taken = False
         self._descriptor: int | None = None
 
     def __enter__(self) -> "RunLock":
-        from_first(self._peers, self._take)
         return self
 
     def __exit__(self, *error: object) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
 
+    def take(self) -> None:
+        """Make the run directory and lock it, unless that was done. Collective, and before anything
+        is written there.
+
+        Raises MegapipeError where another run has it, or it can't be made.
+        """
+        if not self._taken:
+            from_first(self._peers, self._take)
+            self._taken = True
+
     def _take(self) -> None:
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        run_dir = self._path.parent
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise MegapipeError(
+                f'train.run_dir = "{run_dir}" can\'t be made or written to: {error.strerror} '
+                f"({error.filename}). Choose a directory that can be written."
+            ) from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             holder = os.pread(self._descriptor, 200, 0).decode(errors="replace").strip()
             raise MegapipeError(
-                f'another run is writing to train.run_dir = "{self._path.parent}" ({holder}). '
+                f'another run is writing to train.run_dir = "{run_dir}" ({holder}). '
                 "Wait for its end, stop it, or choose another train.run_dir."
             ) from error
         except OSError as error:  # a file system without locks
@@ -131,18 +149,6 @@ def _plan(config: Config) -> Plan:
     if last is not None:
         notes += _notes_on_changes(last, config)
     return Plan("auto", notes)
-
-
-def _write(config: Config) -> None:
-    run_dir = Path(config.train.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MegapipeError(
-            f'train.run_dir = "{run_dir}" can\'t be made: {error.strerror} ({error.filename}). '
-            "Choose a directory that can be written."
-        ) from error
-    save_config(config, run_dir / NAME)
 
 
 def _read(path: Path) -> Config | None:

@@ -55,7 +55,7 @@ from tests.config.examples import write
         ("--parallel.virtual=2", 'parallel.virtual = 2 must be 1 with parallel.schedule = "1f1b"'),
         (
             "--parallel.schedule=interleaved-1f1b",
-            'parallel.schedule = "interleaved-1f1b" needs parallel.virtual = 2 or more (it is 1)',
+            'parallel.virtual = 1 must be 2 or more with parallel.schedule = "interleaved-1f1b".',
         ),
         (
             "--parallel.schedule=interleaved-1f1b --parallel.pipeline=1 --parallel.virtual=2",

@@ -1,5 +1,8 @@
 """AdamW on a flat shard: the Triton kernel against torch's and float64."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megapipe.kernels import Backend, UnsupportedError, adamw_
+from megapipe.kernels import adamw as module
 from tests.kernels.proof import assert_as_accurate, assert_same_bits, programs_in_reverse
 
 
@@ -17,8 +21,33 @@ def state(length: int) -> list[Tensor]:
     return [*made[:3], made[3].square()]
 
 
+@pytest.fixture(autouse=True)
+def _scalars_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch rounds scalars to float32; the interpreter leaves them as they are."""
+    kernel = module._adamw
+
+    class Rounding:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
+            def launch(*arguments: Any, **constants: Any) -> Any:
+                rounded = [
+                    torch.tensor(x, dtype=torch.float32).item() if isinstance(x, float) else x
+                    for x in arguments
+                ]
+                return kernel[grid](*rounded, **constants)
+
+            return launch
+
+    monkeypatch.setattr(module, "_adamw", Rounding())
+
+
 def updated(
-    given_: list[Tensor], backend: Backend, step: int = 3, scale: float = 0.5, decay: float = 0.1
+    given_: list[Tensor],
+    backend: Backend,
+    step: int = 3,
+    scale: float = 0.5,
+    decay: float = 0.1,
+    learning_rate: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.95),
 ) -> list[Tensor]:
     """Master weights and both moments after one step."""
     master, gradient, *moments = (x.clone() for x in given_)
@@ -27,8 +56,8 @@ def updated(
         gradient,
         *moments,
         step=step,
-        learning_rate=0.01,
-        betas=(0.9, 0.95),
+        learning_rate=learning_rate,
+        betas=betas,
         epsilon=1e-8,
         weight_decay=decay,
         gradient_scale=scale,
@@ -50,6 +79,27 @@ def test_as_accurate_as_torch(length: int, step: int, scale: float, decay: float
     reference = updated(inputs, "torch", step, scale, decay)
     exact = updated([x.double() for x in inputs], "torch", step, scale, decay)
     assert_as_accurate(kernel, reference, exact)
+
+
+def test_differences_from_1_keep_their_digits() -> None:
+    """Where float32(b) and float32(1 - lr * decay) lose them: new moments, small steps."""
+    master, gradient, _, _ = state(1500)
+    inputs = [master, gradient, torch.zeros(1500), torch.zeros(1500)]
+    close_to_1: dict[str, Any] = {
+        "betas": (0.99, 0.9999),
+        "learning_rate": 1e-6,
+        "decay": 0.3,
+        "step": 1,
+    }
+    kernel, reference = (updated(inputs, b, **close_to_1) for b in ("triton", "torch"))
+    exact = updated([x.double() for x in inputs], "torch", **close_to_1)
+    assert_as_accurate(kernel, reference, exact)
+    # No gradient: decay alone, by 1 to 3 units in the last place, is right on the mean.
+    weights = 1 + torch.rand(1500, generator=torch.Generator().manual_seed(0))
+    still = [weights, torch.zeros(1500), torch.zeros(1500), torch.ones(1500)]
+    decayed = updated(still, "triton", decay=0.15, learning_rate=1e-6)[0]
+    exact_mean = float((weights.double() * -0.15e-6).mean())
+    assert float((decayed.double() - weights).mean()) == pytest.approx(exact_mean, rel=0.1)
 
 
 def test_torch_path_is_torchs_optimizer() -> None:
@@ -112,7 +162,7 @@ def test_refusals() -> None:
 
 
 def test_operator() -> None:
-    scalars = (0.5, 0.99, 0.9, 0.95, 1e-8, 0.01, 1.5)
+    scalars = (0.5, 1e-3, 0.1, 0.95, 0.05, 1e-8, 0.01, 1.5)
     for weights in (None, torch.zeros(7, dtype=torch.float16)):
         arguments = (*state(7), weights, *scalars)
         torch.library.opcheck(torch.ops.megapipe.adamw_, arguments)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megapipe.kernels import Backend, UnsupportedError, dropout, dropout_add
 from megapipe.kernels.dropout import keep_mask
+from megapipe.kernels.random import hash32, hash64
 from tests.kernels.proof import (
     assert_as_accurate,
     assert_same_bits,
@@ -41,6 +42,22 @@ def test_same_elements_as_the_reference(
         mask(p, key, samples_B, length, width, first),
         keep_mask(p, key, samples_B, length, width, first),
     )
+
+
+def test_the_last_element_kept() -> None:
+    """For each bound that a hash of the row is, the element of that hash is kept, and is not where
+    the bound is one less."""
+    row = hash64(3, hash64(3, SAMPLES[:1]))
+    for column, value in enumerate(hash32(row, 8)[0].tolist()):
+        for bound, kept in ((value + 1, True), (value, False)):
+            p = 1 - bound / 2**31
+            for keep in (mask, keep_mask):
+                assert bool(keep(p, 3, SAMPLES[:1], 1, 8, 0)[0, 0, column]) == kept
+
+
+def test_nothing_is_dropped_with_probability_zero() -> None:
+    assert mask(0.0, 3, SAMPLES, 2, 100, 0).all()
+    assert keep_mask(0.0, 3, SAMPLES, 2, 100, 0).all()
 
 
 def test_a_part_has_its_part_of_the_mask() -> None:

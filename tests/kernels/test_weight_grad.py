@@ -31,11 +31,15 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @settings(max_examples=20, deadline=None)
 @given(
     tokens=st.integers(0, 40),
-    rows=st.integers(1, 50),
-    columns=st.integers(1, 70),
+    shape=st.one_of(
+        st.tuples(st.integers(8, 50), st.integers(8, 70)),
+        st.sampled_from([(1, 67), (65, 1), (2, 33)]),
+    ),
     dtype=st.sampled_from([torch.float32, torch.float16]),
 )
-def test_as_accurate_as_torch(tokens: int, rows: int, columns: int, dtype: torch.dtype) -> None:
+def test_as_accurate_as_torch(tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """At least 64 numbers: of fewer, luck decides whose errors are larger."""
+    rows, columns = shape
     main_grad = random((rows, columns), torch.float32, 0)
     grad_out, inputs = random((tokens, rows), dtype, 1), random((tokens, columns), dtype, 2)
     (kernel,) = added(main_grad, grad_out, inputs, "triton")
@@ -43,8 +47,10 @@ def test_as_accurate_as_torch(tokens: int, rows: int, columns: int, dtype: torch
     assert_as_accurate([kernel], added(main_grad, grad_out, inputs, "torch"), [exact])
 
 
-def test_the_tiles_that_run_on_gpus() -> None:
-    """Two by two of them, with edges; the factors are views of more dimensions."""
+@pytest.mark.parametrize("few", [0, 128])
+def test_the_tiles_that_run_on_gpus(few: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some of each size, with edges; the factors are views of more dimensions."""
+    monkeypatch.setattr(module, "FEW", few)
     grad_out = random((3, 30, 2 * 130), torch.float16, 1)[..., ::2]
     inputs = random((30, 3, 140), torch.float16, 2).transpose(0, 1)
     main_grad = random((130, 140), torch.float32, 0)
@@ -52,6 +58,26 @@ def test_the_tiles_that_run_on_gpus() -> None:
     product = grad_out.double().flatten(0, 1).t() @ inputs.double().flatten(0, 1)
     reference = added(main_grad, grad_out, inputs, "torch")
     assert_as_accurate([kernel], reference, [main_grad.double() + product])
+
+
+@pytest.mark.usefixtures("_small_tiles")
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (5, 2)])
+def test_few_numbers_are_within_their_bound(shape: tuple[int, int]) -> None:
+    """At most a rounding for each product and each addition, of the sum of magnitudes."""
+    rows, columns = shape
+    for tokens in (0, 1, 11, 40):
+        main_grad = random(shape, torch.float32, 0)
+        grad_out = random((tokens, rows), torch.float32, 1)
+        inputs = random((tokens, columns), torch.float32, 2)
+        (kernel,) = added(main_grad, grad_out, inputs, "triton")
+        exact = main_grad.double() + grad_out.double().t() @ inputs.double()
+        magnitude = main_grad.abs().double() + grad_out.abs().double().t() @ inputs.abs().double()
+        assert ((kernel - exact).abs() <= (tokens + 1) * 2.0**-24 * magnitude).all()
+
+
+@pytest.mark.parametrize(("width", "tile"), [(130, (64, 128)), (2048, (128, 128))])
+def test_few_tiles_are_smaller(width: int, tile: tuple[int, int]) -> None:
+    assert module._settings(2, False, width, width)[:2] == tile
 
 
 @pytest.mark.usefixtures("_small_tiles")
@@ -65,6 +91,17 @@ def test_any_order_and_what_is_not_finite() -> None:
     (found,) = added(main_grad, grad_out, inputs, "triton")
     assert found[:, 7].isnan().all()
     assert found.isnan().sum() == 40
+
+
+@pytest.mark.usefixtures("_small_tiles")
+def test_nothing_is_written_beyond_the_main_gradient() -> None:
+    """In a buffer, other gradients follow. What is masked adds 0, which shows on -0.0 alone."""
+    buffer = torch.full((64 + 17 * 35 + 64,), -0.0)
+    main_grad = buffer[64:-64].view(17, 35)
+    grad_out, inputs = random((9, 17), torch.float32, 1), random((9, 35), torch.float32, 2)
+    add_weight_grad(main_grad, grad_out, inputs, backend="triton")
+    assert buffer[:64].signbit().all()
+    assert buffer[-64:].signbit().all()
 
 
 def test_refusals() -> None:

@@ -1,7 +1,7 @@
 """The executor on real ranks: as one process computes, in the order and memory of the program."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -49,9 +49,16 @@ def executor_of(
     )
 
 
-def own_stages(program: Program, rank: int) -> dict[int, ToyStage]:
+Stage = TypeVar("Stage", bound=ToyStage)
+
+
+def own_stages(program: Program, rank: int, kind: type[Stage]) -> dict[int, Stage]:
     ranks = stage_ranks(program)
-    return {stage: ToyStage(stage, len(ranks)) for stage in ranks if ranks[stage] == rank}
+    return {stage: kind(stage, len(ranks)) for stage in sorted(ranks) if ranks[stage] == rank}
+
+
+def count_microbatches(program: Program) -> int:
+    return 1 + max(action.microbatch for action in program[0])
 
 
 @dataclass
@@ -81,12 +88,12 @@ class PeakStage(ToyStage):
         return output
 
 
-def run_program(program: Program, microbatches: int) -> Report:
+def run_program(program: Program) -> Report:
     """Called on each rank."""
     mesh = mesh_of(len(program))
-    rank = mesh.pipeline.rank
+    rank, microbatches = mesh.pipeline.rank, count_microbatches(program)
     ranks = stage_ranks(program)
-    stages = {s: PeakStage(s, len(ranks)) for s in sorted(ranks) if ranks[s] == rank}
+    stages = own_stages(program, rank, PeakStage)
     for stage in stages.values():
         stage.rank_stages = list(stages.values())
     channels = make_channels(mesh)
@@ -117,41 +124,42 @@ def run_program(program: Program, microbatches: int) -> Report:
 
 
 PROGRAMS = {
-    "one rank, 3 chunks": (make("interleaved-1f1b", 1, 3, 3), 3),
-    "gpipe": (make("gpipe", 2, 1, 3), 3),
-    "1f1b, 3 ranks": (make("1f1b", 3, 1, 6), 6),
-    "fewer microbatches than ranks": (make("1f1b", 3, 1, 2), 2),
-    "interleaved": (make("interleaved-1f1b", 2, 2, 4), 4),
-    "interleaved, not a multiple": (make("interleaved-1f1b", 2, 3, 5), 5),
-    "v-shaped": (v_shaped(3), 3),
-    "written by hand": (
-        parse(
-            "0F0 0F1 0F2 0I0 0F3 0I1 0W0 0I2 0W1 0I3 0W2 0W3",
-            "1F0 1I0 1F1 1I1 1W0 1F2 1W1 1I2 1F3 1I3 1W2 1W3",
-        ),
-        4,
+    "one rank, 3 chunks": make("interleaved-1f1b", 1, 3, 3),
+    "gpipe": make("gpipe", 2, 1, 3),
+    "1f1b, 3 ranks": make("1f1b", 3, 1, 6),
+    "fewer microbatches than ranks": make("1f1b", 3, 1, 2),
+    "interleaved": make("interleaved-1f1b", 2, 2, 4),
+    "interleaved, not a multiple": make("interleaved-1f1b", 2, 3, 5),
+    "v-shaped": v_shaped(3),
+    "written by hand": parse(
+        "0F0 0F1 0F2 0I0 0F3 0I1 0W0 0I2 0W1 0I3 0W2 0W3",
+        "1F0 1I0 1F1 1I1 1W0 1F2 1W1 1I2 1F3 1I3 1W2 1W3",
     ),
-    "weight gradients late": (split_backwards(make("interleaved-1f1b", 2, 2, 5), delay=2), 5),
-    "zb-h1, 3 ranks": (make("zb-h1", 3, 1, 5), 5),
-    "zb-h2, 3 ranks": (make("zb-h2", 3, 1, 6), 6),
-    "zb-v": (make("zb-v", 2, 2, 5), 5),
-    "zb-v, fewer microbatches than its pattern": (make("zb-v", 3, 2, 3), 3),
-    "v-half": (make("v-half", 2, 2, 5), 5),
-    "v-min, 3 ranks": (make("v-min", 3, 2, 5), 5),
-    "dualpipe-v": (make("dualpipe-v", 2, 2, 6), 6),
-    "random": (random_program(5, [0, 1, 2, 2, 1, 0], 4, split=True), 4),
+    "weight gradients late": split_backwards(make("interleaved-1f1b", 2, 2, 5), delay=2),
+    "zb-h1, 3 ranks": make("zb-h1", 3, 1, 5),
+    "zb-h2, 3 ranks": make("zb-h2", 3, 1, 6),
+    "zb-v": make("zb-v", 2, 2, 5),
+    "zb-v, fewer microbatches than its pattern": make("zb-v", 3, 2, 3),
+    "v-half": make("v-half", 2, 2, 5),
+    "v-min, 3 ranks": make("v-min", 3, 2, 5),
+    "dualpipe-v": make("dualpipe-v", 2, 2, 6),
+    "random": random_program(5, [0, 1, 2, 2, 1, 0], 4, split=True),
 }
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_as_one_process(name: str) -> None:
-    program, microbatches = PROGRAMS[name]
+    check_as_one_process(PROGRAMS[name])
+
+
+def check_as_one_process(program: Program) -> None:
+    """Losses, gradients, order and memory of a program on real ranks."""
     lowered = lower(program)
     validate(lowered)
-    reports = run_ranks(run_program, len(program), lowered, microbatches)
+    reports = run_ranks(run_program, len(program), lowered)
     count = len(stage_ranks(program))
     stages = [ToyStage(stage, count) for stage in range(count)]
-    expected = one_process(stages, make_batches(microbatches))
+    expected = one_process(stages, make_batches(count_microbatches(program)))
     assert len(expected.gradients) == 2 * len(stages) + 1
 
     losses = [report.first.losses for report in reports if report.first.losses]
@@ -174,8 +182,8 @@ def test_as_one_process(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["1f1b, 3 ranks", "interleaved", "weight gradients late"])
 def test_receive_buffers_are_reused(name: str) -> None:
-    lowered = lower(PROGRAMS[name][0])
-    for report in run_ranks(run_program, len(lowered), lowered, PROGRAMS[name][1]):
+    lowered = lower(PROGRAMS[name])
+    for report in run_ranks(run_program, len(lowered), lowered):
         assert len(report.addresses) <= report.buffers
 
 
@@ -214,7 +222,7 @@ def test_a_stage_may_pass_on_what_came() -> None:
 
 def run_failing(program: Program, error: Exception) -> None:
     mesh = mesh_of(len(program))
-    stages = own_stages(program, mesh.pipeline.rank)
+    stages = own_stages(program, mesh.pipeline.rank, ToyStage)
     if mesh.pipeline.rank == 1:
         stages[1].fails_at = error
     executor = executor_of(program, stages, make_channels(mesh))
@@ -243,7 +251,7 @@ def test_an_error_keeps_its_type_and_says_where(error: Exception) -> None:
 
 def test_a_run_after_a_failed_one_starts_afresh() -> None:
     program = make("interleaved-1f1b", 1, 2, 4)
-    stages = own_stages(program, 0)
+    stages = own_stages(program, 0, ToyStage)
     executor = executor_of(program, stages, make_channels(Mesh.single(CPU)))
     batches = make_batches(4)
     stages[1].fails_at = DataError("no such token")

@@ -17,7 +17,7 @@ from megapipe.pipeline.p2p import (
 from megapipe.pipeline.schedule import Program, lower
 from tests.pipeline.programs import make
 from tests.pipeline.test_executor import own_stages
-from tests.pipeline.toy import HIDDEN, Outcome, make_batches, outcome
+from tests.pipeline.toy import HIDDEN, Outcome, ToyStage, make_batches, outcome
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def run_with_pairs(program: Program, data: int) -> Outcome:
     assert len({id(group) for group in groups.values()}) == len(groups)
     channels = _own_ends(mesh, groups)
     connect(channels, len(program), CPU)
-    stages = own_stages(program, mesh.pipeline.rank)
+    stages = own_stages(program, mesh.pipeline.rank, ToyStage)
     executor = PipelineExecutor(
         program, stages, channels, hidden_shape=HIDDEN, dtype=torch.float64, device=CPU
     )
@@ -90,7 +90,7 @@ def run_with_pairs(program: Program, data: int) -> Outcome:
 
 def run_with_tags(program: Program) -> Outcome:
     mesh = build_mesh(pipeline=len(program), data=1, tensor=1, device=CPU)
-    stages = own_stages(program, mesh.pipeline.rank)
+    stages = own_stages(program, mesh.pipeline.rank, ToyStage)
     executor = PipelineExecutor(
         program, stages, make_channels(mesh), hidden_shape=HIDDEN, dtype=torch.float64, device=CPU
     )

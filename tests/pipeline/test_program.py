@@ -9,8 +9,14 @@ import pytest
 
 from megapipe.config import Config, check_layout
 from megapipe.config.load import load_config
+from megapipe.errors import ScheduleError
 from megapipe.models.presets import PRESETS
-from megapipe.pipeline.program import stage_placement, training_program
+from megapipe.pipeline.program import (
+    lowered_program,
+    stage_placement,
+    training_program,
+    with_program,
+)
 from megapipe.pipeline.schedule import SCHEDULES, Program, build_program, lower, to_csv
 from megapipe.pipeline.schedule.action import stage_ranks
 from megapipe.tools.cli import main
@@ -45,6 +51,27 @@ def test_by_name_and_from_its_file_it_is_the_same(folder: Path, name: str) -> No
         assert lower(training_program(filed)) == lower(program)
         assert stage_placement(filed) == stage_placement(named)
         assert stage_ranks(program) == dict(enumerate(stage_placement(named)))
+
+
+def test_a_config_carries_its_program_as_long_as_it_is_of_this_file_and_shape(
+    folder: Path,
+) -> None:
+    file = folder / "program.csv"
+    file.write_text(to_csv(GOOD), encoding="utf-8")
+    config = with_program(load(folder, *FROM_FILE))
+    file.unlink()
+    assert with_program(config) is config
+    assert training_program(config) == GOOD
+    assert lowered_program(config) == lower(GOOD)
+    assert stage_placement(config) == [0, 1]
+    train = config.train.model_copy(update={"global_batch_size": 8})
+    parallel = config.parallel.model_copy(update={"schedule_file": "another.csv"})
+    for change in ({"train": train}, {"parallel": parallel}):
+        with pytest.raises(ScheduleError, match="can't be read"):
+            training_program(config.model_copy(update=change))
+    parallel = config.parallel.model_copy(update={"activation_limit": 1.0})
+    with pytest.raises(ScheduleError, match="activations of 2 microbatches live"):
+        training_program(config.model_copy(update={"parallel": parallel}))
 
 
 # --- Refusals ------------------------------------------------------------------------------------

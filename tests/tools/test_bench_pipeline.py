@@ -87,7 +87,7 @@ def test_ours_alone_computing_on_larger_activations(capsys: pytest.CaptureFixtur
         ("--unit-ms=two", "--unit-ms: 'two' must be"),
         ("--against=deepspeed", "invalid choice: 'deepspeed'"),
         ("--work=play", "invalid choice: 'play'"),
-        ("--schedules=zb-v --virtual=1,4", 'nothing is left of zb-v: .*"zb-v" has 2 chunks'),
+        ("--schedules=zb-v --virtual=1,4", 'nothing is left of zb-v: .*must be 2 with .*"zb-v"'),
         ("--schedules=dualpipe-v --ranks=4 --microbatches=4", "needs 8 microbatches or more"),
     ],
 )

@@ -23,12 +23,13 @@ import pytest
 import torch
 
 from megapipe.checkpoint.load import open_checkpoint
-from megapipe.config import load_config, parse_config
+from megapipe.config import dump_config, load_config, parse_config
 from megapipe.errors import ConfigError
 from megapipe.mesh import build_mesh
 from megapipe.models.presets import PRESETS
 from megapipe.tools.rendezvous import Rendezvous
 from megapipe.tools.training import choose_device, describe_rank
+from megapipe.train.run_directory import RunLock
 from tests.ranks import run_ranks
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -248,6 +249,16 @@ def test_nothing_is_written_before_all_is_known_to_fit(corpus: Path, tmp_path: P
     said = Command(corpus, *words).finish(1)
     assert said.count("megapipe: data.sources[0].path") == 1
     assert not run_dir.exists()
+
+
+def test_a_second_start_leaves_the_config_of_a_run_under_way(corpus: Path, tmp_path: Path) -> None:
+    with RunLock(tmp_path, print) as lock:
+        lock.take()
+        text = dump_config(load_config(corpus / "run.toml", [], PRESETS)) + "# the first's\n"
+        (tmp_path / "config.toml").write_text(text)
+        said = Command(corpus, f"--train.run_dir={tmp_path}").finish(1)
+    assert said.count("megapipe: another run is writing to train.run_dir") == 1
+    assert (tmp_path / "config.toml").read_text() == text
 
 
 # --- In a job of torchrun ------------------------------------------------------------------------

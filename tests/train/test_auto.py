@@ -14,9 +14,10 @@ from megapipe.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.program import training_program
-from megapipe.pipeline.schedule import from_csv, lower, to_csv, validate
+from megapipe.pipeline.schedule import from_csv, lower, stored, to_csv, validate
 from megapipe.train.auto import check_activation_bytes, settle_program
 from megapipe.train.engine import Engine
+from megapipe.train.run_directory import RunLock
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -29,16 +30,18 @@ def config_in(run_dir: Path, *overrides: str) -> Config:
     return load_config(SHAPE, words, PRESETS)
 
 
-def settle(config: Config) -> list[str]:
-    """On one rank of however many there are; what it said."""
+def settle(config: Config) -> tuple[list[str], Config]:
+    """On one rank of however many there are; what it said, and the config with its program."""
     parallel = config.parallel
     assert parallel.data is not None
     mesh = build_mesh(
         pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor, device=CPU
     )
     said: list[str] = []
-    settle_program(config, mesh, build_stages, peers_of(mesh), said.append)
-    return said
+    peers = peers_of(mesh)
+    with RunLock(Path(config.train.run_dir), said.append, peers) as lock:
+        settled = settle_program(config, mesh, build_stages, lock, peers, said.append)
+    return said, settled
 
 
 def peers_of(mesh: Mesh) -> Peers:
@@ -46,7 +49,9 @@ def peers_of(mesh: Mesh) -> Peers:
 
 
 def settle_and_read(config: Config) -> tuple[list[str], str]:
-    return settle(config), to_csv(training_program(config))
+    said, settled = settle(config)
+    assert training_program(settled) == training_program(config), "as the file has it"
+    return said, to_csv(training_program(settled))
 
 
 def on_ranks(config: Config) -> tuple[list[str], str]:
@@ -139,6 +144,40 @@ def test_a_tighter_limit_replaces_the_program(tmp_path: Path) -> None:
     )
     assert "has activations of 2 microbatches live on pipeline rank 0" in said[0]
     assert "at most 1 microbatch live" in said[1]
+
+
+def test_the_program_is_read_and_proved_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+
+    def counted(name: str) -> Callable[..., object]:
+        function = getattr(stored, name)
+        return lambda *words: done.append(name) or function(*words)
+
+    for name in ("from_csv", "validate"):
+        monkeypatch.setattr(stored, name, counted(name))
+    config = config_in(tmp_path, "--parallel.activation_limit=1 GiB")
+    for _ in ("first start", "resume"):
+        done.clear()
+        _, settled = settle(config)
+        (tmp_path / "schedule.csv").rename(tmp_path / "away")
+        mesh = Mesh.single(CPU)
+        engine = Engine(settled, mesh, build_stages)
+        check_activation_bytes(settled, engine, peers_of(mesh))
+        assert done == ["from_csv", "validate"]
+        assert engine.program == lower(training_program(settled))
+        (tmp_path / "away").rename(tmp_path / "schedule.csv")
+
+
+def test_the_program_of_a_run_under_way_is_left_alone(tmp_path: Path) -> None:
+    settle(config_in(tmp_path))
+    program = (tmp_path / "schedule.csv").read_bytes()
+    with RunLock(tmp_path, print) as lock:
+        lock.take()
+        with pytest.raises(MegapipeError, match=r"another run is writing to train\.run_dir"):
+            settle(config_in(tmp_path, "--train.global_batch_size=2"))
+    assert (tmp_path / "schedule.csv").read_bytes() == program
 
 
 def test_limits_that_nothing_keeps(tmp_path: Path) -> None:

@@ -29,16 +29,21 @@ def make(tmp_path: Path) -> Make:
 
 
 def test_one_run_at_a_time(make: Make) -> None:
-    config = make()
-    write_config(config)
-    run_dir = Path(config.train.run_dir)
+    run_dir = Path(make().train.run_dir)
     said: list[str] = []
-    with RunLock(run_dir, said.append):
+
+    def lock() -> RunLock:
+        return RunLock(run_dir, said.append)
+
+    with lock() as first:
+        assert not run_dir.exists(), "nothing is written before it is taken"
+        first.take()
+        first.take()  # a second time changes nothing
         holder = rf"another run is writing to train\.run_dir = .*\(process {os.getpid()} on "
-        with pytest.raises(MegapipeError, match=holder), RunLock(run_dir, said.append):
-            pass
-    with RunLock(run_dir, said.append):  # the first has let go, and the refused one held nothing
-        pass
+        with lock() as second, pytest.raises(MegapipeError, match=holder):
+            second.take()
+    with lock() as third:  # the first has let go, and the refused one held nothing
+        third.take()
     assert not said
 
 
@@ -51,9 +56,15 @@ def add_checkpoint(root: Path, step: int, config: Config | None = None) -> Path:
     return folder
 
 
+def lock_and_write(config: Config) -> None:
+    with RunLock(Path(config.train.run_dir), print) as lock:
+        lock.take()
+        write_config(config)
+
+
 def begin(config: Config, *steps: int) -> Path:
     """A run directory as this config leaves it; returns that of the checkpoints."""
-    write_config(config)
+    lock_and_write(config)
     root = Path(config.train.run_dir) / "checkpoints"
     for step in steps:
         add_checkpoint(root, step, config)
@@ -68,7 +79,7 @@ def test_a_new_run(make: Make, tmp_path: Path) -> None:
 
 def test_the_config_is_written_and_comes_back(make: Make) -> None:
     config = make("--train.run_dir", f"{make().train.run_dir}/deep/er")
-    write_config(config)
+    lock_and_write(config)
     file = Path(config.train.run_dir) / "config.toml"
     assert parse_config(file.read_text()) == config
 
@@ -76,7 +87,7 @@ def test_the_config_is_written_and_comes_back(make: Make) -> None:
 def test_a_directory_that_can_not_be_made(make: Make, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
     with pytest.raises(MegapipeError, match=r"train\.run_dir = .*run.* can't be made"):
-        write_config(make())
+        lock_and_write(make())
 
 
 def test_going_on(make: Make) -> None:

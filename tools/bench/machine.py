@@ -12,7 +12,7 @@ from typing import Any
 from megapipe import __version__
 from megapipe.errors import MegapipeError
 
-PACKAGES = ("torch", "triton", "transformers")
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
 
 
 def describe_machine() -> dict[str, object]:

@@ -133,8 +133,7 @@ def _possible(wanted: Sequence[Cell], schedules: Sequence[str]) -> tuple[list[Ce
             cell.program()
         except ScheduleError as error:
             why.setdefault(cell.schedule, str(error))
-            fewest, most = SCHEDULES[cell.schedule].chunks
-            if fewest <= cell.virtual <= (most or cell.virtual):
+            if SCHEDULES[cell.schedule].takes(cell.virtual):
                 left_out.append(f"{cell}: {error}")
                 why[cell.schedule] = str(error)
         else:

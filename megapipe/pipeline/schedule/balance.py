@@ -43,7 +43,8 @@ def _cheapest_cuts(
     join: Callable[[float, float], float],
 ) -> tuple[float, list[int]]:
     """(total, where stages begin and the last ends) of the split with the least total, in which
-    `join` adds the cost of one more stage to a total."""
+    `join` adds the cost of one more stage to a total, and is never less with a stage that costs
+    more: stages are made longer only until they alone are too much."""
     # best[n]: the least total for the first n layers in the stages so far; cuts[s - 1][n]: where
     # stage s, the last of them, begins.
     best = [join(0.0, cost(0, end)) for end in range(layers + 1)]
@@ -51,9 +52,13 @@ def _cheapest_cuts(
     for stage in range(1, stages):
         previous, best, cut = best, [inf] * (layers + 1), [0] * (layers + 1)
         for end in range(stage + 1, layers - (stages - stage - 1) + 1):
-            best[end], cut[end] = min(
-                (join(previous[begin], cost(begin, end)), begin) for begin in range(stage, end)
-            )
+            for begin in range(end - 1, stage - 1, -1):
+                last = cost(begin, end)
+                if join(0.0, last) > best[end]:
+                    break
+                total = join(previous[begin], last)
+                if total <= best[end]:
+                    best[end], cut[end] = total, begin
         cuts.append(cut)
     bounds = [layers]
     for cut in reversed(cuts):

@@ -42,14 +42,9 @@ def build_program(name: str, *, pipeline: int, virtual: int, microbatches: int) 
 
 def check_chunks(name: str, virtual: int) -> None:
     """Raises ScheduleError unless the schedule can have so many chunks on a rank."""
-    fewest, most = SCHEDULES[name].chunks
-    if virtual < fewest or (most is not None and virtual > most):
-        number = "one chunk" if most == 1 else f"{fewest} chunks" + " or more" * (most is None)
-        advice = ', or parallel.schedule = "interleaved-1f1b"' if most == 1 else ""
-        raise ScheduleError(
-            f'parallel.schedule = "{name}" has {number} on each rank: set parallel.virtual = '
-            f"{fewest} (it is {virtual}){advice}."
-        )
+    wrong = SCHEDULES[name].wrong_chunks(virtual)
+    if wrong is not None:
+        raise ScheduleError(f"parallel.virtual = {virtual} {wrong}.")
 
 
 def forward_program(ranks: list[int], microbatches: int) -> Program:

@@ -9,9 +9,12 @@ microbatch stays on a rank, over 6, is how many the rank holds: the block decide
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from megapipe.pipeline.schedule.action import Action, Kind, Program
-from megapipe.pipeline.schedule.list_scheduling import list_schedule
+from megapipe.pipeline.schedule.action import Program
+from megapipe.pipeline.schedule.limit import Limit
+from megapipe.pipeline.schedule.list_scheduling import Pattern, Rules, list_schedule
 from megapipe.pipeline.schedule.placement import v_shaped
+from megapipe.pipeline.schedule.simulate import Costs
+from megapipe.pipeline.schedule.words import Problem, to_program
 
 PERIOD = 6
 Offset = Callable[[int], int]
@@ -30,15 +33,17 @@ class BuildingBlock:
 
 def repeat(block: BuildingBlock, pipeline: int, microbatches: int, *, limit: int) -> Program:
     """The block once for each microbatch, each action as early as its turn, what it needs, and
-    `limit` live chunks on a rank allow; weight gradients go where a rank would wait."""
+    `limit` live microbatches on a rank allow; weight gradients go where a rank would wait."""
     ranks = v_shaped(pipeline, 2)
-
-    def time(action: Action) -> float:
-        rank, out = ranks[action.stage], action.stage < pipeline
-        if action.kind is Kind.FORWARD:
-            begin = (block.forward_out if out else block.forward_back)(rank)
-        else:
-            begin = (block.backward_out if out else block.backward_back)(rank)
-        return begin + PERIOD * action.microbatch
-
-    return list_schedule(ranks, microbatches, priority=time, limit=limit)
+    out, back = ranks[:pipeline], ranks[pipeline:]
+    offsets = [
+        *map(block.forward_out, out),
+        *map(block.forward_back, back),
+        *map(block.backward_out, out),
+        *map(block.backward_back, back),
+    ]
+    allowed = Limit.in_microbatches(limit, pipeline, 2)
+    problem = Problem(tuple(ranks), microbatches, Costs(), allowed)
+    words = list_schedule(problem, Pattern(PERIOD, offsets), Rules(strict=True))
+    assert words is not None, "the limit is what the block needs"
+    return to_program(words, problem.stages)

@@ -4,6 +4,8 @@ from collections import Counter, deque
 
 from megapipe.pipeline.schedule.action import Action, Kind, overlap
 
+B, I, W = Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT  # noqa: E741
+
 Step = tuple[int, Kind]
 """Stage and kind; microbatches are counted."""
 
@@ -31,7 +33,7 @@ class Counting:
 
     def oldest_weight_grad(self) -> None:
         """The weight gradient that has waited longest."""
-        self(1, (self._pending[0], Kind.BACKWARD_WEIGHT))
+        self(1, (self._pending[0], W))
 
     def count(self, stage: int, kind: Kind) -> int:
         """How many microbatches have done this."""
@@ -39,15 +41,15 @@ class Counting:
 
     def _next(self, step: Step) -> Action:
         stage, kind = step
-        if kind is Kind.BACKWARD:
-            microbatch = self._done[stage, Kind.BACKWARD_INPUT]
-            self._done[stage, Kind.BACKWARD_INPUT] += 1
-            self._done[stage, Kind.BACKWARD_WEIGHT] += 1
+        if kind is B:
+            microbatch = self._done[stage, I]
+            self._done[stage, I] += 1
+            self._done[stage, W] += 1
         else:
             microbatch = self._done[step]
             self._done[step] += 1
-        if kind is Kind.BACKWARD_INPUT:
+        if kind is I:
             self._pending.append(stage)
-        elif kind is Kind.BACKWARD_WEIGHT:
+        elif kind is W:
             self._pending.remove(stage)
         return Action(stage, kind, microbatch)

@@ -28,3 +28,25 @@ class Schedule:
     chunks: tuple[int, int | None] = (1, 1)
     placement: Placement = looped
     least_microbatches: Callable[[int], int] = _one
+
+    @property
+    def possible_chunks(self) -> str:
+        """`2`, `2 or more`, `2 to 4`."""
+        fewest, most = self.chunks
+        if most is None:
+            return f"{fewest} or more"
+        return f"{fewest}" if most == fewest else f"{fewest} to {most}"
+
+    def takes(self, virtual: int) -> bool:
+        """Whether it can have so many chunks on a rank."""
+        fewest, most = self.chunks
+        return fewest <= virtual and (most is None or virtual <= most)
+
+    def wrong_chunks(self, virtual: int) -> str | None:
+        """Why parallel.virtual can't be that, as the rest of a sentence; None if it can."""
+        if self.takes(virtual):
+            return None
+        text = f'must be {self.possible_chunks} with parallel.schedule = "{self.name}"'
+        if self.chunks == (1, 1):
+            text += ", which has one group of layers per rank (interleaved-1f1b has more)"
+        return text

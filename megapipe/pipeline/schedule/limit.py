@@ -5,19 +5,12 @@ gradient where that is apart: the order of a rank's actions says how many it hol
 take. A limit is in microbatches of a full rank (all of its chunks) or in bytes.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, inf
 
 from megapipe.errors import ScheduleError
-from megapipe.pipeline.schedule.action import (
-    LAST_OF_A_BACKWARD,
-    Kind,
-    Program,
-    sequential,
-    stage_ranks,
-)
-from megapipe.pipeline.schedule.build import SCHEDULES, build_program, check_chunks
+from megapipe.pipeline.schedule.action import LAST_OF_A_BACKWARD, Kind, Program, sequential
 
 KEY = "parallel.activation_limit"
 ROUNDING = 1e-9
@@ -75,37 +68,18 @@ class Limit:
 
 def peak_amounts(program: Program, sizes: Sequence[float]) -> list[float]:
     """The most that each rank of a program holds, a microbatch at stage s taking `sizes[s]`."""
-    found = []
+    found, forward = [], Kind.FORWARD
     for actions in sequential(program):
         live = most = 0.0
-        for action in actions:
-            if action.kind is Kind.FORWARD:
-                live += sizes[action.stage]
-                most = max(most, live)
-            elif action.kind in LAST_OF_A_BACKWARD:
-                live -= sizes[action.stage]
+        for stage, kind, _, _ in actions:
+            if kind is forward:
+                live += sizes[stage]
+                if live > most:
+                    most = live
+            elif kind in LAST_OF_A_BACKWARD:
+                live -= sizes[stage]
         found.append(most)
     return found
-
-
-def check_limit(name: str, program: Program, limit: Limit, *, virtual: int) -> None:
-    """Raises ScheduleError where a rank of the program called `name` would hold too much: with the
-    least limit that it needs, and the schedules that would do in this layout."""
-    check_least(limit, _ranks(program))
-    amounts = peak_amounts(program, limit.sizes)
-    rank = max(range(len(amounts)), key=lambda rank: amounts[rank])
-    if amounts[rank] <= limit.ceiling:
-        return
-    text = (
-        f'the program of parallel.schedule = "{name}" has activations of '
-        f"{limit.written(amounts[rank])} live on pipeline rank {rank}, and {KEY} = "
-        f"{limit.value}. Raise it to at least {limit.show(amounts[rank])}"
-    )
-    if name != "auto":
-        microbatches = 1 + max(action.microbatch for action in program[0])
-        fitting = ['"auto"', *_fitting(limit, len(program), virtual, microbatches)]
-        text += f", or take a parallel.schedule that keeps to it: {', '.join(fitting)}"
-    raise ScheduleError(f"{text}.")
 
 
 def check_least(limit: Limit, ranks: Sequence[int]) -> None:
@@ -117,28 +91,3 @@ def check_least(limit: Limit, ranks: Sequence[int]) -> None:
             f"microbatch at all stages of a rank. Raise it to at least {limit.show(least)}"
             + (", lower train.micro_batch_size, or recompute more." if limit.bytes else ".")
         )
-
-
-def _fitting(limit: Limit, pipeline: int, virtual: int, microbatches: int) -> Iterator[str]:
-    """Schedules within the limit, and the number of chunks where it is another."""
-    for chunks in dict.fromkeys((virtual, 1, 2)):
-        if limit.bytes and chunks != virtual:
-            continue  # how many bytes other stages would take is not known
-        there = limit if limit.bytes else Limit.in_microbatches(limit.most, pipeline, chunks)
-        for name, schedule in SCHEDULES.items():
-            try:
-                check_chunks(name, chunks)
-                program = build_program(
-                    name, pipeline=pipeline, virtual=chunks, microbatches=microbatches
-                )
-            except ScheduleError:
-                continue
-            needs = max(peak_amounts(program, there.sizes))
-            if needs <= there.ceiling:
-                more = "" if chunks == virtual else f", parallel.virtual = {chunks}"
-                yield f'"{schedule.name}" ({there.show(needs)}{more})'
-
-
-def _ranks(program: Program) -> list[int]:
-    ranks = stage_ranks(program)
-    return [ranks[stage] for stage in range(len(ranks))]

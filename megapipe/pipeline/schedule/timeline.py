@@ -2,11 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
 from math import inf
 from typing import NamedTuple
 
-from megapipe.pipeline.schedule.action import LAST_OF_A_BACKWARD, Action, Kind
+from megapipe.pipeline.schedule.action import COMPUTE, LAST_OF_A_BACKWARD, Action, Kind
+
+_F, _I, _W = Kind.FORWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT
+"""To look one up takes as long as the rest of a loop over actions."""
 
 KEPT_STEPS = 8
 """Training steps of which each rank remembers its spans."""
@@ -39,15 +42,14 @@ class Timeline:
     def bubble(self) -> float:
         """Idle time over busy time, all ranks together: time / ideal - 1, where the ideal shares
         the work equally among the ranks and never waits."""
-        busy = sum(span.duration for spans in self.spans for span in _computing(spans))
+        busy = sum(rank.busy for rank in self._totals)
         return (len(self.spans) * self.makespan - busy) / busy
 
     @property
     def bubble_per_rank(self) -> list[float]:
         """For each rank its idle time over its busy time, until the last rank is done."""
         makespan = self.makespan
-        busy = [sum(span.duration for span in _computing(spans)) for spans in self.spans]
-        return [makespan / time - 1 if time else inf for time in busy]
+        return [makespan / rank.busy - 1 if rank.busy else inf for rank in self._totals]
 
     @property
     def peak_live(self) -> list[int]:
@@ -56,23 +58,22 @@ class Timeline:
         An activation lives from the begin of its forward to the end of its backward, or of the
         weight gradient where that is apart. In forward-only programs none outlives its forward.
         """
-        return [max(live_during(_actions(spans)), default=0) for spans in self.spans]
+        return [rank.peak_live for rank in self._totals]
 
     @property
     def peak_microbatches(self) -> list[float]:
         """`peak_live` in microbatches of a full rank, all of its chunks."""
-        stages = [len({span.action.stage for span in _computing(spans)}) for spans in self.spans]
-        return [live / (count or 1) for live, count in zip(self.peak_live, stages, strict=True)]
+        return [rank.peak_live / (rank.stages or 1) for rank in self._totals]
 
     @property
     def peak_pending(self) -> list[int]:
         """For each rank, the most weight gradients that ever are still to be computed, in chunks of
         one microbatch: input gradients done without theirs."""
-        peaks = []
-        for spans in self.spans:
-            steps = (_PENDING.get(span.action.kind, 0) for span in spans)
-            peaks.append(max(accumulate(steps), default=0))
-        return peaks
+        return [rank.peak_pending for rank in self._totals]
+
+    @cached_property
+    def _totals(self) -> "list[_Totals]":
+        return list(map(_totals, self.spans))
 
     def text(self, columns: int = 48) -> str:
         """A picture: a row for each rank, two characters for the time of the shortest action.
@@ -97,23 +98,43 @@ class Timeline:
 
 
 def _computing(spans: list[Span]) -> list[Span]:
-    return [span for span in spans if span.action.kind.computes]
+    return [span for span in spans if span.action.kind in COMPUTE]
 
 
-def _actions(spans: list[Span]) -> list[Action]:
-    return [span.action for span in spans]
+class _Totals(NamedTuple):
+    """Of one rank."""
+
+    busy: float
+    stages: int
+    peak_live: int
+    peak_pending: int
 
 
-_PENDING = {Kind.BACKWARD_INPUT: 1, Kind.BACKWARD_WEIGHT: -1}
+def _totals(spans: list[Span]) -> _Totals:
+    """A large plan has millions of spans, and each pass over them is time."""
+    busy, stages = 0.0, set[int]()
+    pending = most_pending = 0
+    for (stage, kind, _, _), begin, end in spans:
+        if kind in COMPUTE:
+            busy += end - begin
+            stages.add(stage)
+        if kind is _I:
+            pending += 1
+            if pending > most_pending:
+                most_pending = pending
+        elif kind is _W:
+            pending -= 1
+    live = max(live_during([span.action for span in spans]), default=0)
+    return _Totals(busy, len(stages), live, most_pending)
 
 
 def live_during(actions: Sequence[Action]) -> Iterator[int]:
     """For each action of a rank, how many activations are live while it runs (see `peak_live`)."""
     live = 0
     keeps = any(action.kind in LAST_OF_A_BACKWARD for action in actions)
-    for action in actions:
-        if action.kind is Kind.FORWARD:
+    for _, kind, _, _ in actions:
+        if kind is _F:
             live += 1
         yield live
-        if action.kind in LAST_OF_A_BACKWARD or (action.kind is Kind.FORWARD and not keeps):
+        if kind in LAST_OF_A_BACKWARD or (kind is _F and not keeps):
             live -= 1

@@ -17,10 +17,15 @@ def test_small_programs_as_published() -> None:
     ("name", "virtual", "microbatches", "message"),
     [
         ("1f2b", 1, 4, 'parallel.schedule = "1f2b" is not a schedule. There are 1f1b, dualpipe-v'),
-        ("1f1b", 2, 4, r"one chunk on each rank: set parallel.virtual = 1 \(it is 2\), or "),
-        ("zb-v", 1, 4, r"has 2 chunks on each rank: set parallel.virtual = 2 \(it is 1\)\."),
-        ("v-min", 3, 4, r"has 2 chunks on each rank: set parallel.virtual = 2 \(it is 3\)\."),
-        ("interleaved-1f1b", 1, 4, r"2 chunks or more on each rank: .* = 2 \(it is 1\)\."),
+        (
+            "1f1b",
+            2,
+            4,
+            'parallel.virtual = 2 must be 1 with parallel.schedule = "1f1b", which',
+        ),
+        ("zb-v", 1, 4, r'parallel.virtual = 1 must be 2 with parallel.schedule = "zb-v"\.'),
+        ("v-min", 3, 4, r'parallel.virtual = 3 must be 2 with parallel.schedule = "v-min"\.'),
+        ("interleaved-1f1b", 1, 4, "parallel.virtual = 1 must be 2 or more with"),
         (
             "dualpipe-v",
             2,

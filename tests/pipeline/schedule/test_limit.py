@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule import Program, build_program, simulate
-from megapipe.pipeline.schedule.limit import Limit, check_limit, peak_amounts
+from megapipe.pipeline.schedule.fitting import check_limit
+from megapipe.pipeline.schedule.limit import Limit, peak_amounts
 
 GIB = 2**30
 

@@ -20,7 +20,7 @@ def v_half(pipeline: int, virtual: int, microbatches: int) -> Program:
         backward_back=lambda rank: 3 * pipeline + gap + 2 * rank - 1,
         backward_out=lambda rank: 6 * pipeline + gap - rank - 2,
     )
-    return repeat(block, pipeline, microbatches, limit=2 * (pipeline // 2 + 1))
+    return repeat(block, pipeline, microbatches, limit=pipeline // 2 + 1)
 
 
 SCHEDULE = Schedule("v-half", v_half, chunks=(2, 2), placement=v_shaped)

@@ -20,7 +20,7 @@ def v_min(pipeline: int, virtual: int, microbatches: int) -> Program:
         backward_back=lambda rank: 2 * pipeline + gap + rank,
         backward_out=lambda rank: 4 * pipeline + gap - rank - 1,
     )
-    return repeat(block, pipeline, microbatches, limit=2 * ((pipeline + 4) // 3))
+    return repeat(block, pipeline, microbatches, limit=(pipeline + 4) // 3)
 
 
 SCHEDULE = Schedule("v-min", v_min, chunks=(2, 2), placement=v_shaped)

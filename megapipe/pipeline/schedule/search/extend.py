@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from megapipe.pipeline.schedule.search.graph import Graph
-from megapipe.pipeline.schedule.search.words import Problem, Words
+from megapipe.pipeline.schedule.words import Problem, Words
 
 
 def shorter(microbatches: int, stages: int, pipeline: int, most: int) -> int:

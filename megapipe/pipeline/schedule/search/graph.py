@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from math import inf
 from typing import NamedTuple
 
-from megapipe.pipeline.schedule.search.words import Problem, Words
+from megapipe.pipeline.schedule.words import Problem, Words
 
 TIE = 1e-9
 """Times closer than this share of the makespan are one time."""

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megapipe.pipeline.schedule.search.graph import TIE, Graph, Move, neighbours
-from megapipe.pipeline.schedule.search.words import Problem, Words
+from megapipe.pipeline.schedule.words import Problem, Words
 
 REACH = 6
 """How far an action moves at a time."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule.action import Program
 from megapipe.pipeline.schedule.build import SCHEDULES, build_program, check_chunks
-from megapipe.pipeline.schedule.search.words import Problem
+from megapipe.pipeline.schedule.words import Problem
 
 
 def named_programs(problem: Problem) -> Iterator[tuple[str, Program]]:

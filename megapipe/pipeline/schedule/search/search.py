@@ -3,8 +3,8 @@
 For each placement of the stages, in this order:
 
 1. the published schedules, as they are;
-2. list scheduling with many policies (`greedy`), first those that differ in their pattern, then
-   other rules for weight gradients around the best of them;
+2. list scheduling with many `policies`, first those that differ in their pattern, then other rules
+   for weight gradients around the best of them;
 3. local search (`improve`) from the best policies and the best published schedule.
 
 A long program is searched for on a short one of the same stages: policies that are best there are
@@ -23,10 +23,11 @@ from megapipe.pipeline.schedule.limit import Limit, check_least
 from megapipe.pipeline.schedule.placement import looped, v_shaped
 from megapipe.pipeline.schedule.search.extend import extensions, shorter
 from megapipe.pipeline.schedule.search.graph import TIE
-from megapipe.pipeline.schedule.search.greedy import Policy, dispatch, patterns, variations
 from megapipe.pipeline.schedule.search.improve import Budget, improve
 from megapipe.pipeline.schedule.search.named import named_programs
-from megapipe.pipeline.schedule.search.words import (
+from megapipe.pipeline.schedule.search.policies import Policy, dispatch, patterns, variations
+from megapipe.pipeline.schedule.simulate import Costs
+from megapipe.pipeline.schedule.words import (
     Problem,
     Words,
     join_first,
@@ -36,7 +37,6 @@ from megapipe.pipeline.schedule.search.words import (
     to_program,
     to_words,
 )
-from megapipe.pipeline.schedule.simulate import Costs
 
 EFFORT = 2_000_000
 """Actions looked at, about 3 s of one core."""

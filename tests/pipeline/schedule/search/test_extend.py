@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from megapipe.pipeline.schedule import build_program
 from megapipe.pipeline.schedule.search.extend import extensions, shorter
-from megapipe.pipeline.schedule.search.words import makespan, peaks, split, to_words
-from tests.pipeline.schedule.search.problems import problem_of
+from megapipe.pipeline.schedule.words import makespan, peaks, split, to_words
+from tests.pipeline.schedule.problems import problem_of
 
 
 @pytest.mark.parametrize(("name", "virtual"), [("zb-h1", 1), ("zb-v", 2), ("v-half", 2)])

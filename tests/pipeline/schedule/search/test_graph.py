@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapipe.pipeline.schedule.search.graph import Graph, Move, neighbours
-from megapipe.pipeline.schedule.search.greedy import dispatch, patterns
 from megapipe.pipeline.schedule.search.improve import Budget, improve
-from megapipe.pipeline.schedule.search.words import Problem, Words, makespan, peaks
-from tests.pipeline.schedule.search.problems import problem_of, problems
+from megapipe.pipeline.schedule.search.policies import dispatch, patterns
+from megapipe.pipeline.schedule.words import Problem, Words, makespan, peaks
+from tests.pipeline.schedule.problems import problem_of, problems
 
 
 def some_words(problem: Problem) -> Words:
@@ -37,10 +37,12 @@ def test_longest_ways(problem: Problem) -> None:
 
 
 @given(problems(), st.integers(0, 2**32))
-@settings(max_examples=50)
+@settings(max_examples=100)
 def test_moves(problem: Problem, seed: int) -> None:
-    """An allowed move keeps the limit; where it makes no cycle, the estimate is at most the time
-    that it has, and that time when the longest way goes through what moved."""
+    """An allowed move keeps the limit. Where it makes no cycle, the estimate of two that change
+    places is at most the time that they then have, and that time if it is longer than before: the
+    longest way goes through them. (Of a longer move, what is passed may wait for another that is,
+    over other ranks, which the estimate does not see.)"""
     draw = random.Random(seed)
     graph = Graph(problem, some_words(problem))
     graph.measure()
@@ -59,7 +61,10 @@ def test_moves(problem: Problem, seed: int) -> None:
             continue
         assert max(peaks(problem, graph.words())) <= problem.limit.ceiling
         assert makespan(problem, graph.words()) == graph.makespan
-        assert estimate <= graph.makespan * (1 + 1e-9) or graph.makespan < before
+        if abs(move.source - move.target) == 1:
+            assert estimate <= graph.makespan * (1 + 1e-9)
+            if graph.makespan > before:
+                assert estimate == pytest.approx(graph.makespan, rel=1e-9)
 
 
 def test_what_a_rank_must_not_do() -> None:

@@ -12,8 +12,8 @@ from megapipe.pipeline.schedule.action import stage_ranks
 from megapipe.pipeline.schedule.build import SCHEDULES, build_program
 from megapipe.pipeline.schedule.limit import Limit, peak_amounts
 from megapipe.pipeline.schedule.search import Found, search
-from megapipe.pipeline.schedule.search.words import Problem
-from tests.pipeline.schedule.search.problems import problems
+from megapipe.pipeline.schedule.words import Problem
+from tests.pipeline.schedule.problems import problems
 
 LITTLE = 15_000
 """Effort that makes 200 cases a matter of seconds; more only finds more."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from megapipe.pipeline.schedule import Costs
 from megapipe.pipeline.schedule.limit import Limit
 from megapipe.pipeline.schedule.placement import looped, v_shaped
-from megapipe.pipeline.schedule.search.words import Problem
+from megapipe.pipeline.schedule.words import Problem
 
 
 def problem_of(

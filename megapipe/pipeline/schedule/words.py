@@ -1,4 +1,4 @@
-"""Programs in the form that the search works on: for each rank a word of letters.
+"""Programs as list scheduling and the search work on them: for each rank a word of letters.
 
 Microbatches are alike, so at every stage they may as well pass in order (sorting the times of the
 forwards of a stage changes neither when the stage works nor what it holds). A program is then no
@@ -117,11 +117,11 @@ def to_program(words: Words, stages: int) -> Program:
         actions = []
         for letter in word:
             kind, stage = divmod(letter, stages)
-            # A full backward counts as both of its halves.
-            counted = [I * stages + stage, W * stages + stage] if kind == B else [letter]
-            actions.append(Action(stage, KINDS[kind], seen[counted[0]]))
-            for one in counted:
-                seen[one] += 1
+            if kind == B:  # counts as both of its halves
+                letter = I * stages + stage
+                seen[W * stages + stage] += 1
+            actions.append(Action(stage, KINDS[kind], seen[letter]))
+            seen[letter] += 1
         program.append(actions)
     return program
 

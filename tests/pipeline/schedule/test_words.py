@@ -10,7 +10,7 @@ from megapipe.pipeline.schedule import Kind, simulate
 from megapipe.pipeline.schedule.action import sequential
 from megapipe.pipeline.schedule.limit import peak_amounts
 from megapipe.pipeline.schedule.search.named import named_programs
-from megapipe.pipeline.schedule.search.words import (
+from megapipe.pipeline.schedule.words import (
     Problem,
     join_first,
     makespan,
@@ -19,7 +19,7 @@ from megapipe.pipeline.schedule.search.words import (
     to_program,
     to_words,
 )
-from tests.pipeline.schedule.search.problems import problem_of, problems
+from tests.pipeline.schedule.problems import problem_of, problems
 
 
 @given(problems())

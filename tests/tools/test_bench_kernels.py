@@ -1,0 +1,406 @@
+"""`megapipe bench kernels`: that it compares like with like and counts right, without a GPU."""
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from megapipe.kernels import UnsupportedError
+from megapipe.tools.arguments import UsageError
+from megapipe.tools.bench import kernels, run
+from megapipe.tools.bench.kernels import (
+    BASE,
+    CASES,
+    OURS,
+    contenders,
+    measure,
+    print_results,
+    relative_error,
+)
+from megapipe.tools.bench.kernels_cases import (
+    Case,
+    Shape,
+    Source,
+    shape_of,
+    values_and_gradients,
+    widened,
+)
+from megapipe.tools.bench.kernels_elementwise import DROPOUT
+from megapipe.tools.bench.kernels_roofline import Traffic, roofline, unfused
+from megapipe.tools.bench.kernels_timing import Best, measure_best
+
+CPU = torch.device("cpu")
+TOY = Shape(
+    model="toy",
+    tensor=2,
+    batch=2,
+    sequence=8,
+    sequence_part=4,
+    hidden=16,
+    heads=4,
+    kv_heads=2,
+    head_dim=6,
+    ffn=12,
+    vocab=31,
+    shard=100,
+)
+EACH = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+
+
+def host_timer(work: Callable[[], object]) -> list[float]:
+    """The CPU does the work itself."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+# --- Like with like ------------------------------------------------------------------------------
+
+
+@EACH
+def test_ours_and_the_exact_composition_agree(case: Case) -> None:
+    """In float64: what is compared is the same function of the same inputs, gradients too."""
+    inputs = [case.inputs(TOY, Source(CPU, torch.float64)) for _ in range(2)]
+    own = values_and_gradients(case, partial(case.ours, backend="torch"), inputs[0])
+    exact = values_and_gradients(case, case.exact or case.eager, inputs[1])
+    assert len(own) == len(exact) > len(case.differentiable)
+    for x, y in zip(own, exact, strict=True):
+        assert x.shape == y.shape
+        assert relative_error(x, y) < 1e-12
+        assert float(y.double().abs().sum()) > 0 or not y.is_floating_point()
+
+
+@EACH
+def test_eager_and_the_exact_composition_agree(case: Case) -> None:
+    inputs = [case.inputs(TOY, Source(CPU, torch.float64)) for _ in range(2)]
+    eager = values_and_gradients(case, case.eager, inputs[0])
+    exact = values_and_gradients(case, case.exact or case.eager, inputs[1])
+    assert [x.shape for x in eager] == [x.shape for x in exact]
+    if not case.draws:
+        assert all(relative_error(x, y) == 0 for x, y in zip(eager, exact, strict=True))
+
+
+def test_eager_dropout_keeps_as_many() -> None:
+    case, shape = CASES["dropout"], replace(TOY, sequence_part=64, hidden=256)
+    x, residual, samples_B = case.inputs(shape, Source(CPU, torch.float32))
+    for function in (case.eager, case.exact):
+        assert function is not None
+        (y,) = function(x, torch.zeros_like(residual), samples_B)
+        kept = y != 0
+        assert float(kept.float().mean()) == pytest.approx(1 - DROPOUT, abs=0.01)
+        torch.testing.assert_close(y[kept], x[kept] / (1 - DROPOUT))
+
+
+@EACH
+def test_inputs_are_the_same_for_all(case: Case) -> None:
+    first, second = (case.inputs(TOY, Source(CPU, torch.bfloat16)) for _ in range(2))
+    for x, y in zip(first, second, strict=True):
+        assert torch.equal(x, y)
+        assert x.requires_grad == y.requires_grad
+    for x, y in zip(first, widened(first), strict=True):
+        assert y.dtype == (torch.float64 if x.is_floating_point() else x.dtype)
+        assert x.requires_grad == y.requires_grad
+        assert torch.equal(x.double(), y.double())
+
+
+def test_liger_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions with Liger's names, arguments and layouts (0.8), on torch."""
+    liger = ModuleType("liger_kernel.transformers.functional")
+    for name, function in _liger_on_torch().items():
+        setattr(liger, name, function)
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, liger.__name__, liger)
+    tried = set()
+    for case in CASES.values():
+        if case.liger is None:
+            continue
+        tried.add(case.name)
+        inputs = [case.inputs(TOY, Source(CPU, torch.float64)) for _ in range(2)]
+        own = values_and_gradients(case, case.liger, inputs[0])
+        exact = values_and_gradients(case, case.eager, inputs[1])
+        for x, y in zip(own, exact, strict=True):
+            assert x.shape == y.shape
+            assert relative_error(x, y) < 1e-12, case.name
+    assert tried == {
+        *("rms_norm", "layer_norm", "swiglu", "rope"),
+        *("cross_entropy", "linear_cross_entropy"),
+    }
+
+
+def _liger_on_torch() -> dict[str, Callable[..., object]]:
+    from torch.nn import functional as F
+
+    def add_rms_norm(
+        X: Tensor, R: Tensor, W: Tensor, eps: float, in_place: bool
+    ) -> tuple[Tensor, Tensor]:
+        assert not in_place, "it would spoil the gradient that is given"
+        return F.rms_norm(X + R, W.shape, W, eps), X + R
+
+    def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        def turned(x: Tensor) -> Tensor:  # [B, heads, S, D]; cos and sin are [1, S, D]
+            first, second = x.chunk(2, dim=-1)
+            return x * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+
+        assert cos.shape == sin.shape == (1, q.shape[2], q.shape[3])
+        return turned(q), turned(k)
+
+    return {
+        "liger_fused_add_rms_norm": add_rms_norm,
+        "liger_layer_norm": lambda X, W, B, eps: F.layer_norm(X, W.shape, W, B, eps),
+        "liger_swiglu": lambda a, b: F.silu(a) * b,
+        "liger_rope": rope,
+        "liger_cross_entropy": lambda input, target, reduction: F.cross_entropy(
+            input, target, reduction=reduction
+        ),
+        "liger_fused_linear_cross_entropy": lambda input, weight, target, reduction: (
+            F.cross_entropy(input @ weight.t(), target, reduction=reduction)
+        ),
+    }
+
+
+# --- Measuring -----------------------------------------------------------------------------------
+
+
+@EACH
+def test_measuring_gives_times_errors_and_shares(
+    case: Case, capsys: pytest.CaptureFixture[str]
+) -> None:
+    functions = {BASE: case.eager, "megapipe in torch": partial(case.ours, backend="torch")}
+    best = Best(copied_bytes=1e9, matmul_flops=1e9)
+    results = measure(case, TOY, functions, host_timer, best, CPU, torch.float32)
+    passes = ["forward", "forward + backward"] if case.backward else ["forward"]
+    assert [(r.contender, r.passes) for r in results] == [(f, p) for f in functions for p in passes]
+    for result in results:
+        assert result.problem is None
+        assert len(result.seconds) == 3
+        if case.draws and result.contender == BASE:
+            assert result.errors is None
+        else:
+            assert result.errors
+            assert max(result.errors) < 1e-5
+        work = case.work(TOY, result.passes != "forward")
+        reached = work.bytes if case.bound == "memory" else work.flops
+        assert result.share == pytest.approx(reached / sorted(result.seconds)[1] / 1e9)
+    print_results(case, results)
+    printed = capsys.readouterr().out
+    assert "1.00" in printed
+    assert "megapipe in torch" in printed
+
+
+def test_a_contender_that_fails_is_named_and_the_others_go_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    case = CASES["swiglu"]
+
+    def refuses(x: Tensor, backend: str = "") -> tuple[Tensor]:
+        raise UnsupportedError("swiglu", "rows too wide")
+
+    def too_large(x: Tensor) -> tuple[Tensor]:
+        raise torch.OutOfMemoryError("80 GB of scores\nand a long story")
+
+    functions = {OURS: refuses, BASE: case.eager, "torch.compile": too_large}
+    best = Best(copied_bytes=1e9, matmul_flops=1e9)
+    results = measure(case, TOY, functions, host_timer, best, CPU, torch.float32)
+    problems = {r.contender: r.problem for r in results if r.problem}
+    assert problems[OURS].startswith("UnsupportedError: swiglu: rows too wide")
+    assert problems["torch.compile"] == "OutOfMemoryError: 80 GB of scores"
+    assert [len(r.seconds) for r in results] == [0, 0, 3, 3, 0, 0]
+    print_results(case, results)
+    assert "rows too wide" in capsys.readouterr().out
+
+
+def test_the_contenders_that_a_gpu_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megapipe.tools.bench.kernels.find_spec", lambda name: None)
+    names = [OURS, "megapipe in torch", BASE, "torch.compile"]
+    assert list(contenders(CASES["rope"])) == names
+    monkeypatch.setattr("megapipe.tools.bench.kernels.find_spec", lambda name: object())
+    assert list(contenders(CASES["rope"])) == [*names, "Liger"]
+    assert list(contenders(CASES["attention"])) == names
+
+
+def test_a_table_for_each_kernel_and_all_results(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "contenders", lambda case: {BASE: case.eager})
+    cases = [CASES["swiglu"], CASES["grad_norm"]]
+    shapes = [TOY, replace(TOY, model="other")]
+    best = Best(copied_bytes=1e9, matmul_flops=1e9)
+    results = kernels.compare(cases, shapes, host_timer, best, CPU, torch.bfloat16)
+    assert [(r.kernel, r.shape.model) for r in results] == [
+        *[("swiglu", "toy")] * 2,
+        *[("swiglu", "other")] * 2,
+        *[("grad_norm", "toy"), ("grad_norm", "other")],
+    ]
+    json.dumps([kernels._row(result) for result in results])
+    printed = capsys.readouterr()
+    assert "swiglu" in printed.out
+    assert "grad_norm" in printed.out
+    assert printed.err.count("done") == 4
+
+
+def test_the_best_is_counted_in_bytes_and_flops_per_second() -> None:
+    best = measure_best(
+        lambda work: [0.5 if work() is not None else 0.0],
+        CPU,
+        torch.float32,
+        copy_bytes=1000,
+        matmul_size=10,
+    )
+    assert best == Best(copied_bytes=4000, matmul_flops=4000)
+
+
+# --- Counting ------------------------------------------------------------------------------------
+
+
+def test_swiglu_by_hand() -> None:
+    """16 tokens, 12 wide: 192 numbers y of 2 bytes, twice as many in."""
+    case = CASES["swiglu"]
+    assert case.forward(TOY).bytes == 3 * 384
+    assert case.work(TOY, True).bytes == (3 + 5) * 384
+    assert case.forward(TOY).flops == 5 * 192
+    forward, backward = unfused(case, TOY)
+    assert forward == [("silu", 2 * 384), ("mul", 3 * 384)]
+    # dy silu(g) and dy u; the gradient of silu; both halves into one tensor.
+    assert backward == [
+        ("mul", 3 * 384),
+        ("mul", 3 * 384),
+        ("silu_backward", 3 * 384),
+        ("cat", 4 * 384),
+    ]
+
+
+def test_rms_norm_by_hand() -> None:
+    """8 tokens of 16: 128 numbers; one program for at most 256 rows has each its partial sum."""
+    case = CASES["rms_norm"]
+    forward, both = case.forward(TOY), case.work(TOY, True)
+    assert forward.bytes == 4 * 256 + 16 * 2 + 8 * 4
+    assert forward.flops == 5 * 128
+    partial_sums = 2 * 1 * 16 * 4  # all 8 rows are one program's tile
+    assert both.bytes - forward.bytes == 4 * 256 + 16 * 2 + 8 * 4 + partial_sums + 16 * 2
+    operations, _ = unfused(case, TOY)
+    wide, narrow, rows = 512, 256, 8 * 4
+    assert operations == [
+        ("add", 3 * narrow),
+        ("_to_copy", narrow + wide),
+        ("pow", 2 * wide),
+        ("mean", wide + rows),
+        ("add", 2 * rows),
+        ("rsqrt", 2 * rows),
+        ("mul", 2 * wide + rows),
+        ("_to_copy", wide + narrow),
+        ("mul", 16 * 2 + 2 * narrow),
+    ]
+
+
+def test_adamw_by_hand() -> None:
+    """100 elements: 400 bytes in float32, 200 in bfloat16. A copy does not read where it writes,
+    and a square reads its number once."""
+    case, shard, copy = CASES["adamw"], 400, 200
+    assert case.forward(TOY).bytes == 7 * shard + copy
+    assert unfused(case, TOY) == (
+        [
+            ("mul_", 2 * shard),
+            ("lerp_", 3 * shard),
+            ("mul_", 2 * shard),
+            ("addcmul_", 3 * shard),
+            ("sqrt", 2 * shard),
+            ("div", 2 * shard),
+            ("add_", 2 * shard),
+            ("addcdiv_", 4 * shard),
+            ("copy_", shard + copy),
+        ],
+        [],
+    )
+
+
+def test_what_is_expanded_is_in_memory_once() -> None:
+    x, y = torch.zeros(3, device="meta"), torch.zeros(5, 3, device="meta")
+    with Traffic() as traffic:
+        _ = x.expand(5, 3) + y
+    assert traffic.operations == [("add", 12 + 60 + 60)]
+
+
+def test_the_least_time_is_of_data_or_of_arithmetic() -> None:
+    shape = shape_of("llama3-8b", 1)
+    assert shape is not None
+    rows = {
+        (row.kernel, row.direction): row
+        for row in roofline([CASES[name] for name in ("swiglu", "weight_grad")], [shape])
+    }
+    assert set(rows) == {
+        ("swiglu", "forward"),
+        ("swiglu", "backward"),
+        ("weight_grad", "forward"),
+    }
+    # 8192 tokens, 14336 wide: 6 bytes each at 3.35 TB/s; 2 * 8192 * 14336 * 4096 at 989 TFLOP/s.
+    assert rows["swiglu", "forward"].seconds["H100"] == pytest.approx(210.3e-6, rel=1e-3)
+    assert rows["weight_grad", "forward"].seconds["H200"] == pytest.approx(972.8e-6, rel=1e-3)
+
+
+def test_the_part_of_one_rank() -> None:
+    whole, part = shape_of("llama3-8b", 1), shape_of("llama3-8b", 8)
+    assert whole is not None
+    assert part is not None
+    assert (whole.heads, whole.kv_heads, whole.ffn, whole.vocab) == (32, 8, 14336, 128256)
+    assert (part.heads, part.kv_heads, part.ffn, part.vocab) == (4, 1, 1792, 16032)
+    assert (part.tokens, part.tokens_part) == (8192, 1024)
+    # q and o 4096 x 4096, k and v 4096 x 1024, three matrices 4096 x 14336.
+    assert whole.shard == 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    assert part.shard * 8 == whole.shard
+    assert shape_of("gpt2", 8) is None, "12 heads"
+    small = shape_of("gpt2", 1)
+    assert small is not None
+    assert (small.batch, small.sequence, small.checked().tokens) == (8, 1024, 1024)
+
+
+# --- The command ---------------------------------------------------------------------------------
+
+
+def test_without_a_gpu_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert run(["kernels"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = printed.err.splitlines()
+    assert "torch finds no GPU here" in line
+    assert "--roofline" in line
+
+
+def test_the_roofline_of_all_kernels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "roofline.json"
+    words = ["--roofline", "--shapes=llama3-8b,gpt2", "--tensor=8", f"--json={file}"]
+    assert run(["kernels", *words]) == 0
+    printed = capsys.readouterr().out
+    assert "gpt2 can't be divided among 8 tensor ranks: left out." in printed
+    rows = json.loads(file.read_text())["roofline"]
+    assert {row["kernel"] for row in rows} == set(CASES)
+    for row in rows:
+        assert row["kernel"] in printed
+        assert row["bytes"] == sum(row["work"]["moved"].values()) > 0
+        assert row["unfused_bytes"] == sum(moved for _, moved in row["unfused"]) > 0
+
+
+def test_wrong_words_are_refused() -> None:
+    for words, message in (
+        (["--kernels=softmax"], "'softmax' is not one of rms_norm"),
+        (["--shapes=llama9"], "'llama9' is no preset"),
+        (["--tensor=0"], "'0' is not a number of ranks"),
+        (["--shapes=gpt2", "--tensor=8"], "--tensor 8 divides none of gpt2"),
+        (["--runs=0"], "--runs 0 must be 1 or more"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(["kernels", *words])

@@ -1,0 +1,314 @@
+"""`megapipe bench kernels`: each kernel against torch, torch.compile and Liger on one GPU.
+
+All contenders get the same numbers, in one process, one after the other. Times are medians of
+CUDA events with a cold L2 cache; they are given as a share of what a copy (or a matrix product)
+reaches in the same run, with the bytes (FLOPs) of the fused form for every contender. The forward
+pass is timed without a graph, the other time is of both passes. Errors are root mean squares
+relative to float64, the largest among outputs and gradients.
+"""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton import TritonError
+
+from megapipe.kernels import UnsupportedError
+from megapipe.models.presets import PRESETS
+from megapipe.tools.arguments import Parser, UsageError
+from megapipe.tools.bench import kernels_elementwise, kernels_optimizer, kernels_products
+from megapipe.tools.bench.kernels_cases import (
+    Case,
+    Function,
+    Shape,
+    Source,
+    gradients_for,
+    shape_of,
+    values_and_gradients,
+    widened,
+)
+from megapipe.tools.bench.kernels_roofline import BANDWIDTHS, Row, print_roofline, roofline
+from megapipe.tools.bench.kernels_timing import Best, DeviceTimer, Timer, measure_best
+from megapipe.tools.bench.machine import write_json
+
+CASES = {
+    case.name: case
+    for part in (kernels_elementwise, kernels_products, kernels_optimizer)
+    for case in part.CASES
+}
+SHAPES = ("llama3-8b", "llama3-70b", "gpt2")
+OURS, BASE = "megapipe", "torch eager"
+NO_GPU = 2
+FAILURES = (RuntimeError, UnsupportedError, TritonError)
+"""Of a contender: no memory, what torch.compile raises, a shape that a kernel does not take."""
+
+
+@dataclass
+class Result:
+    """What one contender did; `problem` says why it did not."""
+
+    kernel: str
+    shape: Shape
+    contender: str
+    passes: str
+    share: float | None = None
+    seconds: list[float] = field(default_factory=list)
+    errors: list[float] | None = None
+    problem: str | None = None
+
+
+def run(argv: Sequence[str]) -> int:
+    """Measure, print the table, write the JSON. 1: a kernel of ours failed; 2: there is no GPU."""
+    parser = Parser("bench kernels", "Each kernel against torch, torch.compile and Liger on a GPU.")
+    names = ",".join(CASES)
+    parser.add_argument("--kernels", default=names, help=f"between commas (default: {names})")
+    parser.add_argument(
+        "--shapes", default=",".join(SHAPES), help=f"presets (default: {','.join(SHAPES)})"
+    )
+    parser.add_argument(
+        "--tensor", default="1,8", help="tensor parallel sizes, of which one rank (default: 1,8)"
+    )
+    parser.add_argument("--runs", type=int, default=30, help="timed runs of each (default: 30)")
+    parser.add_argument(
+        "--roofline",
+        action="store_true",
+        help="compute bytes, FLOPs and the least time of each, anywhere; measure nothing",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    options = parser.parse_args(list(argv))
+    cases, shapes = [CASES[name] for name in _kernels(options)], _shapes(options)
+    if options.roofline:
+        _say_what_is_left_out(options, shapes)
+        rows = list(roofline(cases, shapes))
+        print_roofline(rows)
+        write_json(options, "kernels", roofline=[_roofline_row(row) for row in rows])
+        return 0
+    if not torch.cuda.is_available():
+        print(
+            "megapipe: bench kernels: torch finds no GPU here; run it where there is one, or "
+            "`megapipe bench kernels --roofline`, which computes what a GPU could reach.",
+            file=sys.stderr,
+        )
+        return NO_GPU
+    _say_what_is_left_out(options, shapes)
+    return _on_gpu(options, cases, shapes)
+
+
+def _on_gpu(options: Any, cases: Sequence[Case], shapes: Sequence[Shape]) -> int:
+    device = torch.device("cuda", torch.cuda.current_device())
+    timer = DeviceTimer(device, options.runs)
+    best = measure_best(timer, device)
+    name = torch.cuda.get_device_name(device)
+    print(
+        f"{name}: a copy moves {best.copied_bytes / 1e12:.2f} TB/s, a product of bf16 matrices "
+        f"makes {best.matmul_flops / 1e12:.0f} TFLOP/s."
+    )
+    if find_spec("liger_kernel") is None:
+        print("Liger is not installed (pip install liger-kernel): left out.")
+    results = compare(cases, shapes, timer, best, device, torch.bfloat16)
+    write_json(
+        options,
+        "kernels",
+        device=name,
+        best=asdict(best),
+        results=[_row(result) for result in results],
+    )
+    return int(any(result.problem and result.contender == OURS for result in results))
+
+
+def compare(
+    cases: Sequence[Case],
+    shapes: Sequence[Shape],
+    timer: Timer,
+    best: Best,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Result]:
+    """Measure all contenders; a table for each kernel when it is done."""
+    results = []
+    for case in cases:
+        of_case: list[Result] = []
+        for shape in shapes:
+            of_case += measure(case, shape, contenders(case), timer, best, device, dtype)
+            print(f"{case.name}, {shape.label}: done", file=sys.stderr, flush=True)
+        print_results(case, of_case)
+        results += of_case
+    return results
+
+
+def _kernels(options: Any) -> list[str]:
+    names: list[str] = options.kernels.split(",")
+    for name in names:
+        if name not in CASES:
+            raise UsageError(f"--kernels: {name!r} is not one of {', '.join(CASES)}.")
+    if options.runs < 1:
+        raise UsageError(f"--runs {options.runs} must be 1 or more.")
+    return names
+
+
+def _shapes(options: Any) -> list[Shape]:
+    """Of each preset and size that go together."""
+    shapes = []
+    for preset in options.shapes.split(","):
+        if preset not in PRESETS:
+            raise UsageError(f"--shapes: {preset!r} is no preset; see `megapipe train --help`.")
+        for degree in options.tensor.split(","):
+            if not degree.isdecimal() or int(degree) < 1:
+                raise UsageError(f"--tensor: {degree!r} is not a number of ranks.")
+            shapes.append(shape_of(preset, int(degree)))
+    found = [shape for shape in shapes if shape is not None]
+    if not found:
+        raise UsageError(f"--tensor {options.tensor} divides none of {options.shapes}.")
+    return found
+
+
+def _say_what_is_left_out(options: Any, shapes: Sequence[Shape]) -> None:
+    there = {(shape.model, str(shape.tensor)) for shape in shapes}
+    for preset in options.shapes.split(","):
+        for degree in options.tensor.split(","):
+            if (preset, degree) not in there:
+                print(f"{preset} can't be divided among {degree} tensor ranks: left out.")
+
+
+# --- Measuring -----------------------------------------------------------------------------------
+
+
+def contenders(case: Case) -> dict[str, Function]:
+    """By name; ours first."""
+    found: dict[str, Function] = {
+        OURS: partial(case.ours, backend="triton"),
+        "megapipe in torch": partial(case.ours, backend="torch"),
+        BASE: case.eager,
+        "torch.compile": torch.compile(case.eager, dynamic=False, fullgraph=True),
+    }
+    if case.liger is not None and find_spec("liger_kernel") is not None:
+        found["Liger"] = case.liger
+    return found
+
+
+def measure(
+    case: Case,
+    shape: Shape,
+    functions: Mapping[str, Function],
+    timer: Timer,
+    best: Best,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Result]:
+    """Errors and times of all contenders. One that fails is noted, and the others go on."""
+    # Or torch.compile would give up on a function after a few shapes, and run it as it is.
+    torch.compiler.reset()
+    results = []
+    for name, function in functions.items():
+        passes = ["forward"] + (["forward + backward"] if case.backward else [])
+        rows = [Result(case.name, shape, name, which) for which in passes]
+        try:
+            if name in (OURS, "megapipe in torch") or not case.draws:
+                rows[0].errors = rows[-1].errors = _errors(case, shape, function, device, dtype)
+            for row in rows:
+                both = row.passes != "forward"
+                inputs = case.inputs(shape, Source(device, dtype))
+                row.seconds = timer(_job(case, function, inputs, both))
+                work = case.work(shape, both)
+                reached = work.bytes if case.bound == "memory" else work.flops
+                limit = best.copied_bytes if case.bound == "memory" else best.matmul_flops
+                row.share = reached / median(row.seconds) / limit
+                del inputs
+        except FAILURES as error:
+            rows[-1].problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        results += rows
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return results
+
+
+def _job(
+    case: Case, function: Function, inputs: Sequence[Tensor], backward: bool
+) -> Callable[[], object]:
+    """What is timed. A case that changes its inputs goes on with the changed ones."""
+    if not backward:
+        return torch.no_grad()(partial(function, *inputs))
+    gradients = gradients_for(function(*inputs))
+    leaves = [inputs[index] for index in case.differentiable]
+    return lambda: torch.autograd.grad(function(*inputs), leaves, gradients)
+
+
+def _errors(
+    case: Case, shape: Shape, function: Function, device: torch.device, dtype: torch.dtype
+) -> list[float]:
+    """Of each output and gradient, on a part of the shape."""
+    shape = shape.checked()
+    exact = widened(case.inputs(shape, Source(device, dtype)))
+    truth = values_and_gradients(case, case.exact or case.eager, exact)
+    own = values_and_gradients(case, function, case.inputs(shape, Source(device, dtype)))
+    return [relative_error(x, y) for x, y in zip(own, truth, strict=True)]
+
+
+def relative_error(x: Tensor, truth: Tensor) -> float:
+    """Root mean square of the difference over that of the truth."""
+    size = float(truth.double().square().mean().sqrt())
+    error = float((x.double() - truth.double()).square().mean().sqrt())
+    return error / size if size else error
+
+
+# --- Output --------------------------------------------------------------------------------------
+
+
+def print_results(case: Case, results: Sequence[Result]) -> None:
+    """One table for each kernel."""
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    limit = "of a copy's speed" if case.bound == "memory" else "of a product's speed"
+    labels = (Column(name, no_wrap=True) for name in ("one rank of", "", ""))
+    table = Table(*labels, "us", f"x {BASE}", limit, "error", title=case.name)
+    base = {
+        (result.shape, result.passes): median(result.seconds)
+        for result in results
+        if result.contender == BASE and result.seconds
+    }
+    last = None
+    for result in sorted(results, key=lambda r: (r.shape.label, r.passes)):
+        group = (result.shape, result.passes)
+        if group != last and last is not None:
+            table.add_section()
+        time = median(result.seconds) if result.seconds else None
+        ratio = base[group] / time if time and group in base else None
+        table.add_row(
+            result.shape.label if group != last else "",
+            result.passes if group != last else "",
+            result.contender,
+            f"{time * 1e6:.1f}" if time else "failed",
+            f"{ratio:.2f}" if ratio else "",
+            f"{result.share:.1%}" if result.share is not None else "",
+            f"{max(result.errors):.1e}" if result.errors else "",
+        )
+        last = group
+    console = Console(width=110)
+    console.print(table)
+    for result in results:
+        if result.problem:
+            console.print(f"{result.contender}, {result.shape.label}: {result.problem}")
+
+
+def _row(result: Result) -> dict[str, object]:
+    return {
+        **asdict(result),
+        "median_seconds": median(result.seconds) if result.seconds else None,
+    }
+
+
+def _roofline_row(row: Row) -> dict[str, object]:
+    return {
+        **asdict(row),
+        "bytes": row.work.bytes,
+        "seconds": {name: row.seconds[name] for name in BANDWIDTHS},
+        "unfused_bytes": row.unfused_bytes,
+    }

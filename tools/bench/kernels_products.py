@@ -1,0 +1,195 @@
+"""Cases with matrix products or whole vocabularies: losses, attention."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megapipe import kernels
+from megapipe.kernels import Backend
+from megapipe.kernels.linear_cross_entropy import row_parts
+from megapipe.tools.bench.kernels_cases import Case, Shape, Source, Work
+from megapipe.tools.bench.kernels_elementwise import at_least_float32, narrow, wide
+
+TARGET = 8  # bytes
+
+# --- Cross-entropy -------------------------------------------------------------------------------
+
+
+def _loss_inputs(shape: Shape, source: Source) -> list[Tensor]:
+    logits = source.normal(shape.tokens, shape.vocab, scale=3)
+    return [logits, source.below(shape.vocab, shape.tokens)]
+
+
+def _loss_ours(logits: Tensor, targets: Tensor, backend: Backend) -> tuple[Tensor, ...]:
+    """As in training, the gradient takes the logits' place; so does Liger's."""
+    return (kernels.cross_entropy(logits, targets, overwrite=True, backend=backend),)
+
+
+def _loss_eager(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    return (F.cross_entropy(at_least_float32(logits), targets, reduction="sum"),)
+
+
+def _loss_liger(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return (liger_cross_entropy(logits, targets, reduction="sum"),)
+
+
+def _loss_forward(shape: Shape) -> Work:
+    elements = shape.tokens * shape.vocab
+    moved = {
+        "logits": elements * narrow,
+        "targets": shape.tokens * TARGET,
+        "maximum, sum, target's logit": 3 * shape.tokens * wide,
+    }
+    return Work(moved, 4 * elements)  # maximum, difference, exp, sum
+
+
+def _loss_backward(shape: Shape) -> Work:
+    elements = shape.tokens * shape.vocab
+    moved = {
+        "logits": elements * narrow,
+        "gradient": elements * narrow,
+        "targets": shape.tokens * TARGET,
+        "maximum, log-sum-exp, share": 3 * shape.tokens * wide,
+    }
+    return Work(moved, 4 * elements)  # difference, exp, share, dloss
+
+
+CROSS_ENTROPY = Case(
+    name="cross_entropy",
+    bound="memory",
+    make=_loss_inputs,
+    differentiable=(0,),
+    ours=_loss_ours,
+    eager=_loss_eager,
+    liger=_loss_liger,
+    forward=_loss_forward,
+    backward=_loss_backward,
+)
+
+
+def _linear_inputs(shape: Shape, source: Source) -> list[Tensor]:
+    hidden = source.normal(shape.tokens, shape.hidden)
+    weight = source.normal(shape.vocab, shape.hidden, scale=shape.hidden**-0.5)
+    return [hidden, weight, source.below(shape.vocab, shape.tokens)]
+
+
+def _linear_ours(
+    hidden: Tensor, weight: Tensor, targets: Tensor, backend: Backend
+) -> tuple[Tensor, ...]:
+    return (kernels.linear_cross_entropy(hidden, weight, targets, backend=backend),)
+
+
+def _linear_eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    return _loss_eager(hidden @ weight.t(), targets)
+
+
+def _linear_liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return (liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="sum"),)
+
+
+def _linear_forward(shape: Shape) -> Work:
+    parts, logits = len(row_parts(shape.tokens)), shape.tokens * shape.vocab
+    moved = {
+        "h": shape.tokens * shape.hidden * narrow,
+        "W, for each part of the rows": parts * shape.vocab * shape.hidden * narrow,
+        "logits, written and read": 2 * logits * narrow,
+    }
+    return Work(moved, 2 * logits * shape.hidden)
+
+
+def _linear_backward(shape: Shape) -> Work:
+    parts, logits = len(row_parts(shape.tokens)), shape.tokens * shape.vocab
+    weights = shape.vocab * shape.hidden
+    moved = {
+        "logits to gradient": 2 * logits * narrow,
+        "gradient, for both products": 2 * logits * narrow,
+        "W, for each part of the rows": parts * weights * narrow,
+        "h, dh": 2 * shape.tokens * shape.hidden * narrow,
+        "dW, read and written for each part": parts * 2 * weights * wide,
+        "dW, scaled and rounded": weights * (wide + narrow),
+        "dh, scaled": 2 * shape.tokens * shape.hidden * narrow,
+    }
+    return Work(moved, 4 * logits * shape.hidden)
+
+
+LINEAR_CROSS_ENTROPY = Case(
+    name="linear_cross_entropy",
+    bound="matmul",
+    make=_linear_inputs,
+    differentiable=(0, 1),
+    ours=_linear_ours,
+    eager=_linear_eager,
+    liger=_linear_liger,
+    forward=_linear_forward,
+    backward=_linear_backward,
+)
+
+# --- Attention -----------------------------------------------------------------------------------
+
+
+def _attention_inputs(shape: Shape, source: Source) -> list[Tensor]:
+    """[B, heads, S, D], in memory [S, B, heads, D]."""
+    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
+    made = [source.normal(shape.sequence, shape.batch, n, shape.head_dim) for n in heads]
+    return [x.permute(1, 2, 0, 3) for x in made]
+
+
+def _attention_ours(q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> tuple[Tensor, ...]:
+    """In torch that is scaled_dot_product_attention."""
+    return (kernels.attention(q, k, v, backend=backend),)
+
+
+def _attention_eager(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """The formula, scores in memory."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    length = q.shape[2]
+    later = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    wide_scores = at_least_float32(scores.masked_fill(later, -torch.inf))
+    return (wide_scores.softmax(-1).to(q.dtype) @ v,)
+
+
+def _attention_forward(shape: Shape) -> Work:
+    queries = shape.tokens * shape.heads * shape.head_dim
+    keys = shape.tokens * shape.kv_heads * shape.head_dim
+    moved = {
+        "q": queries * narrow,
+        "k, v": 2 * keys * narrow,
+        "o": queries * narrow,
+        "log-sum-exp": shape.tokens * shape.heads * wide,
+    }
+    return Work(moved, 2 * queries * shape.sequence)  # two products, half of each masked
+
+
+def _attention_backward(shape: Shape) -> Work:
+    """FLOPs of five products, as speeds of attention are usually given; our two passes take seven
+    (scores and do v^T in each)."""
+    queries = shape.tokens * shape.heads * shape.head_dim
+    keys = shape.tokens * shape.kv_heads * shape.head_dim
+    moved = {
+        "q, k, v, in two passes": 2 * (queries + 2 * keys) * narrow,
+        "do, in three passes": 3 * queries * narrow,
+        "o, for delta": queries * narrow,
+        "log-sum-exp and delta": 5 * shape.tokens * shape.heads * wide,
+        "dq": queries * narrow,
+        "dk, dv": 2 * keys * narrow,
+    }
+    return Work(moved, 5 * queries * shape.sequence)
+
+
+ATTENTION = Case(
+    name="attention",
+    bound="matmul",
+    make=_attention_inputs,
+    differentiable=(0, 1, 2),
+    ours=_attention_ours,
+    eager=_attention_eager,
+    forward=_attention_forward,
+    backward=_attention_backward,
+)
+
+CASES = (CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, ATTENTION)

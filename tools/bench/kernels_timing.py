@@ -1,0 +1,67 @@
+"""Seconds of GPU work, and what the GPU can do at best, measured the same way."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+Timer = Callable[[Callable[[], object]], list[float]]
+"""Runs work some times; the seconds of each."""
+
+FLUSH_BYTES = 2**30
+"""Written before each run, so that the L2 cache (50 MiB in H100, 126 MiB in B200) holds none of
+the inputs; and so much that the GPU is busy for 0.3 ms, in which the CPU gets ahead of it: else
+the time between two small kernels would be that of launching them."""
+COPY_BYTES = 2**30
+MATMUL_SIZE = 8192
+WARM_UPS = 3
+
+
+class DeviceTimer:
+    """By CUDA events, on this GPU; the cache is flushed before each run."""
+
+    def __init__(self, device: torch.device, runs: int) -> None:
+        self.device, self.runs = device, runs
+        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def __call__(self, work: Callable[[], object]) -> list[float]:
+        for _ in range(WARM_UPS):
+            work()
+        events = [
+            [torch.cuda.Event(enable_timing=True) for _ in ("start", "end")]
+            for _ in range(self.runs)
+        ]
+        for start, end in events:
+            self.flush.zero_()
+            start.record()
+            work()
+            end.record()
+        torch.cuda.synchronize(self.device)
+        return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+@dataclass(frozen=True)
+class Best:
+    """What a GPU does at best, per second."""
+
+    copied_bytes: float  # read and written
+    matmul_flops: float
+
+
+def measure_best(
+    timer: Timer,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    copy_bytes: int = COPY_BYTES,
+    matmul_size: int = MATMUL_SIZE,
+) -> Best:
+    """A copy of a buffer and a square matrix product."""
+    source = torch.zeros(copy_bytes, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copying = median(timer(lambda: target.copy_(source)))
+    # Of random numbers: a GPU works faster on zeros, which take less power.
+    a, b = (torch.randn(matmul_size, matmul_size, device=device).to(dtype) for _ in range(2))
+    multiplying = median(timer(lambda: a @ b))
+    return Best(2 * copy_bytes / copying, 2 * matmul_size**3 / multiplying)
