@@ -41,13 +41,13 @@ HALF_PRECISION: dict[Architecture, dict[Kernel, tuple[Settings, Settings, Settin
     "sm_80": {
         "forward": (Settings(128, 64, 8, 2), Settings(128, 64, 8, 2), Settings(64, 32, 8, 2)),
         "queries": (Settings(128, 64, 8, 2), Settings(128, 32, 8, 2), Settings(64, 32, 8, 2)),
-        "keys": (Settings(64, 128, 8, 2), Settings(64, 64, 8, 2), Settings(16, 64, 8, 2)),
+        "keys": (Settings(64, 128, 8, 2), Settings(64, 64, 8, 2), Settings(32, 32, 8, 2)),
     },
     "sm_90": {
         "forward": (Settings(128, 64, 8, 2), Settings(128, 64, 8, 3), Settings(64, 32, 8, 2)),
         "queries": (Settings(128, 64, 8, 2), Settings(128, 64, 8, 2), Settings(64, 32, 8, 2)),
-        # 64 keys, which wgmma takes at least, would spill at a width of 256: mma.sync.
-        "keys": (Settings(64, 128, 8, 2), Settings(32, 128, 8, 2), Settings(16, 32, 4, 2)),
+        # At a width of 256, the 64 keys that wgmma takes at least would spill: mma.sync.
+        "keys": (Settings(64, 128, 8, 2), Settings(32, 128, 8, 2), Settings(32, 32, 8, 2)),
     },
     "gfx942": {
         "forward": (Settings(128, 64, 8, 1), Settings(128, 32, 8, 1), Settings(64, 32, 8, 1)),
@@ -57,20 +57,16 @@ HALF_PRECISION: dict[Architecture, dict[Kernel, tuple[Settings, Settings, Settin
 }
 """Of bfloat16 and float16, for heads of at most 64, 128 and 256 columns."""
 
-SINGLE_PRECISION: dict[Architecture, dict[Kernel, Settings]] = {
-    "sm_80": {
-        "forward": Settings(32, 32, 8, 1),
-        "queries": Settings(32, 32, 8, 1),
-        "keys": Settings(16, 32, 8, 1),
-    },
-    "sm_90": {
-        "forward": Settings(16, 16, 4, 1),
-        "queries": Settings(16, 16, 4, 1),
-        "keys": Settings(16, 32, 8, 1),
-    },
-    "gfx942": dict.fromkeys(("forward", "queries", "keys"), Settings(16, 16, 4, 1)),
+MASKED: dict[tuple[Architecture, Kernel, int], Settings] = {
+    ("sm_80", "forward", 128): Settings(128, 32, 8, 2),
+    ("sm_80", "keys", 128): Settings(32, 64, 8, 2),
+    ("sm_90", "keys", 128): Settings(16, 128, 8, 2),
+    ("gfx942", "forward", 256): Settings(64, 16, 8, 1),
 }
-"""Of float32, for any width."""
+"""Where some bytes would spill with masks."""
+
+NVIDIA_SINGLE, AMD_SINGLE = Settings(32, 32, 16, 1), Settings(16, 16, 4, 1)
+"""Of float32: no matrix units on NVIDIA, whose threads add the products up."""
 
 
 def settings(
@@ -80,11 +76,10 @@ def settings(
     if kernel == "delta":
         return Settings(32, 0, 4, 1)
     if element_size == 4:
-        return SINGLE_PRECISION[architecture][kernel]
-    chosen = HALF_PRECISION[architecture][kernel][0 if block_d <= 64 else block_d // 128]
-    if masks and kernel == "keys" and block_d == 128 and architecture != "gfx942":
-        return chosen._replace(queries=chosen.queries // 2)  # some bytes would spill
-    return chosen
+        return AMD_SINGLE if architecture == "gfx942" else NVIDIA_SINGLE
+    if masks and (architecture, kernel, block_d) in MASKED:
+        return MASKED[architecture, kernel, block_d]
+    return HALF_PRECISION[architecture][kernel][0 if block_d <= 64 else block_d // 128]
 
 
 def architecture_of(device: torch.device) -> Architecture:
