@@ -61,12 +61,13 @@ MASKED: dict[tuple[Architecture, Kernel, int], Settings] = {
     ("sm_80", "forward", 128): Settings(128, 32, 8, 2),
     ("sm_80", "keys", 128): Settings(32, 64, 8, 2),
     ("sm_90", "keys", 128): Settings(16, 128, 8, 2),
+    ("gfx942", "forward", 64): Settings(128, 32, 8, 1),
     ("gfx942", "forward", 256): Settings(64, 16, 8, 1),
 }
 """Where some bytes would spill with masks."""
 
 NVIDIA_SINGLE, AMD_SINGLE = Settings(32, 32, 16, 1), Settings(16, 16, 4, 1)
-"""Of float32: no matrix units on NVIDIA, whose threads add the products up."""
+"""Of float32, which NVIDIA's matrix units would round: products are left to the threads."""
 
 
 def settings(
@@ -77,9 +78,10 @@ def settings(
         return Settings(32, 0, 4, 1)
     if element_size == 4:
         return AMD_SINGLE if architecture == "gfx942" else NVIDIA_SINGLE
-    if masks and (architecture, kernel, block_d) in MASKED:
-        return MASKED[architecture, kernel, block_d]
-    return HALF_PRECISION[architecture][kernel][0 if block_d <= 64 else block_d // 128]
+    columns = max(64, block_d)
+    if masks and (architecture, kernel, columns) in MASKED:
+        return MASKED[architecture, kernel, columns]
+    return HALF_PRECISION[architecture][kernel][columns // 128]
 
 
 def architecture_of(device: torch.device) -> Architecture:
