@@ -62,7 +62,7 @@ DROPOUT = {"dropout": 0.3, "dropout_key": 12345678901234567, "first_head": 3}
 
 
 @pytest.mark.usefixtures("_small_blocks")
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     batch=st.integers(1, 2),
     group=st.integers(1, 2),
