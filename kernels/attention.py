@@ -43,6 +43,7 @@ def attention(
     *,
     window: int | None = None,
     bounds_2BS: Tensor | None = None,
+    mask: Tensor | None = None,
     dropout: float = 0.0,
     dropout_key: int = 0,
     samples_B: Tensor | None = None,
@@ -54,18 +55,22 @@ def attention(
 
     N is a multiple of K: query heads share key/value heads in order. Any strides but in D. `window`
     is how many of the last keys a query sees, its own position included; `bounds_2BS` is what
-    `document_bounds` gives. Dropout keeps the probabilities that `attention_dropout_mask` says for
-    (dropout_key, samples_B [B], head `first_head` + n). `scale` is D^(-1/2) unless given.
-    Products are float32 sums, of float32 inputs not rounded. In torch, k and v may be longer than
-    q, whose positions are then the last (a key/value cache). Raises UnsupportedError in Triton for
-    that, for heads wider than 256, for a scale that is not positive, and for float64.
+    `document_bounds` gives; `mask`, what `attention_mask` gives for both, spares torch making and
+    keeping one in each of several layers, and is nothing to Triton. Dropout keeps the probabilities
+    that `attention_dropout_mask` says for (dropout_key, samples_B [B], head `first_head` + n).
+    `scale` is D^(-1/2) unless given. Products are float32 sums, of float32 inputs not rounded. In
+    torch, k and v may be longer than q, whose positions are then the last (a key/value cache).
+    Raises UnsupportedError in Triton for that, for heads wider than 256, for a scale that is not
+    positive, and for float64.
     """
     assert 0 <= dropout < 1, dropout
     assert window is None or window > 0, window
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     masks = (window, bounds_2BS, dropout, dropout_key, samples_B, first_head)
     if choose(backend, q) == "torch":
-        return _reference(q, k, v, scale, *masks)
+        if mask is None:
+            mask = attention_mask(q.shape[2], k.shape[2], window, bounds_2BS, q.device)
+        return _reference(q, k, v, scale, mask, dropout, dropout_key, samples_B, first_head)
     out: Tensor = torch.ops.megapipe.attention(q, k, v, scale, *masks)[0]
     return out
 
@@ -111,8 +116,7 @@ def _reference(
     k: Tensor,
     v: Tensor,
     scale: float,
-    window: int | None,
-    bounds_2BS: Tensor | None,
+    mask: Tensor | None,
     dropout: float,
     dropout_key: int,
     samples_B: Tensor | None,
@@ -121,7 +125,6 @@ def _reference(
     """torch's scaled_dot_product_attention, and with dropout the formula itself, probabilities in
     memory: torch would draw the mask from a generator, which differs by layout."""
     heads, kv_heads = q.shape[1], k.shape[1]
-    mask = attention_mask(q.shape[2], k.shape[2], window, bounds_2BS, q.device)
     if dropout > 0 or (mask is not None and q.is_cuda):
         # No fused kernel of torch takes a mask and unequal head counts together: given both, it
         # would fall back to one that holds all probabilities, [B, N, S, S].

@@ -123,6 +123,7 @@ class Attention(nn.Module):
             v,
             window=self.window,
             bounds_2BS=context.bounds_2BS,
+            mask=context.mask,
             dropout=self.dropout if self.training else 0.0,
             dropout_key=self.dropout_seed,
             samples_B=context.samples_B,

@@ -341,10 +341,13 @@ class GPTStage(nn.Module):
         if self.model.position == "rope":
             positions = torch.arange(offset, offset + length, device=self.place.device)
             cos, sin = rope_table(self.model, positions, self.place.dtype)
-        bounds = None
+        bounds = mask = None
         if batch.documents_BS is not None:
             bounds = kernels.document_bounds(batch.documents_BS)
-        return Context(batch.samples_B, bounds, cos, sin)
+        if self.place.kernels.attention == "torch":
+            window, device = self.model.sliding_window, self.place.device
+            mask = kernels.attention_mask(length, offset + length, window, bounds, device)
+        return Context(batch.samples_B, bounds, mask, cos, sin)
 
 
 def _positions(tokens_BS: Tensor, documents_BS: Tensor | None) -> Tensor:

@@ -49,5 +49,6 @@ class Context:
 
     samples_B: Tensor
     bounds_2BS: Tensor | None  # of each token's document; None: attention crosses documents
+    mask: Tensor | None  # one for all layers, where torch attends and it is not plain causal
     cos: Tensor | None  # [S, D / 2]
     sin: Tensor | None

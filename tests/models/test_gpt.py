@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from megapipe import kernels
 from megapipe.config import ModelConfig
 from megapipe.data_parallel.buffer import build_buffers
 from megapipe.kernel_choice import KernelChoice
@@ -209,6 +210,25 @@ def test_masked_documents_are_as_if_each_were_alone(preset: str) -> None:
     for name, gradient in gradients.items():
         expected = torch.stack([grads[name] for _, grads in alone]).sum(0)
         torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-11)
+
+
+def test_all_layers_share_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is as large as the sequence is long, squared, and kept for the backward pass."""
+    model = ModelConfig(**PRESETS["llama-micro"])
+    stage = build(model, random_weights(model))
+    masks, attention = [], kernels.attention
+
+    def watched(*tensors: Tensor, **options: Any) -> Tensor:
+        masks.append(options["mask"])
+        return attention(*tensors, **options)
+
+    monkeypatch.setattr(kernels, "attention", watched)
+    tokens = torch.arange(9).view(1, 9)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2]])
+    stage(None, MicroBatch(tokens[:, :-1], tokens[:, 1:], documents, torch.tensor([0])))
+    assert len(masks) == model.num_layers
+    assert masks[0].shape == (1, 1, 8, 8)
+    assert all(mask is masks[0] for mask in masks)
 
 
 @pytest.mark.parametrize("preset", ["gpt2-micro", "llama-micro"])
