@@ -9,9 +9,11 @@ from megapipe.kernels.attention import attention, attention_mask, document_bound
 from megapipe.kernels.backend import Backend, UnsupportedError, backend_of
 from megapipe.kernels.cross_entropy import (
     Combined,
+    Vocabulary,
     cross_entropy,
     cross_entropy_gradient_,
     cross_entropy_stats_,
+    part_cross_entropy,
     rescale,
     token_losses,
 )
@@ -31,6 +33,7 @@ __all__ = [
     "Backend",
     "Combined",
     "UnsupportedError",
+    "Vocabulary",
     "adamw_",
     "add_layer_norm",
     "add_rms_norm",
@@ -54,6 +57,7 @@ __all__ = [
     "linear_cross_entropy_forward",
     "norm_rope",
     "normal_rectangle",
+    "part_cross_entropy",
     "rescale",
     "rms_norm",
     "rope",

@@ -13,7 +13,7 @@ logits are: a probability near 1 in bfloat16 has no digits left for p - 1.
 Bytes: logits read, then read and written, 3 times their size in all.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -51,29 +51,66 @@ def cross_entropy(
     pass on and may have been saved by nobody but their producer; else they are copied first.
     Raises UnsupportedError in Triton for float64, and with `overwrite` for rows that are not dense.
     """
-    loss: Tensor = _CrossEntropy.apply(
+    return part_cross_entropy(
         logits_NV if overwrite else logits_NV.clone(memory_format=torch.contiguous_format),
         torch.where(targets_N == ignore_index, -1, targets_N),
-        z_loss,
-        choose(backend, logits_NV),
+        vocabulary=Vocabulary(0, logits_NV.shape[1]),
+        combine=combine_one,
+        z_loss=z_loss,
+        backend=choose(backend, logits_NV),
     )
+
+
+class Vocabulary(NamedTuple):
+    """A part's classes: from `first` on, `valid` of them; what is beyond is padding."""
+
+    first: int
+    valid: int
+
+
+class Combined(NamedTuple):
+    """What all parts of the vocabulary say together, [N] each."""
+
+    lse_N: Tensor
+    share_N: Tensor  # exp(m - lse), with the maximum m of the part that is asking
+    target_N: Tensor
+
+
+Combine = Callable[[Tensor, Tensor, Tensor], Combined]
+"""(maximum, sum of exp(x - maximum), target logit) of one part of the vocabulary, [N] each -> what
+all parts say."""
+
+
+def part_cross_entropy(
+    logits_NV: Tensor,
+    targets_N: Tensor,
+    *,
+    vocabulary: Vocabulary,
+    combine: Combine,
+    z_loss: float,
+    backend: Backend,
+) -> Tensor:
+    """The sum of the losses, given one part's logits, which are overwritten as by `cross_entropy`;
+    negative targets are ignored. `combine` is called once, in the forward pass."""
+    loss: Tensor = _CrossEntropy.apply(logits_NV, targets_N, vocabulary, combine, z_loss, backend)
     return loss
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """All of the vocabulary in one part."""
-
     @staticmethod
     def forward(
-        ctx: Any, logits_NV: Tensor, targets_N: Tensor, z_loss: float, backend: Backend
+        ctx: Any,
+        logits_NV: Tensor,
+        targets_N: Tensor,
+        vocabulary: Vocabulary,
+        combine: Combine,
+        z_loss: float,
+        backend: Backend,
     ) -> Tensor:
-        columns = logits_NV.shape[1]
-        max_N, sum_N, target_N = cross_entropy_stats_(
-            logits_NV, targets_N, first=0, valid=columns, backend=backend
-        )
-        found = combine_one(max_N, sum_N, target_N)
-        ctx.save_for_backward(logits_NV, max_N, *found, targets_N)
-        ctx.columns, ctx.z_loss, ctx.backend = columns, z_loss, backend
+        own = cross_entropy_stats_(logits_NV, targets_N, **vocabulary._asdict(), backend=backend)
+        found = combine(*own)
+        ctx.save_for_backward(logits_NV, own[0], *found, targets_N)
+        ctx.vocabulary, ctx.z_loss, ctx.backend = vocabulary, z_loss, backend
         return token_losses(found, targets_N, z_loss).sum()
 
     @staticmethod
@@ -84,13 +121,12 @@ class _CrossEntropy(torch.autograd.Function):
             max_N,
             Combined(*found),
             targets_N,
-            first=0,
-            valid=ctx.columns,
+            **ctx.vocabulary._asdict(),
             grad=grads[0],
             z_loss=ctx.z_loss,
             backend=ctx.backend,
         )
-        return logits_NV, None, None, None
+        return logits_NV, None, None, None, None, None
 
 
 def cross_entropy_stats_(
@@ -125,14 +161,6 @@ def cross_entropy_stats_(
         exponentials = logits_NV[part, :valid].to(wide).sub_(shift_N[part, None]).exp_()
         sum_N[part] = exponentials.sum(dim=1)
     return max_N, sum_N, target_N
-
-
-class Combined(NamedTuple):
-    """What all parts of the vocabulary say together, [N] each."""
-
-    lse_N: Tensor
-    share_N: Tensor  # exp(m - lse), with the maximum m of the part that is asking
-    target_N: Tensor
 
 
 def combine_one(max_N: Tensor, sum_N: Tensor, target_N: Tensor) -> Combined:

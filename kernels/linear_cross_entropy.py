@@ -10,14 +10,15 @@ Wijmans et al. 2024) would take four. What is kept is one tensor like h.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megapipe.kernels.backend import Backend, choose
 from megapipe.kernels.cross_entropy import (
-    Combined,
+    Combine,
+    Vocabulary,
     combine_one,
     cross_entropy_gradient_,
     cross_entropy_stats_,
@@ -29,18 +30,8 @@ PARTS, LEAST_ROWS = 16, 128
 """Rows are cut into at most so many parts, of at least so many rows: products of fewer rows are
 slower for each row."""
 
-Combine = Callable[[Tensor, Tensor, Tensor], Combined]
-"""(maximum, sum of exp(x - maximum), target logit) of one part of the vocabulary, [N] each -> what
-all parts say."""
 AddWeightGrad = Callable[[Tensor, Tensor], None]
 """(gradient of logits [N, V], h [N, H]): adds their product to the gradient of W."""
-
-
-class Vocabulary(NamedTuple):
-    """The rows of W: classes from `first` on; those from row `valid` on are padding."""
-
-    first: int
-    valid: int
 
 
 def linear_cross_entropy(
@@ -142,9 +133,7 @@ def linear_cross_entropy_forward(
         targets = targets_N[rows]
         logits = buffer[: rows.stop - rows.start]
         torch.mm(hidden_NH[rows], weight_VH.t(), out=logits)
-        own = cross_entropy_stats_(
-            logits, targets, first=vocabulary.first, valid=vocabulary.valid, backend=backend
-        )
+        own = cross_entropy_stats_(logits, targets, **vocabulary._asdict(), backend=backend)
         found = combine(*own)
         loss += token_losses(found, targets, z_loss).sum()
         if add_weight_grad is None or hidden_grad is None:
@@ -154,8 +143,7 @@ def linear_cross_entropy_forward(
             own[0],
             found,
             targets,
-            first=vocabulary.first,
-            valid=vocabulary.valid,
+            **vocabulary._asdict(),
             grad=one,
             z_loss=z_loss,
             backend=backend,

@@ -14,8 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapipe import kernels
-from megapipe.kernels import Backend, Combined
-from megapipe.kernels.linear_cross_entropy import Vocabulary
+from megapipe.kernels import Backend, Combined, Vocabulary
 from megapipe.mesh import Axis
 from megapipe.tensor_parallel.collectives import (
     all_gather,
@@ -41,10 +40,14 @@ def vocab_parallel_cross_entropy(
     (`IGNORED_TARGET`) give no loss and no gradient. Sums are float32 (float64 for float64 logits).
     The logits are overwritten, in forward already; only their producer may have saved them.
     """
-    loss: Tensor = _CrossEntropy.apply(
-        logits.flatten(0, -2), targets.reshape(-1), vocab_size, tensor, z_loss, backend
+    return kernels.part_cross_entropy(
+        logits.flatten(0, -2),
+        targets.reshape(-1),
+        vocabulary=_own_rows(vocab_size, logits.shape[-1], tensor),
+        combine=partial(_combine, tensor),
+        z_loss=z_loss,
+        backend=backend,
     )
-    return loss
 
 
 def vocab_parallel_linear_cross_entropy(
@@ -78,43 +81,6 @@ def vocab_parallel_linear_cross_entropy(
         torch.is_grad_enabled(),
     )
     return loss
-
-
-class _CrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        logits_NV: Tensor,
-        targets_N: Tensor,
-        vocab_size: int,
-        tensor: Axis,
-        z_loss: float,
-        backend: Backend,
-    ) -> Tensor:
-        own = _own_rows(vocab_size, logits_NV.shape[1], tensor)
-        max_N, sum_N, target_N = kernels.cross_entropy_stats_(
-            logits_NV, targets_N, first=own.first, valid=own.valid, backend=backend
-        )
-        found = _combine(tensor, max_N, sum_N, target_N)
-        ctx.save_for_backward(logits_NV, max_N, *found, targets_N)
-        ctx.own, ctx.z_loss, ctx.backend = own, z_loss, backend
-        return kernels.token_losses(found, targets_N, z_loss).sum()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        logits_NV, max_N, *found, targets_N = ctx.saved_tensors
-        kernels.cross_entropy_gradient_(
-            logits_NV,
-            max_N,
-            Combined(*found),
-            targets_N,
-            first=ctx.own.first,
-            valid=ctx.own.valid,
-            grad=grads[0],
-            z_loss=ctx.z_loss,
-            backend=ctx.backend,
-        )
-        return logits_NV, None, None, None, None, None
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
