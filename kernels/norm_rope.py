@@ -17,14 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megapipe.kernels.backend import FP_FUSION, Backend, UnsupportedError, check_dtype, choose
+from megapipe.kernels.backend import FP_FUSION, Backend, check_dtype, choose
 from megapipe.kernels.compilation import Variant
 from megapipe.kernels.rms_norm import rms_norm
-from megapipe.kernels.rope import rope
+from megapipe.kernels.rope import WARPS, _angles, _halves, check_heads, head_tile, rope
 from megapipe.kernels.row_sums import row_sums
 
-TILE, WARPS = 1024, 4
-"""Elements of one half of some heads that a program works on at once."""
 PROGRAMS = 512
 """Of the backward pass: each adds up the weight gradients of its tokens, in order."""
 
@@ -70,26 +68,23 @@ def _heads_forward(  # type: ignore[no-untyped-def]
     c,
     s,
     x_head,
-    y_head,
     heads,
     half,
     epsilon,
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """All heads of one token; c and s are [1, HALF]."""
+    """All heads of one token; c and s are [1, HALF], y is contiguous."""
     column = tl.arange(0, HALF)[None, :]
-    w_a = tl.load(weight + column, column < half, other=0).to(tl.float32)
-    w_b = tl.load(weight + half + column, column < half, other=0).to(tl.float32)
+    w_a, w_b = _halves(weight, column, column < half, half)
     for first in range(0, heads, HEADS):
         head = first + tl.arange(0, HEADS)[:, None]
         inside = (head < heads) & (column < half)
-        a = tl.load(x + head * x_head + column, inside, other=0).to(tl.float32)
-        b = tl.load(x + head * x_head + half + column, inside, other=0).to(tl.float32)
+        a, b = _halves(x + head * x_head, column, inside, half)
         r = _scale(a, b, 2 * half, epsilon)
         a = a * r * w_a
         b = b * r * w_b
-        places = y + head * y_head + column
+        places = y + head * (2 * half) + column
         tl.store(places, (a * c - b * s).to(y.dtype.element_ty), inside)
         tl.store(places + half, (b * c + a * s).to(y.dtype.element_ty), inside)
 
@@ -103,8 +98,6 @@ def _heads_backward(  # type: ignore[no-untyped-def]
     c,
     s,
     x_head,
-    grad_y_head,
-    grad_x_head,
     heads,
     half,
     epsilon,
@@ -113,21 +106,18 @@ def _heads_backward(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """All heads of one token; returns the weight's gradients so far, [HALF] each."""
+    """All heads of one token; returns the weight's gradients so far, [HALF] each. The gradients of
+    x and y are contiguous."""
     column = tl.arange(0, HALF)[None, :]
-    w_a = tl.load(weight + column, column < half, other=0).to(tl.float32)
-    w_b = tl.load(weight + half + column, column < half, other=0).to(tl.float32)
+    w_a, w_b = _halves(weight, column, column < half, half)
     for first in range(0, heads, HEADS):
         head = first + tl.arange(0, HEADS)[:, None]
         inside = (head < heads) & (column < half)
-        a = tl.load(x + head * x_head + column, inside, other=0).to(tl.float32)
-        b = tl.load(x + head * x_head + half + column, inside, other=0).to(tl.float32)
+        a, b = _halves(x + head * x_head, column, inside, half)
         r = _scale(a, b, 2 * half, epsilon)
         a *= r
         b *= r
-        g = grad_y + head * grad_y_head + column
-        g_a = tl.load(g, inside, other=0).to(tl.float32)
-        g_b = tl.load(g + half, inside, other=0).to(tl.float32)
+        g_a, g_b = _halves(grad_y + head * (2 * half), column, inside, half)
         d_a = g_a * c + g_b * s
         d_b = g_b * c - g_a * s
         grad_w_a += tl.sum(d_a * a, 0)
@@ -135,7 +125,7 @@ def _heads_backward(  # type: ignore[no-untyped-def]
         d_a *= w_a
         d_b *= w_b
         mean = ((tl.sum(d_a * a, 1) + tl.sum(d_b * b, 1)) / (2 * half))[:, None]
-        places = grad_x + head * grad_x_head + column
+        places = grad_x + head * (2 * half) + column
         tl.store(places, ((d_a - a * mean) * r).to(grad_x.dtype.element_ty), inside)
         tl.store(places + half, ((d_b - b * mean) * r).to(grad_x.dtype.element_ty), inside)
     return grad_w_a, grad_w_b
@@ -169,44 +159,17 @@ def _norm_rope_forward(  # type: ignore[no-untyped-def]
 ):
     """One token. The outputs are contiguous."""
     token = tl.program_id(0).to(tl.int64)
-    s = token // batch
-    b = token % batch
-    position = s
-    if POSITIONS:
-        position = tl.load(positions + token).to(tl.int64)
-    column = tl.arange(0, HALF)[None, :]
-    angles = position * half + column
-    c = tl.load(cos + angles, column < half, other=0).to(tl.float32)
-    d = tl.load(sin + angles, column < half, other=0).to(tl.float32)
+    s, b = token // batch, token % batch
+    c, d = _angles(cos, sin, positions, token, s, half, POSITIONS, HALF)
     width = 2 * half
     _heads_forward(
-        q + s * q_s + b * q_b,
-        y_q + token * heads * width,
-        q_weight,
-        c,
-        d,
-        q_h,
-        width,
-        heads,
-        half,
-        epsilon,
-        HEADS,
-        HALF,
-    )
+        q + s * q_s + b * q_b, y_q + token * heads * width, q_weight, c, d, q_h, heads, half,
+        epsilon, HEADS, HALF,
+    )  # fmt: skip
     _heads_forward(
-        k + s * k_s + b * k_b,
-        y_k + token * kv_heads * width,
-        k_weight,
-        c,
-        d,
-        k_h,
-        width,
-        kv_heads,
-        half,
-        epsilon,
-        HEADS,
-        HALF,
-    )
+        k + s * k_s + b * k_b, y_k + token * kv_heads * width, k_weight, c, d, k_h, kv_heads,
+        half, epsilon, HEADS, HALF,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -242,78 +205,30 @@ def _norm_rope_backward(  # type: ignore[no-untyped-def]
     """Tokens program, program + programs, ...; gradients and outputs are contiguous. A row of
     `partial` is the gradients of both weights, [4 half]."""
     program = tl.program_id(0)
-    column = tl.arange(0, HALF)[None, :]
     width = 2 * half
-    q_a = tl.zeros((HALF,), tl.float32)
+    q_w_a = tl.zeros((HALF,), tl.float32)
     q_w_b = tl.zeros((HALF,), tl.float32)
-    k_a = tl.zeros((HALF,), tl.float32)
+    k_w_a = tl.zeros((HALF,), tl.float32)
     k_w_b = tl.zeros((HALF,), tl.float32)
     for turn in range(tl.cdiv(tokens - program, tl.num_programs(0))):
         token = program.to(tl.int64) + turn * tl.num_programs(0)
-        s = token // batch
-        b = token % batch
-        position = s
-        if POSITIONS:
-            position = tl.load(positions + token).to(tl.int64)
-        angles = position * half + column
-        c = tl.load(cos + angles, column < half, other=0).to(tl.float32)
-        d = tl.load(sin + angles, column < half, other=0).to(tl.float32)
-        q_a, q_w_b = _heads_backward(
-            q + s * q_s + b * q_b,
-            grad_y_q + token * heads * width,
-            grad_q + token * heads * width,
-            q_weight,
-            c,
-            d,
-            q_h,
-            width,
-            width,
-            heads,
-            half,
-            epsilon,
-            q_a,
-            q_w_b,
-            HEADS,
-            HALF,
-        )
-        k_a, k_w_b = _heads_backward(
-            k + s * k_s + b * k_b,
-            grad_y_k + token * kv_heads * width,
-            grad_k + token * kv_heads * width,
-            k_weight,
-            c,
-            d,
-            k_h,
-            width,
-            width,
-            kv_heads,
-            half,
-            epsilon,
-            k_a,
-            k_w_b,
-            HEADS,
-            HALF,
-        )
+        s, b = token // batch, token % batch
+        c, d = _angles(cos, sin, positions, token, s, half, POSITIONS, HALF)
+        q_w_a, q_w_b = _heads_backward(
+            q + s * q_s + b * q_b, grad_y_q + token * heads * width, grad_q + token * heads * width,
+            q_weight, c, d, q_h, heads, half, epsilon, q_w_a, q_w_b, HEADS, HALF,
+        )  # fmt: skip
+        k_w_a, k_w_b = _heads_backward(
+            k + s * k_s + b * k_b, grad_y_k + token * kv_heads * width,
+            grad_k + token * kv_heads * width, k_weight, c, d, k_h, kv_heads, half,
+            epsilon, k_w_a, k_w_b, HEADS, HALF,
+        )  # fmt: skip
     columns = tl.arange(0, HALF)
     row = partial + program.to(tl.int64) * 4 * half + columns
-    tl.store(row, q_a, columns < half)
+    tl.store(row, q_w_a, columns < half)
     tl.store(row + half, q_w_b, columns < half)
-    tl.store(row + 2 * half, k_a, columns < half)
+    tl.store(row + 2 * half, k_w_a, columns < half)
     tl.store(row + 3 * half, k_w_b, columns < half)
-
-
-def _settings(heads: int, half: int) -> tuple[int, int]:
-    """(heads at a time, columns of a half)."""
-    columns = triton.next_power_of_2(half)
-    return min(triton.next_power_of_2(heads), max(1, TILE // columns)), columns
-
-
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor) -> None:
-    check_dtype("norm_rope", q, k, *weights)
-    width = q.shape[3]
-    if width % 2 or q.stride(3) != 1 or k.stride(3) != 1:
-        raise UnsupportedError("norm_rope", f"heads of width {width}, strides {q.stride()}")
-    assert cos.shape[1] == sin.shape[1] == width // 2
 
 
 @torch.library.custom_op("megapipe::norm_rope", mutates_args=())
@@ -327,9 +242,9 @@ def _forward(
     positions_SB: Tensor | None,
     epsilon: float,
 ) -> tuple[Tensor, Tensor]:
-    _check(q, k, cos, sin, q_weight, k_weight)
+    check_heads("norm_rope", q, k, cos, sin)
+    check_dtype("norm_rope", q_weight, k_weight)
     length, batch, heads, width = q.shape
-    block, columns = _settings(heads, width // 2)
     y_q, y_k = q.new_empty(q.shape), k.new_empty(k.shape)
     if q.numel():
         _norm_rope_forward[(length * batch,)](
@@ -350,8 +265,7 @@ def _forward(
             *q.stride()[:3],
             *k.stride()[:3],
             POSITIONS=positions_SB is not None,
-            HEADS=block,
-            HALF=columns,
+            **head_tile(heads, width // 2),
             num_warps=WARPS,
             enable_fp_fusion=FP_FUSION,
         )
@@ -372,7 +286,6 @@ def _backward(
     epsilon: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     length, batch, heads, width = q.shape
-    block, columns = _settings(heads, width // 2)
     grad_q, grad_k = q.new_empty(q.shape), k.new_empty(k.shape)
     programs = min(length * batch, PROGRAMS)
     partial = q.new_empty((programs, 2 * width), dtype=torch.float32)
@@ -399,8 +312,7 @@ def _backward(
             *q.stride()[:3],
             *k.stride()[:3],
             POSITIONS=positions_SB is not None,
-            HEADS=block,
-            HALF=columns,
+            **head_tile(heads, width // 2),
             num_warps=WARPS,
             enable_fp_fusion=FP_FUSION,
         )
@@ -463,7 +375,6 @@ def variants() -> Iterator[Variant]:
     strides = [f"{x}_{dim}" for x in "qk" for dim in "sbh"]
     numbers = ["batch", "half", "heads", "kv_heads", *strides]
     for heads, width in ((64, 128), (16, 64)):
-        block, columns = _settings(heads, width // 2)
         for kernel, tensors, more in (
             (_norm_rope_forward, ("y_q", "y_k"), {}),
             (
@@ -479,7 +390,7 @@ def variants() -> Iterator[Variant]:
                 | {"cos": "*fp32", "sin": "*fp32", "epsilon": "fp32"}
                 | dict.fromkeys(numbers, "i32")
                 | more,
-                constants={"positions": None, "POSITIONS": False, "HEADS": block, "HALF": columns},
+                constants={"positions": None, "POSITIONS": False} | head_tile(heads, width // 2),
                 num_warps=WARPS,
                 divisible=("half", *strides),
             )

@@ -153,6 +153,27 @@ class _InPlace(torch.autograd.Function):
 
 
 @triton.jit
+def _angles(  # type: ignore[no-untyped-def]
+    cos, sin, positions, token, s, half, POSITIONS: tl.constexpr, HALF: tl.constexpr
+):
+    """(cos, sin), [1, HALF] each, of a token at place s of the sequence."""
+    position = s
+    if POSITIONS:
+        position = tl.load(positions + token).to(tl.int64)
+    column = tl.arange(0, HALF)[None, :]
+    angles = position * half + column
+    c = tl.load(cos + angles, column < half, other=0).to(tl.float32)
+    return c, tl.load(sin + angles, column < half, other=0).to(tl.float32)
+
+
+@triton.jit
+def _halves(x, column, inside, half):  # type: ignore[no-untyped-def]
+    """What is at `column` and at `column` + half."""
+    a = tl.load(x + column, inside, other=0).to(tl.float32)
+    return a, tl.load(x + half + column, inside, other=0).to(tl.float32)
+
+
+@triton.jit
 def _turn_heads(  # type: ignore[no-untyped-def]
     x,
     out,
@@ -165,15 +186,14 @@ def _turn_heads(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """All heads of one token, HEADS at a time; cos and sin are [HALF]."""
+    """All heads of one token, HEADS at a time; cos and sin are [1, HALF]."""
     column = tl.arange(0, HALF)[None, :]
     for first in range(0, heads, HEADS):
         head = first + tl.arange(0, HEADS)[:, None]
         inside = (head < heads) & (column < half)
-        a = tl.load(x + head * head_stride + column, inside, other=0).to(tl.float32)
-        b = tl.load(x + head * head_stride + half + column, inside, other=0).to(tl.float32)
-        turned_a = a * cos[None, :] - b * sin[None, :]
-        turned_b = b * cos[None, :] + a * sin[None, :]
+        a, b = _halves(x + head * head_stride, column, inside, half)
+        turned_a = a * cos - b * sin
+        turned_b = b * cos + a * sin
         places = out + head * out_head_stride + column
         tl.store(places, turned_a.to(out.dtype.element_ty), inside)
         tl.store(places + half, turned_b.to(out.dtype.element_ty), inside)
@@ -210,47 +230,35 @@ def _rope(  # type: ignore[no-untyped-def]
     HALF: tl.constexpr,
 ):
     """One token: strides of the sequence, the batch and the heads follow each tensor's name."""
-    s = (tl.program_id(0) // batch).to(tl.int64)
-    b = (tl.program_id(0) % batch).to(tl.int64)
-    position = s
-    if POSITIONS:
-        position = tl.load(positions + tl.program_id(0)).to(tl.int64)
-    column = tl.arange(0, HALF)
-    angles = position * half + column
-    c = tl.load(cos + angles, column < half, other=0).to(tl.float32)
-    d = tl.load(sin + angles, column < half, other=0).to(tl.float32)
+    token = tl.program_id(0).to(tl.int64)
+    s, b = token // batch, token % batch
+    c, d = _angles(cos, sin, positions, token, s, half, POSITIONS, HALF)
     if OPPOSITE:
         d = -d
     _turn_heads(
-        q + s * q_s + b * q_b,
-        out_q + s * out_q_s + b * out_q_b,
-        q_h,
-        out_q_h,
-        heads,
-        half,
-        c,
-        d,
-        HEADS,
-        HALF,
-    )
+        q + s * q_s + b * q_b, out_q + s * out_q_s + b * out_q_b, q_h, out_q_h, heads, half, c, d,
+        HEADS, HALF,
+    )  # fmt: skip
     _turn_heads(
-        k + s * k_s + b * k_b,
-        out_k + s * out_k_s + b * out_k_b,
-        k_h,
-        out_k_h,
-        kv_heads,
-        half,
-        c,
-        d,
-        HEADS,
-        HALF,
-    )
+        k + s * k_s + b * k_b, out_k + s * out_k_s + b * out_k_b, k_h, out_k_h, kv_heads, half, c,
+        d, HEADS, HALF,
+    )  # fmt: skip
 
 
-def _settings(heads: int, half: int) -> tuple[int, int]:
-    """(heads at a time, columns of a half)."""
+def head_tile(heads: int, half: int) -> dict[str, int]:
+    """HEADS, of which a program turns so many at a time, and HALF, the columns of a half."""
     columns = triton.next_power_of_2(half)
-    return min(triton.next_power_of_2(heads), max(1, TILE // columns)), columns
+    heads = min(triton.next_power_of_2(heads), max(1, TILE // columns))
+    return {"HEADS": heads, "HALF": columns}
+
+
+def check_heads(kernel: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Raises UnsupportedError for heads that the kernel of this name cannot turn."""
+    check_dtype(kernel, q, k)
+    width = q.shape[3]
+    if width % 2 or q.stride(3) != 1 or k.stride(3) != 1:
+        raise UnsupportedError(kernel, f"heads of width {width}, strides {q.stride()}")
+    assert cos.shape[1] == sin.shape[1] == width // 2
 
 
 def _launch(
@@ -263,13 +271,9 @@ def _launch(
     positions_SB: Tensor | None,
     opposite: bool,
 ) -> None:
-    check_dtype("rope", q, k)
+    check_heads("rope", q, k, cos, sin)
     (length, batch, heads, width), kv_heads = q.shape, k.shape[2]
-    if width % 2 or q.stride(3) != 1 or k.stride(3) != 1:
-        raise UnsupportedError("rope", f"heads of width {width}, strides {q.stride()}")
-    assert cos.shape[1] == sin.shape[1] == width // 2
     assert positions_SB is not None or cos.shape[0] >= length
-    block, columns = _settings(heads, width // 2)
     if q.numel():
         _rope[(length * batch,)](
             q,
@@ -286,8 +290,7 @@ def _launch(
             *(stride for x in (q, k, out_q, out_k) for stride in x.stride()[:3]),
             OPPOSITE=opposite,
             POSITIONS=positions_SB is not None,
-            HEADS=block,
-            HALF=columns,
+            **head_tile(heads, width // 2),
             num_warps=WARPS,
             enable_fp_fusion=FP_FUSION,
         )
@@ -359,7 +362,6 @@ def variants() -> Iterator[Variant]:
     strides = [f"{x}_{dim}" for x in ("q", "k", "out_q", "out_k") for dim in "sbh"]
     numbers = ["batch", "half", "heads", "kv_heads", *strides]
     for heads, width, positions in ((12, 64, False), (64, 128, False), (32, 128, True)):
-        block, columns = _settings(heads, width // 2)
         yield Variant(
             _rope,
             f"{heads} heads of {width}, {'positions given, ' if positions else ''}bf16",
@@ -367,7 +369,8 @@ def variants() -> Iterator[Variant]:
             | {"cos": "*fp32", "sin": "*fp32"}
             | dict.fromkeys(numbers, "i32")
             | ({"positions": "*i32"} if positions else {}),
-            constants={"OPPOSITE": True, "POSITIONS": positions, "HEADS": block, "HALF": columns}
+            constants={"OPPOSITE": True, "POSITIONS": positions}
+            | head_tile(heads, width // 2)
             | ({} if positions else {"positions": None}),
             num_warps=WARPS,
             divisible=("half", *strides),

@@ -68,7 +68,7 @@ def test_as_accurate_as_torch(
 
 def test_more_tokens_than_programs_and_heads_than_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MODULE, "PROGRAMS", 3)
-    monkeypatch.setattr(MODULE, "TILE", 8)
+    monkeypatch.setattr(sys.modules["megapipe.kernels.rope"], "TILE", 8)
     given_ = [inputs(4, 2, 5, 1, 8, torch.float32), *weights(8, torch.float32)]
     function = partial(turned, heads=5)
     kernel = values_and_gradients(partial(function, backend="triton"), given_)
