@@ -12,18 +12,16 @@ import triton.language as tl
 
 from megapipe.kernels.attention_forward import (
     _count,
-    _first_seen,
-    _head_key,
     _kept,
     _key_range,
     _place,
+    _query_masks,
     _rows,
     _seen,
     _store_rows,
 )
 from megapipe.kernels.attention_settings import SUMS, signature, specimens, strides_of
 from megapipe.kernels.compilation import Variant
-from megapipe.kernels.random import _hash64
 
 
 @triton.jit(do_not_specialize=["heads", "length"])
@@ -160,13 +158,9 @@ def _attention_backward_queries(  # type: ignore[no-untyped-def]
     k += b * k_b + head // group * k_h
     v += b * v_b + head // group * v_h
     m = m_first + tl.arange(0, BLOCK_M)
-    row_key = m
-    starts = bounds
-    if DOCUMENTS:
-        starts += b * length
-    first = _first_seen(m, starts, length, window, WINDOW, DOCUMENTS)
-    if DROPOUT:
-        row_key = _hash64(key, _head_key(samples, b, first_head + head, key) + m.to(tl.uint64))
+    starts, first, row_key = _query_masks(
+        m, b, head, bounds, samples, length, window, key, first_head, WINDOW, DOCUMENTS, DROPOUT
+    )
     q += b * q_b + head * q_h
     grad_out += b * grad_b + head * grad_h
     queries = _rows(q, m_first, q_s, length, WIDTH, True, BLOCK_M, BLOCK_D)

@@ -55,6 +55,32 @@ def _head_key(samples, b, head, key):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _query_masks(  # type: ignore[no-untyped-def]
+    m,
+    b,
+    head,
+    bounds,
+    samples,
+    length,
+    window,
+    key,
+    first_head,
+    WINDOW: tl.constexpr,
+    DOCUMENTS: tl.constexpr,
+    DROPOUT: tl.constexpr,
+):
+    """(the sample's document starts, the first key that each query of a head sees, their rows' keys
+    for dropout); what no mask needs is any number."""
+    starts = bounds
+    if DOCUMENTS:
+        starts += b * length
+    row_key = m
+    if DROPOUT:
+        row_key = _hash64(key, _head_key(samples, b, first_head + head, key) + m.to(tl.uint64))
+    return starts, _first_seen(m, starts, length, window, WINDOW, DOCUMENTS), row_key
+
+
+@triton.jit
 def _key_range(  # type: ignore[no-untyped-def]
     m_first,
     length,
@@ -245,13 +271,9 @@ def _attention_forward(  # type: ignore[no-untyped-def]
     k += b * k_b + head // group * k_h
     v += b * v_b + head // group * v_h
     m = m_first + tl.arange(0, BLOCK_M)
-    row_key = m
-    starts = bounds
-    if DOCUMENTS:
-        starts += b * length
-    first = _first_seen(m, starts, length, window, WINDOW, DOCUMENTS)
-    if DROPOUT:
-        row_key = _hash64(key, _head_key(samples, b, first_head + head, key) + m.to(tl.uint64))
+    starts, first, row_key = _query_masks(
+        m, b, head, bounds, samples, length, window, key, first_head, WINDOW, DOCUMENTS, DROPOUT
+    )
     queries = _rows(q, m_first, q_s, length, WIDTH, True, BLOCK_M, BLOCK_D)
     low, whole_low, whole_high, high = _key_range(
         m_first, length, window, starts, WINDOW, DOCUMENTS, BLOCK_M, BLOCK_N

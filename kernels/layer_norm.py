@@ -20,7 +20,7 @@ from torch import Tensor
 from megapipe.kernels.backend import FP_FUSION, Backend, check_dtype, choose
 from megapipe.kernels.compilation import Variant
 from megapipe.kernels.row_sums import row_sums
-from megapipe.kernels.row_tiles import RowTiles, row_tiles
+from megapipe.kernels.row_tiles import RowTiles, _with_residual, row_tiles
 
 
 def layer_norm(
@@ -71,17 +71,12 @@ def _layer_norm_forward(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS rows; `total` is x + residual, rounded, which is also what is normed."""
+    """ROWS rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < hidden)[None, :]
     places = row[:, None].to(tl.int64) * hidden + column[None, :]
-    s = tl.load(x + places, inside, other=0).to(tl.float32)
-    if ADD:
-        s += tl.load(residual + places, inside, other=0).to(tl.float32)
-        rounded = s.to(total.dtype.element_ty)
-        tl.store(total + places, rounded, inside)
-        s = rounded.to(tl.float32)
+    s = _with_residual(x, residual, total, places, inside, ADD)
     mean = tl.sum(s, 1) / hidden
     # The variance of what is left, not mean(s^2) - mean^2, which cancels.
     s = tl.where(inside, s - mean[:, None], 0)

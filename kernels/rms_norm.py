@@ -19,7 +19,7 @@ from torch import Tensor
 from megapipe.kernels.backend import FP_FUSION, Backend, check_dtype, choose
 from megapipe.kernels.compilation import Variant
 from megapipe.kernels.row_sums import row_sums
-from megapipe.kernels.row_tiles import row_tiles
+from megapipe.kernels.row_tiles import _with_residual, row_tiles
 
 HELD = 8192
 
@@ -94,17 +94,12 @@ def _rms_norm_forward(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """ROWS rows; `total` is x + residual, rounded, which is also what is normed."""
+    """ROWS rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < hidden)[None, :]
     places = row[:, None].to(tl.int64) * hidden + column[None, :]
-    s = tl.load(x + places, inside, other=0).to(tl.float32)
-    if ADD:
-        s += tl.load(residual + places, inside, other=0).to(tl.float32)
-        rounded = s.to(total.dtype.element_ty)
-        tl.store(total + places, rounded, inside)
-        s = rounded.to(tl.float32)
+    s = _with_residual(x, residual, total, places, inside, ADD)
     r = tl.rsqrt(tl.sum(s * s, 1) / hidden + epsilon)
     tl.store(scale + row, r, row < rows)
     w = tl.load(weight + column, column < hidden, other=0).to(tl.float32)

@@ -91,3 +91,16 @@ def _element_tile(rows, columns, ROWS: tl.constexpr, BLOCK: tl.constexpr):  # ty
     row = tl.program_id(0) // blocks * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     return row, column, (row < rows)[:, None] & (column < columns)[None, :]
+
+
+@triton.jit
+def _with_residual(x, residual, total, places, inside, ADD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """x in float32; with ADD x + residual, rounded as it is stored in `total`: what is normed must
+    be what the backward pass finds there."""
+    s = tl.load(x + places, inside, other=0).to(tl.float32)
+    if ADD:
+        s += tl.load(residual + places, inside, other=0).to(tl.float32)
+        rounded = s.to(total.dtype.element_ty)
+        tl.store(total + places, rounded, inside)
+        s = rounded.to(tl.float32)
+    return s
