@@ -53,22 +53,14 @@ class Attention(nn.Module):
             model.hidden_size,
             self._qkv_pieces(name, model, place),
             bias=model.qkv_bias,
-            tensor=tensor,
-            sequence_parallel=place.sequence_parallel,
-            store=place.store,
-            dtype=place.dtype,
-            device=place.device,
+            **place.linear,
         )
         self.output = RowParallelLinear(
             model.num_heads * model.head_dim,
             model.hidden_size,
             f"{name}.output.weight",
             bias=model.bias,
-            tensor=tensor,
-            sequence_parallel=place.sequence_parallel,
-            store=place.store,
-            dtype=place.dtype,
-            device=place.device,
+            **place.linear,
         )
         self.q_norm = self.k_norm = None
         if model.qk_norm:

@@ -96,22 +96,14 @@ class FeedForward(nn.Module):
             model.hidden_size,
             pieces,
             bias=model.bias,
-            tensor=tensor,
-            sequence_parallel=place.sequence_parallel,
-            store=place.store,
-            dtype=place.dtype,
-            device=place.device,
+            **place.linear,
         )
         self.down = RowParallelLinear(
             model.ffn_hidden_size,
             model.hidden_size,
             f"{name}.down.weight",
             bias=model.bias,
-            tensor=tensor,
-            sequence_parallel=place.sequence_parallel,
-            store=place.store,
-            dtype=place.dtype,
-            device=place.device,
+            **place.linear,
         )
         self.activation = model.activation
         self.backend = place.kernels.kernels

@@ -1,6 +1,7 @@
 """How layers are built on a rank, and what they are handed with each microbatch."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +40,15 @@ class Placement:
     loss: LossSettings = LossSettings()
 
     @property
-    def layer(self) -> dict[str, object]:
-        return {"tensor": self.tensor, "dtype": self.dtype, "device": self.device}
+    def linear(self) -> dict[str, Any]:
+        """What every linear layer of a block is built with."""
+        return {
+            "tensor": self.tensor,
+            "sequence_parallel": self.sequence_parallel,
+            "store": self.store,
+            "dtype": self.dtype,
+            "device": self.device,
+        }
 
 
 @dataclass(frozen=True)
