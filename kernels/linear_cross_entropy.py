@@ -26,9 +26,10 @@ from megapipe.kernels.cross_entropy import (
 )
 from megapipe.kernels.weight_grad import add_weight_grad
 
-PARTS, LEAST_ROWS = 16, 128
-"""Rows are cut into at most so many parts, of at least so many rows: products of fewer rows are
-slower for each row."""
+PARTS, LEAST_ROWS = 16, 1024
+"""Rows are cut into at most so many parts, of at least so many rows. Each part reads and writes the
+gradient of W, 8 bytes a weight for 2 FLOPs a row: on an H100 (989 TFLOP/s, 3.35 TB/s) the product
+takes as long as that from 1,181 rows on, on an H200 from 824."""
 
 AddWeightGrad = Callable[[Tensor, Tensor], None]
 """(gradient of logits [N, V], h [N, H]): adds their product to the gradient of W."""

@@ -80,15 +80,18 @@ def rope_qkv_(
     *,
     positions_SB: Tensor | None = None,
     backend: Backend | None = None,
-) -> Tensor:
-    """qkv [S, B, N + 2 K, D], of which the first N heads are queries and the next K keys: turned in
-    place in Triton, returned with the values as they are. Differentiable: the tensor must be the
-    output of an operation that has not saved it. Otherwise as `rope`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv [S, B, N + 2 K, D] -> q [S, B, N, D], turned, k [S, B, K, D], turned, and v.
+
+    Uses qkv up: in Triton all three are views of it, queries and keys turned in place, and their
+    gradients are written straight into one of qkv's shape. It must be the output of an operation
+    that has not saved it, and nothing else may read it. Otherwise as `rope`.
+    """
     if choose(backend, qkv) == "triton":
-        turned: Tensor = _InPlace.apply(qkv, heads, kv_heads, cos, sin, positions_SB)
-        return turned
+        q, k, v = _InPlace.apply(qkv, heads, kv_heads, cos, sin, positions_SB)
+        return q, k, v
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=2)
-    return torch.cat([*rope(q, k, cos, sin, positions_SB=positions_SB, backend="torch"), v], dim=2)
+    return *rope(q, k, cos, sin, positions_SB=positions_SB, backend="torch"), v
 
 
 def angle_table(table: Tensor, length: int, positions_SB: Tensor | None) -> Tensor:
@@ -126,7 +129,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
 
 
 class _InPlace(torch.autograd.Function):
-    """Triton's, on the projection's output; the gradient, which others may hold, is copied."""
+    """Triton's, on the projection's output."""
 
     @staticmethod
     def forward(
@@ -137,18 +140,14 @@ class _InPlace(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         positions_SB: Tensor | None,
-    ) -> Tensor:
-        ctx.mark_dirty(qkv)
+    ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin, positions_SB)
-        ctx.heads, ctx.kv_heads = heads, kv_heads
-        torch.ops.megapipe.rope_(qkv, heads, kv_heads, cos, sin, positions_SB, False)
-        return qkv
+        torch.ops.megapipe.rope_(qkv, heads, kv_heads, cos, sin, positions_SB)
+        return qkv.split([heads, kv_heads, kv_heads], dim=2)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin, positions_SB = ctx.saved_tensors
-        grad = grads[0].clone(memory_format=torch.contiguous_format)
-        torch.ops.megapipe.rope_(grad, ctx.heads, ctx.kv_heads, cos, sin, positions_SB, True)
+        grad = torch.ops.megapipe.rope_gradient(*grads, *ctx.saved_tensors)
         return grad, None, None, None, None, None
 
 
@@ -318,10 +317,35 @@ def _turn_(
     cos: Tensor,
     sin: Tensor,
     positions_SB: Tensor | None,
-    opposite: bool,
 ) -> None:
     q, k, _ = qkv.split([heads, kv_heads, kv_heads], dim=2)
-    _launch(q, k, q, k, cos, sin, positions_SB, opposite)
+    _launch(q, k, q, k, cos, sin, positions_SB, False)
+
+
+@torch.library.custom_op("megapipe::rope_gradient", mutates_args=())
+def _gradient(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions_SB: Tensor | None,
+) -> Tensor:
+    """Of all heads [S, B, N + 2 K, D], from those of its parts."""
+    grad_qkv = _joined(grad_q, grad_k, grad_v)
+    heads = [x.shape[2] for x in (grad_q, grad_k, grad_v)]
+    out_q, out_k, out_v = grad_qkv.split(heads, dim=2)
+    # A gradient that a sum expanded has strides of 0.
+    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (grad_q, grad_k))
+    _launch(q, k, out_q, out_k, cos, sin, positions_SB, True)
+    out_v.copy_(grad_v)
+    return grad_qkv
+
+
+def _joined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Empty, of the shape of all heads."""
+    length, batch, _, width = q.shape
+    return q.new_empty(length, batch, sum(x.shape[2] for x in (q, k, v)), width)
 
 
 @_turned.register_fake
@@ -339,6 +363,18 @@ def _(
 @_turn_.register_fake
 def _(*args: object) -> None:
     return None
+
+
+@_gradient.register_fake
+def _(
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions_SB: Tensor | None,
+) -> Tensor:
+    return _joined(grad_q, grad_k, grad_v)
 
 
 def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from megapipe.config import Config
+from megapipe.config import Config, ModelConfig
+from megapipe.config.checks import MAX_KERNEL_HEAD_DIM, MAX_KERNEL_HIDDEN
 from megapipe.errors import MegapipeError
 from megapipe.kernels import Backend, backend_of
 
@@ -29,7 +30,8 @@ class KernelChoice:
 
 
 def choose_kernels(config: Config, device: torch.device) -> KernelChoice:
-    """Raises MegapipeError where Triton kernels are asked for on a device that cannot run them."""
+    """Raises MegapipeError where Triton kernels would run that the device or the model's sizes do
+    not allow."""
     train, model = config.train, config.model
     given = train.kernels
     kernels: Backend = backend_of(device) if given == "auto" else given
@@ -52,7 +54,24 @@ def choose_kernels(config: Config, device: torch.device) -> KernelChoice:
         raise MegapipeError(
             f'{key} = "triton" needs a GPU, and train.device gives the CPU. Write {key} = "auto".'
         )
-    return KernelChoice(kernels, attention)
+    choice = KernelChoice(kernels, attention)
+    _check_sizes(model, choice)
+    return choice
+
+
+def _check_sizes(model: ModelConfig, choice: KernelChoice) -> None:
+    """What "auto" chose against the model's sizes, before the first step would refuse them; what
+    was chosen by name, the config has checked."""
+    if choice.kernels == "triton" and model.hidden_size > MAX_KERNEL_HIDDEN:
+        raise MegapipeError(
+            f'train.kernels = "auto" is Triton on a GPU, which takes model.hidden_size up to '
+            f'{MAX_KERNEL_HIDDEN:,}, and it is {model.hidden_size:,}; use "torch".'
+        )
+    if choice.attention == "triton" and model.head_dim > MAX_KERNEL_HEAD_DIM:
+        raise MegapipeError(
+            f'train.attention = "auto" is Triton for these masks, which takes heads of up to '
+            f'{MAX_KERNEL_HEAD_DIM}, and model.head_dim = {model.head_dim}; use "sdpa".'
+        )
 
 
 def interpreting() -> bool:

@@ -103,9 +103,8 @@ class Attention(nn.Module):
         return [q, *kv]
 
     def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [S, B, N + 2K, D]
-        q, k, v = heads.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
-        q, k = self._place(q, k, context)
+        qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [S, B, N + 2K, D]
+        q, k, v = self._queries_keys_values(qkv, context)
         if cache is not None:
             k, v = cache.append(k, v)
         q, k, v = (t.permute(1, 2, 0, 3) for t in (q, k, v))  # [B, heads, S, D]
@@ -124,22 +123,20 @@ class Attention(nn.Module):
         )
         return self.output(out.permute(2, 0, 1, 3).flatten(2))
 
-    def _place(self, q: Tensor, k: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """QK-norm and rotary positions, where the model has them."""
+    def _queries_keys_values(self, qkv: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """The heads, with QK-norm and rotary positions where the model has them."""
         backend = self.choice.kernels
         cos, sin = context.cos, context.sin
+        if self.q_norm is None and cos is not None and sin is not None:
+            return kernels.rope_qkv_(qkv, self.heads, self.kv_heads, cos, sin, backend=backend)
+        q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=2)
         if self.q_norm is None or self.k_norm is None:
-            if cos is None or sin is None:
-                return q, k
-            return kernels.rope(q, k, cos, sin, backend=backend)
-        if cos is not None and sin is not None:
-            return kernels.norm_rope(
-                q, k, self.q_norm, self.k_norm, cos, sin, self.norm_epsilon, backend=backend
-            )
-        return (
-            kernels.rms_norm(q, self.q_norm, self.norm_epsilon, backend=backend),
-            kernels.rms_norm(k, self.k_norm, self.norm_epsilon, backend=backend),
-        )
+            return q, k, v
+        if cos is None or sin is None:
+            q = kernels.rms_norm(q, self.q_norm, self.norm_epsilon, backend=backend)
+            return q, kernels.rms_norm(k, self.k_norm, self.norm_epsilon, backend=backend), v
+        norms = self.q_norm, self.k_norm
+        return *kernels.norm_rope(q, k, *norms, cos, sin, self.norm_epsilon, backend=backend), v
 
 
 def rope_table(

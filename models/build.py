@@ -13,10 +13,9 @@ from megapipe.models.gpt import GPTStage
 from megapipe.models.parameters import ParameterSpec, parameter_table
 from megapipe.models.partition import Stage, stages
 from megapipe.models.placement import LossSettings, Placement
+from megapipe.precision import MODEL_DTYPE
 from megapipe.tensor_parallel.parameter import Piece, ShardedParameter, sharded_parameters
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
-
-MODEL_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
 def build_stages(config: Config, mesh: Mesh) -> dict[int, GPTStage]:

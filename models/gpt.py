@@ -109,12 +109,13 @@ class FeedForward(nn.Module):
         self.backend = place.kernels.kernels
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.up(x)
         if self.activation == "swiglu":
-            return self.down(kernels.swiglu(y, backend=self.backend))
-        return self.down(
-            kernels.gelu(y, approximate=self.activation == "gelu_tanh", backend=self.backend)
-        )
+            return self.down(kernels.swiglu(self.up(x), backend=self.backend))
+        gelu = {"approximate": self.activation == "gelu_tanh", "backend": self.backend}
+        if self.up.bias is None or self.backend == "torch":
+            return self.down(kernels.gelu(self.up(x), **gelu))
+        # The kernel also sums the bias's gradient, for which the product's would be read again.
+        return self.down(kernels.bias_gelu(self.up(x, add_bias=False), self.up.bias, **gelu))
 
 
 class Block(nn.Module):
@@ -332,7 +333,9 @@ class GPTStage(nn.Module):
         cos = sin = None
         if self.model.position == "rope":
             positions = torch.arange(offset, offset + length, device=self.place.device)
-            cos, sin = rope_table(self.model, positions, self.place.dtype)
+            fused = self.place.kernels.kernels == "triton"  # which widens what it loads anyway
+            dtype = torch.float32 if fused else self.place.dtype
+            cos, sin = rope_table(self.model, positions, dtype)
         bounds = mask = None
         if batch.documents_BS is not None:
             bounds = kernels.document_bounds(batch.documents_BS)

@@ -60,6 +60,28 @@ def test_a_cpu_cannot_run_triton(tmp_path: Path, key: str, monkeypatch: pytest.M
         choose_kernels(given, CPU)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ("--model.hidden_size=16640",),
+            r'train\.kernels = "auto".*hidden_size up to 16,384, and it is 16,640; use "torch"',
+        ),
+        (
+            ("--model.head_dim=288", "--data.mask_documents=true"),
+            r'train\.attention = "auto".* up to 256, and model\.head_dim = 288; use "sdpa"',
+        ),
+    ],
+)
+def test_auto_refuses_what_the_first_step_would(
+    tmp_path: Path, overrides: tuple[str, ...], message: str
+) -> None:
+    given = config(tmp_path, *overrides)
+    assert str(choose_kernels(given, CPU)) == "torch"
+    with pytest.raises(MegapipeError, match=message):
+        choose_kernels(given, GPU)
+
+
 def test_limits_are_those_of_the_kernels() -> None:
     assert sys.modules["megapipe.kernels.row_tiles"].MAX_COLUMNS == MAX_KERNEL_HIDDEN
     assert sys.modules["megapipe.kernels.attention"].MAX_HEAD_DIM == MAX_KERNEL_HEAD_DIM

@@ -11,13 +11,16 @@ import json
 import os
 import pkgutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
 from megapipe import kernels
-from megapipe.kernels.compilation import TARGETS, Compiled, compile_variant
+from megapipe.kernels.compilation import TARGETS, Compiled, Variant, compile_variant
+
+Row = dict[str, Any]
+"""What compiling a variant for a target gave."""
 
 
 def kernel_modules() -> list[str]:
@@ -31,18 +34,30 @@ def kernel_modules() -> list[str]:
     return found
 
 
-def compile_module(module: str) -> list[dict[str, Any]]:
-    """All variants of a kernel's file on all targets, as rows of plain values."""
-    variants = importlib.import_module(f"megapipe.kernels.{module}").variants
-    return [
-        _row(module, compile_variant(variant, target))
-        for variant in variants()
-        for target in TARGETS.values()
-        if not variant.targets or target.name in variant.targets
+def compile_kernels(modules: Sequence[str]) -> Iterator[Row]:
+    """Each variant in these files on each of its targets, as plain values, in order; on all cores,
+    one at a time on each, for a few of them take as long as all others."""
+    jobs = [
+        (module, index, target)
+        for module in modules
+        for index, variant in enumerate(_variants(module))
+        for target in variant.targets or TARGETS
     ]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
+        yield from pool.map(_compile, jobs)
 
 
-def _row(module: str, compiled: Compiled) -> dict[str, Any]:
+def _variants(module: str) -> list[Variant]:
+    return list(importlib.import_module(f"megapipe.kernels.{module}").variants())
+
+
+def _compile(job: tuple[str, int, str]) -> Row:
+    """A variant is given by its place: kernels cannot be pickled."""
+    module, index, target = job
+    return _row(module, compile_variant(_variants(module)[index], TARGETS[target]))
+
+
+def _row(module: str, compiled: Compiled) -> Row:
     variant = compiled.variant
     return {
         "module": module,
@@ -62,13 +77,10 @@ def _row(module: str, compiled: Compiled) -> dict[str, Any]:
 
 def main(modules: Sequence[str]) -> int:
     """One line of JSON for each variant and target, in the order of the files."""
-    names = list(modules) or kernel_modules()
     unfit = 0
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
-        for rows in pool.map(compile_module, names):
-            for row in rows:
-                print(json.dumps(row), flush=True)
-                unfit += bool(row["problems"])
+    for row in compile_kernels(list(modules) or kernel_modules()):
+        print(json.dumps(row), flush=True)
+        unfit += bool(row["problems"])
     return min(unfit, 1)
 
 

@@ -11,16 +11,12 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from megapipe.kernels.compilation import TARGETS
-from megapipe.tools.compile_kernels import compile_module, kernel_modules
+from megapipe.tools.compile_kernels import Row, compile_kernels, kernel_modules
 
 BEGIN = "<!-- kernels_table: begin -->"
 END = "<!-- kernels_table: end -->"
-
-Row = dict[str, Any]
-"""As compile_kernels prints it."""
 
 
 def tables(rows: Iterable[Row]) -> Iterator[str]:
@@ -61,7 +57,7 @@ def main(words: Sequence[str]) -> int:
     if len(words) == 2:
         rows = [json.loads(line) for line in Path(words[1]).read_text().splitlines()]
     else:
-        rows = [row for module in kernel_modules() for row in compile_module(module)]
+        rows = list(compile_kernels(kernel_modules()))
     for row in rows:
         if row["problems"]:
             print(f"{row['kernel']}, {row['target']}: {row['problems']}", file=sys.stderr)

@@ -65,11 +65,12 @@ class ColumnParallelLinear(nn.Module):
         self.sequence_parallel = sequence_parallel
         self.store = store
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *, add_bias: bool = True) -> Tensor:
+        """Without `add_bias` the caller adds it, in what it fuses with the addition."""
         return column_parallel_linear(
             x,
             self.weight,
-            self.bias,
+            self.bias if add_bias else None,
             tensor=self.tensor,
             sequence_parallel=self.sequence_parallel,
             store=self.store,

@@ -40,7 +40,8 @@ from megapipe.pipeline.schedule.limit import Limit
 from megapipe.pipeline.schedule.search import search
 from megapipe.pipeline.schedule.search.reason import report, seconds, summary
 from megapipe.pipeline.schedule.stored import UnfitProgramError
-from megapipe.train.engine import MAIN_DTYPE, MODEL_DTYPE, BuildStages, Engine
+from megapipe.precision import MAIN_DTYPE, MODEL_DTYPE
+from megapipe.train.engine import BuildStages, Engine
 from megapipe.train.proof import synthetic_microbatch
 from megapipe.train.run_directory import RunLock, from_first
 

@@ -25,16 +25,13 @@ from megapipe.pipeline.program import (
 )
 from megapipe.pipeline.schedule import Program, forward_program, lower, validate
 from megapipe.pipeline.schedule.timeline import KEPT_STEPS
+from megapipe.precision import MAIN_DTYPE, MODEL_DTYPE
 from megapipe.tensor_parallel.collectives import all_reduce_
 from megapipe.train.bubble import BubbleMeter
 from megapipe.train.optimizer import Optimizer
 
 BuildStages = Callable[[Config, Mesh], Mapping[int, nn.Module]]
 """Makes this rank's stages, by stage number; the engine knows nothing else of the model."""
-
-MODEL_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-MAIN_DTYPE = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
-"""Gradients, master weights and moments."""
 
 
 class NonFiniteError(MegapipeError):

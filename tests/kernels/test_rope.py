@@ -65,7 +65,7 @@ def test_as_accurate_as_torch(
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_in_place(packed: bool) -> None:
-    """On what a projection gave out; its gradient, of which the values have a part, is the same."""
+    """Queries, keys and values of what a projection gave out, and its gradient, are the same."""
     qkv = inputs(5, 2, 4, 2, 8, torch.float32)
     cos, sin = table(20, 4)
     positions = torch.arange(10, dtype=torch.int32).view(5, 2) if packed else None
@@ -73,15 +73,27 @@ def test_in_place(packed: bool) -> None:
     backends: tuple[Backend, ...] = ("torch", "triton")
     for backend in backends:
 
-        def projected(x: Tensor, backend: Backend = backend) -> Tensor:
+        def projected(x: Tensor, backend: Backend = backend) -> tuple[Tensor, ...]:
             y = x * 1
-            out = rope_qkv_(y, 4, 2, cos, sin, positions_SB=positions, backend=backend)
-            assert (out.data_ptr() == y.data_ptr()) == (backend == "triton")
-            return out.square()
+            parts = rope_qkv_(y, 4, 2, cos, sin, positions_SB=positions, backend=backend)
+            assert (parts[0].data_ptr() == y.data_ptr()) == (backend == "triton")
+            return tuple(part.square() for part in parts)
 
         found[backend] = values_and_gradients(projected, (qkv,))
     for own, other in zip(found["triton"], found["torch"], strict=True):
         torch.testing.assert_close(own, other)
+
+
+def test_in_place_gradients_of_a_sum() -> None:
+    """They are expanded: in memory there is one number."""
+    qkv, (cos, sin) = inputs(3, 2, 4, 2, 8, torch.float32), table(3, 4)
+    found = []
+    backends: tuple[Backend, ...] = ("torch", "triton")
+    for backend in backends:
+        x = qkv.clone().requires_grad_()
+        sum(part.sum() for part in rope_qkv_(x * 1, 4, 2, cos, sin, backend=backend)).backward()
+        found.append(x.grad)
+    torch.testing.assert_close(*found)
 
 
 def test_any_order_and_many_heads() -> None:
@@ -106,4 +118,6 @@ def test_operators() -> None:
     qkv = inputs(3, 2, 4, 2, 8, torch.float32)
     q, k, _ = (x.clone().requires_grad_() for x in qkv.split([4, 2, 2], dim=2))
     torch.library.opcheck(torch.ops.megapipe.rope, (q, k, *table(3, 4), None, False))
-    torch.library.opcheck(torch.ops.megapipe.rope_, (qkv, 4, 2, *table(3, 4), None, True))
+    torch.library.opcheck(torch.ops.megapipe.rope_, (qkv, 4, 2, *table(3, 4), None))
+    parts = qkv.split([4, 2, 2], dim=2)
+    torch.library.opcheck(torch.ops.megapipe.rope_gradient, (*parts, *table(3, 4), None))
