@@ -14,7 +14,10 @@ if not torch.cuda.is_available():  # before triton: without a GPU its kernels ru
     os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.corpus import write_config, write_text, write_tokenizer
+from tests.interpreter import patch_language_once
 from tests.ranks import POOL
+
+patch_language_once()
 
 # The same examples in every run: a bound on rounding errors that holds for all but a few draws in a
 # thousand must not make a change look guilty. `--hypothesis-profile=default` draws others.

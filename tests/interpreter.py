@@ -1,0 +1,32 @@
+"""Triton's interpreter, made faster for tests."""
+
+from collections.abc import Callable
+from typing import Any
+
+
+def patch_language_once() -> None:
+    """A kernel's start patches triton.language; each call of a function inside the kernel does it
+    again, which takes four tenths of the time and has an effect only in the first call from each
+    file (of Triton's own, which know the language by another name). The others are left out."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def once(kernel: Callable[..., Any]) -> Any:
+        scope = patch(kernel)
+        restore, files = scope.restore, {id(kernel.__globals__)}
+
+        def of_call(function: Callable[..., Any]) -> None:
+            if id(function.__globals__) not in files:
+                files.add(id(function.__globals__))
+                patch(function)
+
+        def restored() -> None:
+            interpreter._patch_lang = once
+            restore()
+
+        scope.restore = restored
+        interpreter._patch_lang = of_call
+        return scope
+
+    interpreter._patch_lang = once
