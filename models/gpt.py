@@ -111,7 +111,10 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.activation == "swiglu":
             return self.down(kernels.swiglu(self.up(x), backend=self.backend))
-        gelu = {"approximate": self.activation == "gelu_tanh", "backend": self.backend}
+        gelu: dict[str, Any] = {
+            "approximate": self.activation == "gelu_tanh",
+            "backend": self.backend,
+        }
         if self.up.bias is None or self.backend == "torch":
             return self.down(kernels.gelu(self.up(x), **gelu))
         # The kernel also sums the bias's gradient, for which the product's would be read again.

@@ -39,3 +39,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tokenizer(folder)
     write_config(folder, steps=8)
     return folder
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `gpu` are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))

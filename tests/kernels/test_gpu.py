@@ -1,0 +1,216 @@
+"""What only a GPU shows: bfloat16's rounding, real sizes, compiled code, a step of the engine.
+
+    pytest -m gpu tests/kernels
+
+The same checks run here on a toy shape in the interpreter, so that they are known to work before a
+GPU is paid for.
+"""
+
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megapipe.config import load_config
+from megapipe.kernels import Vocabulary, cross_entropy_stats_, grad_norm, rms_norm, swiglu
+from megapipe.mesh import build_mesh
+from megapipe.models.build import build_stages
+from megapipe.models.presets import PRESETS
+from megapipe.tools.bench import run as bench
+from megapipe.tools.bench.kernels import CASES
+from megapipe.tools.bench.kernels_cases import (
+    Case,
+    Shape,
+    Source,
+    shape_of,
+    values_and_gradients,
+    widened,
+)
+from megapipe.train.engine import Engine
+from megapipe.train.proof import synthetic_tokens
+from tests.kernels.proof import assert_as_accurate, assert_same_bits
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+TOY = Shape(
+    model="toy",
+    tensor=1,
+    batch=2,
+    sequence=8,
+    sequence_part=8,
+    hidden=16,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    ffn=24,
+    vocab=31,
+    shard=300,
+)
+EACH = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+SHAPES = pytest.mark.parametrize(
+    ("preset", "tensor"), [("llama3-8b", 1), ("llama3-8b", 8), ("gpt2", 1)]
+)
+
+
+def check_accuracy(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+    """1.5 times the error of the torch reference in the same dtype, both against float64."""
+    inputs = [case.inputs(shape, Source(device, dtype)) for _ in range(3)]
+    torch_way, triton_way = (partial(case.ours, backend=b) for b in ("torch", "triton"))
+    exact = values_and_gradients(case, torch_way, widened(inputs[0]))
+    reference = values_and_gradients(case, torch_way, inputs[1])
+    kernel = values_and_gradients(case, triton_way, inputs[2])
+    if case.name == "grad_norm":  # whose bound is absolute: see its docstring
+        torch.testing.assert_close(kernel, exact, rtol=1.6e-5, atol=0)
+        return
+    assert_as_accurate(kernel, reference, exact)
+
+
+def check_bits(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+    """Nothing depends on which program comes first."""
+    triton_way = partial(case.ours, backend="triton")
+    runs = [
+        values_and_gradients(case, triton_way, case.inputs(shape, Source(device, dtype)))
+        for _ in range(3)
+    ]
+    assert_same_bits(runs[0], runs[1])
+    assert_same_bits(runs[0], runs[2])
+
+
+def check_ends(device: torch.device, rows: int) -> None:
+    """The last rows of very many are computed as if they were alone: no offset overflows."""
+    width, last = 4096, slice(-4, None)
+    x = torch.zeros(rows, width, dtype=torch.bfloat16, device=device)
+    x[last].normal_(generator=torch.Generator(device).manual_seed(0))
+    weight = torch.ones(width, dtype=x.dtype, device=device)
+    targets = torch.arange(rows, device=device) % width
+    assert torch.equal(
+        rms_norm(x, weight, 1e-5, backend="triton")[last],
+        rms_norm(x[last], weight, 1e-5, backend="triton"),
+    )
+    assert torch.equal(swiglu(x, backend="triton")[last], swiglu(x[last], backend="triton"))
+    vocabulary = Vocabulary(0, width)._asdict()
+    of_all = cross_entropy_stats_(x, targets, **vocabulary, backend="triton")
+    alone = cross_entropy_stats_(x[last], targets[last], **vocabulary, backend="triton")
+    assert_same_bits([y[last] for y in of_all], alone)
+    squares, _ = grad_norm(x.float().view(-1), backend="triton")
+    assert float(squares) == pytest.approx(float(x[last].double().square().sum()), rel=1.6e-5)
+
+
+def training_losses(
+    config: Path, words: tuple[str, ...], device: torch.device, store: str
+) -> list[float]:
+    """Of five steps on one rank."""
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.FileStore(store, 1),
+        rank=0,
+        world_size=1,
+    )
+    given = load_config(config, words, PRESETS)
+    mesh = build_mesh(pipeline=1, data=1, tensor=1, device=device)
+    engine, tokens = Engine(given, mesh, build_stages), synthetic_tokens(given)
+    losses = [engine.train_step(tokens(number, mesh), 1e-2).loss for number in range(5)]
+    dist.destroy_process_group()
+    return losses
+
+
+def check_training(folder: Path, device: torch.device, *words: str) -> None:
+    """In float32 as with torch's operations."""
+    config = Path(__file__).parents[1] / "configs" / "llama_shape.toml"
+    found = []
+    for kernels, attention in (("torch", "sdpa"), ("triton", "triton")):
+        keys = (f"--train.kernels={kernels}", f"--train.attention={attention}")
+        keys = (*keys, "--train.precision=fp32", "--parallel.data=1", *words)
+        with get_context("spawn").Pool(1) as pool:
+            found.append(pool.apply(training_losses, (config, keys, device, str(folder / kernels))))
+    assert len(set(found[0])) == 5
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+# --- The checks, here ----------------------------------------------------------------------------
+
+
+@EACH
+def test_each_check_in_the_interpreter(case: Case) -> None:
+    for check in (check_accuracy, check_bits):
+        check(case, TOY, CPU, torch.float32)
+
+
+def test_ends_in_the_interpreter() -> None:
+    check_ends(CPU, rows=6)
+
+
+def test_a_wrong_kernel_is_found() -> None:
+    def wrong(*inputs: Tensor, backend: str) -> tuple[Tensor, ...]:
+        factor = 1.001 if backend == "triton" else 1.0
+        return (inputs[0] * inputs[0] * factor,)
+
+    case = CASES["rms_norm"]
+    case = Case(case.name, case.bound, case.make, (0,), wrong, case.eager, case.forward)
+    with pytest.raises(AssertionError, match="allowed"):
+        check_accuracy(case, TOY, CPU, torch.float32)
+
+
+def test_training_in_the_interpreter(tmp_path: Path) -> None:
+    words = ("--model.num_layers=1", "--model.num_heads=2", "--model.vocab_size=50")
+    batch = ("--train.global_batch_size=1", "--train.micro_batch_size=1")
+    check_training(tmp_path, CPU, *words, *batch, "--train.sequence_length=4")
+
+
+# --- On a GPU ------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@EACH
+@SHAPES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_as_accurate_as_torch(case: Case, preset: str, tensor: int, dtype: torch.dtype) -> None:
+    shape = shape_of(preset, tensor)
+    assert shape is not None
+    torch.backends.cuda.matmul.allow_tf32 = False
+    check_accuracy(case, shape.checked(), GPU, dtype)
+
+
+@pytest.mark.gpu
+@EACH
+@SHAPES
+def test_the_same_bits_each_time(case: Case, preset: str, tensor: int) -> None:
+    shape = shape_of(preset, tensor)
+    assert shape is not None
+    check_bits(case, shape.checked(), GPU, torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_more_than_two_to_the_31_elements() -> None:
+    check_ends(GPU, rows=2**19 + 100)
+
+
+@pytest.mark.gpu
+@EACH
+def test_compiled_by_torch(case: Case) -> None:
+    """A custom operator inside torch.compile gives what it gives outside."""
+    triton_way = partial(case.ours, backend="triton")
+    runs = [
+        values_and_gradients(case, function, case.inputs(TOY, Source(GPU, torch.float32)))
+        for function in (triton_way, torch.compile(triton_way))
+    ]
+    for own, other in zip(*runs, strict=True):
+        torch.testing.assert_close(own, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("positions", ["--model.position=rope", "--model.position=learned"])
+def test_training(tmp_path: Path, positions: str) -> None:
+    check_training(tmp_path, GPU, positions)
+
+
+@pytest.mark.gpu
+def test_the_benches_run(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--kernels", "rms_norm,weight_grad", "--shapes", "gpt2", "--runs", "3"]
+    assert bench(["kernels", *words]) == 0
+    assert "failed" not in capsys.readouterr().out
+    small = ["--sequence-length", "128", "--breakdown"]
+    assert bench(["train", "--preset", "gpt2", *small]) == 0
