@@ -13,6 +13,9 @@ from megapipe.kernels.compilation import TARGETS
 from megapipe.tools.compile_kernels import kernel_modules
 
 
+pytestmark = pytest.mark.timeout(900)  # the first of these tests compiles for all of them
+
+
 @cache
 def rows() -> tuple[dict[str, Any], ...]:
     """Compiled in a process of its own: in this one, Triton may be set to interpret."""
