@@ -21,13 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from megapipe.kernels.backend import (
-    FP_FUSION,
-    Backend,
-    UnsupportedError,
-    check_dtype,
-    choose,
-)
+from megapipe.kernels.backend import FP_FUSION, Backend, UnsupportedError, check_dtype, choose
 from megapipe.kernels.compilation import Variant
 
 CHUNK_BYTES = 16 * 2**20
@@ -49,16 +43,25 @@ def cross_entropy(
 
     With `overwrite` the gradient takes the place of the logits, which are spoilt from the forward
     pass on and may have been saved by nobody but their producer; else they are copied first.
-    Raises UnsupportedError in Triton for float64, and with `overwrite` for rows that are not dense.
+    Raises RuntimeError for targets that are no class (on a GPU when it gets there), and in Triton
+    UnsupportedError for float64, and with `overwrite` for rows that are not dense.
     """
     return part_cross_entropy(
         logits_NV if overwrite else logits_NV.clone(memory_format=torch.contiguous_format),
-        torch.where(targets_N == ignore_index, -1, targets_N),
+        checked_targets(targets_N, logits_NV.shape[1], ignore_index),
         vocabulary=Vocabulary(0, logits_NV.shape[1]),
         combine=combine_one,
         z_loss=z_loss,
         backend=choose(backend, logits_NV),
     )
+
+
+def checked_targets(targets_N: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """-1 for those ignored. The check does not wait for a GPU: it is an assertion there."""
+    ignored = targets_N == ignore_index
+    exist = (targets_N >= 0) & (targets_N < classes)
+    torch._assert_async((exist | ignored).all(), f"a target is neither ignored nor in 0 to {classes - 1}")
+    return torch.where(ignored, -1, targets_N)
 
 
 class Vocabulary(NamedTuple):

@@ -19,6 +19,7 @@ from megapipe.kernels.backend import Backend, choose
 from megapipe.kernels.cross_entropy import (
     Combine,
     Vocabulary,
+    checked_targets,
     combine_one,
     cross_entropy_gradient_,
     cross_entropy_stats_,
@@ -47,12 +48,13 @@ def linear_cross_entropy(
     """h [N, H], W [V, H], targets [N] -> the sum of the losses, a scalar in float32 (float64).
 
     The gradient of W is summed in float32 (float64), [V, H], and rounded to W's dtype at the end.
-    Raises UnsupportedError for float64 in Triton.
+    Raises RuntimeError for targets that are no class (on a GPU when it gets there), and
+    UnsupportedError for float64 in Triton.
     """
     loss: Tensor = _LinearCrossEntropy.apply(
         hidden_NH,
         weight_VH,
-        torch.where(targets_N == ignore_index, -1, targets_N),
+        checked_targets(targets_N, weight_VH.shape[0], ignore_index),
         z_loss,
         choose(backend, hidden_NH),
         torch.is_grad_enabled(),

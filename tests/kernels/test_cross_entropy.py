@@ -279,6 +279,15 @@ def test_with_the_projection(rows: int, columns: int, dtype: torch.dtype, z: flo
         assert_as_accurate(kernel, values_and_gradients(whole, (hidden, weight)), exact)
 
 
+@pytest.mark.parametrize("target", [5, -1])
+def test_a_class_that_does_not_exist(target: int) -> None:
+    targets = torch.tensor([-100, 4, target])
+    with pytest.raises(RuntimeError, match="a target is neither ignored nor in 0 to 4"):
+        cross_entropy(torch.zeros(3, 5), targets)
+    with pytest.raises(RuntimeError, match="a target is neither ignored nor in 0 to 4"):
+        linear_cross_entropy(torch.zeros(3, 2), torch.zeros(5, 2), targets)
+
+
 def test_rows_are_cut_into_sixteen_parts_at_most() -> None:
     parts = sys.modules["megapipe.kernels.linear_cross_entropy"].row_parts
     assert [part.stop - part.start for part in parts(2500)] == [1024, 1024, 452]
