@@ -60,7 +60,8 @@ def checked_targets(targets_N: Tensor, classes: int, ignore_index: int) -> Tenso
     """-1 for those ignored. The check does not wait for a GPU: it is an assertion there."""
     ignored = targets_N == ignore_index
     exist = (targets_N >= 0) & (targets_N < classes)
-    torch._assert_async((exist | ignored).all(), f"a target is neither ignored nor in 0 to {classes - 1}")
+    problem = f"a target is neither ignored nor in 0 to {classes - 1}"
+    torch._assert_async((exist | ignored).all(), problem)
     return torch.where(ignored, -1, targets_N)
 
 

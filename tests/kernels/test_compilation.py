@@ -12,7 +12,6 @@ import pytest
 from megapipe.kernels.compilation import TARGETS
 from megapipe.tools.compile_kernels import kernel_modules
 
-
 pytestmark = pytest.mark.timeout(900)  # the first of these tests compiles for all of them
 
 
