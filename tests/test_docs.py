@@ -14,7 +14,7 @@ from megapipe.tools.arguments import config_keys
 from megapipe.tools.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def text(path: Path) -> str:
