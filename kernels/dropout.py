@@ -1,7 +1,7 @@
 """Dropout (Srivastava et al. 2014) whose bits depend on no layout, with a residual's addition.
 
-y = residual + x keep / (1 - p)
-dx = dy keep / (1 - p)
+    y = residual + x keep / (1 - p)
+    dx = dy keep / (1 - p)
 
 Whether an element is kept is a function of (key, global sample, position, feature), or of (key,
 sample, head, query, key position) for attention probabilities. Nothing is kept for backward but

@@ -1,12 +1,12 @@
 """GELU (Hendrycks & Gimpel 2016), with the addition of the bias before it.
 
-h = x + b                                                     where there is one
-y = h Phi(h),         Phi(h) = (1 + erf(h / sqrt(2))) / 2     exact
-y = h sigmoid(2 t),   t = sqrt(2/pi) (h + 0.044715 h^3)       GPT-2's h/2 (1 + tanh(t))
+    h = x + b                                                     where there is one
+    y = h Phi(h),         Phi(h) = (1 + erf(h / sqrt(2))) / 2     exact
+    y = h sigmoid(2 t),   t = sqrt(2/pi) (h + 0.044715 h^3)       GPT-2's h/2 (1 + tanh(t))
 
-dh = dy (Phi(h) + h exp(-h^2 / 2) / sqrt(2 pi))               exact
-dh = dy (p + 2 h p (1 - p) dt/dh),    p = sigmoid(2 t)        tanh form
-db = sum over rows of dh
+    dh = dy (Phi(h) + h exp(-h^2 / 2) / sqrt(2 pi))               exact
+    dh = dy (p + 2 h p (1 - p) dt/dh),    p = sigmoid(2 t)        tanh form
+    db = sum over rows of dh
 
 h is computed again in backward. Forward moves 2 numbers for each of y, backward 3, each once.
 """

@@ -1,9 +1,9 @@
 """SwiGLU (Shazeer 2020): the gate and its projection come from one matmul.
 
-y = silu(g) u,    silu(g) = g sigmoid(g),    [g, u] the halves of the last dimension
+    y = silu(g) u,    silu(g) = g sigmoid(g),    [g, u] the halves of the last dimension
 
-du = dy silu(g)
-dg = dy u sigmoid(g) (1 + g (1 - sigmoid(g)))
+    du = dy silu(g)
+    dg = dy u sigmoid(g) (1 + g (1 - sigmoid(g)))
 
 Forward moves 3 numbers for each of y, backward 5 (sigmoid(g) is computed again, not kept), each
 once: 6 and 10 bytes in bfloat16.

@@ -22,6 +22,7 @@ FLOORS = {
     "megapipe.kernel_choice": 4,
     "megapipe.mesh": 4,
     "megapipe.microbatch": 4,
+    "megapipe.precision": 4,
     "megapipe.tensor_parallel": 5,
     "megapipe.pipeline": 6,
     "megapipe.data_parallel": 6,

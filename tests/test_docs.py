@@ -14,7 +14,7 @@ from megapipe.tools.arguments import config_keys
 from megapipe.tools.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def text(path: Path) -> str:
@@ -24,8 +24,11 @@ def text(path: Path) -> str:
 def code(path: Path) -> str:
     """Everything that stands in code: spans, fenced and indented blocks."""
     fenced = re.findall(r"```\w*\n(.*?)```", text(path), re.DOTALL)
-    plain = re.sub(r"```.*?```", "", text(path), flags=re.DOTALL)
-    return "\n".join([*fenced, *re.findall(r"`([^`]+)`", plain)])
+    return "\n".join([*fenced, *re.findall(r"`([^`]+)`", unfenced(path))])
+
+
+def unfenced(path: Path) -> str:
+    return re.sub(r"```.*?```", "", text(path), flags=re.DOTALL)
 
 
 def blocks(path: Path, language: str) -> list[str]:
@@ -34,7 +37,7 @@ def blocks(path: Path, language: str) -> list[str]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_to_files(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", text(path)):
+    for target in re.findall(r"\]\(([^)#]+)", unfenced(path)):
         assert (path.parent / target).exists(), target
 
 
@@ -45,7 +48,8 @@ def test_commands_and_keys_exist(path: Path) -> None:
     sections = "|".join(section_types())
     for key in re.findall(rf"(?<![\w./])(?:--)?((?:{sections})\.[a-z]\w*)", code(path)):
         assert key in config_keys(), key
-    for file in re.findall(r"\b(?:megapipe|kernels|models|tests|launch)/[\w/]+\.\w+", code(path)):
+    folders = "megapipe|kernels|models|tests|launch"
+    for file in re.findall(rf"(?<!\]\()\b(?:{folders})/[\w/]+\.\w+", code(path)):
         assert (ROOT / file).exists(), file
 
 
