@@ -47,7 +47,7 @@ HALF_PRECISION: dict[Architecture, dict[Kernel, tuple[Settings, Settings, Settin
         "forward": (Settings(128, 64, 8, 2), Settings(128, 64, 8, 3), Settings(64, 32, 8, 2)),
         "queries": (Settings(128, 64, 8, 2), Settings(128, 64, 8, 2), Settings(64, 32, 8, 2)),
         # At a width of 256, the 64 keys that wgmma takes at least would spill: mma.sync.
-        "keys": (Settings(64, 128, 8, 2), Settings(32, 128, 8, 3), Settings(32, 32, 8, 2)),
+        "keys": (Settings(64, 128, 8, 2), Settings(32, 128, 8, 4), Settings(32, 32, 8, 2)),
     },
     "gfx942": {
         "forward": (Settings(128, 64, 8, 1), Settings(128, 32, 8, 1), Settings(64, 32, 8, 1)),
