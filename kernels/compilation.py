@@ -40,6 +40,7 @@ class Variant:
     divisible: Sequence[str] = ()
     tensor_cores: bool = False
     targets: Sequence[str] = ()  # empty: all
+    matrix_instructions: str = ""  # pattern in the assembly; empty: the target's
 
     @property
     def name(self) -> str:
@@ -145,7 +146,9 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
         registers=registers,
         spills=spills,
         shared=built.metadata.shared,
-        matrix_instructions=len(re.findall(target.matrix_instructions, assembly)),
+        matrix_instructions=len(
+            re.findall(variant.matrix_instructions or target.matrix_instructions, assembly)
+        ),
     )
     return Compiled(**vars(compiled) | {"problems": tuple(_problems(compiled))})
 

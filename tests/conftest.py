@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: forked ranks hang on a parent's thread pool
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -13,10 +14,19 @@ from hypothesis import settings
 if not torch.cuda.is_available():  # before triton: without a GPU its kernels run interpreted
     os.environ["TRITON_INTERPRET"] = "1"
 
+import triton
+
 from tests.corpus import write_config, write_text, write_tokenizer
 from tests.interpreter import patch_language_once
 from tests.ranks import POOL
 
+interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+numpy_is_new = np.lib.NumpyVersion(np.__version__) >= "2.4.0"
+if interpreted and numpy_is_new and triton.__version__.startswith("3.6."):
+    raise pytest.UsageError(
+        f"The interpreter of Triton {triton.__version__} fails with numpy {np.__version__}: "
+        "pip install 'numpy<2.4'"
+    )
 patch_language_once()
 
 # The same examples in every run: a bound on rounding errors that holds for all but a few draws in a
