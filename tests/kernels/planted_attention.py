@@ -6,19 +6,18 @@ import torch
 
 from tests.kernels.planted import OwnTest, Planted
 
-
 SMALL: dict[str, Any] = {
     "batch": 1,
-    "group": 2,
+    "group": 1,
     "kv_heads": 1,
-    "length": 20,
+    "length": 16,
     "width": 8,
     "dtype": torch.float32,
     "window": None,
     "packed": False,
     "dropout": {},
 }
-"""One block of queries or keys, two of the other: masks cut through all."""
+"""One block of keys, half a block of queries or one: masks cut through it."""
 
 
 def attended(**differences: Any) -> OwnTest:
@@ -26,12 +25,14 @@ def attended(**differences: Any) -> OwnTest:
 
 
 CAUSAL = attended()
-WHOLE_BLOCKS = attended(group=1, length=50)
-FOUR_HEADS = attended(kv_heads=2, length=16)
-WINDOW = attended(group=1, window=7)
-DOCUMENTS = attended(group=1, packed=True)
-TWO_SAMPLES = attended(group=1, packed=True, batch=2)
-DROPOUT = attended(group=1, dropout={"dropout": 0.3, "dropout_key": 5, "first_head": 3})
+EDGES = attended(length=20)
+WHOLE_BLOCKS = attended(length=50)
+TWO_QUERY_HEADS = attended(group=2)
+FOUR_QUERY_HEADS = attended(group=2, kv_heads=2)
+WINDOW = attended(window=7)
+DOCUMENTS = attended(packed=True)
+TWO_SAMPLES = attended(packed=True, batch=2)
+DROPOUT = attended(dropout={"dropout": 0.3, "dropout_key": 5, "first_head": 3})
 ANY_ORDER = OwnTest("test_attention", "test_any_order")
 
 FORWARD = [
@@ -71,19 +72,19 @@ FORWARD = [
                 "return tl.load(places, (row >= 0) & (column < WIDTH), other=0)"
             )
         },
-        CAUSAL,
+        EDGES,
     ),
     Planted(
         "query heads share key heads in the wrong order",
         "attention_forward",
         {"k += b * k_b + head // group * k_h": "k += b * k_b + head % (heads // group) * k_h"},
-        FOUR_HEADS,
+        FOUR_QUERY_HEADS,
     ),
     Planted(
         "the sum so far is not rescaled when the maximum grows",
         "attention_forward",
         {"total = total * shrink + tl.sum(p, 1)": "total = total + tl.sum(p, 1)"},
-        CAUSAL,
+        WHOLE_BLOCKS,
     ),
     Planted(
         "1 / (1 - p) dropped", "attention_forward", {"(keep_scale / total)": "(1 / total)"}, DROPOUT
@@ -138,25 +139,41 @@ BACKWARD = [
         "no mask where the log-sum-exp is loaded",
         "attention_backward_queries",
         {"tl.load(lse + row * length + m, m < length, other=0)": "tl.load(lse + row * length + m)"},
-        CAUSAL,
+        EDGES,
     ),
     Planted(
         "query heads share value heads in the wrong order",
         "attention_backward_queries",
         {"v += b * v_b + head // group * v_h": "v += b * v_b + head % (heads // group) * v_h"},
-        FOUR_HEADS,
+        FOUR_QUERY_HEADS,
+    ),
+    Planted(
+        "wrong sign",
+        "attention_backward_keys",
+        {"ds = p * (dp - d[None, :])": "ds = p * (dp + d[None, :])"},
+        CAUSAL,
+    ),
+    Planted(
+        "no mask where the row sums are loaded",
+        "attention_backward_keys",
+        {
+            "tl.load(delta + member * length + m, inside, other=0)": (
+                "tl.load(delta + member * length + m)"
+            )
+        },
+        EDGES,
     ),
     Planted(
         "only one query head's share",
         "attention_backward_keys",
         {"range(group * count)": "range(count)"},
-        CAUSAL,
+        TWO_QUERY_HEADS,
     ),
     Planted(
         "the log-sum-exp of the group's first head for all",
         "attention_backward_keys",
         {"tl.load(lse + member * length + m, inside": "tl.load(lse + m, inside"},
-        CAUSAL,
+        TWO_QUERY_HEADS,
     ),
     Planted(
         "off by one in the causal mask",
@@ -200,7 +217,7 @@ ROPE_INPUTS: dict[str, Any] = {
     "shape": (2, 2),
     "group": 3,
     "kv_heads": 1,
-    "half": 5,
+    "half": 3,
     "dtype": torch.float32,
     "packed": True,
 }
@@ -258,6 +275,12 @@ ROPES = [
             "        r = _scale(a, b, half, epsilon)\n"
             "        a = a"
         },
+        NORM_ROPE,
+    ),
+    Planted(
+        "no mask where the weights' gradients are stored",
+        "norm_rope",
+        {"tl.store(row + 3 * half, k_w_b, columns < half)": "tl.store(row + 3 * half, k_w_b)"},
         NORM_ROPE,
     ),
     Planted(

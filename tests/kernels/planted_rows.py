@@ -144,6 +144,12 @@ ELEMENTWISE = [
         SWIGLU,
     ),
     Planted(
+        "no mask where the gradient is loaded",
+        "swiglu",
+        {"grad_y + start + column[None, :], inside, other=0)": "grad_y + start + column[None, :])"},
+        SWIGLU,
+    ),
+    Planted(
         "the gate's gradient is stored in both halves' place",
         "swiglu",
         {"tl.store(grad_x + places + width, grad_up": "tl.store(grad_x + places, grad_up"},
@@ -217,6 +223,12 @@ ELEMENTWISE = [
         "the residual is not added",
         "dropout",
         {"out += tl.load(residual + places, inside, other=0).to(tl.float32)": "pass"},
+        DROPOUT,
+    ),
+    Planted(
+        "no mask where the residual is loaded",
+        "dropout",
+        {"tl.load(residual + places, inside, other=0)": "tl.load(residual + places)"},
         DROPOUT,
     ),
     Planted(

@@ -94,7 +94,7 @@ LOSSES = [
         "ignored targets have a gradient",
         "cross_entropy",
         {
-            "slope = tl.where(target < 0, 0.0, tl.load(grad).to(tl.float32))": "slope = tl.load(grad)",
+            "tl.where(target < 0, 0.0, tl.load(grad).to(tl.float32))": "tl.load(grad)",
             "(target >= 0) & (columns < valid)": "columns < valid",
         },
         LOSS,
@@ -187,9 +187,7 @@ SUMS = [
     Planted(
         "infinite gradients swallowed",
         "adamw",
-        {
-            "m += (g - m) * new1": 'g = tl.where(tl.abs(g) < float("inf"), g, 0)\n    m += (g - m) * new1'
-        },
+        {"m += (g - m) * new1": ("g = tl.where(tl.abs(g) < 1e38, g, 0)\n    m += (g - m) * new1")},
         ADAMW_FINITE,
     ),
     Planted(
@@ -211,7 +209,9 @@ SUMS = [
         "what is not finite does not count in the norm",
         "grad_norm",
         {
-            "total += values * values": "total += tl.where(tl.abs(values) <= LARGEST, values * values, 0)"
+            "total += values * values": (
+                "total += tl.where(tl.abs(values) <= LARGEST, values * values, 0)"
+            )
         },
         NORM_FINITE,
     ),
@@ -256,8 +256,7 @@ SUMS = [
         "no mask at the last token",
         "weight_grad",
         {
-            "there[None, :] & (row < rows)[:, None]": "(token >= 0)[None, :] & (row < rows)[:, None]",
-            "there[:, None] & (column": "(token >= 0)[:, None] & (column",
+            "there = first + token < tokens": "there = first + token >= 0",
         },
         WEIGHT_GRAD,
     ),

@@ -76,7 +76,8 @@ def programs_in_reverse() -> Iterator[None]:
 
 @contextmanager
 def accesses_checked() -> Iterator[None]:
-    """In the interpreter, a launch fails that reads or writes outside the tensors it was given.
+    """In the interpreter, a launch fails that reads or writes outside the tensors it was given
+    (on the CPU).
 
     Values need not show a mask that is missing: what is read there may be multiplied by 0, and what
     is written there may be nobody's. Such an access is not made (it might end the process).
