@@ -12,6 +12,7 @@ RMS_NORM_PARTS = OwnTest("test_rms_norm", "test_a_row_shared_by_four_programs")
 LAYER_NORM = OwnTest("test_layer_norm", "test_as_accurate_as_torch", ROWS_OF_33)
 LAYER_NORM_PROGRAMS = OwnTest("test_layer_norm", "test_more_rows_than_programs_and_any_order")
 LAYER_NORM_FAR = OwnTest("test_layer_norm", "test_rows_far_from_zero")
+ROW_SUMS = OwnTest("test_row_sums", "test_as_accurate_as_torch", {"rows": 40, "columns": 70})
 
 NORMS = [
     Planted(
@@ -104,19 +105,19 @@ NORMS = [
         "rows beyond the first block left out",
         "row_sums",
         {"range(0, rows, BLOCK_ROWS)": "range(0, BLOCK_ROWS, BLOCK_ROWS)"},
-        OwnTest("test_row_sums", "test_as_accurate_as_torch", {"rows": 40, "columns": 70}),
+        ROW_SUMS,
     ),
     Planted(
         "no mask at the last row",
         "row_sums",
         {"(row < rows)[:, None] & inside[None, :]": "inside[None, :]"},
-        OwnTest("test_row_sums", "test_as_accurate_as_torch", {"rows": 40, "columns": 70}),
+        ROW_SUMS,
     ),
     Planted(
         "no mask where the sums are stored",
         "row_sums",
         {"tl.sum(total, 0), inside)": "tl.sum(total, 0))"},
-        OwnTest("test_row_sums", "test_as_accurate_as_torch", {"rows": 40, "columns": 70}),
+        ROW_SUMS,
     ),
 ]
 
