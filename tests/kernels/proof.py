@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -71,3 +72,62 @@ def programs_in_reverse() -> Iterator[None]:
         yield
     finally:
         del builder.set_grid_idx
+
+
+@contextmanager
+def accesses_checked() -> Iterator[None]:
+    """In the interpreter, a launch fails that reads or writes outside the tensors it was given
+    (on the CPU).
+
+    Values need not show a mask that is missing: what is read there may be multiplied by 0, and what
+    is written there may be nobody's. Such an access is not made (it might end the process).
+    """
+    from triton.runtime.interpreter import GridExecutor, TensorHandle
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    launch, load, store = (
+        GridExecutor.__call__,
+        builder.create_masked_load,
+        builder.create_masked_store,
+    )
+    spans: list[tuple[int, int]] = []
+    strays: list[str] = []
+
+    def launch_checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        spans[:] = [_span(x) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        strays.clear()
+        launch(self, *args, **kwargs)
+        assert not strays, f"{self.fn.__name__} {strays[0]} outside its tensors"
+
+    def within(pointers: Any, mask: Any, access: str) -> Any:
+        """The mask, of what is in one of the tensors."""
+        used = pointers.data[mask.data]
+        if not used.size or any(a <= used.min() and used.max() < b for a, b in spans):
+            return mask
+        inside = np.zeros(mask.data.shape, dtype=bool)
+        for start, stop in spans:
+            inside |= (pointers.data >= start) & (pointers.data < stop)
+        if (mask.data & ~inside).any():
+            strays.append(access)
+        return TensorHandle(mask.data & inside, mask.dtype)
+
+    builder.create_masked_load = lambda pointers, mask, *rest: load(
+        pointers, within(pointers, mask, "reads"), *rest
+    )
+    builder.create_masked_store = lambda pointers, values, mask, *rest: store(
+        pointers, values, within(pointers, mask, "writes"), *rest
+    )
+    GridExecutor.__call__ = launch_checked
+    try:
+        yield
+    finally:
+        GridExecutor.__call__ = launch
+        del builder.create_masked_load, builder.create_masked_store
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """Addresses from a tensor's first byte to after its last."""
+    if x.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()

@@ -21,8 +21,10 @@ def state(length: int) -> list[Tensor]:
     return [*made[:3], made[3].square()]
 
 
-@pytest.fixture(autouse=True)
-def _scalars_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+pytestmark = pytest.mark.usefixtures("_scalars_as_on_a_gpu")
+
+
+def scalars_as_on_a_gpu(patch: pytest.MonkeyPatch) -> None:
     """A launch rounds scalars to float32; the interpreter leaves them as they are."""
     kernel = module._adamw
 
@@ -37,7 +39,12 @@ def _scalars_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
             return launch
 
-    monkeypatch.setattr(module, "_adamw", Rounding())
+    patch.setattr(module, "_adamw", Rounding())
+
+
+@pytest.fixture
+def _scalars_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    scalars_as_on_a_gpu(monkeypatch)
 
 
 def updated(

@@ -26,13 +26,15 @@ from tests.kernels.proof import (
 SETTINGS = sys.modules["megapipe.kernels.attention_settings"]
 
 
-@pytest.fixture
-def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_blocks(patch: pytest.MonkeyPatch) -> None:
     """So that short sequences have blocks of each kind: hidden, cut and whole."""
     sizes = {"forward": (32, 16), "queries": (16, 32), "keys": (16, 32), "delta": (32, 0)}
-    monkeypatch.setattr(
-        SETTINGS, "settings", lambda kernel, *_: SETTINGS.Settings(*sizes[kernel], 4, 1)
-    )
+    patch.setattr(SETTINGS, "settings", lambda kernel, *_: SETTINGS.Settings(*sizes[kernel], 4, 1))
+
+
+@pytest.fixture
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_blocks(monkeypatch)
 
 
 def inputs(

@@ -288,6 +288,19 @@ def test_a_class_that_does_not_exist(target: int) -> None:
         linear_cross_entropy(torch.zeros(3, 2), torch.zeros(5, 2), targets)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_weight_gradient_is_a_wide_sum(monkeypatch: pytest.MonkeyPatch, backend: Backend) -> None:
+    """Of a part that gives 0.75 and fifteen that give less than half a unit in its last place."""
+    monkeypatch.setattr(sys.modules["megapipe.kernels.linear_cross_entropy"], "LEAST_ROWS", 1)
+    hidden = torch.full((16, 16), 2.0**-12, dtype=torch.float16)
+    hidden[0] = 1
+    weight = torch.zeros(4, 16, dtype=torch.float16, requires_grad=True)  # each class has 1 / 4
+    linear_cross_entropy(hidden, weight, torch.zeros(16).long(), backend=backend).backward()
+    assert weight.grad is not None
+    expected = torch.full((16,), -0.75 * (1 + 15 * 2.0**-12), dtype=torch.float16)
+    assert_same_bits([weight.grad[0]], [expected])
+
+
 def test_rows_are_cut_into_sixteen_parts_at_most() -> None:
     parts = sys.modules["megapipe.kernels.linear_cross_entropy"].row_parts
     assert [part.stop - part.start for part in parts(2500)] == [1024, 1024, 452]

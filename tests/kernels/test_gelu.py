@@ -91,11 +91,21 @@ def test_every_exponent(approximate: bool) -> None:
         torch.testing.assert_close(own, other, rtol=2e-6, atol=1e-6)
 
 
+def test_tail_keeps_its_digits() -> None:
+    """The tanh form's small values, whose digits 1 + tanh has lost: torch's in float32 are 6% off
+    at -4.5."""
+    x = torch.linspace(-4.5, -0.5, 200)
+    exact = gelu(x.double(), approximate=True, backend="torch")
+    own = gelu(x, approximate=True, backend="triton").double()
+    torch.testing.assert_close(own, exact, rtol=4e-6, atol=0)
+
+
 def test_more_rows_than_groups_and_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks of columns, and groups of rows that go through several tiles."""
+    """Several blocks of columns, and groups of rows, 3 as of 2 a sum has no order, that go
+    through several tiles."""
     module = importlib.import_module("megapipe.kernels.gelu")
-    monkeypatch.setattr(module, "_backward_grid", lambda rows, columns, biased: (2, 2))
-    given_ = inputs(5, 2100)
+    monkeypatch.setattr(module, "_backward_grid", lambda rows, columns, biased: (3, 2))
+    given_ = inputs(4, 2100)
     check(given_, True)
     kernel = function("triton", True)
     first = values_and_gradients(kernel, given_)

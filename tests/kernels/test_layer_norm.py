@@ -76,9 +76,9 @@ def test_one_column_is_its_bias() -> None:
 
 
 def test_more_rows_than_programs_and_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_tiles, "PROGRAMS", 2)
+    monkeypatch.setattr(row_tiles, "PROGRAMS", 3)  # of 2, a sum has no order
     monkeypatch.setattr(row_tiles, "ELEMENTS", 128)
-    given_ = inputs(11, 33, torch.float32)
+    given_ = inputs(7, 33, torch.float32)
     check(given_)
     kernel = values_and_gradients(lambda *a: added(*a, backend="triton"), given_)
     with programs_in_reverse():

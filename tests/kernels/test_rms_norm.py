@@ -1,5 +1,7 @@
 """RMSNorm with and without the residual: the Triton kernel against torch and float64."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,10 +57,18 @@ def test_a_row_shared_by_programs(hidden: int, dtype: torch.dtype) -> None:
     assert_as_accurate(kernel, reference, exact)
 
 
+def test_a_row_shared_by_four_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["megapipe.kernels.rms_norm"], "HELD", 16)
+    given_ = inputs(5, 50, torch.float32)
+    kernel = values_and_gradients(lambda *a: added(*a, backend="triton"), given_)
+    exact = values_and_gradients(added, [a.double() for a in given_])
+    assert_as_accurate(kernel, values_and_gradients(added, given_), exact)
+
+
 def test_more_rows_than_programs_and_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_tiles, "PROGRAMS", 2)
+    monkeypatch.setattr(row_tiles, "PROGRAMS", 3)  # of 2, a sum has no order
     monkeypatch.setattr(row_tiles, "ELEMENTS", 128)  # 2 rows of 33 columns
-    given_ = inputs(11, 33, torch.float32)
+    given_ = inputs(7, 33, torch.float32)
     kernel = values_and_gradients(lambda *a: added(*a, backend="triton"), given_)
     exact = values_and_gradients(added, [a.double() for a in given_])
     assert_as_accurate(kernel, values_and_gradients(added, given_), exact)

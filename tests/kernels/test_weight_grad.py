@@ -21,10 +21,14 @@ def added(main_grad: Tensor, grad_out: Tensor, inputs: Tensor, backend: Backend)
     return [result]
 
 
+def small_tiles(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(module, "_settings", lambda *_: module.Settings(16, 32, 16, 4, 1))
+    patch.setattr(module, "GROUP", 2)
+
+
 @pytest.fixture
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_settings", lambda *_: module.Settings(16, 32, 16, 4, 1))
-    monkeypatch.setattr(module, "GROUP", 2)
+    small_tiles(monkeypatch)
 
 
 @pytest.mark.usefixtures("_small_tiles")
