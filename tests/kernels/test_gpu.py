@@ -33,6 +33,7 @@ from megapipe.tools.bench.kernels_cases import (
 from megapipe.train.engine import Engine
 from megapipe.train.proof import synthetic_tokens
 from tests.kernels.proof import assert_as_accurate, assert_same_bits
+from tests.ranks import run_ranks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 TOY = Shape(
@@ -99,22 +100,18 @@ def check_ends(device: torch.device, rows: int) -> None:
     assert float(squares) == pytest.approx(float(x[last].double().square().sum()), rel=1.6e-5)
 
 
-def training_losses(
-    config: Path, words: tuple[str, ...], device: torch.device, store: str
-) -> list[float]:
-    """Of five steps on one rank."""
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=dist.FileStore(store, 1),
-        rank=0,
-        world_size=1,
-    )
+def training_losses(config: Path, words: tuple[str, ...], device: torch.device) -> list[float]:
+    """Of five steps on one rank, in a process group."""
     given = load_config(config, words, PRESETS)
     mesh = build_mesh(pipeline=1, data=1, tensor=1, device=device)
     engine, tokens = Engine(given, mesh, build_stages), synthetic_tokens(given)
-    losses = [engine.train_step(tokens(number, mesh), 1e-2).loss for number in range(5)]
-    dist.destroy_process_group()
-    return losses
+    return [engine.train_step(tokens(number, mesh), 1e-2).loss for number in range(5)]
+
+
+def on_a_gpu(store: Path, config: Path, words: tuple[str, ...]) -> list[float]:
+    """In a process of its own, whose group ends with it."""
+    dist.init_process_group("nccl", store=dist.FileStore(str(store), 1), rank=0, world_size=1)
+    return training_losses(config, words, GPU)
 
 
 def check_training(folder: Path, device: torch.device, *words: str) -> None:
@@ -124,8 +121,11 @@ def check_training(folder: Path, device: torch.device, *words: str) -> None:
     for kernels, attention in (("torch", "sdpa"), ("triton", "triton")):
         keys = (f"--train.kernels={kernels}", f"--train.attention={attention}")
         keys = (*keys, "--train.precision=fp32", "--parallel.data=1", *words)
-        with get_context("spawn").Pool(1) as pool:
-            found.append(pool.apply(training_losses, (config, keys, device, str(folder / kernels))))
+        if device.type == "cuda":  # forked ranks cannot use one that their parent has used
+            with get_context("spawn").Pool(1) as pool:
+                found.append(pool.apply(on_a_gpu, (folder / kernels, config, keys)))
+        else:
+            found += run_ranks(training_losses, 1, config, keys, device)
     assert len(set(found[0])) == 5
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
