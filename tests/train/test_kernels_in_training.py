@@ -53,6 +53,12 @@ CASES = {
         {"rms_norm", "norm_rope"},
         steps=2,
     ),
+    "recompute": Case(  # what is turned in place must not be needed as it was
+        "llama",
+        ("--train.recompute=full", "--parallel.schedule=zb-h1", "--model.qkv_bias=true"),
+        {"rope_", "rope_gradient"},
+        steps=1,
+    ),
 }
 
 
