@@ -71,9 +71,9 @@ def _query_masks(  # type: ignore[no-untyped-def]
 ):
     """(the sample's document starts, the first key that each query of a head sees, their rows' keys
     for dropout); what no mask needs is any number."""
-    starts = bounds
+    starts = m  # not `bounds`: where that is None, a launch cannot hand it on
     if DOCUMENTS:
-        starts += b * length
+        starts = bounds + b * length
     row_key = m
     if DROPOUT:
         row_key = _hash64(key, _head_key(samples, b, first_head + head, key) + m.to(tl.uint64))

@@ -61,7 +61,7 @@ FORWARD = [
     Planted(
         "documents are those of the first sample",
         "attention_forward",
-        {"starts += b * length": "starts += 0"},
+        {"starts = bounds + b * length": "starts = bounds"},
         TWO_SAMPLES,
     ),
     Planted(
