@@ -20,7 +20,9 @@ Kernel = Literal["forward", "queries", "keys", "delta"]
 """The output; the gradients of queries, and of keys and values; what both of these need."""
 
 Architecture = Literal["sm_80", "sm_90", "gfx942"]
-"""The first also for workstation GPUs, the second for B200."""
+"""The second also for B200, the first for all other NVIDIA GPUs. Those with 99 KiB of shared memory
+for a program (sm_86, sm_89, sm_120) can't hold the queries' gradients of heads above 128 columns,
+nor all of the masked blocks: the launch fails and says so."""
 
 
 class Settings(NamedTuple):
@@ -136,6 +138,10 @@ class Specimen:
         if self.kernel != "delta":
             constants |= dict.fromkeys(("WINDOW", "DOCUMENTS", "DROPOUT"), self.masks)
             constants |= {"PRECISION": PRECISION}
+        types = dict(types)
+        if not self.masks and self.kernel != "delta":
+            constants |= dict.fromkeys(("bounds", "samples"))  # None, as in a launch
+            del types["bounds"], types["samples"]
         wgmma_spills = (self.kernel, self.width, self.architecture) == ("keys", 256, "sm_90")
         return Variant(
             function,

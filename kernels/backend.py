@@ -21,9 +21,9 @@ class UnsupportedError(ValueError):
     """A Triton kernel cannot take this shape or dtype; torch can."""
 
     def __init__(self, kernel: str, problem: str) -> None:
+        key = 'train.attention = "sdpa"' if kernel == "attention" else 'train.kernels = "torch"'
         super().__init__(
-            f'{kernel}: {problem}. With train.kernels = "torch" (backend="torch" in a call) torch '
-            "computes it."
+            f'{kernel}: {problem}. With {key} (backend="torch" in a call) torch computes it.'
         )
 
 

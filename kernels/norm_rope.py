@@ -20,7 +20,7 @@ from torch import Tensor
 from megapipe.kernels.backend import FP_FUSION, Backend, check_dtype, choose
 from megapipe.kernels.compilation import Variant
 from megapipe.kernels.rms_norm import rms_norm
-from megapipe.kernels.rope import WARPS, _angles, _halves, check_heads, head_tile, rope
+from megapipe.kernels.rope import WARPS, _angles, _far, _halves, check_heads, head_tile, rope
 from megapipe.kernels.row_sums import row_sums
 
 PROGRAMS = 512
@@ -80,7 +80,7 @@ def _heads_forward(  # type: ignore[no-untyped-def]
     for first in range(0, heads, HEADS):
         head = first + tl.arange(0, HEADS)[:, None]
         inside = (head < heads) & (column < half)
-        a, b = _halves(x + head * x_head, column, inside, half)
+        a, b = _halves(x + _far(head, x_head), column, inside, half)
         r = _scale(a, b, 2 * half, epsilon)
         a = a * r * w_a
         b = b * r * w_b
@@ -113,7 +113,7 @@ def _heads_backward(  # type: ignore[no-untyped-def]
     for first in range(0, heads, HEADS):
         head = first + tl.arange(0, HEADS)[:, None]
         inside = (head < heads) & (column < half)
-        a, b = _halves(x + head * x_head, column, inside, half)
+        a, b = _halves(x + _far(head, x_head), column, inside, half)
         r = _scale(a, b, 2 * half, epsilon)
         a *= r
         b *= r

@@ -173,6 +173,12 @@ def _halves(x, column, inside, half):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _far(index, stride):  # type: ignore[no-untyped-def]
+    """Heads may lie further apart than 32 bits can tell: a whole long sequence."""
+    return index * tl.cast(stride, tl.int64)
+
+
+@triton.jit
 def _turn_heads(  # type: ignore[no-untyped-def]
     x,
     out,
@@ -190,10 +196,10 @@ def _turn_heads(  # type: ignore[no-untyped-def]
     for first in range(0, heads, HEADS):
         head = first + tl.arange(0, HEADS)[:, None]
         inside = (head < heads) & (column < half)
-        a, b = _halves(x + head * head_stride, column, inside, half)
+        a, b = _halves(x + _far(head, head_stride), column, inside, half)
         turned_a = a * cos - b * sin
         turned_b = b * cos + a * sin
-        places = out + head * out_head_stride + column
+        places = out + _far(head, out_head_stride) + column
         tl.store(places, turned_a.to(out.dtype.element_ty), inside)
         tl.store(places + half, turned_b.to(out.dtype.element_ty), inside)
 
@@ -335,11 +341,14 @@ def _gradient(
     grad_qkv = _joined(grad_q, grad_k, grad_v)
     heads = [x.shape[2] for x in (grad_q, grad_k, grad_v)]
     out_q, out_k, out_v = grad_qkv.split(heads, dim=2)
-    # A gradient that a sum expanded has strides of 0.
-    q, k = (x if x.stride(3) == 1 else x.contiguous() for x in (grad_q, grad_k))
-    _launch(q, k, out_q, out_k, cos, sin, positions_SB, True)
+    _launch(*_read_by_rows(grad_q, grad_k), out_q, out_k, cos, sin, positions_SB, True)
     out_v.copy_(grad_v)
     return grad_qkv
+
+
+def _read_by_rows(*grads: Tensor) -> tuple[Tensor, ...]:
+    """A gradient that a sum expanded has strides of 0."""
+    return tuple(x if x.stride(3) == 1 else x.contiguous() for x in grads)
 
 
 def _joined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -384,8 +393,7 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> No
 
 def _differentiate(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
     cos, sin, positions_SB = ctx.saved_tensors
-    # The gradients may be views that a sum expanded.
-    grads = grad_q.contiguous(), grad_k.contiguous()
+    grads = _read_by_rows(grad_q, grad_k)
     turned = _turned(*grads, cos, sin, positions_SB, not ctx.opposite)
     return (*turned, None, None, None, None)
 

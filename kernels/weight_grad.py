@@ -2,9 +2,10 @@
 
     main_grad [out, in] += grad_out [tokens, out]^T inputs [tokens, in]
 
-Narrow factors, float32 sums. torch has no product that accumulates bf16 factors onto float32: it
-needs the product in memory first, 4 bytes written and read again for each weight. Here a program
-holds a tile of the sum, adds the main gradient's tile at the end and writes it: 8 bytes a weight.
+Narrow factors, float32 sums. The torch reference needs the product in memory first, 4 bytes
+written and read again for each weight. Here a program holds a tile of the sum, adds the main
+gradient's tile at the end and writes it: 8 bytes a weight. (On CUDA, `torch.addmm` with `out_dtype`
+can do so, too; `megapipe bench kernels` compares.)
 Every tile is one program's, tokens in order, so the bits never depend on timing.
 """
 

@@ -5,36 +5,50 @@ is an error.
 """
 
 from dataclasses import dataclass
-
-import torch
-import triton
+from typing import TYPE_CHECKING
 
 from megapipe.config import Config, ModelConfig
 from megapipe.config.checks import MAX_KERNEL_HEAD_DIM, MAX_KERNEL_HIDDEN
 from megapipe.errors import MegapipeError
-from megapipe.kernels import Backend, backend_of
+
+if TYPE_CHECKING:  # what is planned needs neither torch nor triton
+    import torch
+
+    from megapipe.kernels import Backend
 
 
 @dataclass(frozen=True)
 class KernelChoice:
     """Of all kernels, and of attention apart ("torch" is torch's scaled_dot_product_attention)."""
 
-    kernels: Backend
-    attention: Backend
+    kernels: "Backend"
+    attention: "Backend"
 
     def __str__(self) -> str:
         if self.kernels == self.attention:
             return self.kernels
-        words: dict[Backend, str] = {"torch": "scaled_dot_product_attention", "triton": "triton"}
+        words = {"torch": "scaled_dot_product_attention", "triton": "triton"}
         return f"{self.kernels}, attention by {words[self.attention]}"
 
 
-def choose_kernels(config: Config, device: torch.device) -> KernelChoice:
+def choose_kernels(config: Config, device: "torch.device") -> KernelChoice:
     """Raises MegapipeError where Triton kernels would run that the device or the model's sizes do
     not allow."""
+    choice = wanted_kernels(config, on_gpu=device.type == "cuda")
+    if "triton" in (choice.kernels, choice.attention) and device.type == "cpu":
+        _check_interpreting(choice)
+    _check_sizes(config.model, choice)
+    return choice
+
+
+def wanted_kernels(config: Config, on_gpu: bool) -> KernelChoice:
+    """What the config asks for there, whether or not it can run."""
     train, model = config.train, config.model
-    given = train.kernels
-    kernels: Backend = backend_of(device) if given == "auto" else given
+    kernels: Backend
+    if train.kernels == "auto":
+        kernels = "triton" if on_gpu else "torch"
+    else:
+        kernels = train.kernels
     if kernels == "triton" and train.precision == "fp64":
         kernels = "torch"  # only by "auto": asked for together they are refused by the config
     attention: Backend
@@ -49,14 +63,15 @@ def choose_kernels(config: Config, device: torch.device) -> KernelChoice:
             or (model.sliding_window or train.sequence_length) < train.sequence_length
         )
         attention = kernels if beyond_causal else "torch"
-    if "triton" in (kernels, attention) and device.type == "cpu" and not interpreting():
-        key = "train.kernels" if kernels == "triton" else "train.attention"
+    return KernelChoice(kernels, attention)
+
+
+def _check_interpreting(choice: KernelChoice) -> None:
+    if not interpreting():
+        key = "train.kernels" if choice.kernels == "triton" else "train.attention"
         raise MegapipeError(
             f'{key} = "triton" needs a GPU, and train.device gives the CPU. Write {key} = "auto".'
         )
-    choice = KernelChoice(kernels, attention)
-    _check_sizes(model, choice)
-    return choice
 
 
 def _check_sizes(model: ModelConfig, choice: KernelChoice) -> None:
@@ -76,4 +91,6 @@ def _check_sizes(model: ModelConfig, choice: KernelChoice) -> None:
 
 def interpreting() -> bool:
     """Triton's interpreter is on (TRITON_INTERPRET=1): kernels run on a CPU, for tests."""
+    import triton
+
     return bool(triton.knobs.runtime.interpret)

@@ -2,15 +2,17 @@
 
 Counted is what the layers of `models/gpt.py` save for the backward pass: inputs of matrix products,
 norms and activations, query, key, value and output of attention, exponentials over the vocabulary.
-`tests/models/test_activations.py` compares it with what autograd holds. On CPUs the output of
-attention is there twice, in two orders. Memory that is freed within an action (and the one layer
-that full recompute computes again at a time) comes on top.
+The Triton kernels save less, and are counted where the config would choose them, train.device =
+"auto" being taken for a GPU. `tests/models/test_activations.py` compares all with what autograd
+holds. With torch on CPUs the output of attention is there twice, in two orders. Memory that is
+freed within an action (and the one layer that full recompute computes again at a time) comes on top.
 """
 
 from collections.abc import Sequence
 from math import prod
 
 from megapipe.config import Config
+from megapipe.kernel_choice import KernelChoice, wanted_kernels
 from megapipe.models.parameters import local_kv_heads, vocabulary_rows
 from megapipe.models.partition import Stage
 from megapipe.pipeline.program import hidden_shape
@@ -30,18 +32,29 @@ def stage_bytes(config: Config, stage: Stage) -> int:
     model, train = config.model, config.train
     element = ELEMENT_BYTES[train.precision]
     hidden = boundary_bytes(config)
-    layer = hidden if train.recompute == "full" else _layer_bytes(config)
+    choice = wanted_kernels(config, on_gpu=train.device != "cpu")
+    layer = hidden if train.recompute == "full" else _layer_bytes(config, choice)
     total = len(stage.layers) * layer
-    if stage.first and model.dropout:
+    if stage.first and model.dropout and choice.kernels == "torch":
         total += hidden // element  # a bool each
     if stage.last:
-        rows = train.sequence_length * train.micro_batch_size
-        columns = vocabulary_rows(model.vocab_size, config.parallel.tensor)
-        total += 2 * hidden + rows * columns * element  # norm, matrix product, loss
+        total += _head_bytes(config)
     return total
 
 
-def _layer_bytes(config: Config) -> int:
+def _head_bytes(config: Config) -> int:
+    """Of the last norm, the matrix product and the loss."""
+    model, train = config.model, config.train
+    element = ELEMENT_BYTES[train.precision]
+    hidden = boundary_bytes(config)
+    rows = train.sequence_length * train.micro_batch_size
+    if train.linear_cross_entropy:  # keeps the gradient of its input, of all tensor ranks' tokens
+        return hidden + rows * model.hidden_size * element
+    columns = vocabulary_rows(model.vocab_size, config.parallel.tensor)
+    return 2 * hidden + rows * columns * element
+
+
+def _layer_bytes(config: Config, choice: KernelChoice) -> int:
     """Both halves of a block; S and S_local as in models/gpt.py."""
     model, train, tensor = config.model, config.train, config.parallel.tensor
     element = ELEMENT_BYTES[train.precision]
@@ -52,16 +65,15 @@ def _layer_bytes(config: Config) -> int:
     inner = model.ffn_hidden_size // tensor
     norms = 4 * hidden  # input and output of both: the next product saves the output
     attention = queries + 2 * keys  # of which value is a part, or all three
-    if model.position == "rope":
-        attention += queries + keys  # turned, besides
-    elif model.qk_norm:
-        attention += queries + keys
+    in_place = choice.kernels == "triton" and not model.qk_norm
+    if model.qk_norm or (model.position == "rope" and not in_place):
+        attention += queries + keys  # normed or turned, besides
     attention += queries  # its output, the input of the next product
     feed_forward = 3 * inner if model.activation == "swiglu" else 2 * inner
     total = norms + rows * (attention + feed_forward) * element
-    if model.dropout:
+    if model.dropout and choice.kernels == "torch":
         total += 2 * hidden // element  # a bool each
-    if model.attention_dropout:
+    if model.attention_dropout and choice.attention == "torch":
         squares = rows * train.sequence_length * (model.num_heads // tensor)
         total += squares * 3 * element  # probabilities, what is kept, and their product
     return total

@@ -17,12 +17,11 @@ if not torch.cuda.is_available():  # before triton: without a GPU its kernels ru
 import triton
 
 from tests.corpus import write_config, write_text, write_tokenizer
-from tests.interpreter import patch_language_once
+from tests.interpreter import interpreting, patch_language_once
 from tests.ranks import POOL
 
-interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 numpy_is_new = np.lib.NumpyVersion(np.__version__) >= "2.4.0"
-if interpreted and numpy_is_new and triton.__version__.startswith("3.6."):
+if interpreting and numpy_is_new and triton.__version__.startswith("3.6."):
     raise pytest.UsageError(
         f"The interpreter of Triton {triton.__version__} fails with numpy {np.__version__}: "
         "pip install 'numpy<2.4'"
@@ -52,8 +51,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none."""
-    if not torch.cuda.is_available():
+    """Tests marked `gpu` are skipped where there is none, or where kernels are interpreted."""
+    if not torch.cuda.is_available() or interpreting:
         for item in items:
             if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+                item.add_marker(pytest.mark.skip(reason="needs a GPU, and compiled kernels"))

@@ -1,7 +1,16 @@
-"""Triton's interpreter, made faster for tests."""
+"""Triton's interpreter: which tests need it, and made faster for them."""
 
+import os
 from collections.abc import Callable
 from typing import Any
+
+import pytest
+
+interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+needs_interpreter = pytest.mark.skipif(
+    not interpreting, reason="launches Triton kernels on the CPU; run with TRITON_INTERPRET=1"
+)
+"""Of tests on a machine with a GPU, where kernels are compiled unless one asks for the other."""
 
 
 def patch_language_once() -> None:

@@ -2,7 +2,7 @@
 
     python -m megapipe.tools.compile_kernels [MODULE ...]
 
-Exit status 1 if a configuration is unfit to run on its target. Must run where TRITON_INTERPRET is
+Exit status 3 if a configuration is unfit to run on its target. Must run where TRITON_INTERPRET is
 not set.
 """
 
@@ -18,6 +18,9 @@ from typing import Any
 
 from megapipe import kernels
 from megapipe.kernels.compilation import TARGETS, Compiled, Variant, compile_variant
+
+UNFIT = 3
+"""Not 1, with which an exception ends a program."""
 
 Row = dict[str, Any]
 """What compiling a variant for a target gave."""
@@ -81,7 +84,7 @@ def main(modules: Sequence[str]) -> int:
     for row in compile_kernels(list(modules) or kernel_modules()):
         print(json.dumps(row), flush=True)
         unfit += bool(row["problems"])
-    return min(unfit, 1)
+    return UNFIT if unfit else 0
 
 
 if __name__ == "__main__":

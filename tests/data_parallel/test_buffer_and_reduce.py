@@ -10,6 +10,7 @@ from megapipe.mesh import Axis, build_mesh
 from megapipe.tensor_parallel.collectives import all_reduce_
 from megapipe.tensor_parallel.linear import replicated_parameter
 from megapipe.tensor_parallel.parameter import Piece, ShardedParameter
+from tests.interpreter import needs_interpreter
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -125,6 +126,7 @@ def test_partial_gradients_are_summed_over_their_ranks_and_replicas() -> None:
     run_ranks(_reduced, 1, 1, 1, 1)
 
 
+@needs_interpreter
 def test_counted_runs_are_the_counted_elements_and_padding() -> None:
     """Two counted in a row are one run, over rows of no piece too; what is not counted ends it."""
 

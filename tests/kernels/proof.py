@@ -8,6 +8,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megapipe.tools.bench.kernels_cases import Shape
+
+TOY = Shape(
+    model="toy",
+    tensor=2,
+    batch=2,
+    sequence=8,
+    sequence_part=4,
+    hidden=16,
+    heads=4,
+    kv_heads=2,
+    head_dim=6,
+    ffn=12,
+    vocab=31,
+    shard=100,
+)
+"""What one of two ranks computes of a layer that the interpreter can run."""
+
 Outputs = Sequence[Tensor]
 """What a function gives, then the gradients of its inputs."""
 

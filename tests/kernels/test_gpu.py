@@ -32,24 +32,10 @@ from megapipe.tools.bench.kernels_cases import (
 )
 from megapipe.train.engine import Engine
 from megapipe.train.proof import synthetic_tokens
-from tests.kernels.proof import assert_as_accurate, assert_same_bits
+from tests.kernels.proof import TOY, assert_as_accurate, assert_same_bits
 from tests.ranks import run_ranks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-TOY = Shape(
-    model="toy",
-    tensor=1,
-    batch=2,
-    sequence=8,
-    sequence_part=8,
-    hidden=16,
-    heads=4,
-    kv_heads=2,
-    head_dim=8,
-    ffn=24,
-    vocab=31,
-    shard=300,
-)
 EACH = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 SHAPES = pytest.mark.parametrize(
     ("preset", "tensor"), [("llama3-8b", 1), ("llama3-8b", 8), ("gpt2", 1)]

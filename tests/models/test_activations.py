@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from megapipe.config import Config, load_config
 from megapipe.mesh import Mesh
@@ -15,6 +16,7 @@ from megapipe.models.partition import stages
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.schedule import build_program, from_csv, simulate
 from tests.config.examples import write
+from tests.interpreter import needs_interpreter
 
 GPT2 = ("position=learned", "norm=layernorm", "activation=gelu", "bias=true", "qkv_bias=true")
 CASES: dict[str, tuple[str, ...]] = {
@@ -27,18 +29,23 @@ CASES: dict[str, tuple[str, ...]] = {
     "attention dropout": ("--model.attention_dropout=0.1",),
     "swiglu, wide": ("--model.activation=swiglu", "--model.ffn_hidden_size=512"),
     "recompute": ("--train.recompute=full",),
+    "linear cross-entropy": ("--train.linear_cross_entropy=true",),
 }
+TRITON = ("llama", "gpt2", "query and key norm", "dropout", "attention dropout")
 
 
 def load(folder: Path, *words: str) -> Config:
     base = ("--train.precision=fp32", "--parallel.data=1", "--model.hidden_size=128")
-    return load_config(write(folder), [*base, *words], PRESETS)
+    device = ("--train.device=cpu",)
+    return load_config(write(folder), [*base, *device, *words], PRESETS)
 
 
 def saved_bytes(config: Config) -> int:
     """What the graph of one microbatch through the whole model keeps, parameters apart."""
     (stage,) = build_stages(config, Mesh.single(torch.device("cpu"))).values()
     weights = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
+    for parameter in stage.parameters():
+        parameter.main_grad = torch.zeros_like(parameter)
     held: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -50,8 +57,22 @@ def saved_bytes(config: Config) -> int:
     size, length = config.train.micro_batch_size, config.train.sequence_length
     tokens = torch.zeros(size, length, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        stage(None, MicroBatch(tokens, tokens, None, torch.arange(size)))
+        loss = stage(None, MicroBatch(tokens, tokens, None, torch.arange(size)))
+    for node in nodes(loss):
+        if isinstance(kept := getattr(node, "hidden_grad", None), Tensor):  # saved by hand
+            pack(kept)
     return sum(storage.nbytes() for storage in held.values())
+
+
+def nodes(output: Tensor) -> set[Node]:
+    """Of the graph that ends in it."""
+    found, left = set(), [output.grad_fn]
+    while left:
+        node = left.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            left += [before for before, _ in node.next_functions]
+    return found
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -64,6 +85,22 @@ def test_against_autograd(name: str, tmp_path: Path) -> None:
     if model.position == "rope" and train.recompute == "none" and not model.attention_dropout:
         expected += model.num_layers * boundary_bytes(config)  # attention's output again, on a CPU
     assert saved_bytes(config) == pytest.approx(expected, rel=0.04)
+
+
+@needs_interpreter
+@pytest.mark.parametrize("name", TRITON)
+def test_kernels_against_autograd(name: str, tmp_path: Path) -> None:
+    words = ("--train.kernels=triton", "--train.attention=triton", "--model.num_layers=1")
+    words = (*words, "--parallel.tensor=1", "--parallel.pipeline=1", *CASES[name])
+    config = load(tmp_path, *words)
+    (stage,) = stages(config)
+    assert saved_bytes(config) == pytest.approx(stage_bytes(config, stage), rel=0.04)
+
+
+def test_a_plan_is_for_a_gpu_unless_the_config_says_otherwise(tmp_path: Path) -> None:
+    cpu, gpu = (load(tmp_path, f"--train.device={device}") for device in ("cpu", "auto"))
+    one, other = (stage_bytes(config, stages(config)[0]) for config in (cpu, gpu))
+    assert one > other
 
 
 def test_what_tensor_ranks_share(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
 from megapipe.train.engine import Engine
 from megapipe.train.proof import synthetic_tokens
+from tests.interpreter import needs_interpreter
 from tests.ranks import run_ranks
 
+pytestmark = needs_interpreter
 CONFIGS = Path(__file__).parents[1] / "configs"
 SMALL = (
     *("--model.num_layers=2", "--model.hidden_size=16", "--model.ffn_hidden_size=16"),

@@ -11,6 +11,7 @@ from megapipe.data_parallel.buffer import build_buffers
 from megapipe.kernels import Backend
 from megapipe.tensor_parallel.parameter import Piece, ShardedParameter
 from megapipe.train.optimizer import Optimizer
+from tests.interpreter import needs_interpreter
 
 SHAPES = {"matrix": (5, 7), "embedding": (33, 4), "norm": (7,), "bias": (5,)}
 
@@ -82,6 +83,7 @@ def test_bfloat16_weights_are_the_rounded_float32_masters() -> None:
         assert torch.equal(parameter, dict(exact.named_parameters())[name].bfloat16())
 
 
+@needs_interpreter
 def test_triton_steps_as_torch() -> None:
     """Masters and moments over five steps, clipped and averaged; narrow weights are rounded masters
     (float16: the interpreter cuts off what bfloat16 rounds)."""

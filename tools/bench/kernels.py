@@ -4,7 +4,8 @@ All contenders get the same numbers, in one process, one after the other. Times 
 CUDA events with a cold L2 cache; they are given as a share of what a copy (or a matrix product)
 reaches in the same run, with the bytes (FLOPs) of the fused form for every contender. The forward
 pass is timed without a graph, the other time is of both passes. Errors are root mean squares
-relative to float64, the largest among outputs and gradients.
+relative to float64, the largest among outputs and gradients. Memory is the most that one run holds
+beyond its inputs.
 """
 
 import sys
@@ -18,9 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton import TritonError
 
-from megapipe.kernels import UnsupportedError
 from megapipe.models.presets import PRESETS
 from megapipe.tools.arguments import Parser, UsageError
 from megapipe.tools.bench import kernels_elementwise, kernels_optimizer, kernels_products
@@ -35,8 +34,14 @@ from megapipe.tools.bench.kernels_cases import (
     widened,
 )
 from megapipe.tools.bench.kernels_roofline import BANDWIDTHS, Row, print_roofline, roofline
-from megapipe.tools.bench.kernels_timing import Best, DeviceTimer, Timer, measure_best
-from megapipe.tools.bench.machine import write_json
+from megapipe.tools.bench.kernels_timing import (
+    Best,
+    DeviceTimer,
+    Timer,
+    measure_best,
+    peak_bytes,
+)
+from megapipe.tools.bench.machine import describe_gpu, write_json
 
 CASES = {
     case.name: case
@@ -46,8 +51,6 @@ CASES = {
 SHAPES = ("llama3-8b", "llama3-70b", "gpt2")
 OURS, BASE = "megapipe", "torch eager"
 NO_GPU = 2
-FAILURES = (RuntimeError, UnsupportedError, TritonError)
-"""Of a contender: no memory, what torch.compile raises, a shape that a kernel does not take."""
 
 
 @dataclass
@@ -61,6 +64,7 @@ class Result:
     share: float | None = None
     seconds: list[float] = field(default_factory=list)
     errors: list[float] | None = None
+    peak_bytes: int | None = None
     problem: str | None = None
 
 
@@ -74,6 +78,12 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument(
         "--tensor", default="1,8", help="tensor parallel sizes, of which one rank (default: 1,8)"
+    )
+    parser.add_argument(
+        "--sequence-length",
+        type=int,
+        metavar="TOKENS",
+        help="in batches of about 8,192 tokens (default: the model's longest, at most 8,192)",
     )
     parser.add_argument("--runs", type=int, default=30, help="timed runs of each (default: 30)")
     parser.add_argument(
@@ -112,34 +122,29 @@ def _on_gpu(options: Any, cases: Sequence[Case], shapes: Sequence[Shape]) -> int
     )
     if find_spec("liger_kernel") is None:
         print("Liger is not installed (pip install liger-kernel): left out.")
-    results = compare(cases, shapes, timer, best, device, torch.bfloat16)
-    write_json(
-        options,
-        "kernels",
-        device=name,
-        best=asdict(best),
-        results=[_row(result) for result in results],
-    )
+    gpu, results = describe_gpu(device), list[Result]()
+    for case in cases:
+        results += compare(case, shapes, timer, best, device, torch.bfloat16)
+        # After each, so that one that ends the process loses none of those before it.
+        rows = [_row(result) for result in results]
+        write_json(options, "kernels", device=gpu, best=asdict(best), results=rows)
     return int(any(result.problem and result.contender == OURS for result in results))
 
 
 def compare(
-    cases: Sequence[Case],
+    case: Case,
     shapes: Sequence[Shape],
     timer: Timer,
     best: Best,
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Result]:
-    """Measure all contenders; a table for each kernel when it is done."""
-    results = []
-    for case in cases:
-        of_case: list[Result] = []
-        for shape in shapes:
-            of_case += measure(case, shape, contenders(case), timer, best, device, dtype)
-            print(f"{case.name}, {shape.label}: done", file=sys.stderr, flush=True)
-        print_results(case, of_case)
-        results += of_case
+    """Measure all contenders for a kernel and print its table."""
+    results: list[Result] = []
+    for shape in shapes:
+        results += measure(case, shape, contenders(case), timer, best, device, dtype)
+        print(f"{case.name}, {shape.label}: done", file=sys.stderr, flush=True)
+    print_results(case, results)
     return results
 
 
@@ -155,6 +160,9 @@ def _kernels(options: Any) -> list[str]:
 
 def _shapes(options: Any) -> list[Shape]:
     """Of each preset and size that go together."""
+    length = options.sequence_length
+    if length is not None and length < 1:
+        raise UsageError(f"--sequence-length {length} must be 1 or more.")
     shapes = []
     for preset in options.shapes.split(","):
         if preset not in PRESETS:
@@ -162,7 +170,7 @@ def _shapes(options: Any) -> list[Shape]:
         for degree in options.tensor.split(","):
             if not degree.isdecimal() or int(degree) < 1:
                 raise UsageError(f"--tensor: {degree!r} is not a number of ranks.")
-            shapes.append(shape_of(preset, int(degree)))
+            shapes.append(shape_of(preset, int(degree), length))
     found = [shape for shape in shapes if shape is not None]
     if not found:
         raise UsageError(f"--tensor {options.tensor} divides none of {options.shapes}.")
@@ -187,6 +195,7 @@ def contenders(case: Case) -> dict[str, Function]:
         "megapipe in torch": partial(case.ours, backend="torch"),
         BASE: case.eager,
         "torch.compile": torch.compile(case.eager, dynamic=False, fullgraph=True),
+        **case.others,
     }
     if case.liger is not None and find_spec("liger_kernel") is not None:
         found["Liger"] = case.liger
@@ -215,13 +224,15 @@ def measure(
             for row in rows:
                 both = row.passes != "forward"
                 inputs = case.inputs(shape, Source(device, dtype))
-                row.seconds = timer(_job(case, function, inputs, both))
+                job = _job(case, function, inputs, both)
+                row.seconds = timer(job)
+                row.peak_bytes = peak_bytes(job, device)
                 work = case.work(shape, both)
                 reached = work.bytes if case.bound == "memory" else work.flops
                 limit = best.copied_bytes if case.bound == "memory" else best.matmul_flops
                 row.share = reached / median(row.seconds) / limit
-                del inputs
-        except FAILURES as error:
+                del inputs, job
+        except Exception as error:  # theirs, of whatever kind: no memory, no such argument, ...
             rows[-1].problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         results += rows
         if device.type == "cuda":
@@ -268,7 +279,7 @@ def print_results(case: Case, results: Sequence[Result]) -> None:
 
     limit = "of a copy's speed" if case.bound == "memory" else "of a product's speed"
     labels = (Column(name, no_wrap=True) for name in ("one rank of", "", ""))
-    table = Table(*labels, "us", f"x {BASE}", limit, "error", title=case.name)
+    table = Table(*labels, "us", f"x {BASE}", limit, "MiB", "error", title=case.name)
     base = {
         (result.shape, result.passes): median(result.seconds)
         for result in results
@@ -288,6 +299,7 @@ def print_results(case: Case, results: Sequence[Result]) -> None:
             f"{time * 1e6:.1f}" if time else "failed",
             f"{ratio:.2f}" if ratio else "",
             f"{result.share:.1%}" if result.share is not None else "",
+            f"{result.peak_bytes / 2**20:,.0f}" if result.peak_bytes is not None else "",
             f"{max(result.errors):.1e}" if result.errors else "",
         )
         last = group

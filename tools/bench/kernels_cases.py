@@ -4,8 +4,8 @@ A case is data. The cases themselves are in kernels_elementwise.py (norms, activ
 positions, dropout), kernels_products.py (losses, attention) and kernels_optimizer.py.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -61,14 +61,15 @@ class Shape:
         )
 
 
-def shape_of(preset: str, tensor: int) -> Shape | None:
-    """None where that many ranks can't share the model's heads, vocabulary aside (it is padded)."""
+def shape_of(preset: str, tensor: int, sequence_length: int | None = None) -> Shape | None:
+    """None where that many ranks can't share the model's heads, vocabulary aside (it is padded).
+    Without a length, the longest sequence that the model takes, up to `LONGEST`."""
     model = ModelConfig(**PRESETS[preset])
     kv_heads = model.num_kv_heads
     shared = kv_heads % tensor == 0 or tensor % kv_heads == 0
     if model.num_heads % tensor or model.ffn_hidden_size % tensor or not shared:
         return None
-    sequence = min(LONGEST, model.max_sequence_length)
+    sequence = sequence_length or min(LONGEST, model.max_sequence_length)
     heads, kv_heads = model.num_heads // tensor, max(1, kv_heads // tensor)
     ffn = model.ffn_hidden_size // tensor
     matrices = 3 if model.activation == "swiglu" else 2
@@ -154,6 +155,7 @@ class Case:
     backward: Callable[[Shape], Work] | None = None
     liger: Function | None = None
     exact: Function | None = None
+    others: Mapping[str, Function] = field(default_factory=dict)  # further contenders
     draws: bool = False  # eager and Liger draw a mask of their own: no values to compare
 
     def inputs(self, shape: Shape, source: Source) -> list[Tensor]:

@@ -230,7 +230,8 @@ BIAS_GELU = Case(
 
 
 def _rope_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    """Queries and keys as views of the output of one projection, and angles of positions."""
+    """Queries and keys as views of the output of one projection, and angles of positions. (The
+    model turns them in place, `rope_qkv_`, which moves as much.)"""
     qkv = source.normal(
         shape.sequence, shape.batch, shape.heads + 2 * shape.kv_heads, shape.head_dim
     )

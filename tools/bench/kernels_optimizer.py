@@ -125,6 +125,12 @@ def _weight_eager(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> tuple[
     return (main_grad,)
 
 
+def _weight_one_product(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
+    """Narrow factors onto a wide sum, which cuBLAS can and torch lets it do on CUDA only."""
+    torch.addmm(main_grad, grad_out.t(), inputs, out_dtype=main_grad.dtype, out=main_grad)
+    return (main_grad,)
+
+
 def _weight_work(shape: Shape) -> Work:
     moved = {
         "dy": shape.tokens * shape.ffn * narrow,
@@ -141,6 +147,7 @@ WEIGHT_GRAD = Case(
     differentiable=(),
     ours=_weight_ours,
     eager=_weight_eager,
+    others={"addmm onto float32": _weight_one_product},
     forward=_weight_work,
 )
 

@@ -1,4 +1,4 @@
-"""Seconds of GPU work, and what the GPU can do at best, measured the same way."""
+"""Seconds and memory of GPU work, and what the GPU can do at best, measured the same way."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +39,19 @@ class DeviceTimer:
             end.record()
         torch.cuda.synchronize(self.device)
         return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory that work holds at a time beyond what there was before; None without a GPU,
+    for torch counts only there."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from megapipe import __version__
 from megapipe.errors import MegapipeError
 
@@ -44,6 +46,29 @@ def write_json(options: Any, bench: str, **figures: object) -> None:
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise MegapipeError(f"--json {options.json} can't be written: {error.strerror}.") from error
+
+
+def describe_gpu(device: torch.device) -> dict[str, object]:
+    """Name, size, driver and runtime of a CUDA device."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "multiprocessors": properties.multi_processor_count,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "hip": torch.version.hip,
+    }
+
+
+def _driver() -> str | None:
+    """As NVIDIA's own tool gives it; None where that is missing (on AMD's GPUs)."""
+    words = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.split("\n")[0].strip() or None
 
 
 def processor() -> str:

@@ -35,7 +35,7 @@ from megapipe.pipeline.schedule.build import check_chunks
 from megapipe.tools.arguments import Parser, UsageError
 from megapipe.tools.bench.breakdown import Share, print_breakdown
 from megapipe.tools.bench.crew import Crew
-from megapipe.tools.bench.machine import write_json
+from megapipe.tools.bench.machine import describe_gpu, write_json
 from megapipe.train.metrics import device_peak_flops
 
 LAYOUTS = ("1 process", "tp2", "tp2-sp", "pp2", "pp2-zb-h1", "dp2", "tp2-pp2", "tp2-pp2-zb-h1")
@@ -242,6 +242,7 @@ def _write(options: Any, results: Sequence[Result], tokens: int) -> None:
     write_json(
         options,
         "train",
+        device=describe_gpu(torch.device("cuda")) if options.device == "cuda" else None,
         tokens_per_step=tokens,
         results=[
             {
