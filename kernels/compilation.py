@@ -137,7 +137,9 @@ def compile_variant(variant: Variant, target: Target) -> Compiled:
         "num_stages": variant.num_stages,
         "enable_fp_fusion": FP_FUSION,
     }
-    built = triton.compile(source, target=target.gpu, options=options)
+    with triton.knobs.compilation.scope():
+        triton.knobs.compilation.disable_line_info = True  # which nothing here reads
+        built = triton.compile(source, target=target.gpu, options=options)
     registers, spills = (_amd_usage if target.is_amd else _nvidia_usage)(built)
     assembly = built.asm["amdgcn" if target.is_amd else "ptx"]
     compiled = Compiled(

@@ -17,7 +17,8 @@ if not torch.cuda.is_available():  # before triton: without a GPU its kernels ru
 import triton
 
 from tests.corpus import write_config, write_text, write_tokenizer
-from tests.interpreter import interpreting, patch_language_once
+from tests.interpreter import interpreting, make_faster
+from tests.kernels.compiling import Compiling
 from tests.ranks import POOL
 
 numpy_is_new = np.lib.NumpyVersion(np.__version__) >= "2.4.0"
@@ -26,7 +27,7 @@ if interpreting and numpy_is_new and triton.__version__.startswith("3.6."):
         f"The interpreter of Triton {triton.__version__} fails with numpy {np.__version__}: "
         "pip install 'numpy<2.4'"
     )
-patch_language_once()
+make_faster()
 
 # The same examples in every run: a bound on rounding errors that holds for all but a few draws in a
 # thousand must not make a change look guilty. `--hypothesis-profile=default` draws others.
@@ -50,8 +51,24 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def compiling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiling]:
+    """The compiler of all kernels, at work since the first test."""
+    work = Compiling.start(tmp_path_factory.mktemp("compiled"))
+    yield work
+    work.stop()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiling_starts_early(request: pytest.FixtureRequest) -> None:
+    if any("compiling" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("compiling")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `gpu` are skipped where there is none, or where kernels are interpreted."""
+    """The tests that wait for the compiler come last. Tests marked `gpu` are skipped where there is
+    none, or where kernels are interpreted."""
+    items.sort(key=lambda item: "compiling" in getattr(item, "fixturenames", ()))
     if not torch.cuda.is_available() or interpreting:
         for item in items:
             if item.get_closest_marker("gpu"):

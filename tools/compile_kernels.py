@@ -16,6 +16,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
+from triton.runtime.cache import triton_key
+
 from megapipe import kernels
 from megapipe.kernels.compilation import TARGETS, Compiled, Variant, compile_variant
 
@@ -46,6 +48,7 @@ def compile_kernels(modules: Sequence[str]) -> Iterator[Row]:
         for index, variant in enumerate(_variants(module))
         for target in variant.targets or TARGETS
     ]
+    triton_key()  # once for all processes: it reads and hashes all of Triton
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("fork")) as pool:
         yield from pool.map(_compile, jobs)
 

@@ -99,7 +99,8 @@ def both_passes(function: Call) -> None:
 
 def cases() -> Iterator[Call]:
     """What the bench runs, of all sizes 1 and of others."""
-    for case, shape, dtype in product(CASES.values(), (TOY, ONES), (torch.bfloat16, torch.float32)):
+    forms = ((TOY, torch.bfloat16), (TOY, torch.float32), (ONES, torch.bfloat16))
+    for case, (shape, dtype) in product(CASES.values(), forms):
         ours = partial(case.ours, backend="triton")
         yield partial(values_and_gradients, case, ours, case.inputs(shape, Source(CPU, dtype)))
 
@@ -129,14 +130,14 @@ def rotations() -> Iterator[Call]:
 
 
 def attentions() -> Iterator[Call]:
-    """Each combination of masks."""
+    """Without masks, with each, with all."""
     batch, length, width = 1, 32, 64
     q, k, v = (narrow(batch, heads, length, width) for heads in (2, 1, 1))
     bounds = K.document_bounds(torch.zeros(batch, length, dtype=torch.int64))
     drop = {"dropout": 0.1, "dropout_key": 7, "samples_B": torch.arange(batch)}
-    for window, documents, dropout in product((None, 8), (None, bounds), ({}, drop)):
-        masks = {"window": window, "bounds_2BS": documents, **dropout}
-        yield partial(K.attention, q, k, v, **masks, backend="triton")
+    masks = ({}, {"window": 8}, {"bounds_2BS": bounds}, drop)
+    for given in (*masks, {k: v for mask in masks for k, v in mask.items()}):
+        yield partial(K.attention, q, k, v, **given, backend="triton")
 
 
 def adamw_without_a_copy() -> None:

@@ -269,9 +269,9 @@ ROPES = [
         "the mean of squares over half of a head",
         "norm_rope",
         {
-            "a, b = _halves(x + head * x_head, column, inside, half)\n"
+            "a, b = _halves(x + _far(head, x_head), column, inside, half)\n"
             "        r = _scale(a, b, 2 * half, epsilon)\n"
-            "        a = a": "a, b = _halves(x + head * x_head, column, inside, half)\n"
+            "        a = a": "a, b = _halves(x + _far(head, x_head), column, inside, half)\n"
             "        r = _scale(a, b, half, epsilon)\n"
             "        a = a"
         },

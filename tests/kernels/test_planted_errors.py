@@ -67,7 +67,7 @@ def test_oversized_block_is_caught(tmp_path: Path) -> None:
     assert source.count("Settings(128, 128, 64, 8,") == 1
     path = tmp_path / "oversized.py"
     path.write_text(
-        source.replace("Settings(128, 128, 64, 8,", "Settings(256, 256, 64, 8,").replace(
+        source.replace("Settings(128, 128, 64, 8,", "Settings(256, 256, 16, 8,").replace(
             '"megapipe::', '"oversized::'
         )
     )
