@@ -130,6 +130,7 @@ class Specimen:
     dtype: str
     masks: bool  # window, documents and dropout together; False: plain causal
     architecture: Architecture
+    targets: tuple[str, ...] = ()  # empty: all of the architecture
 
     def variant(self, function: Any, types: Mapping[str, str]) -> Variant:
         """Strides in `types` are taken as multiples of 16."""
@@ -152,7 +153,7 @@ class Specimen:
             num_stages=options["num_stages"],
             divisible=tuple(name for name in types if name.endswith(("_b", "_h", "_s"))),
             tensor_cores=self.kernel != "delta" and self.dtype != "fp32",
-            targets=TARGETS[self.architecture],
+            targets=self.targets or TARGETS[self.architecture],
             matrix_instructions=r"mma\.sync" if wgmma_spills else "",
         )
 
@@ -165,20 +166,20 @@ TARGETS: dict[Architecture, tuple[str, ...]] = {
 
 
 def specimens(kernel: Kernel) -> Iterator[Specimen]:
-    """Each block of columns with all masks at once, which take registers; without masks where the
-    settings are others, and where most models are; float32 at its widest."""
+    """Each block of columns with all masks at once, which only add registers; without masks where
+    the settings are others; float32 at its widest."""
     for architecture in TARGETS:
         if kernel == "delta":
             yield Specimen(kernel, 256, "fp32", False, architecture)
             continue
         for width in (64, 128, 256):
-            if (architecture, kernel, width) in MASKED or width == 128:
+            if (architecture, kernel, width) in MASKED:
                 yield Specimen(kernel, width, "bf16", False, architecture)
             yield Specimen(kernel, width, "bf16", True, architecture)
         if architecture != "sm_80":  # of float32, NVIDIA's GPUs have the same settings
             yield Specimen(kernel, 256, "fp32", True, architecture)
         if (kernel, architecture) == ("queries", "sm_90"):  # B200's compiler spills first at 128
-            yield Specimen(kernel, 128, "fp32", False, architecture)
+            yield Specimen(kernel, 128, "fp32", False, architecture, ("sm_100",))
 
 
 def signature(dtype: str, *tensors: str) -> dict[str, str]:

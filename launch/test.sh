@@ -17,6 +17,7 @@ phase() {
 }
 
 cd -- "$root"
+unset PYTHONDONTWRITEBYTECODE  # the tests start Python some hundred times
 phase "set-up" set_up test
 phase "ruff check" python -m ruff check .
 phase "ruff format" python -m ruff format --check .
