@@ -21,8 +21,8 @@ Kernel = Literal["forward", "queries", "keys", "delta"]
 
 Architecture = Literal["sm_80", "sm_90", "gfx942"]
 """The second also for B200, the first for all other NVIDIA GPUs. Those with 99 KiB of shared memory
-for a program (sm_86, sm_89, sm_120) can't hold the queries' gradients of heads above 128 columns,
-nor all of the masked blocks: the launch fails and says so."""
+for a program (sm_86, sm_89, sm_120) lack 1 KiB for the queries' gradients of heads above 128
+columns: that launch fails and says so."""
 
 
 class Settings(NamedTuple):
