@@ -341,14 +341,17 @@ def _gradient(
     grad_qkv = _joined(grad_q, grad_k, grad_v)
     heads = [x.shape[2] for x in (grad_q, grad_k, grad_v)]
     out_q, out_k, out_v = grad_qkv.split(heads, dim=2)
-    _launch(*_read_by_rows(grad_q, grad_k), out_q, out_k, cos, sin, positions_SB, True)
+    q, k = _read_by_rows(grad_q, grad_k)
+    _launch(q, k, out_q, out_k, cos, sin, positions_SB, True)
     out_v.copy_(grad_v)
     return grad_qkv
 
 
-def _read_by_rows(*grads: Tensor) -> tuple[Tensor, ...]:
-    """A gradient that a sum expanded has strides of 0."""
-    return tuple(x if x.stride(3) == 1 else x.contiguous() for x in grads)
+def _read_by_rows(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients that a sum expanded have strides of 0."""
+    if q.stride(3) != 1:
+        q = q.contiguous()
+    return q, k if k.stride(3) == 1 else k.contiguous()
 
 
 def _joined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -393,8 +396,8 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> No
 
 def _differentiate(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
     cos, sin, positions_SB = ctx.saved_tensors
-    grads = _read_by_rows(grad_q, grad_k)
-    turned = _turned(*grads, cos, sin, positions_SB, not ctx.opposite)
+    q, k = _read_by_rows(grad_q, grad_k)
+    turned = _turned(q, k, cos, sin, positions_SB, not ctx.opposite)
     return (*turned, None, None, None, None)
 
 
