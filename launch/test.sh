@@ -16,12 +16,25 @@ phase() {
     echo "== $name: $((SECONDS - began)) s"
 }
 
+# Waits for mypy and tells what it found.
+mypy_verdict() {
+    local status=0
+    wait "$mypy" || status=$?
+    cat "$types"
+    return "$status"
+}
+
 cd -- "$root"
 unset PYTHONDONTWRITEBYTECODE  # the tests start Python some hundred times
 export PIP_COMPILE=0  # of torch and others, the tests use the smaller part
 phase "set-up" set_up test
 phase "ruff check" python -m ruff check .
 phase "ruff format" python -m ruff format --check .
-phase "mypy" python -m mypy
+# Types are checked beside the tests, which leave a core idle much of the time.
+types=$(mktemp)
+nice -n 19 python -m mypy >"$types" 2>&1 &
+mypy=$!
+trap 'kill "$mypy" 2>/dev/null || true; rm -f "$types"' EXIT
 # One thread in each process: the tests run many ranks beside each other.
 OMP_NUM_THREADS=1 phase "pytest" python -m pytest "$@"
+phase "mypy" mypy_verdict
