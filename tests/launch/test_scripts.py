@@ -114,10 +114,12 @@ def test_test_ends_at_the_first_failure(clone: Clone, fails: str) -> None:
 
 def test_test_fails_when_types_do_not_fit_or_tests_fail(clone: Clone) -> None:
     status, said = clone.run("launch/test.sh", FAILS="-m mypy")
-    assert (status, said.splitlines()[-1]) == (1, "test.sh: mypy failed after 0 s")
+    assert status == 1
+    assert said.splitlines()[-1].startswith("test.sh: mypy failed")
     assert "-m pytest [1]" in clone.logged()
     status, said = clone.run("launch/test.sh", FAILS="-m pytest")
-    assert (status, said.splitlines()[-1]) == (1, "test.sh: pytest failed after 0 s")
+    assert status == 1
+    assert said.splitlines()[-1].startswith("test.sh: pytest failed")
 
 
 def test_ci_fails_when_tests_fail(clone: Clone) -> None:
