@@ -62,10 +62,12 @@ HALF_PRECISION: dict[Architecture, dict[Kernel, tuple[Settings, Settings, Settin
 MASKED: dict[tuple[Architecture, Kernel, int], Settings] = {
     ("sm_80", "forward", 128): Settings(128, 32, 8, 2),
     ("sm_80", "queries", 128): Settings(128, 32, 8, 3),
+    ("sm_80", "keys", 64): Settings(32, 128, 8, 3),
     ("sm_80", "keys", 128): Settings(32, 64, 8, 2),
     ("sm_90", "keys", 128): Settings(16, 128, 8, 2),
     ("gfx942", "forward", 64): Settings(128, 32, 8, 1),
     ("gfx942", "forward", 256): Settings(64, 16, 8, 1),
+    ("gfx942", "keys", 256): Settings(16, 32, 8, 1),
 }
 """With masks, where some bytes would spill."""
 
