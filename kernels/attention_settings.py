@@ -141,10 +141,9 @@ class Specimen:
         if self.kernel != "delta":
             constants |= dict.fromkeys(("WINDOW", "DOCUMENTS", "DROPOUT"), self.masks)
             constants |= {"PRECISION": PRECISION}
-        types = dict(types)
-        if not self.masks and self.kernel != "delta":
-            constants |= dict.fromkeys(("bounds", "samples"))  # None, as in a launch
-            del types["bounds"], types["samples"]
+            if not self.masks:
+                constants |= dict.fromkeys(("bounds", "samples"))  # None, as in a launch
+                types = {name: kind for name, kind in types.items() if name not in constants}
         wgmma_spills = (self.kernel, self.width, self.architecture) == ("keys", 256, "sm_90")
         return Variant(
             function,

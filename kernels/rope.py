@@ -341,17 +341,14 @@ def _gradient(
     grad_qkv = _joined(grad_q, grad_k, grad_v)
     heads = [x.shape[2] for x in (grad_q, grad_k, grad_v)]
     out_q, out_k, out_v = grad_qkv.split(heads, dim=2)
-    q, k = _read_by_rows(grad_q, grad_k)
-    _launch(q, k, out_q, out_k, cos, sin, positions_SB, True)
+    _launch(_by_rows(grad_q), _by_rows(grad_k), out_q, out_k, cos, sin, positions_SB, True)
     out_v.copy_(grad_v)
     return grad_qkv
 
 
-def _read_by_rows(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients that a sum expanded have strides of 0."""
-    if q.stride(3) != 1:
-        q = q.contiguous()
-    return q, k if k.stride(3) == 1 else k.contiguous()
+def _by_rows(grad: Tensor) -> Tensor:
+    """As the kernel reads it; one that a sum expanded has strides of 0."""
+    return grad if grad.stride(3) == 1 else grad.contiguous()
 
 
 def _joined(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -396,8 +393,8 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> No
 
 def _differentiate(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
     cos, sin, positions_SB = ctx.saved_tensors
-    q, k = _read_by_rows(grad_q, grad_k)
-    turned = _turned(q, k, cos, sin, positions_SB, not ctx.opposite)
+    grads = _by_rows(grad_q), _by_rows(grad_k)
+    turned = _turned(*grads, cos, sin, positions_SB, not ctx.opposite)
     return (*turned, None, None, None, None)
 
 

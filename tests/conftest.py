@@ -59,16 +59,20 @@ def compiling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiling]:
     work.stop()
 
 
+def _waits_for_the_compiler(item: pytest.Item) -> bool:
+    return "compiling" in getattr(item, "fixturenames", ())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _compiling_starts_early(request: pytest.FixtureRequest) -> None:
-    if any("compiling" in getattr(item, "fixturenames", ()) for item in request.session.items):
+    if any(map(_waits_for_the_compiler, request.session.items)):
         request.getfixturevalue("compiling")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests that wait for the compiler come last. Tests marked `gpu` are skipped where there is
     none, or where kernels are interpreted."""
-    items.sort(key=lambda item: "compiling" in getattr(item, "fixturenames", ()))
+    items.sort(key=_waits_for_the_compiler)
     if not torch.cuda.is_available() or interpreting:
         for item in items:
             if item.get_closest_marker("gpu"):

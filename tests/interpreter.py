@@ -16,6 +16,11 @@ needs_interpreter = pytest.mark.skipif(
 """Of tests on a machine with a GPU, where kernels are compiled unless one asks for the other."""
 
 
+def compiling_environment() -> dict[str, str]:
+    """Of a process in which kernels are compiled, whatever they are in this one."""
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
 def make_faster() -> None:
     """For all tests of this process."""
     from triton.runtime import interpreter

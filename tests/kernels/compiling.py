@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megapipe.tools.compile_kernels import UNFIT
+from tests.interpreter import compiling_environment
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Compiling:
         with lines.open("wb") as stdout, errors.open("wb") as stderr:
             process = subprocess.Popen(
                 ["nice", "-n", "19", sys.executable, "-m", "megapipe.tools.compile_kernels"],
-                env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+                env=compiling_environment(),
                 stdout=stdout,
                 stderr=stderr,
                 start_new_session=True,

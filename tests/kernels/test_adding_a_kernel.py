@@ -2,7 +2,6 @@
 checkout, proven, compiled and given a page there."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 from megapipe import kernels
 from megapipe.kernels.compilation import TARGETS
 from megapipe.tools import kernel_pages
+from tests.interpreter import compiling_environment
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "adding-a-kernel.md").read_text(encoding="utf-8")
@@ -50,14 +50,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(checkout: Path, *words: str) -> str:
     """Without TRITON_INTERPRET, so that kernels are compiled; the tests' conftest sets it."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, *words],
         cwd=checkout,
         capture_output=True,
         text=True,
         timeout=120,
-        env=environment | {"PYTHONPATH": str(checkout), "COLUMNS": "200"},
+        env=compiling_environment() | {"PYTHONPATH": str(checkout), "COLUMNS": "200"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

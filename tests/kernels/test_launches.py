@@ -1,17 +1,17 @@
 """Launches work outside the interpreter: see launches.py."""
 
-import os
 import subprocess
 import sys
 
 from megapipe.tools.compile_kernels import _variants, kernel_modules
+from tests.interpreter import compiling_environment
 
 
 def test_every_kernel_can_be_launched() -> None:
     """In a process of its own: in this one Triton interprets."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.launches"],
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        env=compiling_environment(),
         capture_output=True,
         text=True,
     )

@@ -5,7 +5,6 @@ developer could make, with the kernel's own test that has to refuse it.
 """
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -15,6 +14,7 @@ import pytest
 
 from megapipe import kernels
 from megapipe.tools.compile_kernels import kernel_modules
+from tests.interpreter import compiling_environment
 from tests.kernels.planted import Planted, copies
 from tests.kernels.planted_attention import BACKWARD, FORWARD, ROPES
 from tests.kernels.planted_rows import ELEMENTWISE, NORMS
@@ -71,10 +71,9 @@ def test_oversized_block_is_caught(tmp_path: Path) -> None:
             '"megapipe::', '"oversized::'
         )
     )
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", OVERSIZED, str(path), "weight_grad"],
-        env=environment,
+        env=compiling_environment(),
         capture_output=True,
         text=True,
         check=True,

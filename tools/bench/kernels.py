@@ -222,22 +222,28 @@ def measure(
             if name in (OURS, "megapipe in torch") or not case.draws:
                 rows[0].errors = rows[-1].errors = _errors(case, shape, function, device, dtype)
             for row in rows:
-                both = row.passes != "forward"
-                inputs = case.inputs(shape, Source(device, dtype))
-                job = _job(case, function, inputs, both)
-                row.seconds = timer(job)
-                row.peak_bytes = peak_bytes(job, device)
-                work = case.work(shape, both)
-                reached = work.bytes if case.bound == "memory" else work.flops
-                limit = best.copied_bytes if case.bound == "memory" else best.matmul_flops
-                row.share = reached / median(row.seconds) / limit
-                del inputs, job
+                _run(row, case, function, timer, best, Source(device, dtype))
         except Exception as error:  # theirs, of whatever kind: no memory, no such argument, ...
             rows[-1].problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         results += rows
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return results
+
+
+def _run(
+    row: Result, case: Case, function: Function, timer: Timer, best: Best, source: Source
+) -> None:
+    """Time, memory and share of a contender's row. What it held is free afterwards, after a failure
+    as well."""
+    both = row.passes != "forward"
+    job = _job(case, function, case.inputs(row.shape, source), both)
+    row.seconds = timer(job)
+    row.peak_bytes = peak_bytes(job, source.device)
+    work = case.work(row.shape, both)
+    reached = work.bytes if case.bound == "memory" else work.flops
+    limit = best.copied_bytes if case.bound == "memory" else best.matmul_flops
+    row.share = reached / median(row.seconds) / limit
 
 
 def _job(

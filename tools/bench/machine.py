@@ -7,12 +7,13 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from megapipe import __version__
 from megapipe.errors import MegapipeError
+
+if TYPE_CHECKING:  # the process that only directs others starts without it
+    import torch
 
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel")
 
@@ -48,8 +49,10 @@ def write_json(options: Any, bench: str, **figures: object) -> None:
         raise MegapipeError(f"--json {options.json} can't be written: {error.strerror}.") from error
 
 
-def describe_gpu(device: torch.device) -> dict[str, object]:
+def describe_gpu(device: "torch.device") -> dict[str, object]:
     """Name, size, driver and runtime of a CUDA device."""
+    import torch
+
     properties = torch.cuda.get_device_properties(device)
     return {
         "name": properties.name,
