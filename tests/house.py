@@ -19,6 +19,7 @@ FLOORS = {
     "megapipe.errors": 1,
     "megapipe.pipeline.schedule": 2,
     "megapipe.config": 3,
+    "megapipe.exchange": 4,
     "megapipe.kernel_choice": 4,
     "megapipe.mesh": 4,
     "megapipe.microbatch": 4,

@@ -29,6 +29,7 @@ from megapipe.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.flops import flops_per_token
 from megapipe.models.parameters import parameter_count
+from megapipe.pipeline.p2p import make_channels
 from megapipe.pipeline.picture import require_matplotlib
 from megapipe.pipeline.program import stage_placement
 from megapipe.tools.cli import render
@@ -179,9 +180,10 @@ def _start_or_resume(
     plan = plan_start(config, peers)
     for line in [*_introduction(config, mesh.device), *plan.notes]:
         voice.say(line)
-    config = settle_program(config, mesh, build_stages, lock, peers, voice.say)
+    channels = make_channels(mesh)
+    config = settle_program(config, mesh, channels, build_stages, lock, peers, voice.say)
     feed, validation = _open_feeds(config, mesh, voice)
-    engine = Engine(config, mesh, build_stages)
+    engine = Engine(config, mesh, build_stages, channels)
     check_activation_bytes(config, engine, peers)
     checkpoints = Checkpoints(
         _with_resume(config, plan.resume), mesh, engine, _kept_files(config, mesh), voice.say

@@ -71,7 +71,7 @@ def save_checkpoint(
     """Write `root`/step-NNNNNNNN and return its path when it is durable; collective over `group`.
 
     `root` lies on a file system that all ranks share. `state` (plain JSON) and `files` (name to
-    content, or a path to copy) are the first rank's; `exchange.all_gather_json` brings the others'
+    content, or a path to copy) are the first rank's; `Peers.all_gather` brings the others'
     together. A committed checkpoint of the same step is replaced (see `steps`). What killed runs
     left in `root` is removed first.
 

@@ -5,9 +5,8 @@ attention is masked by them. A reader that failed says so in the header; a secon
 carries its message, and every rank of the replica raises it.
 """
 
-import json
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from megapipe.config import Config
 from megapipe.data.feed import BatchFeed, State, merge_states
 from megapipe.data.tokenizer import check_vocabulary, load_tokenizer
 from megapipe.errors import DataError, MegapipeError
+from megapipe.exchange import all_gather_json
 from megapipe.mesh import Axis, Mesh
 from megapipe.microbatch import MicroBatch
 
@@ -81,7 +81,8 @@ class ReplicaFeed:
         """
         if self._feed is None:
             return {}
-        return merge_states(_all_gather_json(self._feed.state_dict(), self._mesh))
+        own, axis = self._feed.state_dict(), self._mesh.data
+        return merge_states([own] if axis.size == 1 else all_gather_json(own, axis.group))
 
     def load(self, state: State) -> None:
         """Goes on behind `state`, saved in any layout. Every rank passes the same state."""
@@ -218,19 +219,3 @@ def _send_message(mesh: Mesh, replica: Axis, error: Exception | None, size: int)
 def _message(error: Exception) -> bytes:
     name = "" if isinstance(error, MegapipeError) else f"the data reader failed: {error!r} "
     return (name + str(error)).encode(errors="replace") or b"the data reader failed"
-
-
-def _all_gather_json(value: State, mesh: Mesh) -> list[State]:
-    """The values of all ranks of the data axis, in order; sent as JSON, padded to one size."""
-    axis = mesh.data
-    if axis.size == 1:
-        return [value]
-    content = json.dumps(value).encode()
-    sizes = [torch.zeros(1, dtype=torch.int64, device=mesh.device) for _ in range(axis.size)]
-    dist.all_gather(sizes, torch.tensor([len(content)], device=mesh.device), group=axis.group)
-    longest = max(int(size) for size in sizes)
-    padded = torch.tensor(list(content.ljust(longest)), dtype=torch.uint8, device=mesh.device)
-    parts = [torch.empty_like(padded) for _ in range(axis.size)]
-    dist.all_gather(parts, padded, group=axis.group)
-    values: list[Any] = [json.loads(bytes(part.tolist())) for part in parts]
-    return values

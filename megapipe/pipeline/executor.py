@@ -13,12 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from megapipe.microbatch import MicroBatch
-from megapipe.pipeline.p2p import Channel, Channels
+from megapipe.pipeline.p2p import Arrival, Channel, Channels
 from megapipe.pipeline.recording import make_recorder
 from megapipe.pipeline.schedule import Action, Kind, Program, Span, assign_buffers
 from megapipe.pipeline.schedule.action import stage_ranks
@@ -31,7 +30,7 @@ CONTEXT = 6
 
 Place = tuple[int, int]
 """Stage and microbatch."""
-Posted = tuple[dist.Work, Tensor]
+Posted = tuple[Arrival, Tensor]
 """A receive under way and its buffer."""
 
 

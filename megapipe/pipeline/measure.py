@@ -14,12 +14,11 @@ from time import perf_counter
 from typing import Any, NoReturn, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
-from megapipe.mesh import Axis
 from megapipe.microbatch import MicroBatch
+from megapipe.pipeline.p2p import Channels, ring_pairs
 from megapipe.tensor_parallel.parameter import sharded_parameters
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 
@@ -117,31 +116,32 @@ def _never(_: Any) -> NoReturn:
     raise AssertionError("nothing is computed backwards here")
 
 
-def measure_latency(axis: Axis, hidden: Tensor) -> float:
-    """Seconds that a tensor shaped like `hidden` takes to the next pipeline rank, the slowest link
-    of this rank: half of a round trip. Collective over the axis."""
-    if axis.group is None:
-        return 0.0
+def measure_latency(channels: Channels, ranks: int, hidden: Tensor) -> float:
+    """Seconds that a tensor shaped like `hidden` takes to the next of `ranks` pipeline ranks, the
+    slowest link of this rank: half of a round trip. Collective over the pipeline."""
     slowest = 0.0
-    last = axis.size - 1
-    links = [(rank, rank + 1) for rank in range(last)] + [(last, 0)] * (axis.size > 2)
+    links = [pair for pair in ring_pairs(ranks) if pair[0] < pair[1]] if ranks > 1 else []
     for first, second in links:  # all ranks in one order, so that no two wait for each other
-        if axis.rank in (first, second):
-            peer = second if axis.rank == first else first
-            slowest = max(slowest, _round_trip(axis, peer, axis.rank == first, hidden) / 2)
+        if channels.rank in (first, second):
+            slowest = max(slowest, _round_trip(channels, first, second, hidden) / 2)
     return slowest
 
 
-def _round_trip(axis: Axis, peer: int, begins: bool, hidden: Tensor) -> float:
+def _round_trip(channels: Channels, first: int, second: int, hidden: Tensor) -> float:
     """The median time of a tensor to a neighbour and back."""
     tensor = torch.zeros_like(hidden)
+    begins = channels.rank == first
+    peer = second if begins else first
+    there, back = channels[channels.rank, peer], channels[peer, channels.rank]
     times = []
     for _ in range(1 + ROUND_TRIPS):
-        began = _now(tensor)
+        began = _now(tensor)  # which would wait for a receive that was posted before
+        answer = back.receive(tensor, tag=0)
         if begins:
-            dist.send(tensor, group=axis.group, group_dst=peer)
-        dist.recv(tensor, group=axis.group, group_src=peer)
+            there.send(tensor, tag=0)
+        answer.wait()
         if not begins:
-            dist.send(tensor, group=axis.group, group_dst=peer)
+            there.send(tensor, tag=0)
         times.append(_now(tensor) - began)
+    channels.finish()
     return median(times[1:])

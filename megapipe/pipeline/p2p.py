@@ -1,7 +1,9 @@
 """Channels between neighbouring pipeline ranks, one for each ordered pair, each one-way.
 
-gloo: all channels of a pipeline use its one process group. Each message has a tag of its own, and a
-thread of gloo's moves the data once both ends have asked for it.
+CPU, all neighbours on one machine: shared memory; see shared_memory.py.
+
+CPU, more machines: all channels of a pipeline use its one gloo group. Each message has a tag of its
+own, and a thread of gloo's moves the data once both ends have asked for it.
 
 NCCL has no tags and matches the k-th send of a communicator to its k-th receive, and an operation
 at the head of a communicator's stream holds up those behind it. So each channel is a communicator
@@ -20,13 +22,14 @@ checks.
 
 from collections import deque
 from collections.abc import Mapping
-from typing import cast
+from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapipe.mesh import Mesh, split_world
+from megapipe.mesh import COLLECTIVE_TIMEOUT, Mesh, split_world
+from megapipe.pipeline.shared_memory import connect_neighbours
 
 UNDER_WAY = 2
 """Sends of a channel whose tensors are kept at a time. A validated program finishes with none; with
@@ -36,8 +39,29 @@ Pair = tuple[int, int]
 """Pipeline ranks: source, destination."""
 
 
-class Channel:
-    """This rank's end of a one-way channel: the source only sends, the other only receives.
+class Arrival(Protocol):
+    """A receive that was posted."""
+
+    def wait(self) -> object:
+        """Returns when the tensor is in its buffer; on a GPU, when that is so for all that is
+        given to the current stream from now on."""
+
+
+class Channel(Protocol):
+    """This rank's end of a one-way channel: the source only sends, the other only receives."""
+
+    def send(self, tensor: Tensor, tag: int) -> None:
+        """Hand over a contiguous tensor, which nobody may change any more."""
+
+    def receive(self, buffer: Tensor, tag: int) -> Arrival:
+        """Post a receive: `wait()` of the result."""
+
+    def finish(self) -> None:
+        """End a run of sends and receives: wait as far as what was sent needs this rank."""
+
+
+class BackendChannel:
+    """A channel over a process group's backend.
 
     It calls the backend, where dist.isend and dist.irecv arrive after checks and torch's
     dispatcher. Those took 25 of 60 us on gloo when called every 0.2 ms, and 75 of 240 us after 20
@@ -52,7 +76,7 @@ class Channel:
         self._sending: deque[tuple[dist.Work, Tensor]] = deque()
 
     def send(self, tensor: Tensor, tag: int) -> None:
-        """Hand over a contiguous tensor, which nobody may change any more; it is kept until sent.
+        """Hand over a contiguous tensor; it is kept until sent.
 
         Waits where the other end is more than UNDER_WAY receives late.
         """
@@ -96,10 +120,18 @@ def make_channels(mesh: Mesh) -> Channels:
     if axis.group is None:
         return Channels(axis.rank, {})
     if mesh.device.type == "cpu":
-        return _own_ends(mesh, dict.fromkeys(ring_pairs(axis.size), axis.group))
+        shared = connect_neighbours(axis.group, ring_pairs(axis.size), COLLECTIVE_TIMEOUT)
+        return gloo_channels(mesh) if shared is None else Channels(axis.rank, shared)
     channels = _own_ends(mesh, pair_groups(mesh))
     connect(channels, axis.size, mesh.device)
     return channels
+
+
+def gloo_channels(mesh: Mesh) -> Channels:
+    """All of them over the one group of the pipeline."""
+    group = mesh.pipeline.group
+    assert group is not None
+    return _own_ends(mesh, dict.fromkeys(ring_pairs(mesh.pipeline.size), group))
 
 
 def ring_pairs(size: int) -> list[Pair]:
@@ -147,7 +179,7 @@ def _own_ends(mesh: Mesh, groups: Mapping[Pair, dist.ProcessGroup]) -> Channels:
     return Channels(
         rank,
         {
-            (source, destination): Channel(
+            (source, destination): BackendChannel(
                 group, ranks[destination if rank == source else source], mesh.device
             )
             for (source, destination), group in groups.items()

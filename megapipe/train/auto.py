@@ -24,6 +24,7 @@ from megapipe.mesh import Mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.pipeline.costs import read_costs
 from megapipe.pipeline.measure import activation_bytes, measure_latency, measure_stages
+from megapipe.pipeline.p2p import Channels
 from megapipe.pipeline.program import (
     PROGRAM_FILE,
     byte_limit,
@@ -54,7 +55,13 @@ Say = Callable[[str], None]
 
 
 def settle_program(
-    config: Config, mesh: Mesh, build_stages: BuildStages, lock: RunLock, peers: Peers, say: Say
+    config: Config,
+    mesh: Mesh,
+    channels: Channels,
+    build_stages: BuildStages,
+    lock: RunLock,
+    peers: Peers,
+    say: Say,
 ) -> Config:
     """The config with its program, where that comes from a file: read once, for all that follows.
 
@@ -76,7 +83,7 @@ def settle_program(
         else:
             say(f"Program: that of {file}, from an earlier start of this run")
             return settled
-    costs, sizes = _costs(config, mesh, build_stages, peers)
+    costs, sizes = _costs(config, mesh, channels, build_stages, peers)
     for line in from_first(peers, lambda: _choose(config, costs, sizes, file)):
         say(line)
     return with_program(config, _shared_content(file, peers))
@@ -106,7 +113,7 @@ def check_activation_bytes(config: Config, engine: Engine, peers: Peers) -> None
 
 
 def _costs(
-    config: Config, mesh: Mesh, build_stages: BuildStages, peers: Peers
+    config: Config, mesh: Mesh, channels: Channels, build_stages: BuildStages, peers: Peers
 ) -> tuple[Costs, list[float]]:
     """What stages take, and bytes of activations of each, the same on all ranks.
 
@@ -119,7 +126,7 @@ def _costs(
         costs = from_first(peers, lambda: astuple(read_costs(from_file, stages)))
         if byte_limit(config) is None:
             return Costs(*costs), []
-    own = _measure(config, mesh, build_stages, peers)
+    own = _measure(config, mesh, channels, build_stages, peers)
     gc.collect()  # the run builds its stages where these were
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -135,7 +142,7 @@ def _costs(
 
 
 def _measure(
-    config: Config, mesh: Mesh, build_stages: BuildStages, peers: Peers
+    config: Config, mesh: Mesh, channels: Channels, build_stages: BuildStages, peers: Peers
 ) -> dict[str, object]:
     """This rank's measurements, as JSON: by kind, what each stage takes under its number."""
     stages = dict(build_stages(looped(config), mesh))
@@ -148,7 +155,7 @@ def _measure(
     times = measure_stages(stages, batch, hidden)
     for index, kind in enumerate(("F", "I", "W")):
         found[kind] = {str(stage): astuple(taken)[index] for stage, taken in times.items()}
-    found["latency"] = measure_latency(mesh.pipeline, hidden)
+    found["latency"] = measure_latency(channels, mesh.pipeline.size, hidden)
     return found
 
 

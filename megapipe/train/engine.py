@@ -15,7 +15,7 @@ from megapipe.kernel_choice import choose_kernels
 from megapipe.mesh import Mesh
 from megapipe.microbatch import IGNORED_TARGET, MicroBatch
 from megapipe.pipeline.executor import PipelineExecutor
-from megapipe.pipeline.p2p import make_channels
+from megapipe.pipeline.p2p import Channels, make_channels
 from megapipe.pipeline.program import (
     hidden_shape,
     lowered_program,
@@ -60,7 +60,14 @@ class Engine:
     what they should.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, build_stages: BuildStages) -> None:
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        build_stages: BuildStages,
+        channels: Channels | None = None,
+    ) -> None:
+        """`channels` are the mesh's where they have been made already."""
         config = with_program(config)
         self.config, self.mesh = config, mesh
         self.stages = dict(sorted(build_stages(config, mesh).items()))
@@ -71,7 +78,7 @@ class Engine:
         )
         self.backend = choose_kernels(config, mesh.device).kernels
         self.optimizer = Optimizer(self.buffers, config.optimizer, self.backend)
-        self._channels = make_channels(mesh)
+        self._channels = channels or make_channels(mesh)
         placement = stage_placement(config)
         self.program = lowered_program(config)
         forwards = lower(forward_program(placement, microbatches(config)))

@@ -18,8 +18,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from megapipe.checkpoint.exchange import gather_json
 from megapipe.config.logging import parse_steps
+from megapipe.exchange import gather_json
 from megapipe.mesh import Mesh
 from megapipe.pipeline.clocks import clock_offsets
 from megapipe.pipeline.comparison import Comparison, Reality, Row, compare

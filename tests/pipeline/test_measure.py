@@ -12,6 +12,7 @@ from megapipe.microbatch import MicroBatch
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.measure import activation_bytes, measure_latency, measure_stages
+from megapipe.pipeline.p2p import make_channels
 from megapipe.pipeline.program import hidden_shape
 from megapipe.train.proof import synthetic_microbatch
 from tests.pipeline.sleeping import SleepingStage
@@ -81,7 +82,8 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
 
 def round_trips(size: int) -> tuple[float, float]:
     mesh = build_mesh(pipeline=size, data=1, tensor=1, device=CPU)
-    return tuple(measure_latency(mesh.pipeline, torch.empty(n)) for n in (8, 10**6))  # type: ignore[return-value]
+    channels = make_channels(mesh)
+    return tuple(measure_latency(channels, size, torch.empty(n)) for n in (8, 10**6))  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -89,4 +91,4 @@ def test_latency_of_all_links(size: int) -> None:
     for small, large in run_ranks(round_trips, size, size):
         assert 0 < small < 1
         assert 0 < large < 1
-    assert measure_latency(Mesh.single(CPU).pipeline, torch.empty(8)) == 0
+    assert measure_latency(make_channels(Mesh.single(CPU)), 1, torch.empty(8)) == 0

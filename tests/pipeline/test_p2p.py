@@ -1,15 +1,19 @@
 """Channels: order, tags, what is kept, and communicators of two for backends without tags."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
 
 from megapipe.mesh import Mesh, build_mesh
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import (
     UNDER_WAY,
+    BackendChannel,
+    Channels,
     _own_ends,
     connect,
+    gloo_channels,
     make_channels,
     pair_groups,
     ring_pairs,
@@ -43,7 +47,7 @@ def test_all_neighbours_both_ways_once(size: int) -> None:
 
 def send_and_receive() -> list[float]:
     mesh = build_mesh(pipeline=2, data=1, tensor=1, device=CPU)
-    channels = make_channels(mesh)
+    channels = gloo_channels(mesh)
     there, back = channels[0, 1], channels[1, 0]
     count = 5
     if mesh.pipeline.rank == 1:
@@ -58,6 +62,7 @@ def send_and_receive() -> list[float]:
     work = back.receive(answer, 7)
     for tag in range(count):
         there.send(torch.full((2,), float(tag)), tag)
+        assert isinstance(there, BackendChannel)
         assert len(there._sending) <= UNDER_WAY
     there.finish()
     assert not there._sending
@@ -71,16 +76,20 @@ def test_messages_meet_by_tag_and_few_are_kept() -> None:
     assert answer == [10.0, 10.0]
 
 
-def run_with_pairs(program: Program, data: int) -> Outcome:
+def paired_channels(mesh: Mesh) -> Channels:
     """As on NCCL: a group of two for each channel, made by `pair_groups` and `connect`."""
-    mesh = build_mesh(pipeline=len(program), data=data, tensor=1, device=CPU)
+    size = mesh.pipeline.size
     groups = pair_groups(mesh)
-    assert len(groups) == len(
-        [pair for pair in ring_pairs(len(program)) if mesh.pipeline.rank in pair]
-    )
+    assert len(groups) == len([pair for pair in ring_pairs(size) if mesh.pipeline.rank in pair])
     assert len({id(group) for group in groups.values()}) == len(groups)
     channels = _own_ends(mesh, groups)
-    connect(channels, len(program), CPU)
+    connect(channels, size, CPU)
+    return channels
+
+
+def run_with(make_channels: Callable[[Mesh], Channels], program: Program, data: int) -> Outcome:
+    mesh = build_mesh(pipeline=len(program), data=data, tensor=1, device=CPU)
+    channels = make_channels(mesh)
     stages = own_stages(program, mesh.pipeline.rank, ToyStage)
     executor = PipelineExecutor(
         program, stages, channels, hidden_shape=HIDDEN, dtype=torch.float64, device=CPU
@@ -88,21 +97,14 @@ def run_with_pairs(program: Program, data: int) -> Outcome:
     return outcome(executor.run(make_batches(4)), stages)
 
 
-def run_with_tags(program: Program) -> Outcome:
-    mesh = build_mesh(pipeline=len(program), data=1, tensor=1, device=CPU)
-    stages = own_stages(program, mesh.pipeline.rank, ToyStage)
-    executor = PipelineExecutor(
-        program, stages, make_channels(mesh), hidden_shape=HIDDEN, dtype=torch.float64, device=CPU
-    )
-    return outcome(executor.run(make_batches(4)), stages)
-
-
+@pytest.mark.parametrize("channels", [gloo_channels, paired_channels])
 @pytest.mark.parametrize(("pipeline", "data"), [(2, 1), (3, 1), (2, 2)])
-def test_communicators_of_two_give_the_same(pipeline: int, data: int) -> None:
+def test_all_channels_give_the_same(
+    channels: Callable[[Mesh], Channels], pipeline: int, data: int
+) -> None:
     program = lower(make("interleaved-1f1b", pipeline, 2, 4))
-    paired = run_ranks(run_with_pairs, pipeline * data, program, data)
-    tagged = run_ranks(run_with_tags, pipeline, program)
-    for rank, mine in enumerate(paired):
-        same: dict[str, Tensor] = tagged[rank // data].gradients
-        assert mine.losses == tagged[rank // data].losses
-        torch.testing.assert_close(mine.gradients, same, rtol=0, atol=0)
+    these = run_ranks(run_with, pipeline * data, channels, program, data)
+    shared = run_ranks(run_with, pipeline * data, make_channels, program, data)
+    for mine, other in zip(these, shared, strict=True):
+        assert mine.losses == other.losses
+        torch.testing.assert_close(mine.gradients, other.gradients, rtol=0, atol=0)

@@ -13,6 +13,7 @@ from megapipe.errors import MegapipeError, ScheduleError
 from megapipe.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
+from megapipe.pipeline.p2p import make_channels
 from megapipe.pipeline.program import training_program
 from megapipe.pipeline.schedule import from_csv, lower, stored, to_csv, validate
 from megapipe.train.auto import check_activation_bytes, settle_program
@@ -40,7 +41,9 @@ def settle(config: Config) -> tuple[list[str], Config]:
     said: list[str] = []
     peers = peers_of(mesh)
     with RunLock(Path(config.train.run_dir), said.append, peers) as lock:
-        settled = settle_program(config, mesh, build_stages, lock, peers, said.append)
+        settled = settle_program(
+            config, mesh, make_channels(mesh), build_stages, lock, peers, said.append
+        )
     return said, settled
 
 

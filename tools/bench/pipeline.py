@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 from megapipe.errors import MegapipeError, ScheduleError
@@ -23,6 +24,8 @@ from megapipe.tools.bench.pipeline_figures import Cell, Row, Steps, measured, pr
 
 WORKER = "megapipe.tools.bench.pipeline_worker"
 WORK = ("sleep", "compute")
+NOTICE = 0.02
+"""Seconds from the order for a step to its beginning."""
 
 
 class Options(NamedTuple):
@@ -51,8 +54,8 @@ def run(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(
         "bench pipeline",
-        "Bubble and overhead of the pipeline runtime, by schedule: processes of one thread over\n"
-        "gloo, with stages that take a set time. The default takes about ten minutes with torch.",
+        "Bubble and overhead of the pipeline runtime, by schedule: processes of one thread, with\n"
+        "stages that take a set time. The default takes about a quarter of an hour with torch.",
     )
     parser.add_argument("--against", choices=("torch",), help="torch.distributed.pipelining, too")
     for name, default, text in (
@@ -60,7 +63,7 @@ def _parser() -> Parser:
         ("ranks", "2,4", "pipeline sizes"),
         ("microbatches", "8,16,32", "in a step"),
         ("virtual", "1,2,4", "stages on a rank, where the schedule can have them"),
-        ("unit-ms", "20,2", "milliseconds that F, I and W of a full rank each take"),
+        ("unit-ms", "20,2", "milliseconds that F, I and W of a stage each take"),
     ):
         parser.add_argument(f"--{name}", default=default, help=f"{text} (default: {default})")
     parser.add_argument("--repeats", default="3", help="measured steps of each (default: 3)")
@@ -174,14 +177,15 @@ def _measure_size(ranks: int, rows: Sequence[Row], options: Options) -> None:
             for row in rows:
                 for name, steps in row.contenders.items():
                     if not steps.refused:
-                        steps.add(measured(crews[name].order(row.cell.order())))
+                        order = row.cell.order() | {"begin": perf_counter() + NOTICE}
+                        steps.add(measured(crews[name].order(order)))
             print(f"p={ranks}: repeat {repeat + 1} of {options.repeats}", file=sys.stderr)
 
 
 def _warm_up(row: Row, crews: dict[str, Crew]) -> None:
     """A step of no time, in which each contender makes what it keeps, or refuses."""
     for name, steps in row.contenders.items():
-        answers = crews[name].order(row.cell.order() | {"unit": 0.0})
+        answers = crews[name].order(row.cell.order() | {"unit": 0.0, "begin": 0.0})
         steps.refused = answers[0].get("refused")
         if name == "megapipe" and steps.refused:
             raise MegapipeError(f"bench: {row.cell}: {steps.refused}")

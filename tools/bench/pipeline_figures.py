@@ -37,7 +37,7 @@ class Cell(NamedTuple):
         )
 
     def order(self) -> dict[str, Any]:
-        """For the worker; the unit in seconds."""
+        """For the worker; the unit, of a stage, in seconds."""
         return {
             "schedule": self.schedule,
             "virtual": self.virtual,
@@ -51,7 +51,8 @@ class Cell(NamedTuple):
 
     def seconds(self) -> float:
         """Of a step, as it would be without overhead."""
-        return 3 * self.microbatches * (1 + self.bubble()) * self.unit_ms / 1000
+        actions = self.microbatches * self.virtual
+        return 3 * actions * (1 + self.bubble()) * self.unit_ms / 1000
 
 
 class Step(NamedTuple):

@@ -2,15 +2,16 @@
 
 `python -m megapipe.tools.bench.pipeline_worker SPEC`, where SPEC is JSON: contender ("megapipe" or
 "torch"), rank, ranks, store, floats (of an activation), work. An order, one line of JSON, names
-schedule, virtual, microbatches and unit (seconds of a full rank). The answer holds this rank's
-compute actions as text, how long each took within the stage, and when the step began and ended, on
-a clock that all processes of the machine share; or `refused`, why the contender can't.
+schedule, virtual, microbatches, unit (seconds that F, I and W of a stage each take) and begin (the
+time, on a clock that all processes of the machine share). The answer holds this rank's compute
+actions as text, how long each took within the stage, and when the step began and ended, on the same
+clock; or `refused`, why the contender can't.
 """
 
 import json
 import sys
 from collections.abc import Callable
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, Protocol
 
 import torch
@@ -97,7 +98,7 @@ def main(spec: dict[str, Any]) -> None:
         if isinstance(runner, str):
             answer(refused=runner)
         else:
-            answer(**_step(runner, order["unit"] / order["virtual"]))
+            answer(**_step(runner, order["unit"], order["begin"]))
 
 
 def _megapipe(spec: dict[str, Any]) -> Callable[[dict[str, Any]], Runner]:
@@ -112,14 +113,17 @@ def _torch(spec: dict[str, Any]) -> Callable[[dict[str, Any]], Runner]:
     return lambda order: TorchRunner(order, spec)
 
 
-def _step(runner: Runner, unit: float) -> dict[str, Any]:
-    """One step, with `unit` seconds for each part of a stage. All ranks begin together."""
+def _step(runner: Runner, unit: float, at: float) -> dict[str, Any]:
+    """One step, with `unit` seconds for each part of a stage. All ranks begin `at` one time, since
+    the last to leave a barrier may do so half a millisecond late; and none works on its report
+    while others are not done."""
     for stage in runner.stages.values():
         stage.start(unit)
-    dist.barrier()
+    sleep(max(0.0, at - perf_counter()))
     begin = perf_counter()
     runner.step()
     end = perf_counter()
+    dist.barrier()
     return {
         "begin": begin,
         "end": end,

@@ -1,0 +1,211 @@
+"""Shared memory: what is sent arrives, memory is used again, nobody waits for one who is gone."""
+
+import mmap
+import os
+import socket
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from megapipe.errors import MegapipeError
+from megapipe.mesh import build_mesh
+from megapipe.pipeline.p2p import BackendChannel, make_channels
+from megapipe.pipeline.shared_memory import AT_A_TIME, Link, SharedMemoryChannel
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+
+
+class Ends(NamedTuple):
+    source: SharedMemoryChannel
+    destination: SharedMemoryChannel
+
+
+@pytest.fixture
+def ends() -> Ends:
+    file = os.memfd_create("test")
+    there, here = socket.socketpair()
+    second = timedelta(seconds=1)
+    return Ends(
+        SharedMemoryChannel(Link(there, file), 1, second),
+        SharedMemoryChannel(Link(here, os.dup(file)), 0, second),
+    )
+
+
+def take(channel: SharedMemoryChannel, tag: int, count: int = 3) -> list[float]:
+    buffer = torch.full((count,), -1.0)
+    channel.receive(buffer, tag).wait()
+    return buffer.tolist()
+
+
+def ones(value: float, count: int = 3) -> torch.Tensor:
+    return torch.full((count,), float(value))
+
+
+# --- Messages ------------------------------------------------------------------------------------
+
+
+def test_messages_meet_by_tag_and_of_one_tag_in_order(ends: Ends) -> None:
+    for tag, value in ((7, 1.0), (8, 2.0), (7, 3.0), (9, 4.0)):
+        ends.source.send(ones(value), tag)
+    found = [take(ends.destination, tag)[0] for tag in (9, 7, 7, 8)]
+    assert found == [4.0, 1.0, 3.0, 2.0]
+
+
+def test_a_tensor_may_be_changed_once_it_is_sent_and_keeps_its_bits(ends: Ends) -> None:
+    sent = torch.randn(5, 7).bfloat16()
+    copy, buffer = sent.clone(), torch.empty_like(sent)
+    arrival = ends.destination.receive(buffer, 0)
+    ends.source.send(sent, 0)
+    sent.zero_()
+    arrival.wait()
+    assert torch.equal(buffer, copy)
+
+
+@pytest.mark.parametrize("count", [1, 1023, 1024, 1025, 300_000])
+def test_tensors_of_any_size_about_a_page_and_larger_than_a_socket_takes(
+    ends: Ends, count: int
+) -> None:
+    for value in (1.0, 2.0):  # side by side in the file
+        ends.source.send(torch.arange(count) + value, 0)
+    for value in (1.0, 2.0):
+        assert take(ends.destination, 0, count) == (torch.arange(count) + value).tolist()
+
+
+def test_a_buffer_counts_as_unchanged_for_autograd(ends: Ends) -> None:
+    """Buffers are views of one tensor: a change of one would void what is saved in the others."""
+    pool = torch.zeros(2, 3)
+    version = pool._version
+    ends.source.send(ones(2.0), 0)
+    ends.destination.receive(pool[1], 0).wait()
+    assert pool.tolist() == [[0, 0, 0], [2, 2, 2]]
+    assert pool._version == version
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+
+def slots(channel: SharedMemoryChannel) -> int:
+    return len(channel._sizes)
+
+
+def test_slots_are_used_again(ends: Ends) -> None:
+    for step in range(20):
+        for tag in range(3):
+            ends.source.send(ones(step + tag), tag)
+        assert [take(ends.destination, tag)[0] for tag in range(3)] == [step, step + 1, step + 2]
+        ends.destination.finish()
+        ends.source.finish()
+    assert 3 <= slots(ends.source) < 3 + AT_A_TIME
+    assert os.fstat(ends.source._file).st_size <= 2 * slots(ends.source) * mmap.PAGESIZE
+
+
+def test_sizes_have_slots_of_their_own(ends: Ends) -> None:
+    for step in range(6):
+        for count in (3, 2000):
+            ends.source.send(ones(step, count), count)
+            assert take(ends.destination, count, count) == [step] * count
+    assert slots(ends.source) < 2 * (1 + AT_A_TIME)
+
+
+def test_neither_end_waits_however_much_is_unread(ends: Ends) -> None:
+    """Ten times what a socket holds, of tensors and of free slots."""
+    count = 12_000
+    for tag in range(count):
+        ends.source.send(ones(tag), tag)
+    assert all(take(ends.destination, tag)[0] == tag for tag in range(count))
+    ends.destination.finish()
+    for _ in range(2):
+        ends.source.finish()
+    ends.source.send(ones(0.5), 0)
+    assert take(ends.destination, 0)[0] == 0.5
+    assert slots(ends.source) == count, "a free one was used"
+
+
+def test_a_source_is_at_most_a_run_ahead(ends: Ends) -> None:
+    """What it sends in a run it need not wait for, be it much."""
+    for tag in range(100):
+        ends.source.send(ones(tag), tag)
+    ends.source.finish()
+    ends.source.send(ones(0.5), 100)
+    with pytest.raises(MegapipeError, match="pipeline rank 1 has said nothing for 1 s"):
+        ends.source.finish()
+    assert [take(ends.destination, tag)[0] for tag in range(100)] == list(range(100))
+    ends.destination.finish()
+    ends.source.finish()
+    assert take(ends.destination, 100)[0] == 0.5
+
+
+# --- Ends ----------------------------------------------------------------------------------------
+
+
+def test_who_waits_for_one_who_is_gone_is_told(ends: Ends) -> None:
+    ends.source.send(ones(1.0), 0)
+    ends.source._socket.close()
+    assert take(ends.destination, 0)[0] == 1.0, "what was sent before is there"
+    ends.destination.finish()  # has an empty slot to tell of, and nobody to tell
+    with pytest.raises(MegapipeError, match="pipeline rank 0 has ended"):
+        take(ends.destination, 1)
+
+
+def test_who_sends_to_one_who_is_gone_is_told(ends: Ends) -> None:
+    ends.destination._socket.close()
+    with pytest.raises(MegapipeError, match="pipeline rank 1 has ended"):
+        ends.source.send(ones(1.0), 0)
+
+
+def test_a_late_sender_is_waited_for_only_so_long(ends: Ends) -> None:
+    with pytest.raises(MegapipeError, match="pipeline rank 0 has said nothing for 1 s"):
+        take(ends.destination, 0)
+
+
+def kind_of_channels(unable: int | None) -> tuple[set[type], list[float]]:
+    """Of this rank of a ring of three, where rank `unable` can't make a file in memory; and what
+    comes from the rank before and the one after."""
+    mesh = build_mesh(pipeline=3, data=1, tensor=1, device=CPU)
+    rank, after, before = mesh.rank, (mesh.rank + 1) % 3, (mesh.rank - 1) % 3
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == unable:
+            patch.delattr(os, "memfd_create")
+        channels = make_channels(mesh)
+    found = torch.empty(2, 3)
+    arrivals = [
+        channels[other, rank].receive(buffer, 0)
+        for other, buffer in zip((before, after), found, strict=True)
+    ]
+    channels[rank, after].send(ones(rank), 0)
+    channels[rank, before].send(ones(10 + rank), 0)
+    for arrival in arrivals:
+        arrival.wait()
+    channels.finish()
+    return {type(channel) for channel in channels._channels.values()}, found[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("unable", "kind"), [(None, SharedMemoryChannel), (1, BackendChannel), (2, BackendChannel)]
+)
+def test_all_ranks_share_memory_or_none(unable: int | None, kind: type) -> None:
+    answers = run_ranks(kind_of_channels, 3, unable)
+    assert [kinds for kinds, _ in answers] == [{kind}] * 3
+    assert [found for _, found in answers] == [[2, 11], [0, 12], [1, 10]]
+
+
+def connect_under(folder: str) -> bool:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", folder)
+        channels = make_channels(build_mesh(pipeline=2, data=1, tensor=1, device=CPU))
+    return isinstance(channels[0, 1], SharedMemoryChannel)
+
+
+def test_nothing_is_left_of_connecting(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory() as short:
+        assert run_ranks(connect_under, 2, short) == [True, True]
+        assert not list(Path(short).iterdir())
+    long = tmp_path / ("x" * 100)  # more than the address of a socket holds
+    long.mkdir()
+    assert run_ranks(connect_under, 2, str(long)) == [False, False]
+    assert not list(long.iterdir())
