@@ -10,6 +10,7 @@ starts from its gradient edge in the graph, so the tensor is freed when it has b
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -69,27 +70,23 @@ class PipelineExecutor:
         numbers = assign_buffers(self.program)
         count = 1 + max(numbers.values(), default=-1)
         pool = torch.empty((count, *hidden_shape), dtype=dtype, device=device)
-        self._buffers = {receive: pool[number] for receive, number in numbers.items()}
+        buffers = {receive: pool[number] for receive, number in numbers.items()}
         self._pool = range(pool.data_ptr(), pool.data_ptr() + pool.nbytes)
         self._one = torch.ones((), device=device)
         self._hidden = (torch.Size(hidden_shape), dtype)
-        self._routes = {
-            action: self._route(action, ranks)
-            for action in self.program
-            if not action.kind.computes
-        }
-        methods: dict[Kind, Callable[[Action], None]] = {
-            Kind.FORWARD: self._forward,
-            Kind.BACKWARD: self._backward,
-            Kind.BACKWARD_INPUT: self._backward_input,
-            Kind.BACKWARD_WEIGHT: self._backward_weight,
-            Kind.SEND_FORWARD: self._send,
-            Kind.RECEIVE_FORWARD: self._receive,
-            Kind.SEND_BACKWARD: self._send,
-            Kind.RECEIVE_BACKWARD: self._receive,
-        }
-        self._steps = [(methods[action.kind], action) for action in self.program]
-        self._reset([])
+
+        # A run's state. Live and deferred: what backwards need. Then tensors between stages: those
+        # that arrive for a stage, and those that one has computed.
+        self._batches: Sequence[MicroBatch] = []
+        self._losses: dict[int, Tensor] = {}
+        self._live: dict[Place, tuple[Tensor | None, GradientEdge]] = {}
+        self._deferred: dict[Place, list[Callable[[], None]]] = {}
+        self._inputs: dict[Place, Posted] = {}
+        self._output_grads: dict[Place, Posted] = {}
+        self._outputs: dict[Place, Tensor] = {}
+        self._input_grads: dict[Place, Tensor] = {}
+
+        self._steps = [self._step(action, ranks, buffers) for action in self.program]
 
     def run(self, batches: Sequence[MicroBatch]) -> Sequence[Tensor]:
         """The detached losses of the microbatches, in order, on the rank that has the last stage;
@@ -102,9 +99,9 @@ class PipelineExecutor:
         self.recorder.enter()
         try:
             with torch.set_grad_enabled(self._trains):
-                for method, action in self._steps:
+                for step in self._steps:
                     self.recorder.begin()
-                    method(action)
+                    step()
                     self.recorder.end()
             self._channels.finish()
         except Exception as error:
@@ -119,8 +116,28 @@ class PipelineExecutor:
 
     # --- Actions ---------------------------------------------------------------------------------
 
-    def _forward(self, action: Action) -> None:
-        stage, _, microbatch, _ = action
+    def _step(
+        self, action: Action, ranks: dict[int, int], buffers: Mapping[Action, Tensor]
+    ) -> Callable[[], None]:
+        """The method of an action, with all that is known of it now."""
+        stage, kind, microbatch, _ = action
+        if kind.computes:
+            method = {
+                Kind.FORWARD: self._forward,
+                Kind.BACKWARD: self._backward,
+                Kind.BACKWARD_INPUT: self._backward_input,
+                Kind.BACKWARD_WEIGHT: self._backward_weight,
+            }[kind]
+            return partial(method, stage, microbatch)
+        channel, tag = self._route(action, ranks)
+        place = (stage, microbatch)
+        if kind.sends:
+            kept = self._outputs if kind is Kind.SEND_FORWARD else self._input_grads
+            return partial(self._send, place, kept, channel, tag)
+        posted = self._inputs if kind is Kind.RECEIVE_FORWARD else self._output_grads
+        return partial(self._receive, place, posted, channel, tag, buffers[action])
+
+    def _forward(self, stage: int, microbatch: int) -> None:
         inputs = None
         if stage > 0:
             arrived = self._arrival(self._inputs, (stage, microbatch), stage - 1, self._outputs)
@@ -134,8 +151,7 @@ class PipelineExecutor:
             assert output.grad_fn is not None, f"stage {stage} has nothing to train"
             self._live[stage, microbatch] = (inputs, GradientEdge(output.grad_fn, output.output_nr))
 
-    def _backward(self, action: Action) -> None:
-        stage, _, microbatch, _ = action
+    def _backward(self, stage: int, microbatch: int) -> None:
         inputs, edge = self._live.pop((stage, microbatch))
         gradient = self._one  # that of a loss
         if stage < self._last_stage:
@@ -151,33 +167,28 @@ class PipelineExecutor:
             assert inputs.grad is not None, f"stage {stage} does not use its input"
             self._input_grads[stage, microbatch] = self._own(inputs.grad)
 
-    def _backward_input(self, action: Action) -> None:
+    def _backward_input(self, stage: int, microbatch: int) -> None:
         """Gradients of what has no separate weight gradient (norms, biases) are computed here."""
-        store = cast(WeightGradStore, self._stages[action.stage].weight_grads)
+        store = cast(WeightGradStore, self._stages[stage].weight_grads)
         with store.defer() as weight_grads:
-            self._backward(action)
-        self._deferred[action.stage, action.microbatch] = weight_grads
+            self._backward(stage, microbatch)
+        self._deferred[stage, microbatch] = weight_grads
 
-    def _backward_weight(self, action: Action) -> None:
-        weight_grads = self._deferred.pop((action.stage, action.microbatch))
+    def _backward_weight(self, stage: int, microbatch: int) -> None:
+        weight_grads = self._deferred.pop((stage, microbatch))
         weight_grads.reverse()
         while weight_grads:  # each frees what it has used
             weight_grads.pop()()
 
-    def _send(self, action: Action) -> None:
-        stage, kind, microbatch, _ = action
-        kept = self._outputs if kind is Kind.SEND_FORWARD else self._input_grads
-        tensor = kept.pop((stage, microbatch)).contiguous()
-        assert (tensor.shape, tensor.dtype) == self._hidden, (action, tensor.shape, tensor.dtype)
-        channel, tag = self._routes[action]
+    def _send(self, place: Place, kept: dict[Place, Tensor], channel: Channel, tag: int) -> None:
+        tensor = kept.pop(place).contiguous()
+        assert (tensor.shape, tensor.dtype) == self._hidden, (place, tensor.shape, tensor.dtype)
         channel.send(tensor, tag)
 
-    def _receive(self, action: Action) -> None:
-        stage, kind, microbatch, _ = action
-        channel, tag = self._routes[action]
-        buffer = self._buffers[action]
-        posted = self._inputs if kind is Kind.RECEIVE_FORWARD else self._output_grads
-        posted[stage, microbatch] = (channel.receive(buffer, tag), buffer)
+    def _receive(
+        self, place: Place, posted: dict[Place, Posted], channel: Channel, tag: int, buffer: Tensor
+    ) -> None:
+        posted[place] = (channel.receive(buffer, tag), buffer)
 
     # --- Tensors between stages ------------------------------------------------------------------
 
@@ -209,18 +220,15 @@ class PipelineExecutor:
         backward = kind is Kind.SEND_BACKWARD
         return self._channels[pair], 2 * (stage * self._microbatches + microbatch) + backward
 
-    # --- A run's state ---------------------------------------------------------------------------
+    # --- Between runs ----------------------------------------------------------------------------
 
     def _reset(self, batches: Sequence[MicroBatch]) -> None:
+        """Forget what an aborted run has left."""
         self._batches = batches
-        self._losses: dict[int, Tensor] = {}
-        self._live: dict[Place, tuple[Tensor | None, GradientEdge]] = {}
-        self._deferred: dict[Place, list[Callable[[], None]]] = {}
-        # Arriving for a stage, and computed by one. (An action as a key would cost 1 us to make.)
-        self._inputs: dict[Place, Posted] = {}
-        self._output_grads: dict[Place, Posted] = {}
-        self._outputs: dict[Place, Tensor] = {}
-        self._input_grads: dict[Place, Tensor] = {}
+        for state in (self._losses, self._live, self._deferred):
+            state.clear()
+        for tensors in (self._inputs, self._output_grads, self._outputs, self._input_grads):
+            tensors.clear()
 
     def _where(self) -> str:
         """The part of this rank's program around the first action that was not completed."""

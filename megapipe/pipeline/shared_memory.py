@@ -104,8 +104,6 @@ class SharedMemoryChannel:
         """Copy a contiguous tensor to where the other end reads it; it may be changed then."""
         nbytes = tensor.nbytes
         free = self._free[nbytes]
-        if not free:
-            self._hear(socket.MSG_DONTWAIT)
         slot = free.pop() if free else self._add_slot(nbytes)
         memmove(self._address(slot, nbytes), tensor.data_ptr(), nbytes)
         try:
@@ -113,6 +111,8 @@ class SharedMemoryChannel:
         except ConnectionError:
             raise self._gone() from None
         self._sent += 1
+        if not free:  # for the next, while this is on its way
+            self._hear(socket.MSG_DONTWAIT)
 
     def _add_slot(self, nbytes: int) -> int:
         slot = self._pages
