@@ -120,7 +120,7 @@ def measure_latency(channels: Channels, ranks: int, hidden: Tensor) -> float:
     """Seconds that a tensor shaped like `hidden` takes to the next of `ranks` pipeline ranks, the
     slowest link of this rank: half of a round trip. Collective over the pipeline."""
     slowest = 0.0
-    links = [pair for pair in ring_pairs(ranks) if pair[0] < pair[1]] if ranks > 1 else []
+    links = [pair for pair in ring_pairs(ranks) if pair[0] < pair[1]]
     for first, second in links:  # all ranks in one order, so that no two wait for each other
         if channels.rank in (first, second):
             slowest = max(slowest, _round_trip(channels, first, second, hidden) / 2)
@@ -135,7 +135,7 @@ def _round_trip(channels: Channels, first: int, second: int, hidden: Tensor) -> 
     there, back = channels[channels.rank, peer], channels[peer, channels.rank]
     times = []
     for _ in range(1 + ROUND_TRIPS):
-        began = _now(tensor)  # which would wait for a receive that was posted before
+        began = _now(tensor)  # before the receive: on a GPU it waits for all that was posted
         answer = back.receive(tensor, tag=0)
         if begins:
             there.send(tensor, tag=0)

@@ -29,14 +29,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapipe.mesh import COLLECTIVE_TIMEOUT, Mesh, split_world
-from megapipe.pipeline.shared_memory import connect_neighbours
+from megapipe.pipeline.shared_memory import Pair, connect_neighbours
 
 UNDER_WAY = 2
 """Sends of a channel whose tensors are kept at a time. A validated program finishes with none; with
 two, a rank need not wait for the transfer of what it has just computed."""
-
-Pair = tuple[int, int]
-"""Pipeline ranks: source, destination."""
 
 
 class Arrival(Protocol):

@@ -11,12 +11,14 @@ is in slot `s`"; the destination says, some at a time, which slots are free agai
 of the file, named by its first page; the source adds one when none is free. So a send waits for
 nothing, less than `validate` allows it to: what is validated finishes. And how far a source may be
 ahead of its destination is bounded all the same: `finish` waits until all was taken that was sent
-before the `finish` before it. A program that trains never waits there, since its ranks need each
-other in each run; one that evaluates might.
+before the `finish` before it. (A program that trains never waits there, since its ranks need each
+other in each run; one that only goes forward might.)
 """
 
+import math
 import mmap
 import os
+import resource
 import socket
 import tempfile
 import weakref
@@ -28,7 +30,7 @@ from ctypes import addressof, c_char, memmove
 from datetime import timedelta
 from pathlib import Path
 from queue import SimpleQueue
-from struct import pack
+from struct import iter_unpack, pack
 from threading import Thread
 from typing import NamedTuple
 
@@ -43,7 +45,7 @@ AT_A_TIME = 4
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
 _BYTES_READ = 4096
-"""At most, at a time; whole messages of either side."""
+"""At most, at a time: whole words of either side."""
 
 Queue = SimpleQueue["array[int] | None"]
 Pair = tuple[int, int]
@@ -65,12 +67,13 @@ class SharedMemoryChannel:
     """This rank's end of a one-way channel: the source only sends, the other only receives.
 
     A receive gets the send of the same tag; of one tag, they meet in order. Tensors are a CPU's.
-    Raises MegapipeError where the other end has gone, or says nothing for `timeout`.
+    Raises ConnectionError where the other end has gone, as groups do, and MegapipeError where it
+    says nothing for `timeout`, in whole seconds.
     """
 
     def __init__(self, link: Link, peer: int, timeout: timedelta) -> None:
         """Takes the link over. `peer`, a pipeline rank, is for messages."""
-        seconds = int(timeout.total_seconds())
+        seconds = math.ceil(timeout.total_seconds())
         # By settimeout, Python would poll before each call.
         link.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, pack("ll", seconds, 0))
         weakref.finalize(self, link.close)
@@ -79,7 +82,7 @@ class SharedMemoryChannel:
         self._seconds = seconds
         self._queue: Queue | None = None
         self._memory: mmap.mmap | None = None
-        self._base = self._mapped = 0  # address, and pages
+        self._base = self._mapped = 0  # address and size
         # The source's: slots' sizes, those that are free, by size, the pages of all, and how many
         # tensors were sent and taken.
         self._sizes: dict[int, int] = {}
@@ -91,7 +94,8 @@ class SharedMemoryChannel:
         self._emptied: list[int] = []
 
     def finish(self) -> None:
-        """End a run of sends and receives. Waits for what was sent in the run before it."""
+        """End a run of sends and receives. Waits for what was sent in the run before it, not for
+        that of this run: a rank goes when all others are done, too."""
         if self._emptied:
             self._tell()
         while self._taken < self._sent_before:
@@ -117,29 +121,28 @@ class SharedMemoryChannel:
     def _add_slot(self, nbytes: int) -> int:
         slot = self._pages
         self._sizes[slot] = nbytes
-        self._pages += _pages(nbytes)
-        if self._pages > self._mapped:  # what nobody writes to takes no memory
+        self._pages += 1 + nbytes // _PAGE
+        if self._pages * _PAGE > self._mapped:  # what nobody writes to takes no memory
             os.truncate(self._file, 2 * self._pages * _PAGE)
         return slot
 
     def _hear(self, flags: int = 0) -> None:
         """What the destination says next; with MSG_DONTWAIT, what it has said."""
-        for slot in self._read(flags):
+        for (slot,) in iter_unpack("i", self._read(flags)):
             self._free[self._sizes[slot]].append(slot)
             self._taken += 1
 
     # --- The destination -------------------------------------------------------------------------
 
-    def receive(self, buffer: Tensor, tag: int) -> "Arrival":
+    def receive(self, buffer: Tensor, tag: int) -> "SharedMemoryArrival":
         """Post a receive; `wait()` of the result returns when the tensor is in `buffer`."""
-        return Arrival(self, buffer, tag)
+        return SharedMemoryArrival(self, buffer, tag)
 
     def take(self, buffer: Tensor, tag: int) -> None:
         """Wait for the tensor of a posted receive."""
         arrived = self._arrived[tag]
         while not arrived:
-            words = self._read()
-            for came, slot in zip(words[::2], words[1::2], strict=True):
+            for came, slot in iter_unpack("ii", self._read()):
                 self._arrived[came].append(slot)
         slot, nbytes = arrived.popleft(), buffer.nbytes
         memmove(buffer.data_ptr(), self._address(slot, nbytes), nbytes)
@@ -156,11 +159,12 @@ class SharedMemoryChannel:
 
     def _address(self, slot: int, nbytes: int) -> int:
         """Of a slot in the file, which is mapped as far as it reaches."""
-        if slot + _pages(nbytes) > self._mapped:
+        begin = slot * _PAGE
+        if begin + nbytes > self._mapped:
             self._memory = mmap.mmap(self._file, 0)
-            self._mapped = len(self._memory) // _PAGE
+            self._mapped = len(self._memory)
             self._base = addressof(c_char.from_buffer(self._memory))
-        return self._base + slot * _PAGE
+        return self._base + begin
 
     def _say(self, *words: int) -> None:
         """Never waits. A socket is full with some 270 messages that were not read, and the other
@@ -176,7 +180,7 @@ class SharedMemoryChannel:
         if self._queue is not None:
             self._queue.put(message)
 
-    def _read(self, flags: int = 0) -> "array[int]":
+    def _read(self, flags: int = 0) -> bytes:
         """What the other end says next; nothing where it has said nothing and MSG_DONTWAIT."""
         try:
             data = self._socket.recv(_BYTES_READ, flags)
@@ -184,20 +188,20 @@ class SharedMemoryChannel:
             raise self._gone() from None
         except BlockingIOError:
             if flags & socket.MSG_DONTWAIT:
-                return array("i")
+                return b""
             raise MegapipeError(
                 f"{self._peer} has said nothing for {self._seconds} s. It hangs, or does something "
-                "that takes that long: see what it printed last."
+                "that takes that long."
             ) from None
         if not data:
             raise self._gone()
-        return array("i", data)
+        return data
 
-    def _gone(self) -> MegapipeError:
-        return MegapipeError(f"{self._peer} has ended. Why, is in what it printed last.")
+    def _gone(self) -> ConnectionError:
+        return ConnectionError(f"{self._peer} has ended")
 
 
-class Arrival:
+class SharedMemoryArrival:
     """A receive that was posted."""
 
     __slots__ = ("_buffer", "_channel", "_tag")
@@ -210,10 +214,6 @@ class Arrival:
     def wait(self) -> None:
         """Returns when the tensor is in the buffer."""
         self._channel.take(self._buffer, self._tag)
-
-
-def _pages(nbytes: int) -> int:
-    return 1 + nbytes // _PAGE
 
 
 def _say_all(connection: socket.socket, queue: Queue) -> None:
@@ -230,7 +230,8 @@ def connect_neighbours(
 ) -> dict[Pair, SharedMemoryChannel] | None:
     """The channels that this rank has an end of, by source and destination within `group`. None, on
     all its ranks, where two neighbours can't share memory: on two machines, in two containers, on
-    another system than Linux. Collective over `group`."""
+    another system than Linux, or under a limit of files' sizes, which would hold for this memory.
+    Collective over `group`."""
     rank = group.rank()
     with ExitStack() as stack:
         listener = _listen(stack, len(pairs))
@@ -247,13 +248,15 @@ def connect_neighbours(
             source, link = _accept(listener)
             links[source, rank] = link
     return {
-        pair: SharedMemoryChannel(link, sum(pair) - rank, timeout) for pair, link in links.items()
+        (source, to): SharedMemoryChannel(link, to if source == rank else source, timeout)
+        for (source, to), link in links.items()
     }
 
 
 def _listen(stack: ExitStack, most: int) -> socket.socket | None:
     """A socket in a directory that only this user can enter; both last as long as `stack`."""
-    if not hasattr(os, "memfd_create"):
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if not hasattr(os, "memfd_create") or limit != resource.RLIM_INFINITY:
         return None
     try:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="megapipe-"))
@@ -271,18 +274,19 @@ def _connect(addresses: Iterable[str | None], rank: int) -> Iterator[Link]:
     for address in addresses:
         if address is None:
             return
-        link = Link(socket.socket(socket.AF_UNIX), os.memfd_create("megapipe"))
+        connection = socket.socket(socket.AF_UNIX)
         try:
-            link.socket.connect(address)
+            connection.connect(address)
+            link = Link(connection, os.memfd_create("megapipe"))
         except OSError:
-            link.close()
+            connection.close()
             return
-        socket.send_fds(link.socket, [array("i", (rank,))], [link.file])
+        socket.send_fds(connection, [array("i", (rank,))], [link.file])
         yield link
 
 
 def _accept(listener: socket.socket) -> tuple[int, Link]:
     """A rank that has connected."""
     connection, _ = listener.accept()
-    words, files, _, _ = socket.recv_fds(connection, _BYTES_READ, 1)
+    words, files, _, _ = socket.recv_fds(connection, array("i").itemsize, 1)
     return array("i", words)[0], Link(connection, files[0])

@@ -2,8 +2,10 @@
 
 import mmap
 import os
+import resource
 import socket
 import tempfile
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -104,6 +106,24 @@ def test_slots_are_used_again(ends: Ends) -> None:
     assert os.fstat(ends.source._file).st_size <= 2 * slots(ends.source) * mmap.PAGESIZE
 
 
+def test_a_slot_is_free_when_it_was_read_and_not_before(
+    ends: Ends, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source writes to what it is told of at once."""
+    for tag in range(AT_A_TIME):
+        ends.source.send(ones(tag), tag)
+
+    def overwrite(*slots: int) -> None:
+        assert len(slots) == AT_A_TIME
+        ends.source._free[ones(0).nbytes].extend(slots)
+        for _ in slots:
+            ends.source.send(ones(-5), 99)
+
+    monkeypatch.setattr(ends.destination, "_say", overwrite)
+    assert [take(ends.destination, tag)[0] for tag in range(AT_A_TIME)] == list(range(AT_A_TIME))
+    assert take(ends.destination, 99)[0] == -5
+
+
 def test_sizes_have_slots_of_their_own(ends: Ends) -> None:
     for step in range(6):
         for count in (3, 2000):
@@ -148,13 +168,13 @@ def test_who_waits_for_one_who_is_gone_is_told(ends: Ends) -> None:
     ends.source._socket.close()
     assert take(ends.destination, 0)[0] == 1.0, "what was sent before is there"
     ends.destination.finish()  # has an empty slot to tell of, and nobody to tell
-    with pytest.raises(MegapipeError, match="pipeline rank 0 has ended"):
+    with pytest.raises(ConnectionError, match="pipeline rank 0 has ended"):
         take(ends.destination, 1)
 
 
 def test_who_sends_to_one_who_is_gone_is_told(ends: Ends) -> None:
     ends.destination._socket.close()
-    with pytest.raises(MegapipeError, match="pipeline rank 1 has ended"):
+    with pytest.raises(ConnectionError, match="pipeline rank 1 has ended"):
         ends.source.send(ones(1.0), 0)
 
 
@@ -163,15 +183,50 @@ def test_a_late_sender_is_waited_for_only_so_long(ends: Ends) -> None:
         take(ends.destination, 0)
 
 
-def kind_of_channels(unable: int | None) -> tuple[set[type], list[float]]:
-    """Of this rank of a ring of three, where rank `unable` can't make a file in memory; and what
-    comes from the rank before and the one after."""
+def test_a_channel_takes_its_link_along() -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    there, here = socket.socketpair()
+    second = timedelta(seconds=1)
+    file = os.memfd_create("test")
+    source = SharedMemoryChannel(Link(there, file), 1, second)
+    destination = SharedMemoryChannel(Link(here, os.dup(file)), 0, second)
+    for count in (3, 10_000, 300_000):  # mapped anew
+        source.send(ones(2.0, count), 0)
+        assert take(destination, 0, count) == [2.0] * count
+    del source, destination
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def no_files_in_memory(patch: pytest.MonkeyPatch) -> None:
+    patch.delattr(os, "memfd_create")
+
+
+def files_refused(patch: pytest.MonkeyPatch) -> None:
+    def refuse(_: str) -> int:
+        raise PermissionError
+
+    patch.setattr(os, "memfd_create", refuse)
+
+
+def files_limited(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(resource, "getrlimit", lambda _: (100_000, resource.RLIM_INFINITY))
+
+
+Hinder = Callable[[pytest.MonkeyPatch], None]
+
+
+def kind_of_channels(unable: int | None, hinder: Hinder) -> tuple[set[type], list[float]]:
+    """Of this rank of a ring of three, of which `unable` is hindered; and what comes from the rank
+    before and the one after."""
     mesh = build_mesh(pipeline=3, data=1, tensor=1, device=CPU)
     rank, after, before = mesh.rank, (mesh.rank + 1) % 3, (mesh.rank - 1) % 3
     with pytest.MonkeyPatch.context() as patch:
         if rank == unable:
-            patch.delattr(os, "memfd_create")
+            hinder(patch)
+        files = len(os.listdir("/proc/self/fd"))
         channels = make_channels(mesh)
+        if unable is not None:
+            assert len(os.listdir("/proc/self/fd")) == files
     found = torch.empty(2, 3)
     arrivals = [
         channels[other, rank].receive(buffer, 0)
@@ -186,10 +241,19 @@ def kind_of_channels(unable: int | None) -> tuple[set[type], list[float]]:
 
 
 @pytest.mark.parametrize(
-    ("unable", "kind"), [(None, SharedMemoryChannel), (1, BackendChannel), (2, BackendChannel)]
+    ("unable", "hinder"),
+    [
+        (None, no_files_in_memory),
+        (1, no_files_in_memory),
+        (2, no_files_in_memory),
+        (0, files_refused),
+        (2, files_refused),
+        (1, files_limited),
+    ],
 )
-def test_all_ranks_share_memory_or_none(unable: int | None, kind: type) -> None:
-    answers = run_ranks(kind_of_channels, 3, unable)
+def test_all_ranks_share_memory_or_none(unable: int | None, hinder: Hinder) -> None:
+    kind = SharedMemoryChannel if unable is None else BackendChannel
+    answers = run_ranks(kind_of_channels, 3, unable, hinder)
     assert [kinds for kinds, _ in answers] == [{kind}] * 3
     assert [found for _, found in answers] == [[2, 11], [0, 12], [1, 10]]
 

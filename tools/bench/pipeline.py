@@ -1,6 +1,6 @@
 """`megapipe bench pipeline`: what the pipeline runtime costs, by schedule.
 
-Real processes with gloo between them run real programs on stages that only take time, F = I = W.
+Real processes run real programs on stages that only take time, F = I = W.
 What a step takes beyond the simulation of its own program, with the times that its own stages have
 measured, is the runtime's: Python, messages, and waking up. torch.distributed.pipelining does the
 same with the same stages, in turn with us.

@@ -3,7 +3,7 @@
 The executor relies on this meaning of the actions, and the proof takes it at its strictest:
 
 - RECEIVE posts a receive into a free buffer and never waits.
-- SEND waits until its RECEIVE was posted: there is no buffering. (The executor lets a few sends be
+- SEND waits until its RECEIVE was posted: there is no buffering. (The executor lets some sends be
   under way; a program that finishes without any finishes with some.)
 - A compute action waits until the tensors that it uses have arrived.
 - Between two ranks tensors arrive in the order sent: the first SEND meets the first RECEIVE.
