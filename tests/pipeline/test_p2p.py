@@ -87,9 +87,9 @@ def paired_channels(mesh: Mesh) -> Channels:
     return channels
 
 
-def run_with(make_channels: Callable[[Mesh], Channels], program: Program, data: int) -> Outcome:
+def run_with(build: Callable[[Mesh], Channels], program: Program, data: int) -> Outcome:
     mesh = build_mesh(pipeline=len(program), data=data, tensor=1, device=CPU)
-    channels = make_channels(mesh)
+    channels = build(mesh)
     stages = own_stages(program, mesh.pipeline.rank, ToyStage)
     executor = PipelineExecutor(
         program, stages, channels, hidden_shape=HIDDEN, dtype=torch.float64, device=CPU

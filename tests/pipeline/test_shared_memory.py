@@ -30,6 +30,10 @@ class Ends(NamedTuple):
 
 @pytest.fixture
 def ends() -> Ends:
+    return make_ends()
+
+
+def make_ends() -> Ends:
     file = os.memfd_create("test")
     there, here = socket.socketpair()
     second = timedelta(seconds=1)
@@ -191,11 +195,7 @@ def open_files() -> int:
 
 def test_a_channel_takes_its_link_along() -> None:
     before = open_files()
-    there, here = socket.socketpair()
-    second = timedelta(seconds=1)
-    file = os.memfd_create("test")
-    source = SharedMemoryChannel(Link(there, file), 1, second)
-    destination = SharedMemoryChannel(Link(here, os.dup(file)), 0, second)
+    source, destination = make_ends()
     for count in (3, 10_000, 300_000):  # mapped anew
         source.send(ones(2.0, count), 0)
         assert take(destination, 0, count) == [2.0] * count
