@@ -14,6 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.reduction import ForkingPickler
@@ -43,10 +44,18 @@ class Worker:
             _serve(theirs)
         theirs.close()
 
+    def death(self) -> str:
+        """How it came to an end, of one that closed its connection."""
+        _, status = os.waitpid(self.pid, 0)
+        self.pid = 0
+        code = os.waitstatus_to_exitcode(status)
+        return f"by {signal.Signals(-code).name}" if code < 0 else f"with exit status {code}"
+
     def end(self) -> None:
         self.connection.close()
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
 
 
 def _serve(connection: Connection) -> NoReturn:
@@ -89,20 +98,29 @@ def _failure(error: BaseException, rank: int) -> tuple[str, Any]:
 
 
 class Pool:
-    """The workers of a test session."""
+    """The workers of a test session.
+
+    Their stores' files stay until all have ended: a store's destructor looks whether its file is
+    there, then opens it; where the directory goes in between, it tries for as long as the group's
+    timeout and aborts the process.
+    """
 
     def __init__(self) -> None:
         self.workers: list[Worker] = []
+        self.folder: tempfile.TemporaryDirectory[str] | None = None
+        self.calls = 0
 
     def run(self, function: Callable[..., Any], size: int, *args: Any, timeout: float) -> list[Any]:
         while len(self.workers) < size:
             self.workers.append(Worker(self.workers))
         crew = self.workers[:size]
-        with tempfile.TemporaryDirectory() as folder:
-            for rank, worker in enumerate(crew):
-                store = str(Path(folder) / "store")
+        self.folder = self.folder or tempfile.TemporaryDirectory(prefix="megapipe-ranks-")
+        self.calls += 1
+        store = str(Path(self.folder.name, str(self.calls)))
+        for rank, worker in enumerate(crew):
+            with suppress(BrokenPipeError):  # it has died since its last answer: see _collect
                 worker.connection.send((function, rank, size, store, timeout, args))
-            answers = _collect(crew, timeout)
+        answers = _collect(crew, timeout)
         if all(answer is not None and answer[0] == "returned" for answer in answers.values()):
             return [answers[rank][1] for rank in range(size)]
         self._replace(crew)
@@ -110,6 +128,9 @@ class Pool:
 
     def close(self) -> None:
         self._replace(list(self.workers))
+        if self.folder is not None:
+            self.folder.cleanup()
+            self.folder = None
 
     def _replace(self, crew: list[Worker]) -> None:
         self.workers = [worker for worker in self.workers if worker not in crew]
@@ -128,11 +149,12 @@ def _collect(crew: list[Worker], timeout: float) -> dict[int, Answer]:
         waiting = {worker.connection: r for r, worker in enumerate(crew) if r not in answers}
         for connection in wait(list(waiting), left):
             assert isinstance(connection, Connection)
+            rank = waiting[connection]
             try:
                 answer: Answer = connection.recv()
             except (EOFError, ConnectionResetError):
-                answer = ("died", None)
-            answers[waiting[connection]] = answer
+                answer = ("died", crew[rank].death())
+            answers[rank] = answer
             if answer[0] != "returned":
                 deadline = min(deadline, time.monotonic() + GRACE)
     return answers | {rank: ("hangs", None) for rank in range(len(crew)) if rank not in answers}
@@ -140,9 +162,9 @@ def _collect(crew: list[Worker], timeout: float) -> dict[int, Answer]:
 
 def _root_cause(answers: dict[int, Answer], timeout: float) -> BaseException:
     """A rank that died explains the others' errors; else the first error does."""
-    for rank, (kind, _) in answers.items():
+    for rank, (kind, how) in answers.items():
         if kind == "died":
-            return RankFailedError(f"rank {rank} died")
+            return RankFailedError(f"rank {rank} died {how}")
     for kind, value in answers.values():
         if kind == "raised":
             assert isinstance(value, BaseException)

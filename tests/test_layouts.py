@@ -10,6 +10,7 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: see tests/ranks.py
 
 import argparse
+import faulthandler
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -198,6 +199,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", choices=("layouts", "schedules"), help="half of the matrix")
     options = parser.parse_args()
+    faulthandler.enable()  # and in the ranks, which are forked
     steps = options.steps
     kinds = ("loss", "gradient norm", "gradient", "weight")
     print(f"largest relative errors over {steps} steps:", *kinds, sep="  ")

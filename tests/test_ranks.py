@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -44,8 +46,43 @@ def _dies() -> None:
 
 
 def test_a_dead_rank_is_named_and_replaced() -> None:
-    with pytest.raises(RankFailedError, match="rank 0 died"):
+    with pytest.raises(RankFailedError, match="rank 0 died by SIGKILL"):
         run_ranks(_dies, 2)
+    assert run_ranks(_sum_of_ranks, 2, 0)[0] == (0, 1)
+
+
+def _dies_after_its_answer() -> None:
+    def end_badly() -> None:
+        time.sleep(0.1)
+        os._exit(3)
+
+    Thread(target=end_badly).start()
+
+
+def test_a_rank_that_died_between_calls_is_named_and_replaced() -> None:
+    run_ranks(_dies_after_its_answer, 1)
+    time.sleep(0.5)
+    with pytest.raises(RankFailedError, match="rank 0 died with exit status 3"):
+        run_ranks(_sum_of_ranks, 2, 0)
+    assert run_ranks(_sum_of_ranks, 2, 0)[0] == (0, 1)
+
+
+def _parts_from_its_group_late() -> None:
+    path = Path(dist.distributed_c10d._get_default_store().underlying_store.path)
+    destroy = dist.destroy_process_group
+
+    def late() -> None:
+        time.sleep(0.3)
+        if not path.exists():
+            os._exit(4)
+        dist.destroy_process_group = destroy
+        destroy()
+
+    dist.destroy_process_group = late
+
+
+def test_a_store_keeps_its_file_until_all_have_parted() -> None:
+    run_ranks(_parts_from_its_group_late, 2)
     assert run_ranks(_sum_of_ranks, 2, 0)[0] == (0, 1)
 
 
