@@ -5,7 +5,7 @@ process. An axis of size one exists like any other and its collectives cost noth
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import product
 
@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from megapipe.shared_memory.collectives import SharedMemoryCollectives, connect_collectives
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """For one operation: the ranks of a large model may wait for a slow disk together."""
@@ -23,13 +25,16 @@ class Axis:
     """One rank's view of a set of ranks that communicate.
 
     `rank` is the index within `ranks` (global ranks, in axis order); `group` is None exactly when
-    the axis has one rank, so a collective over it is the identity.
+    the axis has one rank, so a collective over it is the identity. `shared` are collectives that
+    replace the group's where ranks compute on the CPUs of one machine: the tensor axis' alone,
+    since layers wait for them all the time.
     """
 
     name: str
     ranks: tuple[int, ...] = (0,)
     rank: int = 0
     group: dist.ProcessGroup | None = None
+    shared: SharedMemoryCollectives | None = field(default=None, compare=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -120,11 +125,18 @@ def build_mesh(*, pipeline: int, data: int, tensor: int, device: torch.device) -
         device=device,
         pipeline=axis("pipeline"),
         data=axis("data"),
-        tensor=axis("tensor"),
+        tensor=_share_memory(axis("tensor"), device),
         replica=split_world("replica", replicas),
         world=Axis("world", tuple(range(world_size)), dist.get_rank(), dist.group.WORLD),
         device_mesh=device_mesh,
     )
+
+
+def _share_memory(axis: Axis, device: torch.device) -> Axis:
+    """The axis with collectives through memory, where that can be."""
+    if axis.group is None or device.type != "cpu":
+        return axis
+    return replace(axis, shared=connect_collectives(axis.group, axis.name, COLLECTIVE_TIMEOUT))
 
 
 def split_world(name: str, groups: Sequence[Sequence[int]]) -> Axis:

@@ -18,8 +18,9 @@ FLOORS = {
     "megapipe.kernels": 0,  # and nothing above: kernels know only torch and triton
     "megapipe.errors": 1,
     "megapipe.pipeline.schedule": 2,
+    "megapipe.exchange": 2,
     "megapipe.config": 3,
-    "megapipe.exchange": 4,
+    "megapipe.shared_memory": 3,
     "megapipe.kernel_choice": 4,
     "megapipe.mesh": 4,
     "megapipe.microbatch": 4,

@@ -1,6 +1,6 @@
 """Channels between neighbouring pipeline ranks, one for each ordered pair, each one-way.
 
-CPU, all neighbours on one machine: shared memory; see shared_memory.py.
+CPU, all neighbours on one machine: memory that both ends map; see megapipe.shared_memory.
 
 CPU, more machines: all channels of a pipeline use its one gloo group. Each message has a tag of its
 own, and a thread of gloo's moves the data once both ends have asked for it.
@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapipe.mesh import COLLECTIVE_TIMEOUT, Mesh, split_world
-from megapipe.pipeline.shared_memory import Pair, connect_neighbours
+from megapipe.shared_memory.connect import Pair, connect_pairs
 
 UNDER_WAY = 2
 """Sends of a channel whose tensors are kept at a time. A validated program finishes with none; with
@@ -117,7 +117,7 @@ def make_channels(mesh: Mesh) -> Channels:
     if axis.group is None:
         return Channels(axis.rank, {})
     if mesh.device.type == "cpu":
-        shared = connect_neighbours(axis.group, ring_pairs(axis.size), COLLECTIVE_TIMEOUT)
+        shared = connect_pairs(axis.group, ring_pairs(axis.size), axis.name, COLLECTIVE_TIMEOUT)
         return gloo_channels(mesh) if shared is None else Channels(axis.rank, shared)
     channels = _own_ends(mesh, pair_groups(mesh))
     connect(channels, axis.size, mesh.device)

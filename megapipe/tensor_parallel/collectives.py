@@ -1,5 +1,7 @@
 """Collectives over one axis. The layers call them from their own forward and backward.
 
+They are the process group's, or those of `Axis.shared` where its ranks share memory.
+
 Sequence-parallel tensors are cut along dim 0, the sequence, so that shards concatenate without a
 copy. Over an axis of size one each function returns its input.
 """
@@ -10,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapipe.mesh import Axis
+from megapipe.shared_memory.collectives import UnderWay
 
 # torch 2.13 renamed these; the old names still work there but warn, and 2.11 knows only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -21,7 +24,7 @@ class Pending:
     """A collective under way: `wait()` returns its result."""
 
     result: Tensor
-    work: dist.Work | None
+    work: dist.Work | UnderWay | None
 
     def wait(self) -> Tensor:
         if self.work is not None:
@@ -34,6 +37,8 @@ def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
     if axis.group is None:
         return Pending(x, None)
     x = x.contiguous()
+    if axis.shared is not None:
+        return Pending(x, axis.shared.all_reduce(x))
     return Pending(x, dist.all_reduce(x, group=axis.group, async_op=True))
 
 
@@ -42,7 +47,10 @@ def start_all_gather(x: Tensor, axis: Axis) -> Pending:
     if axis.group is None:
         return Pending(x, None)
     out = x.new_empty(x.shape[0] * axis.size, *x.shape[1:])
-    return Pending(out, _all_gather(out, x.contiguous(), group=axis.group, async_op=True))
+    x = x.contiguous()
+    if axis.shared is not None:
+        return Pending(out, axis.shared.all_gather(out, x))
+    return Pending(out, _all_gather(out, x, group=axis.group, async_op=True))
 
 
 def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
@@ -50,13 +58,20 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
     if axis.group is None:
         return Pending(x, None)
     out = x.new_empty(x.shape[0] // axis.size, *x.shape[1:])
-    return Pending(out, _reduce_scatter(out, x.contiguous(), group=axis.group, async_op=True))
+    x = x.contiguous()
+    if axis.shared is not None:
+        return Pending(out, axis.shared.reduce_scatter(out, x))
+    return Pending(out, _reduce_scatter(out, x, group=axis.group, async_op=True))
 
 
 def all_reduce_(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce a contiguous `x` over the axis in place and return it."""
-    if axis.group is not None:
-        assert x.is_contiguous()
+    if axis.group is None:
+        return x
+    assert x.is_contiguous()
+    if axis.shared is not None:
+        axis.shared.all_reduce(x, op).wait()
+    else:
         dist.all_reduce(x, op=op, group=axis.group)
     return x
 

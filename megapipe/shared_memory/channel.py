@@ -18,27 +18,21 @@ other in each run; one that only goes forward might.)
 import math
 import mmap
 import os
-import resource
 import socket
-import tempfile
 import weakref
 from array import array
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from ctypes import addressof, c_char, memmove
 from datetime import timedelta
-from pathlib import Path
 from queue import SimpleQueue
 from struct import iter_unpack, pack
 from threading import Thread
 from typing import NamedTuple
 
-import torch.distributed as dist
 from torch import Tensor
 
 from megapipe.errors import MegapipeError
-from megapipe.exchange import all_gather_json
 
 AT_A_TIME = 4
 """Free slots that a destination tells of at a time: to tell takes a call, a slot little memory."""
@@ -48,8 +42,6 @@ _BYTES_READ = 4096
 """At most, at a time: whole words of either side."""
 
 Queue = SimpleQueue["array[int] | None"]
-Pair = tuple[int, int]
-"""Pipeline ranks: source, destination."""
 
 
 class Link(NamedTuple):
@@ -71,14 +63,14 @@ class SharedMemoryChannel:
     says nothing for `timeout`, in whole seconds.
     """
 
-    def __init__(self, link: Link, peer: int, timeout: timedelta) -> None:
-        """Takes the link over. `peer`, a pipeline rank, is for messages."""
+    def __init__(self, link: Link, peer: str, timeout: timedelta) -> None:
+        """Takes the link over. `peer`, such as "pipeline rank 1", is for messages."""
         seconds = math.ceil(timeout.total_seconds())
         # By settimeout, Python would poll before each call.
         link.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, pack("ll", seconds, 0))
         weakref.finalize(self, link.close)
         self._socket, self._file = link
-        self._peer = f"pipeline rank {peer}"
+        self._peer = peer
         self._seconds = seconds
         self._queue: Queue | None = None
         self._memory: mmap.mmap | None = None
@@ -115,8 +107,9 @@ class SharedMemoryChannel:
         except ConnectionError:
             raise self._gone() from None
         self._sent += 1
-        if not free:  # for the next, while this is on its way
-            self._hear(socket.MSG_DONTWAIT)
+        if not free:  # for the next, while this is on its way, which may be the last that is needed
+            with suppress(ConnectionError):
+                self._hear(socket.MSG_DONTWAIT)
 
     def _add_slot(self, nbytes: int) -> int:
         slot = self._pages
@@ -220,73 +213,3 @@ def _say_all(connection: socket.socket, queue: Queue) -> None:
     with suppress(OSError):  # it was closed, or the other end has: who reads will see
         while (message := queue.get()) is not None:
             connection.sendall(message)
-
-
-# --- Connecting ----------------------------------------------------------------------------------
-
-
-def connect_neighbours(
-    group: dist.ProcessGroup, pairs: Sequence[Pair], timeout: timedelta
-) -> dict[Pair, SharedMemoryChannel] | None:
-    """The channels that this rank has an end of, by source and destination within `group`. None, on
-    all its ranks, where two neighbours can't share memory: on two machines, in two containers, on
-    another system than Linux, or under a limit of files' sizes, which would hold for this memory.
-    Collective over `group`."""
-    rank = group.rank()
-    with ExitStack() as stack:
-        listener = _listen(stack, len(pairs))
-        address: str | None = listener.getsockname() if listener is not None else None
-        addresses = all_gather_json(address, group)
-        outward = [pair for pair in pairs if pair[0] == rank]
-        reached = [] if listener is None else _connect([addresses[to] for _, to in outward], rank)
-        links = dict(zip(outward, reached, strict=False))
-        if not all(all_gather_json(len(links) == len(outward), group)) or listener is None:
-            for link in links.values():
-                link.close()
-            return None
-        for _ in range(sum(to == rank for _, to in pairs)):
-            source, link = _accept(listener)
-            links[source, rank] = link
-    return {
-        (source, to): SharedMemoryChannel(link, to if source == rank else source, timeout)
-        for (source, to), link in links.items()
-    }
-
-
-def _listen(stack: ExitStack, most: int) -> socket.socket | None:
-    """A socket in a directory that only this user can enter; both last as long as `stack`."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if not hasattr(os, "memfd_create") or limit != resource.RLIM_INFINITY:
-        return None
-    try:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="megapipe-"))
-        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(str(Path(folder, "s")))
-        listener.listen(most)
-    except OSError:  # such as a TMPDIR of more characters than such an address may have
-        return None
-    return listener
-
-
-def _connect(addresses: Iterable[str | None], rank: int) -> Iterator[Link]:
-    """Links to those that listen there, up to the first that can't be had. They are told the rank,
-    and get the file."""
-    for address in addresses:
-        if address is None:
-            return
-        connection = socket.socket(socket.AF_UNIX)
-        try:
-            connection.connect(address)
-            link = Link(connection, os.memfd_create("megapipe"))
-        except OSError:
-            connection.close()
-            return
-        socket.send_fds(connection, [array("i", (rank,))], [link.file])
-        yield link
-
-
-def _accept(listener: socket.socket) -> tuple[int, Link]:
-    """A rank that has connected."""
-    connection, _ = listener.accept()
-    words, files, _, _ = socket.recv_fds(connection, array("i").itemsize, 1)
-    return array("i", words)[0], Link(connection, files[0])

@@ -17,7 +17,7 @@ import torch
 from megapipe.errors import MegapipeError
 from megapipe.mesh import build_mesh
 from megapipe.pipeline.p2p import BackendChannel, make_channels
-from megapipe.pipeline.shared_memory import AT_A_TIME, Link, SharedMemoryChannel
+from megapipe.shared_memory.channel import AT_A_TIME, Link, SharedMemoryChannel
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -38,8 +38,8 @@ def make_ends() -> Ends:
     there, here = socket.socketpair()
     second = timedelta(seconds=1)
     return Ends(
-        SharedMemoryChannel(Link(there, file), 1, second),
-        SharedMemoryChannel(Link(here, os.dup(file)), 0, second),
+        SharedMemoryChannel(Link(there, file), "pipeline rank 1", second),
+        SharedMemoryChannel(Link(here, os.dup(file)), "pipeline rank 0", second),
     )
 
 
@@ -181,6 +181,21 @@ def test_who_sends_to_one_who_is_gone_is_told(ends: Ends) -> None:
     ends.destination._socket.close()
     with pytest.raises(ConnectionError, match="pipeline rank 1 has ended"):
         ends.source.send(ones(1.0), 0)
+
+
+def test_one_may_go_when_it_has_what_it_needs(ends: Ends, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be it before the source has looked for free slots."""
+    say = ends.source._say
+
+    def say_and_be_left(*words: int) -> None:
+        say(*words)
+        ends.destination._socket.close()
+
+    monkeypatch.setattr(ends.source, "_say", say_and_be_left)
+    ends.source.send(ones(1.0), 0)
+    monkeypatch.undo()
+    with pytest.raises(ConnectionError, match="pipeline rank 1 has ended"):
+        ends.source.send(ones(2.0), 0)
 
 
 def test_a_late_sender_is_waited_for_only_so_long(ends: Ends) -> None:

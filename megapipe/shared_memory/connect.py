@@ -1,0 +1,88 @@
+"""Making channels between the ranks of a group that share a machine."""
+
+import os
+import resource
+import socket
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megapipe.exchange import all_gather_json
+from megapipe.shared_memory.channel import Link, SharedMemoryChannel
+
+Pair = tuple[int, int]
+"""Ranks of a group: source, destination."""
+
+
+def connect_pairs(
+    group: dist.ProcessGroup, pairs: Sequence[Pair], axis: str, timeout: timedelta
+) -> dict[Pair, SharedMemoryChannel] | None:
+    """The channels that this rank has an end of, by source and destination within `group`. None, on
+    all its ranks, where two of a pair can't share memory: on two machines, in two containers, on
+    another system than Linux, or under a limit of files' sizes, which would hold for this memory.
+    `axis` is what the group's ranks are called. Collective over `group`."""
+    rank = group.rank()
+    with ExitStack() as stack:
+        listener = _listen(stack, len(pairs))
+        address: str | None = listener.getsockname() if listener is not None else None
+        addresses = all_gather_json(address, group)
+        outward = [pair for pair in pairs if pair[0] == rank]
+        reached = [] if listener is None else _connect([addresses[to] for _, to in outward], rank)
+        links = dict(zip(outward, reached, strict=False))
+        if not all(all_gather_json(len(links) == len(outward), group)) or listener is None:
+            for link in links.values():
+                link.close()
+            return None
+        for _ in range(sum(to == rank for _, to in pairs)):
+            source, link = _accept(listener)
+            links[source, rank] = link
+    return {
+        (source, to): SharedMemoryChannel(
+            link, f"{axis} rank {to if source == rank else source}", timeout
+        )
+        for (source, to), link in links.items()
+    }
+
+
+def _listen(stack: ExitStack, most: int) -> socket.socket | None:
+    """A socket in a directory that only this user can enter; both last as long as `stack`."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if not hasattr(os, "memfd_create") or limit != resource.RLIM_INFINITY:
+        return None
+    try:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="megapipe-"))
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(Path(folder, "s")))
+        listener.listen(most)
+    except OSError:  # such as a TMPDIR of more characters than such an address may have
+        return None
+    return listener
+
+
+def _connect(addresses: Iterable[str | None], rank: int) -> Iterator[Link]:
+    """Links to those that listen there, up to the first that can't be had. They are told the rank,
+    and get the file."""
+    for address in addresses:
+        if address is None:
+            return
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.connect(address)
+            link = Link(connection, os.memfd_create("megapipe"))
+        except OSError:
+            connection.close()
+            return
+        socket.send_fds(connection, [array("i", (rank,))], [link.file])
+        yield link
+
+
+def _accept(listener: socket.socket) -> tuple[int, Link]:
+    """A rank that has connected."""
+    connection, _ = listener.accept()
+    words, files, _, _ = socket.recv_fds(connection, array("i").itemsize, 1)
+    return array("i", words)[0], Link(connection, files[0])
