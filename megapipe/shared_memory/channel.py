@@ -22,7 +22,8 @@ import socket
 import weakref
 from array import array
 from collections import defaultdict, deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from ctypes import addressof, c_char, memmove
 from datetime import timedelta
 from queue import SimpleQueue
@@ -30,6 +31,7 @@ from struct import iter_unpack, pack
 from threading import Thread
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from megapipe.errors import MegapipeError
@@ -133,12 +135,29 @@ class SharedMemoryChannel:
 
     def take(self, buffer: Tensor, tag: int) -> None:
         """Wait for the tensor of a posted receive."""
+        slot, nbytes = self._await_slot(tag), buffer.nbytes
+        memmove(buffer.data_ptr(), self._address(slot, nbytes), nbytes)
+        self._empty(slot)
+
+    @contextmanager
+    def lend(self, like: Tensor, tag: int) -> Iterator[Tensor]:
+        """Wait for a tensor like this one, and read it where it lies; not beyond the `with`."""
+        slot, nbytes = self._await_slot(tag), like.nbytes
+        self._map(slot, nbytes)
+        count, begin = like.numel(), slot * _PAGE
+        assert self._memory is not None
+        lying = torch.frombuffer(self._memory, dtype=like.dtype, count=count, offset=begin)
+        yield lying.view(like.shape)
+        self._empty(slot)
+
+    def _await_slot(self, tag: int) -> int:
         arrived = self._arrived[tag]
         while not arrived:
             for came, slot in iter_unpack("ii", self._read()):
                 self._arrived[came].append(slot)
-        slot, nbytes = arrived.popleft(), buffer.nbytes
-        memmove(buffer.data_ptr(), self._address(slot, nbytes), nbytes)
+        return arrived.popleft()
+
+    def _empty(self, slot: int) -> None:
         self._emptied.append(slot)
         if len(self._emptied) == AT_A_TIME:
             self._tell()
@@ -151,13 +170,16 @@ class SharedMemoryChannel:
     # --- Both ------------------------------------------------------------------------------------
 
     def _address(self, slot: int, nbytes: int) -> int:
-        """Of a slot in the file, which is mapped as far as it reaches."""
-        begin = slot * _PAGE
-        if begin + nbytes > self._mapped:
+        """Of a slot."""
+        self._map(slot, nbytes)
+        return self._base + slot * _PAGE
+
+    def _map(self, slot: int, nbytes: int) -> None:
+        """All of the file, where a slot lies beyond what is mapped."""
+        if slot * _PAGE + nbytes > self._mapped:
             self._memory = mmap.mmap(self._file, 0)
             self._mapped = len(self._memory)
             self._base = addressof(c_char.from_buffer(self._memory))
-        return self._base + begin
 
     def _say(self, *words: int) -> None:
         """Never waits. A socket is full with some 270 messages that were not read, and the other
