@@ -87,6 +87,19 @@ def test_collectives_under_way_are_told_apart() -> None:
     assert run_ranks(out_of_order, 2) == [True, True]
 
 
+def nothing() -> list[tuple[int, ...]]:
+    axis = tensor_mesh(2).tensor
+    x = torch.empty(0, 5)
+    starts = (start_all_reduce, start_all_gather, start_reduce_scatter)
+    results = [start(x, axis).wait() for _ in range(2) for start in starts]
+    assert all_reduce_(torch.ones(2), axis).tolist() == [2.0, 2.0], "and what comes after is right"
+    return [tuple(result.shape) for result in results]
+
+
+def test_tensors_may_be_empty() -> None:
+    assert run_ranks(nothing, 2) == [[(0, 5)] * 6] * 2
+
+
 def slots_used(times: int) -> int:
     axis = tensor_mesh(3).tensor
     assert axis.shared is not None
