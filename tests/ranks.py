@@ -118,7 +118,7 @@ class Pool:
         self.calls += 1
         store = str(Path(self.folder.name, str(self.calls)))
         for rank, worker in enumerate(crew):
-            with suppress(BrokenPipeError):  # it has died since its last answer: see _collect
+            with suppress(BrokenPipeError, ConnectionResetError):  # has died: see _collect
                 worker.connection.send((function, rank, size, store, timeout, args))
         answers = _collect(crew, timeout)
         if all(answer is not None and answer[0] == "returned" for answer in answers.values()):
