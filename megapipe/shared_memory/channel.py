@@ -6,13 +6,13 @@ end's thread, be it needed or not. Here the rank that waits reads the socket its
 a socket at which nobody waits is one call. Between two ranks that sleep 20 ms in between, from
 before the send to the end of the wait: gloo 215 us, a socket 70 us (a virtual machine of 2 cores).
 
-Each channel has a socket and a file in memory, which both ends map. The source says "tensor `tag`
-is in slot `s`"; the destination says, some at a time, which slots are free again. A slot is a part
-of the file, named by its first page; the source adds one when none is free. So a send waits for
-nothing, less than `validate` allows it to: what is validated finishes. And how far a source may be
-ahead of its destination is bounded all the same: `finish` waits until all was taken that was sent
-before the `finish` before it. (A program that trains never waits there, since its ranks need each
-other in each run; one that only goes forward might.)
+Each channel has a socket and a file in memory, which both ends map. The source says "tensor `tag`,
+of `n` bytes, is in slot `s`"; the destination says, some at a time, which slots are free again. A
+slot is a part of the file, named by its first page; the source adds one when none is free. So a
+send waits for nothing, less than `validate` allows it to: what is validated finishes. And how far a
+source may be ahead of its destination is bounded all the same: `finish` waits until all was taken
+that was sent before the `finish` before it. (A program that trains never waits there, since its
+ranks need each other in each run; one that only goes forward might.)
 """
 
 import math
@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from ctypes import addressof, c_char, memmove
 from datetime import timedelta
 from queue import SimpleQueue
-from struct import iter_unpack, pack
+from struct import calcsize, iter_unpack, pack
 from threading import Thread
 from typing import NamedTuple
 
@@ -37,11 +37,15 @@ from torch import Tensor
 from megapipe.errors import MegapipeError
 
 AT_A_TIME = 4
-"""Free slots that a destination tells of at a time: to tell takes a call, a slot little memory."""
+LARGE = 64 * 1024
+"""Free slots that a destination tells of at a time, as to tell takes a call. Of a large one, in
+bytes, it tells at once, that the same memory be used again while it is in the caches."""
 
 _PAGE = mmap.ALLOCATIONGRANULARITY
-_BYTES_READ = 4096
-"""At most, at a time: whole words of either side."""
+_SENT, _EMPTIED = "qqq", "q"
+"""What an end says: tag, slot and bytes of a tensor; slots that are free again."""
+_BYTES_READ = 170 * calcsize(_SENT)
+"""At most, at a time: nothing that was said is cut."""
 
 Queue = SimpleQueue["array[int] | None"]
 
@@ -83,8 +87,9 @@ class SharedMemoryChannel:
         self._free: defaultdict[int, list[int]] = defaultdict(list)
         self._pages = 0
         self._sent = self._sent_before = self._taken = 0
-        # The destination's: slots that have come, by tag, and those that it has not told of.
-        self._arrived: defaultdict[int, deque[int]] = defaultdict(deque)
+        # The destination's: slots that have come, and bytes in them, by tag; and those that it has
+        # not told of.
+        self._arrived: dict[int, deque[tuple[int, int]]] = {}
         self._emptied: list[int] = []
 
     def finish(self) -> None:
@@ -105,7 +110,7 @@ class SharedMemoryChannel:
         slot = free.pop() if free else self._add_slot(nbytes)
         memmove(self._address(slot, nbytes), tensor.data_ptr(), nbytes)
         try:
-            self._say(tag, slot)
+            self._say(tag, slot, nbytes)
         except ConnectionError:
             raise self._gone() from None
         self._sent += 1
@@ -123,7 +128,7 @@ class SharedMemoryChannel:
 
     def _hear(self, flags: int = 0) -> None:
         """What the destination says next; with MSG_DONTWAIT, what it has said."""
-        for (slot,) in iter_unpack("i", self._read(flags)):
+        for (slot,) in iter_unpack(_EMPTIED, self._read(flags)):
             self._free[self._sizes[slot]].append(slot)
             self._taken += 1
 
@@ -135,14 +140,15 @@ class SharedMemoryChannel:
 
     def take(self, buffer: Tensor, tag: int) -> None:
         """Wait for the tensor of a posted receive."""
-        slot, nbytes = self._await_slot(tag), buffer.nbytes
+        nbytes = buffer.nbytes
+        slot = self._await_slot(tag, nbytes)
         memmove(buffer.data_ptr(), self._address(slot, nbytes), nbytes)
-        self._empty(slot)
+        self._empty(slot, nbytes)
 
     @contextmanager
     def lend(self, like: Tensor, tag: int) -> Iterator[Tensor]:
         """Wait for a tensor like this one, and read it where it lies; not beyond the `with`."""
-        slot = self._await_slot(tag)
+        slot = self._await_slot(tag, like.nbytes)
         self._map(slot, like.nbytes)
         count, begin = like.numel(), slot * _PAGE
         if self._memory is None or count == 0:  # which torch takes for a mistake
@@ -150,18 +156,23 @@ class SharedMemoryChannel:
         else:
             lying = torch.frombuffer(self._memory, dtype=like.dtype, count=count, offset=begin)
             yield lying.view(like.shape)
-        self._empty(slot)
+        self._empty(slot, like.nbytes)
 
-    def _await_slot(self, tag: int) -> int:
+    def _await_slot(self, tag: int, nbytes: int) -> int:
+        """Where the next tensor of the tag is, which has to be of that size."""
+        while tag not in self._arrived:
+            for came, slot, of_bytes in iter_unpack(_SENT, self._read()):
+                self._arrived.setdefault(came, deque()).append((slot, of_bytes))
         arrived = self._arrived[tag]
-        while not arrived:
-            for came, slot in iter_unpack("ii", self._read()):
-                self._arrived[came].append(slot)
-        return arrived.popleft()
+        slot, found = arrived.popleft()
+        if not arrived:
+            del self._arrived[tag]
+        assert found == nbytes, f"{self._peer} has sent {found} bytes where {nbytes} are awaited"
+        return slot
 
-    def _empty(self, slot: int) -> None:
+    def _empty(self, slot: int, nbytes: int) -> None:
         self._emptied.append(slot)
-        if len(self._emptied) == AT_A_TIME:
+        if len(self._emptied) == AT_A_TIME or nbytes >= LARGE:
             self._tell()
 
     def _tell(self) -> None:
@@ -186,7 +197,7 @@ class SharedMemoryChannel:
     def _say(self, *words: int) -> None:
         """Never waits. A socket is full with some 270 messages that were not read, and the other
         end may need something else of this rank before it reads: from then on a thread says all."""
-        message = array("i", words)
+        message = array("q", words)
         if self._queue is None:
             try:
                 self._socket.send(message, socket.MSG_DONTWAIT)

@@ -20,9 +20,6 @@ from torch import Tensor
 from megapipe.shared_memory.channel import SharedMemoryChannel
 from megapipe.shared_memory.connect import connect_pairs
 
-UNDER_WAY = 64
-"""Collectives that can have begun and not ended: tags are used again."""
-
 _COMBINE: dict[dist.ReduceOp.RedOpType, Callable[..., Tensor]] = {
     dist.ReduceOp.SUM: torch.add,
     dist.ReduceOp.MAX: torch.maximum,
@@ -80,11 +77,10 @@ class SharedMemoryCollectives:
     def _begin(self, parts: Iterable[Tensor]) -> int:
         """Send each of the others its part, one for each rank; the tag of those that come."""
         self._begun += 1
-        tag = self._begun % UNDER_WAY
         for rank, part in zip(self._ranks, parts, strict=True):
             if rank != self._rank:
-                self._outward[rank].send(part, tag)
-        return tag
+                self._outward[rank].send(part, self._begun)
+        return self._begun
 
     def _gather(self, parts: Sequence[Tensor], tag: int) -> None:
         for rank, channel in self._inward.items():

@@ -32,14 +32,16 @@ class Pending:
         return self.result
 
 
-def start_all_reduce(x: Tensor, axis: Axis) -> Pending:
-    """Sum `x` over the axis in place, without waiting."""
+def start_all_reduce(
+    x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM
+) -> Pending:
+    """Reduce `x` over the axis, in place where it is contiguous, without waiting."""
     if axis.group is None:
         return Pending(x, None)
     x = x.contiguous()
     if axis.shared is not None:
-        return Pending(x, axis.shared.all_reduce(x))
-    return Pending(x, dist.all_reduce(x, group=axis.group, async_op=True))
+        return Pending(x, axis.shared.all_reduce(x, op))
+    return Pending(x, dist.all_reduce(x, op, axis.group, async_op=True))
 
 
 def start_all_gather(x: Tensor, axis: Axis) -> Pending:
@@ -66,14 +68,8 @@ def start_reduce_scatter(x: Tensor, axis: Axis) -> Pending:
 
 def all_reduce_(x: Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce a contiguous `x` over the axis in place and return it."""
-    if axis.group is None:
-        return x
     assert x.is_contiguous()
-    if axis.shared is not None:
-        axis.shared.all_reduce(x, op).wait()
-    else:
-        dist.all_reduce(x, op=op, group=axis.group)
-    return x
+    return start_all_reduce(x, axis, op).wait()
 
 
 def all_gather(x: Tensor, axis: Axis) -> Tensor:

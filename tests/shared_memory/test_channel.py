@@ -17,7 +17,7 @@ import torch
 from megapipe.errors import MegapipeError
 from megapipe.mesh import build_mesh
 from megapipe.pipeline.p2p import BackendChannel, make_channels
-from megapipe.shared_memory.channel import AT_A_TIME, Link, SharedMemoryChannel
+from megapipe.shared_memory.channel import AT_A_TIME, LARGE, Link, SharedMemoryChannel
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -61,6 +61,19 @@ def test_messages_meet_by_tag_and_of_one_tag_in_order(ends: Ends) -> None:
         ends.source.send(ones(value), tag)
     found = [take(ends.destination, tag)[0] for tag in (9, 7, 7, 8)]
     assert found == [4.0, 1.0, 3.0, 2.0]
+    assert not ends.destination._arrived, "tags that were used leave nothing behind"
+
+
+def test_ranks_that_differ_on_a_size_are_told(ends: Ends) -> None:
+    ends.source.send(ones(1.0), 5)
+    with pytest.raises(AssertionError, match="rank 0 has sent 12 bytes where 16 are awaited"):
+        take(ends.destination, 5, 4)
+    ends.source.send(ones(1.0), 6)
+    with (
+        pytest.raises(AssertionError, match="12 bytes where 8"),
+        ends.destination.lend(ones(0, 2), 6),
+    ):
+        pass
 
 
 def test_a_tensor_may_be_changed_once_it_is_sent_and_keeps_its_bits(ends: Ends) -> None:
@@ -109,6 +122,14 @@ def test_slots_are_used_again(ends: Ends) -> None:
         ends.source.finish()
     assert 3 <= slots(ends.source) < 3 + AT_A_TIME
     assert os.fstat(ends.source._file).st_size <= 2 * slots(ends.source) * mmap.PAGESIZE
+
+
+def test_a_large_slot_is_used_again_at_once(ends: Ends) -> None:
+    count = LARGE // 4
+    for step in range(5):
+        ends.source.send(ones(step, count), 0)
+        assert take(ends.destination, 0, count) == [step] * count
+    assert slots(ends.source) == 2, "one that is read, one to write to"
 
 
 def test_a_slot_is_free_when_it_was_read_and_not_before(

@@ -7,6 +7,7 @@ import pytest
 
 from megapipe.errors import MegapipeError
 from megapipe.tools.bench import run
+from megapipe.tools.bench.train import Result
 
 SMALL = ("--sequence-length=32", "--micro-batch-size=1", "--microbatches=2", "--repeats=2")
 
@@ -46,6 +47,14 @@ def test_the_table_and_the_json_hold_every_contender(
     out = capsys.readouterr().out
     assert "transformers" in out
     assert "pp2" in out
+
+
+def test_a_speedup_is_that_of_steps_side_by_side() -> None:
+    """When a neighbour takes half of the machine, it is of both."""
+    base = Result("megapipe", "1 process", 1, seconds=[6.0, 12.0, 12.0])
+    other = Result("megapipe", "pp2", 2, seconds=[4.0, 4.0, 6.0])
+    assert other.speedup(base) == 2.0
+    assert base.speedup(base) == 1.0
 
 
 def test_wrong_words_are_refused() -> None:

@@ -60,6 +60,11 @@ class Result:
     def tokens_per_second(self, tokens: int) -> list[float]:
         return [tokens / seconds for seconds in self.seconds]
 
+    def speedup(self, base: "Result") -> float:
+        """How many times as fast as `base`: the median over the repeats, in each of which both have
+        met the same machine."""
+        return median(b / a for a, b in zip(self.seconds, base.seconds, strict=True))
+
 
 def run(argv: Sequence[str]) -> int:
     """Measure, print the table, write the JSON."""
@@ -222,7 +227,6 @@ def _print_table(options: Any, results: Sequence[Result], tokens: int) -> None:
 
     memory = "peak RSS per rank, MiB" if options.device == "cpu" else "peak GPU memory, MiB"
     table = Table("", "layout", "ranks", "tokens/s, median", "min", "max", "ratio", "MFU", memory)
-    base = median(results[0].tokens_per_second(tokens))
     for result in results:
         speeds = result.tokens_per_second(tokens)
         mfu = model_flops_utilization(options, median(speeds))
@@ -231,7 +235,7 @@ def _print_table(options: Any, results: Sequence[Result], tokens: int) -> None:
             result.layout,
             str(result.ranks),
             *(f"{value:.0f}" for value in (median(speeds), min(speeds), max(speeds))),
-            f"{median(speeds) / base:.2f}",
+            f"{result.speedup(results[0]):.2f}",
             "" if mfu is None else f"{mfu:.1%}",
             f"{result.peak_bytes / 2**20:.0f}",
         )
@@ -251,6 +255,7 @@ def _write(options: Any, results: Sequence[Result], tokens: int) -> None:
                 "ranks": result.ranks,
                 "tokens_per_second": result.tokens_per_second(tokens),
                 "median_tokens_per_second": median(result.tokens_per_second(tokens)),
+                "speedup": result.speedup(results[0]),
                 "peak_bytes": result.peak_bytes,
                 "losses": result.losses,
                 "mfu": model_flops_utilization(options, median(result.tokens_per_second(tokens))),
