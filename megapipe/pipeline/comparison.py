@@ -15,7 +15,7 @@ So the parts add up to the difference. They depend on this order, as parts of a 
 action that is slow while its rank would have waited anyway costs nothing, and is charged nothing.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
@@ -128,12 +128,17 @@ def measured_costs(medians: Medians, stages: int) -> Costs:
 
 
 def equal_costs(medians: Medians, stages: int) -> Costs:
-    """The same work, shared equally among the stages."""
-    means: Medians = {}
-    for kind in {kind for _, kind in medians}:
-        mean = sum(medians.get((stage, kind), 0.0) for stage in range(stages)) / stages
-        means |= {(stage, kind): mean for stage in range(stages)}
-    return measured_costs(means, stages)
+    """The same work, shared equally among the stages. Weight gradients are the part of a backward
+    that they are where it is split: a program may split it at some stages only."""
+
+    def total(kind: Kind, beside: Container[int] = ()) -> float:
+        return sum(medians.get((s, kind), 0.0) for s in range(stages) if s not in beside)
+
+    split = {stage for stage, kind in medians if kind is Kind.BACKWARD_INPUT}
+    inputs, weights = total(Kind.BACKWARD_INPUT), total(Kind.BACKWARD_WEIGHT)
+    backward = (inputs + weights + total(Kind.BACKWARD, beside=split)) / stages
+    late = weights / (inputs + weights) if weights else 0.0
+    return Costs(total(Kind.FORWARD) / stages, backward * (1 - late), backward * late)
 
 
 # --- Where the difference went -------------------------------------------------------------------

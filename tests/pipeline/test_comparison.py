@@ -16,6 +16,7 @@ from megapipe.pipeline.comparison import (
 )
 from megapipe.pipeline.recording import Moment, Run
 from megapipe.pipeline.schedule import Action, Costs, Kind, Program, build_program, lower, simulate
+from megapipe.pipeline.schedule.action import sequential
 from megapipe.pipeline.schedule.dependencies import Numbered, completion_order, find_needs
 
 
@@ -145,3 +146,32 @@ def test_costs_of_whole_and_split_backwards() -> None:
                 for action, begin, end in spans:
                     assert costs.of(action) == pytest.approx(end - begin)
         assert simulate(program, measured_costs(medians, stages)).makespan >= real.makespan - 1e-9
+
+
+def join_first_stage(program: Program) -> Program:
+    """As `auto` has it: stage 0's I and W as one B where one follows the other."""
+    row: list[Action] = []
+    for action in program[0]:
+        if row and action == row[-1]._replace(kind=Kind.BACKWARD_WEIGHT) and action.stage == 0:
+            row[-1] = action._replace(kind=Kind.BACKWARD)
+        else:
+            row.append(action)
+    return [row, *program[1:]]
+
+
+@pytest.mark.parametrize(("name", "virtual"), [("zb-h1", 1), ("zb-v", 2), ("dualpipe-v", 2)])
+def test_stages_that_split_their_backward_may_be_equal_to_one_that_does_not(
+    name: str, virtual: int
+) -> None:
+    split = build_program(name, pipeline=4, virtual=virtual, microbatches=8)
+    joined = join_first_stage(sequential(split))
+    kinds = {action.kind for action in joined[0] if action.stage == 0}
+    assert Kind.BACKWARD in kinds
+    apart, together = (
+        compare(act(lower(program), equal_work(sequential(program)))) for program in (split, joined)
+    )
+    assert [row.seconds for row in together.plan_rows] == pytest.approx(
+        [row.seconds for row in apart.plan_rows]
+    )
+    assert together.plan_rows[-1].seconds == pytest.approx(0.0)
+    assert together.equal_bubble == pytest.approx(apart.equal_bubble)
