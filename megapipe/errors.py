@@ -4,6 +4,11 @@
 class MegapipeError(Exception):
     """A failure that the user can mend; its text names the key or file, the value, and the fix."""
 
+    @property
+    def told(self) -> str:
+        """The text, and the notes of those that passed the error on, such as where in a program."""
+        return "\n".join([str(self), *getattr(self, "__notes__", [])])
+
 
 class ConfigError(MegapipeError):
     """The config can't be honoured. `problems` holds one sentence for each thing that is wrong."""

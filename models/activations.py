@@ -9,22 +9,14 @@ freed within an action (and the layer that full recompute computes again at a ti
 """
 
 from collections.abc import Sequence
-from math import prod
 
 from megapipe.config import Config
 from megapipe.kernel_choice import KernelChoice, wanted_kernels
 from megapipe.models.parameters import local_kv_heads, vocabulary_rows
 from megapipe.models.partition import Stage
-from megapipe.pipeline.program import hidden_shape
+from megapipe.pipeline.program import ELEMENT_BYTES, boundary_bytes
 from megapipe.pipeline.schedule import Timeline
 from megapipe.pipeline.schedule.limit import peak_amounts
-
-ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
-
-
-def boundary_bytes(config: Config) -> int:
-    """The tensor between two stages, on one tensor rank: [S_local, B, H]."""
-    return prod(hidden_shape(config)) * ELEMENT_BYTES[config.train.precision]
 
 
 def stage_bytes(config: Config, stage: Stage) -> int:

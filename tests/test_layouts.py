@@ -149,13 +149,16 @@ COMBINED = [
     Layout(pipeline=2, schedule="zb-h1", overrides=RECOMPUTE + DROPOUT),
     Layout(pipeline=2, virtual=2, schedule="zb-v", overrides=(*RECOMPUTE, *DROPOUT, *DOCUMENTS)),
     Layout(pipeline=2, tensor=2, sequence_parallel=True, schedule="zb-h1"),
-    Layout(
-        pipeline=2,
-        tensor=2,
-        virtual=2,
-        schedule="zb-v",
-        sequence_parallel=True,
-        overrides=(*RECOMPUTE, *DROPOUT),
+    *(
+        Layout(
+            pipeline=2,
+            tensor=2,
+            virtual=schedule.chunks[0],
+            schedule=name,
+            sequence_parallel=True,
+            overrides=(*RECOMPUTE, *DROPOUT, "--train.global_batch_size=10"),
+        )
+        for name, schedule in SCHEDULES.items()
     ),
     Layout(pipeline=2, data=2, virtual=2, schedule="dualpipe-v"),
     # Microbatches: 3 (fewer than the pattern of ZB-V needs), 5 and 16.

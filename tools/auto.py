@@ -14,6 +14,7 @@ from megapipe.models.stage_costs import stage_costs
 from megapipe.pipeline.costs import read_costs
 from megapipe.pipeline.program import (
     PROGRAM_FILE,
+    boundary_bytes,
     byte_limit,
     looped,
     microbatch_limit,
@@ -34,7 +35,9 @@ def estimated_search(config: Config) -> Found:
     parallel.data must be filled in. Raises ScheduleError for a limit that nothing keeps."""
     parallel = config.parallel
     if parallel.stage_costs is not None:
-        costs = read_costs(parallel.stage_costs, parallel.pipeline * parallel.virtual)
+        costs = read_costs(
+            parallel.stage_costs, parallel.pipeline * parallel.virtual, boundary_bytes(config)
+        )
     else:
         costs = stage_costs(looped(config))
     limit = estimated_byte_limit(config) or microbatch_limit(config)

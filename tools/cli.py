@@ -72,7 +72,7 @@ def render(error: MegapipeError) -> str:
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         lines = [f"  {problem}" for problem in error.problems]
         return "\n".join([f"megapipe: {len(lines)} problems with the config:", *lines])
-    return f"megapipe: {error}"
+    return f"megapipe: {error.told}"
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:

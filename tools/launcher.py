@@ -256,7 +256,7 @@ def _report(error: BaseException) -> dict[str, Any]:
     if isinstance(error, ConfigError):
         return {"kind": "config", "problems": error.problems}
     if isinstance(error, MegapipeError):
-        return {"kind": "user", "text": str(error)[:REPORT_CHARACTERS]}
+        return {"kind": "user", "text": error.told[:REPORT_CHARACTERS]}
     text = "".join(traceback.format_exception(error))
     kind = "connection" if _lost_connection(error) else "program"
     return {"kind": kind, "text": text[-REPORT_CHARACTERS:]}

@@ -15,11 +15,17 @@ from rich.table import Table
 
 from megapipe.config import Config, check_layout
 from megapipe.errors import ConfigError, ScheduleError
-from megapipe.models.activations import boundary_bytes, peak_bytes, stage_bytes
+from megapipe.models.activations import peak_bytes, stage_bytes
 from megapipe.models.partition import stages
 from megapipe.models.stage_costs import Work, equal_costs, stage_costs
 from megapipe.pipeline.picture import Panel, draw, save
-from megapipe.pipeline.program import microbatches, stage_placement, training_program, with_program
+from megapipe.pipeline.program import (
+    boundary_bytes,
+    microbatches,
+    stage_placement,
+    training_program,
+    with_program,
+)
 from megapipe.pipeline.schedule import SCHEDULES, Timeline, simulate
 from megapipe.tools.arguments import UsageError
 from megapipe.tools.dry_run import layout_lines

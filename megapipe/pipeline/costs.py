@@ -3,7 +3,8 @@
 forward = [0.021, 0.020, 0.020, 0.034]    # seconds, by stage; or one number for all
 backward_input = 0.02
 backward_weight = 0.02
-latency = 0.001                           # of a tensor from rank to rank; 0 if left out
+latency = 0.00001                         # seconds of a tensor from rank to rank; 0 if left out
+bandwidth = 25e9                          # bytes a second between two ranks; no limit if left out
 """
 
 import math
@@ -14,26 +15,33 @@ from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule import Costs
 
 TIMES = ("forward", "backward_input", "backward_weight")
+LINK = ("latency", "bandwidth")
 
 
-def read_costs(path: str | Path, stages: int) -> Costs:
-    """The costs in the file, for so many stages. Raises ScheduleError for what is not a time."""
+def read_costs(path: str | Path, stages: int, tensor_bytes: int) -> Costs:
+    """The costs in the file, for so many stages, between which tensors of that size travel. Raises
+    ScheduleError for what is not a time."""
     try:
         tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ScheduleError(f'parallel.stage_costs = "{path}" can\'t be read: {error}.') from error
-    unknown = sorted(set(tree) - {*TIMES, "latency"})
+    unknown = sorted(set(tree) - {*TIMES, *LINK})
     if unknown:
         raise ScheduleError(
-            f"{path}: {unknown[0]} is not a key that exists; the keys are {', '.join(TIMES)} and "
-            "latency."
+            f"{path}: {unknown[0]} is not a key that exists; the keys are "
+            f"{', '.join([*TIMES, *LINK])}."
         )
     times = [_by_stage(path, name, tree.get(name), stages) for name in TIMES]
     latency = _time(path, "latency", tree.get("latency", 0.0))
+    bandwidth = _number(tree.get("bandwidth", math.inf))
+    if not bandwidth > 0:
+        raise ScheduleError(
+            f"{path}: bandwidth = {tree['bandwidth']} must be bytes a second, above 0."
+        )
     if not any(map(sum, times)):
         raise ScheduleError(f"{path}: all times are zero: give those of at least one kind.")
     forward, backward_input, backward_weight = times
-    return Costs(forward, backward_input, backward_weight, latency)
+    return Costs(forward, backward_input, backward_weight, latency + tensor_bytes / bandwidth)
 
 
 def _by_stage(path: str | Path, name: str, value: object, stages: int) -> list[float]:
@@ -50,7 +58,13 @@ def _by_stage(path: str | Path, name: str, value: object, stages: int) -> list[f
 
 
 def _time(path: str | Path, name: str, value: object) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0:  # type: ignore[arg-type, operator]
+    seconds = _number(value)
+    if not 0 <= seconds < math.inf:
         raise ScheduleError(f"{path}: {name} = {value} must be a time in seconds, 0 or more.")
-    return float(value)  # type: ignore[arg-type]
+    return seconds
+
+
+def _number(value: object) -> float:
+    """NaN, which is in no range, for what is not a number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number else math.nan  # type: ignore[arg-type]

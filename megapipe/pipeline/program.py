@@ -1,5 +1,6 @@
 """From a config to its pipeline program, and to the rank of each stage."""
 
+import math
 from pathlib import Path
 
 from megapipe.config import Config
@@ -14,6 +15,8 @@ from megapipe.pipeline.schedule.stored import (
     UnfitProgramError,
     read_stored,
 )
+
+ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 
 PROGRAM_FILE = "schedule.csv"
 """In the run directory: the program that `auto` chose for the run, which a resume takes again."""
@@ -129,6 +132,11 @@ def hidden_shape(config: Config) -> tuple[int, int, int]:
     if config.parallel.sequence_parallel:
         length //= config.parallel.tensor
     return length, config.train.micro_batch_size, config.model.hidden_size
+
+
+def boundary_bytes(config: Config) -> int:
+    """The tensor between two stages, on one tensor rank."""
+    return math.prod(hidden_shape(config)) * ELEMENT_BYTES[config.train.precision]
 
 
 def microbatches(config: Config) -> int:

@@ -27,6 +27,7 @@ from megapipe.pipeline.measure import activation_bytes, measure_latency, measure
 from megapipe.pipeline.p2p import Channels
 from megapipe.pipeline.program import (
     PROGRAM_FILE,
+    boundary_bytes,
     byte_limit,
     hidden_shape,
     looped,
@@ -123,7 +124,8 @@ def _costs(
     from_file = config.parallel.stage_costs
     if from_file is not None:
         stages = config.parallel.pipeline * config.parallel.virtual
-        costs = from_first(peers, lambda: astuple(read_costs(from_file, stages)))
+        size = boundary_bytes(config)
+        costs = from_first(peers, lambda: astuple(read_costs(from_file, stages, size)))
         if byte_limit(config) is None:
             return Costs(*costs), []
     own = _measure(config, mesh, channels, build_stages, peers)

@@ -10,10 +10,11 @@ from torch.autograd.graph import Node
 from megapipe.config import Config, load_config
 from megapipe.mesh import Mesh
 from megapipe.microbatch import MicroBatch
-from megapipe.models.activations import boundary_bytes, peak_bytes, stage_bytes
+from megapipe.models.activations import peak_bytes, stage_bytes
 from megapipe.models.build import build_stages
 from megapipe.models.partition import stages
 from megapipe.models.presets import PRESETS
+from megapipe.pipeline.program import boundary_bytes
 from megapipe.pipeline.schedule import build_program, from_csv, simulate
 from tests.config.examples import write
 from tests.interpreter import needs_interpreter

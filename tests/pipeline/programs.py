@@ -72,6 +72,19 @@ def random_program(seed: int, placement: list[int], microbatches: int, *, split:
     return program
 
 
+def shuffle_weight_grads(program: Program, seed: int) -> Program:
+    """The same with each weight gradient anywhere after its input gradient."""
+    draw = random.Random(seed)
+    shuffled = []
+    for row in program:
+        kept = [action for action in row if action.kind is not W]
+        for late in draw.sample(weights := [a for a in row if a.kind is W], len(weights)):
+            first = kept.index(late._replace(kind=I)) + 1
+            kept.insert(draw.randint(first, len(kept)), late)
+        shuffled.append(kept)
+    return shuffled
+
+
 class Shape(NamedTuple):
     """What a program is made from."""
 

@@ -22,7 +22,14 @@ from megapipe.pipeline.schedule import (
     validate,
 )
 from megapipe.pipeline.schedule.action import stage_ranks
-from tests.pipeline.programs import make, parse, random_program, split_backwards, v_shaped
+from tests.pipeline.programs import (
+    make,
+    parse,
+    random_program,
+    shuffle_weight_grads,
+    split_backwards,
+    v_shaped,
+)
 from tests.pipeline.toy import (
     HIDDEN,
     Outcome,
@@ -143,6 +150,8 @@ PROGRAMS = {
     "v-half": make("v-half", 2, 2, 5),
     "v-min, 3 ranks": make("v-min", 3, 2, 5),
     "dualpipe-v": make("dualpipe-v", 2, 2, 6),
+    "zb-h1, weight gradients shuffled": shuffle_weight_grads(make("zb-h1", 3, 1, 5), 1),
+    "zb-v, weight gradients shuffled": shuffle_weight_grads(make("zb-v", 2, 2, 5), 2),
     "random": random_program(5, [0, 1, 2, 2, 1, 0], 4, split=True),
 }
 

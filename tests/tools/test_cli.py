@@ -164,5 +164,8 @@ def test_schema_is_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_render_shows_one_problem_in_one_line() -> None:
     assert cli.render(ConfigError(["a"])) == "megapipe: a"
-    assert cli.render(MegapipeError("b")) == "megapipe: b"
+    error = MegapipeError("b")
+    assert cli.render(error) == "megapipe: b"
+    error.add_note("in 1F0, action 3 of 40")
+    assert cli.render(error) == "megapipe: b\nin 1F0, action 3 of 40"
     assert len(config_keys()) == len(set(config_keys())) > 60

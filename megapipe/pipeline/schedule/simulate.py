@@ -17,7 +17,9 @@ class Costs:
     """What actions take, in any unit of time.
 
     A full backward takes `backward_input + backward_weight`. `latency` is the time of a tensor from
-    rank to rank, from when it was sent and its receive posted; links are never busy.
+    rank to rank, from when it was sent and its receive posted: all have one size, so what they take
+    by a link's bandwidth is part of it. Links are never busy: an action sends one tensor at
+    most, and the next one takes longer than that tensor travels.
     """
 
     forward: PerStage = 1.0
