@@ -26,6 +26,8 @@ def show(value: Any) -> str:
     """A value as TOML writes it, shortened when long."""
     if isinstance(value, bool):
         text = "true" if value else "false"
+    elif value is None:
+        text = "none"
     elif isinstance(value, str):
         text = f'"{value}"'
     elif isinstance(value, list | tuple):

@@ -222,8 +222,9 @@ def _reality_rows(
     ranks = sorted(range(len(lost)), key=lambda rank: -lost[rank])
     for rank in ranks[:SLOWEST]:
         work |= {span.action: span.duration for span in real.spans[rank]}
-        note = _slowest(real.spans[rank], planned)
-        charge(f"uneven actions, rank {rank}", replay.makespan(work), note)
+        longer = replay.makespan(work)
+        note = _slowest(real.spans[rank], planned) if longer > makespan else ""
+        charge(f"uneven actions, rank {rank}", longer, note)
     for rank in ranks[SLOWEST:]:
         work |= {span.action: span.duration for span in real.spans[rank]}
     if ranks[SLOWEST:]:

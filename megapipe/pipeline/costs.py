@@ -11,6 +11,7 @@ import math
 import tomllib
 from pathlib import Path
 
+from megapipe.config.problems import show
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule import Costs
 
@@ -36,7 +37,7 @@ def read_costs(path: str | Path, stages: int, tensor_bytes: int) -> Costs:
     bandwidth = _number(tree.get("bandwidth", math.inf))
     if not bandwidth > 0:
         raise ScheduleError(
-            f"{path}: bandwidth = {tree['bandwidth']} must be bytes a second, above 0."
+            f"{path}: bandwidth = {show(tree['bandwidth'])} must be bytes a second, above 0."
         )
     if not any(map(sum, times)):
         raise ScheduleError(f"{path}: all times are zero: give those of at least one kind.")
@@ -60,7 +61,7 @@ def _by_stage(path: str | Path, name: str, value: object, stages: int) -> list[f
 def _time(path: str | Path, name: str, value: object) -> float:
     seconds = _number(value)
     if not 0 <= seconds < math.inf:
-        raise ScheduleError(f"{path}: {name} = {value} must be a time in seconds, 0 or more.")
+        raise ScheduleError(f"{path}: {name} = {show(value)} must be a time in seconds, 0 or more.")
     return seconds
 
 

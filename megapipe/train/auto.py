@@ -9,6 +9,7 @@ searches, with the times that all ranks have measured; every rank then reads the
 import gc
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import astuple
 from hashlib import sha256
 from pathlib import Path
@@ -47,6 +48,8 @@ from megapipe.train.engine import BuildStages, Engine
 from megapipe.train.proof import synthetic_microbatch
 from megapipe.train.run_directory import RunLock, from_first
 
+REPLACED_FILE = "schedule-replaced.csv"
+"""In the run directory: the program that was there before, where it did not fit any more."""
 REASON_FILE = "schedule.txt"
 """In the run directory: what was measured and tried, and why the program was chosen."""
 SHARED_WITHIN = 30.0
@@ -80,9 +83,12 @@ def settle_program(
         try:
             settled = with_program(config, content)
         except UnfitProgramError as error:
-            say(f"The program of an earlier start can't be taken again, and is replaced: {error}")
+            say(f"The program of an earlier start is now {REPLACED_FILE}: it does not fit. {error}")
         else:
-            say(f"Program: that of {file}, from an earlier start of this run")
+            say(
+                f"Program: that of {file}, from an earlier start of this run; without the file one "
+                "is searched for anew"
+            )
             return settled
     costs, sizes = _costs(config, mesh, channels, build_stages, peers)
     for line in from_first(peers, lambda: _choose(config, costs, sizes, file)):
@@ -195,6 +201,8 @@ def _choose(config: Config, costs: Costs, sizes: list[float], file: Path) -> lis
         source = f"from {parallel.stage_costs} (parallel.stage_costs)"
     reason = report(found, seconds, source, written)
     write_text(reason, file.parent / REASON_FILE)
+    with suppress(FileNotFoundError):
+        file.replace(file.parent / REPLACED_FILE)
     write_text(to_csv(found.program), file)
     return [*summary(found, seconds), f"  Why: {file.parent / REASON_FILE}; the program: {file}"]
 

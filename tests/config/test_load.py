@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from megapipe.config import Config, load_config
 from megapipe.errors import ConfigError
+from megapipe.pipeline.schedule import SCHEDULES
 from tests.config.examples import TEXT, write
 
 PRESETS = {
@@ -138,8 +139,8 @@ def test_contradictions_are_found_beside_wrong_types(tmp_path: Path) -> None:
     [
         (
             "--parallel.schedule=1f1",
-            'command line: parallel.schedule = "1f1" must be "1f1b", "dualpipe-v", '
-            '"gpipe", "interleaved-1f1b", "v-half", "v-min", "zb-h1", "zb-h2", "zb-v"',
+            'command line: parallel.schedule = "1f1" must be '
+            + ", ".join(f'"{name}"' for name in SCHEDULES),
         ),
         ("--train.run_dir=5", 'command line: train.run_dir = 5 must be text, in quotes: "5".'),
         (

@@ -131,6 +131,9 @@ def test_everything_adds_up(case: tuple[str, int], random: "st.DataObject") -> N
     for rank in comparison.ranks:
         assert rank.work + rank.waits + rank.between + rank.outside == pytest.approx(real)
     assert rows(comparison)["transfers"] > -1e-9
+    for row in comparison.reality_rows:
+        if row.label.startswith("uneven actions, rank"):
+            assert bool(row.note) == (row.seconds > 0), "the slowest action, where one was slow"
     busy = sum(work.values())
     assert comparison.real.bubble == pytest.approx(4 * real / busy - 1)
 

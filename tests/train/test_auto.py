@@ -78,18 +78,22 @@ def test_first_start_and_resume_and_another_layout(tmp_path: Path) -> None:
     assert "(as 1f1b has; parallel.activation_limit is not set)" in reason
 
     assert on_ranks(config) == (
-        [f"Program: that of {tmp_path}/schedule.csv, from an earlier start of this run"],
+        [
+            f"Program: that of {tmp_path}/schedule.csv, from an earlier start of this run; without "
+            "the file one is searched for anew"
+        ],
         program,
     )
 
     said, other = on_ranks(config_in(tmp_path, "--parallel.pipeline=2", "--parallel.virtual=2"))
-    assert said[0].startswith("The program of an earlier start can't be taken again, and is repl")
+    assert said[0].startswith("The program of an earlier start is now schedule-replaced.csv: it do")
     assert (
         "schedule.csv: the program has 2 stages, and parallel.pipeline * parallel.virtual = 4"
         in said[0]
     )
     assert other != program
     assert (tmp_path / "schedule.csv").read_text() == other
+    assert (tmp_path / "schedule-replaced.csv").read_text() == program, "it may have been edited"
 
 
 def test_what_is_measured_reaches_the_search(tmp_path: Path) -> None:
@@ -125,7 +129,7 @@ def test_costs_from_a_file_make_the_same_choice_each_time(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text.replace("0F0,", "", 1), r"schedule.csv: .*0F0.* Delete the file to"),
+        (lambda text: text.replace("0F0,", "", 1), r"schedule.csv: .*0F0.*\. Delete the file to"),
         (lambda text: text.replace("0F0", "0G0", 1), r"schedule.csv: '0G0' is not an action"),
     ],
 )
