@@ -12,6 +12,7 @@ from megapipe.config.load import load_config
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline import build_program, lower, validate
 from megapipe.pipeline.costs import read_costs
+from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.tools.arguments import config_keys
 from megapipe.tools.cli import COMMANDS
 from tests.config.examples import write
@@ -93,3 +94,8 @@ def test_the_auto_example_and_its_costs_are_of_as_many_stages(tmp_path: Path) ->
     parallel = load_config(write(tmp_path), words, PRESETS).parallel
     assert parallel.schedule == "auto"
     assert read_costs(file, parallel.pipeline * parallel.virtual).latency > 0
+
+
+def test_the_table_of_the_layouts_page_has_every_schedule() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \|", text(ROOT / "docs" / "layouts.md"), re.MULTILINE)
+    assert {*SCHEDULES, "csv", "auto"} <= set(rows)
