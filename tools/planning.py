@@ -1,6 +1,7 @@
 """`megapipe plan` behind its command line: plans of one schedule or many, as text and picture."""
 
 import gc
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +22,15 @@ from megapipe.models.partition import stages
 from megapipe.models.stage_costs import Work, equal_costs
 from megapipe.pipeline.picture import Panel, draw, save
 from megapipe.pipeline.program import microbatches, stage_placement
-from megapipe.pipeline.schedule import SCHEDULES, Timeline, simulate
+from megapipe.pipeline.schedule import SCHEDULES, Kind, Timeline, critical_path, simulate
 from megapipe.tools.arguments import UsageError
 from megapipe.tools.auto import StageTimes, checked_program, estimated_times, without_auto
 from megapipe.tools.dry_run import layout_lines
 
 Line = TypeVar("Line")
+
+ROUNDED_TO_0 = 0.005
+"""A share that is not worth a word."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +224,7 @@ def _report(plans: Sequence[Plan], notes: Sequence[str], columns: int) -> str:
         rows = _some(plans[0].timeline.text((columns - 13) // 2).splitlines(), "...")
         print_text("".join(f"{row}\n" for row in ["", *rows]), end="")
         console.print(_ranks(plans[0]))
+        print_text(_critical_path(plans[0]))
     console.print(_comparison(plans))
     print_text(
         "Bubble: idle time over busy time. Live: microbatches whose activations a rank holds, and "
@@ -253,16 +258,15 @@ def _comparison(plans: Sequence[Plan]) -> Table:
 
 def _ranks(plan: Plan) -> Table:
     """A line for each rank of one schedule."""
-    table = _columns("rank", "stages", "busy", "live", "memory", "W late", "sent")
-    rows = []
+    table = _columns("rank", "stages", "bubble", "live", "memory", "W late", "sent")
+    rows, bubbles = [], plan.timeline.bubble_per_rank
     for rank, spans in enumerate(plan.timeline.spans):
-        busy = sum(span.duration for span in spans) / plan.timeline.makespan
         stages = sorted({span.action.stage for span in spans})
         rows.append(
             [
                 f"{rank}",
                 ", ".join(map(str, stages if len(stages) < 5 else [*stages[:3], "..."])),
-                f"{busy:.1%}",
+                f"{bubbles[rank]:.1%}",
                 f"{plan.live[rank]:.4g}",
                 size(plan.live_bytes[rank]),
                 f"{plan.late[rank]:.3g}" if plan.late[rank] else "-",
@@ -272,6 +276,28 @@ def _ranks(plan: Plan) -> Table:
     for row in _some(rows, ["..."] * 7):
         table.add_row(*row)
     return table
+
+
+def _critical_path(plan: Plan) -> str:
+    """Whose work the step is as long as: the three ranks that have most of it, and the rest."""
+    whole = plan.timeline.makespan
+    shares: defaultdict[int, defaultdict[Kind, float]] = defaultdict(lambda: defaultdict(float))
+    for rank, span, _ in critical_path(plan.timeline, plan.times.costs.latency):
+        shares[rank][span.action.kind] += span.duration / whole
+    totals = {rank: sum(kinds.values()) for rank, kinds in shares.items()}
+    most = sorted(totals, key=lambda rank: -totals[rank])[:3]
+    most = [rank for rank in most if totals[rank] > ROUNDED_TO_0]
+    parts = [
+        f"rank {rank} {totals[rank]:.0%} "
+        f"({', '.join(f'{kind} {share:.0%}' for kind, share in shares[rank].items())})"
+        for rank in most
+    ]
+    rest = {
+        "other ranks": sum(totals.values()) - sum(totals[rank] for rank in most),
+        "transfers": 1 - sum(totals.values()),
+    }
+    parts += [f"{name} {share:.0%}" for name, share in rest.items() if share > ROUNDED_TO_0]
+    return f"Critical path: {', '.join(parts)}. Only what is on it can make the step shorter."
 
 
 def _columns(first: str, *others: str) -> Table:

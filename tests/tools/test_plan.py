@@ -62,8 +62,24 @@ def test_one_schedule_with_its_ranks(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "Schedule: 1f1b, 4 stages, 8 microbatches of 2 sequences per replica and step\n" in shown
     assert "\nrank 0  F0F1F2F3............B0--F4B1--F5B2--F6B3--F7B4--..B5--..B6--..B7--\n" in shown
     ranks = re.findall(r"│ (\d) +│ +(\d) │ +([\d.]+)% │ +(\d) │", shown)
-    assert ranks == [(f"{rank}", f"{rank}", "72.7", f"{4 - rank}") for rank in range(4)]
+    assert ranks == [(f"{rank}", f"{rank}", "37.5", f"{4 - rank}") for rank in range(4)]
     assert list(lines(shown)) == ["1f1b"]
+
+
+def test_the_ranks_that_the_step_is_as_long_as(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two ranks, the second twice as slow: its eight microbatches, and one of the first."""
+    file = tmp_path / "costs.toml"
+    file.write_text(
+        "forward = [1, 2]\nbackward_input = [1, 2]\nbackward_weight = [1, 2]\nlatency = 0.5"
+    )
+    words = [str(write(tmp_path)), "--parallel.schedule=auto", f"--parallel.stage_costs={file}"]
+    shown = plan(capsys, *words, "--schedule=1f1b", "--columns=300")
+    assert float(lines(shown)["1f1b"][1]) == 48 + 3 + 1
+    assert (
+        "\nCritical path: rank 1 92% (F 31%, B 62%), rank 0 6% (F 2%, B 4%), transfers 2%. Only "
+    ) in shown
 
 
 def test_costs_of_the_stages_are_those_of_the_model(
