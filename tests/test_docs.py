@@ -1,6 +1,7 @@
 """The documents: links lead somewhere, and commands, keys and examples are those that exist."""
 
 import re
+import textwrap
 import tomllib
 from pathlib import Path
 
@@ -10,8 +11,11 @@ from megapipe.config import Config, section_types
 from megapipe.config.load import load_config
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline import build_program, lower, validate
+from megapipe.pipeline.costs import read_costs
+from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.tools.arguments import config_keys
 from megapipe.tools.cli import COMMANDS
+from tests.config.examples import write
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -77,3 +81,21 @@ def test_the_schedule_example_of_the_layouts_page() -> None:
     (example,) = blocks(ROOT / "docs" / "layouts.md", "python")
     assert "lower(build_program(" in example
     validate(lower(build_program("1f1b", pipeline=4, virtual=1, microbatches=8)))
+
+
+def test_the_auto_example_and_its_costs_are_of_as_many_stages(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "pipeline.md"
+    (block,) = blocks(page, "toml")
+    (costs,) = re.findall(r"(?:^    [a-z_]+ = .*\n)+", text(page), re.MULTILINE)
+    file = tmp_path / "costs.toml"
+    file.write_text(textwrap.dedent(costs), encoding="utf-8")
+    keys = tomllib.loads(block)["parallel"] | {"stage_costs": file}
+    words = [f"--parallel.{key}={value}" for key, value in keys.items()]
+    parallel = load_config(write(tmp_path), words, PRESETS).parallel
+    assert parallel.schedule == "auto"
+    assert read_costs(file, parallel.pipeline * parallel.virtual).latency > 0
+
+
+def test_the_table_of_the_layouts_page_has_every_schedule() -> None:
+    rows = re.findall(r"^\| `([\w-]+)` \|", text(ROOT / "docs" / "layouts.md"), re.MULTILINE)
+    assert {*SCHEDULES, "csv", "auto"} <= set(rows)

@@ -11,7 +11,7 @@ from megapipe.models.memory import rank_states
 from megapipe.models.parameters import padded_vocab_size, parameter_count
 from megapipe.models.partition import Stage, stage_parameters, stages
 from megapipe.pipeline.program import microbatches
-from megapipe.tools.auto import check_program, without_auto
+from megapipe.tools.auto import checked_program, without_auto
 
 _LINE_EACH = 16  # worlds up to this size are shown rank by rank
 
@@ -28,7 +28,7 @@ def dry_run(config: Config, name: str, world_size: int | None = None) -> str:
     with TemporaryDirectory() as folder:
         runs, found = without_auto(config, Path(folder))
         placed = stages(runs)
-        check_program(runs)
+        checked_program(runs)
     blocks = [
         [f"# {name}, resolved", dump_config(config).strip()],
         [*layout_lines(config), *found, "", *_ranks(config, placed)],

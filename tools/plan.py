@@ -13,7 +13,9 @@ _DESCRIPTION = """\
 Draw the pipeline's schedule and say what it costs: bubble, activation memory, transfers.
 
 Nothing is run, and no GPU is needed. Stages cost what their arithmetic costs, embedding and output
-layer counted, and transfers take no time; --costs sets equal stages instead."""
+layer counted, and transfers take no time; --costs sets equal stages instead, and so does the file
+of parallel.stage_costs with its own. Schedule auto is the program of the run directory where that
+fits, or else searched for with these costs."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -24,7 +26,8 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--schedule",
         metavar="NAME",
-        help="another schedule than the config's; all, or names between commas: compare them",
+        help="another schedule than the config's; all, or names between commas: compare them "
+        "(auto, whose search may take half a minute, is in all where the config has it: all,auto)",
     )
     parser.add_argument("--out", metavar="FILE.png", help="draw a picture as well")
     parser.add_argument(

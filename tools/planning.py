@@ -1,6 +1,7 @@
 """`megapipe plan` behind its command line: plans of one schedule or many, as text and picture."""
 
 import gc
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from functools import partial
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from rich.console import Console
@@ -17,36 +19,37 @@ from megapipe.config import Config, check_layout
 from megapipe.errors import ConfigError, ScheduleError
 from megapipe.models.activations import peak_bytes, stage_bytes
 from megapipe.models.partition import stages
-from megapipe.models.stage_costs import Work, equal_costs, stage_costs
+from megapipe.models.stage_costs import Work, equal_costs
 from megapipe.pipeline.picture import Panel, draw, save
-from megapipe.pipeline.program import (
-    boundary_bytes,
-    microbatches,
-    stage_placement,
-    training_program,
-    with_program,
-)
-from megapipe.pipeline.schedule import SCHEDULES, Timeline, simulate
+from megapipe.pipeline.program import boundary_bytes, microbatches, stage_placement
+from megapipe.pipeline.schedule import SCHEDULES, Kind, Timeline, critical_path, simulate
 from megapipe.tools.arguments import UsageError
+from megapipe.tools.auto import StageTimes, checked_program, estimated_times, without_auto
 from megapipe.tools.dry_run import layout_lines
 
 Line = TypeVar("Line")
 
-FLOPS_UNIT = "forward of one microbatch through a rank's share of the layers = 1"
+ROUNDED_TO_0 = 0.005
+"""A share that is not worth a word."""
 
 
 @dataclass(frozen=True)
 class Plan:
     """One schedule in one layout, simulated. Bytes are of a tensor rank; lists are by rank."""
 
-    name: str
-    virtual: int
+    config: Config
     timeline: Timeline
+    times: StageTimes
+    found: list[str]  # which program it is, for auto
     live: list[float]  # the most microbatches whose activations are held at a time
     live_bytes: list[int]  # an estimate
     late: list[float]  # the most microbatches whose weight gradients are put off at a time
     sent: list[int]  # tensors in a step
     tensor_bytes: int
+
+    @property
+    def name(self) -> str:
+        return self.config.parallel.schedule
 
     @property
     def title(self) -> str:
@@ -93,7 +96,7 @@ def plan(
     for name in names:
         try:
             changed, changes = with_schedule(config, name)
-            plans.append(make_plan(changed, work))
+            plans.append(make_plan(changed, _stage_times(config, changed, work)))
             notes += changes
         except (ConfigError, ScheduleError) as error:
             if len(names) == 1:
@@ -102,28 +105,28 @@ def plan(
     if not plans:
         raise ScheduleError("no schedule fits this layout:\n" + "\n".join(notes))
     plans.sort(key=lambda plan: -plan.timeline.makespan)
-    unit = FLOPS_UNIT if work is None else "units of --costs"
-    text = _report(config, plans, notes, unit, columns)
+    text = _report(plans, notes, columns)
     if out is not None:
-        save(draw([Panel(plan.title, plan.timeline) for plan in plans], unit), out)
+        panels = [Panel(plan.title, plan.timeline) for plan in plans]
+        save(draw(panels, plans[0].times.unit), out)
         text += f"Picture: {out}\n"
     return text
 
 
 def schedule_names(wanted: str | None, own: str) -> list[str]:
-    """The names in `wanted`, or that of the config."""
+    """The names in `wanted`, or that of the config. "all" has `auto` where the config has: its
+    search takes longer than all else."""
     if wanted is None:
         return [own]
-    if wanted == "all":
-        return [*SCHEDULES, *([own] if own not in SCHEDULES else [])]
-    names = list(dict.fromkeys(name.strip() for name in wanted.split(",")))
-    for name in names:
-        if name not in SCHEDULES and name != own:
+    names: dict[str, None] = {}
+    for name in (word.strip() for word in wanted.split(",")):
+        if name not in {*SCHEDULES, "auto", "all", own}:
             raise UsageError(
                 f"--schedule {wanted}: {name!r} is not a schedule. There are "
-                f"{', '.join(SCHEDULES)}, and all."
+                f"{', '.join(SCHEDULES)}, auto, and all."
             )
-    return names
+        names |= dict.fromkeys([*SCHEDULES, own] if name == "all" else [name])
+    return list(names)
 
 
 def with_schedule(config: Config, name: str) -> tuple[Config, list[str]]:
@@ -134,7 +137,7 @@ def with_schedule(config: Config, name: str) -> tuple[Config, list[str]]:
     parallel, notes = config.parallel, []
     if name == parallel.schedule:
         return config, []
-    fits = SCHEDULES[name].takes(parallel.virtual)
+    fits = name == "auto" or SCHEDULES[name].takes(parallel.virtual)
     virtual = parallel.virtual if fits else SCHEDULES[name].chunks[0]
     layers = parallel.layers_per_stage
     if not fits and layers is not None:
@@ -144,6 +147,7 @@ def with_schedule(config: Config, name: str) -> tuple[Config, list[str]]:
         update={
             "schedule": name,
             "schedule_file": None,
+            "stage_costs": None,
             "virtual": virtual,
             "layers_per_stage": layers,
         }
@@ -151,18 +155,40 @@ def with_schedule(config: Config, name: str) -> tuple[Config, list[str]]:
     return Config(**{**dict(config), "parallel": changed}), notes
 
 
-def make_plan(config: Config, work: tuple[float, float, float] | None) -> Plan:
-    """Simulate the config's schedule; parallel.data has to be filled in."""
-    config, parallel = with_program(config), config.parallel
-    costs = stage_costs(config) if work is None else equal_costs(config, Work(*work))
-    timeline = simulate(training_program(config), costs)
-    sent = _tensors_sent(stage_placement(config), parallel.pipeline)
+def _stage_times(
+    own: Config, config: Config, work: tuple[float, float, float] | None
+) -> StageTimes:
+    """Those of --costs, or of the parallel.stage_costs of the user's `own` config, which must be
+    times of the stages that `config` has, or else estimates."""
+    if work is not None:
+        costs = equal_costs(config, Work(*work))
+        return StageTimes(costs, "units of --costs", "{:.4g} units".format, "from --costs")
+    file, parallel = own.parallel.stage_costs, config.parallel
+    if file is not None and parallel.virtual != own.parallel.virtual:
+        raise ScheduleError(
+            f'parallel.stage_costs = "{file}" has the times of '
+            f"{parallel.pipeline * own.parallel.virtual} stages, and {parallel.schedule} has "
+            f"{parallel.pipeline * parallel.virtual}: compare it with --costs F,I,W, or with "
+            "--parallel.stage_costs none."
+        )
+    return estimated_times(config, file)
+
+
+def make_plan(config: Config, times: StageTimes) -> Plan:
+    """Simulate the config's schedule; parallel.data has to be filled in. Raises ScheduleError for
+    one that exceeds parallel.activation_limit."""
+    parallel = config.parallel
+    with TemporaryDirectory() as folder:
+        runs, found = without_auto(config, Path(folder), times)
+    timeline = simulate(checked_program(runs), times.costs)
+    sent = _tensors_sent(stage_placement(runs), parallel.pipeline)
     return Plan(
-        name=parallel.schedule,
-        virtual=parallel.virtual,
+        config=config,
         timeline=timeline,
+        times=times,
+        found=found,
         live=timeline.peak_microbatches,
-        live_bytes=peak_bytes(timeline, [stage_bytes(config, stage) for stage in stages(config)]),
+        live_bytes=peak_bytes(timeline, [stage_bytes(runs, stage) for stage in stages(runs)]),
         late=[count / parallel.virtual for count in timeline.peak_pending],
         sent=[count * microbatches(config) for count in sent],
         tensor_bytes=boundary_bytes(config),
@@ -182,23 +208,23 @@ def _tensors_sent(placement: Sequence[int], ranks: int) -> list[int]:
 # --- Text ----------------------------------------------------------------------------------------
 
 
-def _report(
-    config: Config, plans: Sequence[Plan], notes: Sequence[str], unit: str, columns: int
-) -> str:
+def _report(plans: Sequence[Plan], notes: Sequence[str], columns: int) -> str:
+    config, times = plans[0].config, plans[0].times
     out = StringIO()
     console = Console(file=out, width=max(columns, 100), highlight=False, color_system=None)
     print_text = partial(console.print, markup=False)
-    lines = list(layout_lines(config))
-    print_text("\n".join(lines if len(plans) == 1 else lines[:1]))
+    layout, schedule = layout_lines(config)
+    print_text("\n".join([layout, schedule, *plans[0].found] if len(plans) == 1 else [layout]))
     print_text(
         f"{microbatches(config)} microbatches of {config.train.micro_batch_size} x "
         f'{config.train.sequence_length} tokens, recompute "{config.train.recompute}". '
-        f"Time: {unit}."
+        f"Costs: {times.source}. Time: {times.unit}."
     )
     if len(plans) == 1:
         rows = _some(plans[0].timeline.text((columns - 13) // 2).splitlines(), "...")
         print_text("".join(f"{row}\n" for row in ["", *rows]), end="")
         console.print(_ranks(plans[0]))
+        print_text(_critical_path(plans[0]))
     console.print(_comparison(plans))
     print_text(
         "Bubble: idle time over busy time. Live: microbatches whose activations a rank holds, and "
@@ -206,7 +232,9 @@ def _report(
         "both at their peak. Sent: tensors in a step. Bytes are those of one tensor rank."
         + (" Each is of the rank that has most." if len(plans) > 1 else "")
     )
-    for note in notes:
+    if len(plans) > 1:
+        notes = [*("\n".join(p.found).replace("Program", p.name, 1) for p in plans), *notes]
+    for note in filter(None, notes):
         print_text(note)
     return out.getvalue()
 
@@ -217,8 +245,8 @@ def _comparison(plans: Sequence[Plan]) -> Table:
     for plan in plans:
         table.add_row(
             plan.name,
-            f"{plan.virtual}",
-            f"{plan.timeline.makespan:,.1f}",
+            f"{plan.config.parallel.virtual}",
+            amount(plan.timeline.makespan),
             f"{plan.timeline.bubble:.1%}",
             f"{max(plan.live):.4g}",
             size(max(plan.live_bytes)),
@@ -230,16 +258,15 @@ def _comparison(plans: Sequence[Plan]) -> Table:
 
 def _ranks(plan: Plan) -> Table:
     """A line for each rank of one schedule."""
-    table = _columns("rank", "stages", "busy", "live", "memory", "W late", "sent")
-    rows = []
+    table = _columns("rank", "stages", "bubble", "live", "memory", "W late", "sent")
+    rows, bubbles = [], plan.timeline.bubble_per_rank
     for rank, spans in enumerate(plan.timeline.spans):
-        busy = sum(span.duration for span in spans) / plan.timeline.makespan
         stages = sorted({span.action.stage for span in spans})
         rows.append(
             [
                 f"{rank}",
                 ", ".join(map(str, stages if len(stages) < 5 else [*stages[:3], "..."])),
-                f"{busy:.1%}",
+                f"{bubbles[rank]:.1%}",
                 f"{plan.live[rank]:.4g}",
                 size(plan.live_bytes[rank]),
                 f"{plan.late[rank]:.3g}" if plan.late[rank] else "-",
@@ -249,6 +276,28 @@ def _ranks(plan: Plan) -> Table:
     for row in _some(rows, ["..."] * 7):
         table.add_row(*row)
     return table
+
+
+def _critical_path(plan: Plan) -> str:
+    """Whose work the step is as long as: the three ranks that have most of it, and the rest."""
+    whole = plan.timeline.makespan
+    shares: defaultdict[int, defaultdict[Kind, float]] = defaultdict(lambda: defaultdict(float))
+    for rank, span, _ in critical_path(plan.timeline, plan.times.costs.latency):
+        shares[rank][span.action.kind] += span.duration / whole
+    totals = {rank: sum(kinds.values()) for rank, kinds in shares.items()}
+    most = sorted(totals, key=lambda rank: -totals[rank])[:3]
+    most = [rank for rank in most if totals[rank] > ROUNDED_TO_0]
+    parts = [
+        f"rank {rank} {totals[rank]:.0%} "
+        f"({', '.join(f'{kind} {share:.0%}' for kind, share in shares[rank].items())})"
+        for rank in most
+    ]
+    rest = {
+        "other ranks": sum(totals.values()) - sum(totals[rank] for rank in most),
+        "transfers": 1 - sum(totals.values()),
+    }
+    parts += [f"{name} {share:.0%}" for name, share in rest.items() if share > ROUNDED_TO_0]
+    return f"Critical path: {', '.join(parts)}. Only what is on it can make the step shorter."
 
 
 def _columns(first: str, *others: str) -> Table:
@@ -262,6 +311,11 @@ def _columns(first: str, *others: str) -> Table:
 def _some(rows: list[Line], gap: Line) -> list[Line]:
     """All of them, or where there are many the first eight and the last."""
     return rows if len(rows) <= 16 else [*rows[:8], gap, rows[-1]]
+
+
+def amount(time: float) -> str:
+    """`2,203.6`, `33.0`, `0.761`."""
+    return f"{time:,.1f}" if time >= 10 else f"{time:.3g}"
 
 
 def size(count: float) -> str:

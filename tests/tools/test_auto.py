@@ -8,7 +8,7 @@ import pytest
 from megapipe.config import load_config
 from megapipe.errors import ScheduleError
 from megapipe.models.presets import PRESETS
-from megapipe.tools.auto import check_program, without_auto
+from megapipe.tools.auto import checked_program, without_auto
 from megapipe.tools.cli import main
 from megapipe.tools.dry_run import dry_run
 from megapipe.tools.shrink import shrink
@@ -90,7 +90,7 @@ def test_a_memory_limit_holds_by_estimated_activations(tmp_path: Path) -> None:
         PRESETS,
     )
     with pytest.raises(ScheduleError, match=r'"gpipe" has activations of [\d.]+ MiB live'):
-        check_program(config)
+        checked_program(config)
 
 
 def test_verify_proves_a_searched_program(capfd: pytest.CaptureFixture[str]) -> None:

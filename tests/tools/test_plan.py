@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from megapipe.pipeline.schedule import SCHEDULES
+from megapipe.pipeline.schedule import SCHEDULES, build_program, to_csv
 from megapipe.tools.cli import main
 from megapipe.tools.planning import size
 from tests.config.examples import TEXT, write
@@ -62,8 +62,24 @@ def test_one_schedule_with_its_ranks(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "Schedule: 1f1b, 4 stages, 8 microbatches of 2 sequences per replica and step\n" in shown
     assert "\nrank 0  F0F1F2F3............B0--F4B1--F5B2--F6B3--F7B4--..B5--..B6--..B7--\n" in shown
     ranks = re.findall(r"│ (\d) +│ +(\d) │ +([\d.]+)% │ +(\d) │", shown)
-    assert ranks == [(f"{rank}", f"{rank}", "72.7", f"{4 - rank}") for rank in range(4)]
+    assert ranks == [(f"{rank}", f"{rank}", "37.5", f"{4 - rank}") for rank in range(4)]
     assert list(lines(shown)) == ["1f1b"]
+
+
+def test_the_ranks_that_the_step_is_as_long_as(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two ranks, the second twice as slow: its eight microbatches, and one of the first."""
+    file = tmp_path / "costs.toml"
+    file.write_text(
+        "forward = [1, 2]\nbackward_input = [1, 2]\nbackward_weight = [1, 2]\nlatency = 0.5"
+    )
+    words = [str(write(tmp_path)), "--parallel.schedule=auto", f"--parallel.stage_costs={file}"]
+    shown = plan(capsys, *words, "--schedule=1f1b", "--columns=300")
+    assert float(lines(shown)["1f1b"][1]) == 48 + 3 + 1
+    assert (
+        "\nCritical path: rank 1 92% (F 31%, B 62%), rank 0 6% (F 2%, B 4%), transfers 2%. Only "
+    ) in shown
 
 
 def test_costs_of_the_stages_are_those_of_the_model(
@@ -94,8 +110,82 @@ def test_what_does_not_fit_is_left_out_and_said(
     assert set(lines(shown)) == {"1f1b"}
     assert 'dualpipe-v is left out: parallel.schedule = "dualpipe-v" needs 8 microbatches' in shown
     uneven = (str(write(tmp_path)), "--parallel.layers_per_stage=[3,5]", "--columns=300")
+    assert "Schedule: gpipe, 2 stages" in plan(capsys, *uneven, "--schedule=gpipe")
     shown = plan(capsys, *uneven, "--schedule=1f1b,zb-v")
     assert "zb-v: layers are balanced, as parallel.layers_per_stage is for others." in shown
+
+
+def test_auto_is_searched_for_with_the_costs_of_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With equal costs 1F1B's memory is enough for a split backward: ZB-H1's 27 units, or fewer."""
+    words = [str(write(tmp_path)), *FOUR, f"--train.run_dir={tmp_path}"]
+    shown = plan(capsys, *words, "--parallel.schedule=auto", "--costs=1,1,1")
+    assert "Schedule: auto, 4 stages, 8 microbatches" in shown
+    assert re.search(r"\nProgram: .*: 27 units per step", shown)
+    assert "\n  Costs: from --costs. A run measures its stages and may choose another." in shown
+    assert lines(shown)["auto"][:4] == ["1", "27.0", "12.5%", "4"]
+    shown = plan(capsys, *words, "--parallel.schedule=auto")
+    assert "\n  Costs: estimated by FLOPs. A run measures" in shown
+    shown = plan(capsys, *words, "--schedule=1f1b, auto", "--costs=1,1,1", "--columns=300")
+    assert list(lines(shown)) == ["1f1b", "auto"]
+    assert re.search(r"\nauto: .*: 27 units per step by simulation", shown)
+    assert not (tmp_path / "schedule.csv").exists(), "a plan writes nothing"
+
+
+def test_auto_is_the_program_of_the_run_where_it_fits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = to_csv(build_program("1f1b", pipeline=4, virtual=1, microbatches=8))
+    (tmp_path / "schedule.csv").write_text(program, encoding="utf-8")
+    words = [str(write(tmp_path)), *FOUR, f"--train.run_dir={tmp_path}", "--columns=300"]
+    shown = plan(capsys, *words, "--schedule=auto", "--costs=1,1,1")
+    assert f"\nProgram: that of {tmp_path}/schedule.csv\n" in shown
+    assert lines(shown)["auto"][1] == "33.0"
+    shown = plan(capsys, *words, "--schedule=auto", "--costs=1,1,1", "--train.global_batch_size=12")
+    assert "Program: that of" not in shown
+
+
+def test_all_has_auto_where_the_config_has(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(write(tmp_path)), *FOUR, "--schedule=all", f"--train.run_dir={tmp_path}"]
+    assert lines(plan(capsys, *words)).keys() == SCHEDULES.keys()
+    shown = plan(capsys, *words, "--parallel.schedule=auto")
+    assert lines(shown).keys() == {*SCHEDULES, "auto"}
+    assert lines(plan(capsys, *words[:-2], "--schedule=all,auto")).keys() == {*SCHEDULES, "auto"}
+
+
+def test_times_of_a_file_are_those_of_all_schedules_with_its_stages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "costs.toml"
+    file.write_text("forward = [1, 1, 1, 2]\nbackward_input = 1\nbackward_weight = 1")
+    words = [str(write(tmp_path)), *FOUR, f"--train.run_dir={tmp_path}", "--columns=300"]
+    words += ["--parallel.schedule=auto", f"--parallel.stage_costs={file}"]
+    shown = plan(capsys, *words, "--schedule=1f1b,zb-v,auto")
+    assert f"Costs: from {file}. Time: s." in shown
+    assert list(lines(shown)) == ["1f1b", "auto"]
+    assert float(lines(shown)["1f1b"][1]) == 41, "eight microbatches on the last rank, and 9"
+    assert (
+        f'zb-v is left out: parallel.stage_costs = "{file}" has the times of 4 stages, and zb-v '
+        "has 8: compare it with --costs F,I,W, or with --parallel.stage_costs none."
+    ) in shown
+    assert list(lines(plan(capsys, *words, "--schedule=zb-v", "--costs=1,1,1"))) == ["zb-v"]
+
+
+def test_a_limit_of_memory_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the activations that the plan itself shows."""
+    words = [str(write(tmp_path)), *FOUR, "--columns=300", "--schedule=gpipe,1f1b"]
+    assert {name: cells[4] for name, cells in lines(plan(capsys, *words)).items()} == {
+        "gpipe": "6 MiB",
+        "1f1b": "2.38 MiB",
+    }
+    shown = plan(capsys, *words, "--parallel.activation_limit=2.5 MiB")
+    assert set(lines(shown)) == {"1f1b"}
+    assert "gpipe is left out: the program of" in shown
+    assert main(["plan", *words[:-1], "--parallel.activation_limit=10 KiB"]) == 1
+    assert "is below what any schedule needs" in capsys.readouterr().err
 
 
 def test_a_picture_of_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
