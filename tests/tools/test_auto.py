@@ -67,6 +67,19 @@ def test_a_dry_run_takes_costs_from_a_file_or_the_program_of_the_run(tmp_path: P
     assert f"\nProgram: that of {tmp_path}/schedule.csv\n" in dry_run(config, "run.toml")
 
 
+def test_a_program_that_does_not_fit_is_not_passed_over_in_silence(tmp_path: Path) -> None:
+    """As in a proof, whose layout may be smaller than the run's."""
+    words = [AUTO, f"--train.run_dir={tmp_path}"]
+    without_auto(load_config(write(tmp_path), [*words, "--parallel.data=1"], PRESETS), tmp_path)
+    smaller = load_config(write(tmp_path), [*words, "--parallel.data=2"], PRESETS)
+    _, lines = without_auto(smaller, tmp_path)
+    assert lines[0].startswith(
+        f"Not the program of {tmp_path}/schedule.csv, which does not fit here: {tmp_path}/schedule"
+        ".csv: the program has 8 microbatches, and the config has 4 "
+    )
+    assert lines[1].startswith("Program: ")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
