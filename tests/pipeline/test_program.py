@@ -189,6 +189,19 @@ def test_stages_that_are_not_neighbours(folder: Path, capsys: pytest.CaptureFixt
     assert said.startswith("program.csv: stages 0 and 1 lie on ranks 0 and 2, which are not ")
 
 
+def test_a_missing_line_is_a_missing_rank(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wherever it stood: in the middle, stages are missing because of it."""
+    lines = to_csv(make("1f1b", 4, 1, MICROBATCHES)).splitlines(keepends=True)
+    write(folder)
+    for missing in range(4):
+        text = "".join(lines[:missing] + lines[missing + 1 :])
+        (folder / "program.csv").write_text(text, encoding="utf-8")
+        assert refused(capsys, *FROM_FILE, "--parallel.pipeline=4") == (
+            "program.csv: the program has 3 ranks (lines), and parallel.pipeline = 4: make them "
+            "equal"
+        )
+
+
 def test_more_microbatches_needed_than_there_are(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

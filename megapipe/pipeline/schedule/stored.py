@@ -51,6 +51,7 @@ def read_stored(file: Path, shape: Shape, content: bytes | None = None) -> Store
     """
     with _naming(file):
         program = _parse(file, content)
+        _check_equal(len(program), "ranks (lines)", "parallel.pipeline", shape.pipeline)
         ranks = stage_ranks(program)
         _check_shape(program, len(ranks), shape)
         check_complete(program)
@@ -80,7 +81,6 @@ def _parse(file: Path, content: bytes | None) -> Program:
 
 def _check_shape(program: Program, stages: int, shape: Shape) -> None:
     pipeline, virtual, microbatches = shape
-    _check_equal(len(program), "ranks (lines)", "parallel.pipeline", pipeline)
     _check_equal(stages, "stages", "parallel.pipeline * parallel.virtual", pipeline * virtual)
     actions = [action for row in sequential(program) for action in row]
     if all(action.kind is Kind.FORWARD for action in actions):
