@@ -160,6 +160,15 @@ def _stored(config: Config) -> StoredProgram:
 
 
 def _check_microbatch_limit(config: Config, program: Program) -> None:
-    limit = microbatch_limit(config)
-    if limit is not None:
-        check_limit(config.parallel.schedule, program, limit, virtual=config.parallel.virtual)
+    limit, parallel = microbatch_limit(config), config.parallel
+    if limit is None:
+        return
+    # As configs are checked: a layer or more in each stage, and one stage where there is one rank.
+    most_virtual = config.model.num_layers // parallel.pipeline if parallel.pipeline > 1 else 1
+    check_limit(
+        parallel.schedule,
+        program,
+        limit,
+        virtual=parallel.virtual,
+        most_virtual=most_virtual,
+    )

@@ -221,6 +221,33 @@ def test_a_missing_line_is_a_missing_rank(folder: Path, capsys: pytest.CaptureFi
         )
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "layers", "limit", "fitting"),
+    [
+        (4, 8, 3, '"auto", "v-half" (3, parallel.virtual = 2), "v-min" (2, parallel.virtual = 2)'),
+        (4, 7, 3, '"auto"'),
+        (1, 8, 1, '"auto", "1f1b" (1), "zb-h1" (1), "zb-h2" (1)'),
+    ],
+)
+def test_advised_schedules_have_layers_enough_for_their_stages(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    pipeline: int,
+    layers: int,
+    limit: int,
+    fitting: str,
+) -> None:
+    write(folder)
+    said = refused(
+        capsys,
+        "--parallel.schedule=gpipe",
+        f"--parallel.pipeline={pipeline}",
+        f"--model.num_layers={layers}",
+        f"--parallel.activation_limit={limit}",
+    )
+    assert said.endswith(f"or take a parallel.schedule that keeps to it: {fitting}.")
+
+
 def test_more_microbatches_needed_than_there_are(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

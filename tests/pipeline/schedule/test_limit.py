@@ -77,7 +77,7 @@ def test_too_much_is_refused_with_what_would_do(
     name: str, virtual: int, limit: Limit, message: str
 ) -> None:
     with pytest.raises(ScheduleError, match=re.escape(message) + "$"):
-        check_limit(name, make(name, 4, virtual, 8), limit, virtual=virtual)
+        check_limit(name, make(name, 4, virtual, 8), limit, virtual=virtual, most_virtual=2)
 
 
 @pytest.mark.parametrize(
