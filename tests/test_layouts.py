@@ -21,8 +21,9 @@ from megapipe.config import Config, load_config
 from megapipe.mesh import build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
-from megapipe.pipeline.schedule import SCHEDULES
+from megapipe.pipeline.schedule import SCHEDULES, to_csv
 from megapipe.train.proof import Verdict, prove, synthetic_tokens
+from tests.pipeline.programs import random_program
 from tests.ranks import POOL, run_ranks
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -195,6 +196,14 @@ def test_schedule_on_four_ranks_equals_one_process(layout: Layout) -> None:
 @pytest.mark.parametrize("layout", COMBINED, ids=str)
 def test_schedule_combined_equals_one_process(layout: Layout) -> None:
     check(layout.config("gpt2"), 2)
+
+
+def test_stages_placed_unevenly_equal_one_process(tmp_path: Path) -> None:
+    """A program from a file may give one rank three stages and another one."""
+    program = random_program(0, [1, 0, 1, 1], 8, split=True)  # 16 sequences in twos
+    (tmp_path / "program.csv").write_text(to_csv(program), encoding="utf-8")
+    file = f"--parallel.schedule_file={tmp_path}/program.csv"
+    check(Layout(pipeline=2, virtual=2, schedule="csv", overrides=(file,)).config("gpt2"), 2)
 
 
 def main() -> None:

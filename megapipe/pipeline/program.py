@@ -8,7 +8,7 @@ from megapipe.config.parallel import parse_memory
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule import SCHEDULES, Program, build_program, lower, validate
 from megapipe.pipeline.schedule.fitting import check_limit
-from megapipe.pipeline.schedule.limit import Limit
+from megapipe.pipeline.schedule.limit import Limit, Memory
 from megapipe.pipeline.schedule.stored import (
     Shape,
     StoredProgram,
@@ -103,10 +103,14 @@ def microbatch_limit(config: Config) -> Limit | None:
     return Limit.in_microbatches(most, parallel.pipeline, parallel.virtual)
 
 
-def byte_limit(config: Config) -> int | None:
+def byte_limit(config: Config) -> Memory | None:
     """parallel.activation_limit where it is memory."""
-    most = config.parallel.activation_limit
-    return parse_memory(most) if isinstance(most, str) else None
+    text = config.parallel.activation_limit
+    if not isinstance(text, str):
+        return None
+    most = parse_memory(text)
+    assert most is not None, "the config was checked"
+    return Memory(most, text)
 
 
 def looped(config: Config) -> Config:
@@ -168,6 +172,15 @@ def _stored(config: Config) -> StoredProgram:
 
 
 def _check_microbatch_limit(config: Config, program: Program) -> None:
-    limit = microbatch_limit(config)
-    if limit is not None:
-        check_limit(config.parallel.schedule, program, limit, virtual=config.parallel.virtual)
+    limit, parallel = microbatch_limit(config), config.parallel
+    if limit is None:
+        return
+    # As configs are checked: a layer or more in each stage, and one stage where there is one rank.
+    most_virtual = config.model.num_layers // parallel.pipeline if parallel.pipeline > 1 else 1
+    check_limit(
+        parallel.schedule,
+        program,
+        limit,
+        virtual=parallel.virtual,
+        most_virtual=most_virtual,
+    )

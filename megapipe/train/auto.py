@@ -211,10 +211,10 @@ def _limit(config: Config, sizes: list[float]) -> tuple[Limit, str]:
     """The limit, and how to say it."""
     most = byte_limit(config)
     if most is not None:
-        return Limit.in_bytes(most, sizes), f"{config.parallel.activation_limit} on each rank"
+        return Limit.in_bytes(most, sizes), f"{most.text} on each rank"
     limit = microbatch_limit(config)
     assert limit is not None
-    text = limit.written(limit.most)
+    text = f"{limit.value} microbatch{'es' * (limit.most != 1)}"
     if config.parallel.activation_limit is None:
         text += " (as 1f1b has; parallel.activation_limit is not set)"
     return limit, text

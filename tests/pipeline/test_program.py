@@ -21,7 +21,7 @@ from megapipe.pipeline.schedule import SCHEDULES, Program, build_program, lower,
 from megapipe.pipeline.schedule.action import stage_ranks
 from megapipe.tools.cli import main
 from tests.config.examples import write
-from tests.pipeline.programs import make
+from tests.pipeline.programs import make, random_program
 
 FROM_FILE = ("--parallel.schedule=csv", "--parallel.schedule_file=program.csv")
 MICROBATCHES = 8  # of the example config: 16 sequences in microbatches of 2
@@ -51,6 +51,15 @@ def test_by_name_and_from_its_file_it_is_the_same(folder: Path, name: str) -> No
         assert lower(training_program(filed)) == lower(program)
         assert stage_placement(filed) == stage_placement(named)
         assert stage_ranks(program) == dict(enumerate(stage_placement(named)))
+
+
+@pytest.mark.parametrize("placement", [[0, 0, 0, 1], [1, 0, 1, 1]])
+def test_ranks_may_have_unequal_numbers_of_stages(folder: Path, placement: list[int]) -> None:
+    program = random_program(0, placement, MICROBATCHES, split=True)
+    (folder / "program.csv").write_text(to_csv(program), encoding="utf-8")
+    config = load(folder, "--parallel.virtual=2", *FROM_FILE)
+    assert lowered_program(config) == lower(program)
+    assert stage_placement(config) == placement
 
 
 def test_a_config_carries_its_program_as_long_as_it_is_of_this_file_and_shape(
@@ -129,6 +138,16 @@ REFUSALS = {
         to_csv(make("gpipe", 3, 1, MICROBATCHES)),
         "program.csv: the program has 3 ranks (lines), and parallel.pipeline = 2: make them equal",
     ),
+    "an idle rank": (
+        to_csv(make("interleaved-1f1b", 1, 2, MICROBATCHES)) + ",,\n",
+        "program.csv: rank 1 (line 2) computes nothing: give it a stage, or remove the line and "
+        "lower parallel.pipeline = 2",
+    ),
+    "a rank that only receives": (
+        "1RECV_F0\n" + to_csv(make("interleaved-1f1b", 1, 2, MICROBATCHES)),
+        "program.csv: rank 0 (line 1) computes nothing: give it a stage, or remove the line and "
+        "lower parallel.pipeline = 2",
+    ),
     "too many stages": (
         to_csv(make("zb-v", 2, 2, MICROBATCHES)),
         "program.csv: the program has 4 stages, and parallel.pipeline * parallel.virtual = 2: "
@@ -187,6 +206,46 @@ def test_stages_that_are_not_neighbours(folder: Path, capsys: pytest.CaptureFixt
     (folder / "program.csv").write_text(to_csv(program), encoding="utf-8")
     said = refused(capsys, *FROM_FILE, "--parallel.pipeline=4")
     assert said.startswith("program.csv: stages 0 and 1 lie on ranks 0 and 2, which are not ")
+
+
+def test_a_missing_line_is_a_missing_rank(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Wherever it stood: in the middle, stages are missing because of it."""
+    lines = to_csv(make("1f1b", 4, 1, MICROBATCHES)).splitlines(keepends=True)
+    write(folder)
+    for missing in range(4):
+        text = "".join(lines[:missing] + lines[missing + 1 :])
+        (folder / "program.csv").write_text(text, encoding="utf-8")
+        assert refused(capsys, *FROM_FILE, "--parallel.pipeline=4") == (
+            "program.csv: the program has 3 ranks (lines), and parallel.pipeline = 4: make them "
+            "equal"
+        )
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "layers", "limit", "fitting"),
+    [
+        (4, 8, 3, '"auto", "v-half" (3, parallel.virtual = 2), "v-min" (2, parallel.virtual = 2)'),
+        (4, 7, 3, '"auto"'),
+        (1, 8, 1, '"auto", "1f1b" (1), "zb-h1" (1), "zb-h2" (1)'),
+    ],
+)
+def test_advised_schedules_have_layers_enough_for_their_stages(
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    pipeline: int,
+    layers: int,
+    limit: int,
+    fitting: str,
+) -> None:
+    write(folder)
+    said = refused(
+        capsys,
+        "--parallel.schedule=gpipe",
+        f"--parallel.pipeline={pipeline}",
+        f"--model.num_layers={layers}",
+        f"--parallel.activation_limit={limit}",
+    )
+    assert said.endswith(f"or take a parallel.schedule that keeps to it: {fitting}.")
 
 
 def test_more_microbatches_needed_than_there_are(

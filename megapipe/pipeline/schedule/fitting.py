@@ -8,9 +8,12 @@ from megapipe.pipeline.schedule.build import SCHEDULES, build_program, check_chu
 from megapipe.pipeline.schedule.limit import KEY, Limit, check_least, peak_amounts
 
 
-def check_limit(name: str, program: Program, limit: Limit, *, virtual: int) -> None:
+def check_limit(
+    name: str, program: Program, limit: Limit, *, virtual: int, most_virtual: int = 1
+) -> None:
     """Raises ScheduleError where a rank of the program called `name` would hold too much: with the
-    least limit that it needs, and the schedules that would do in this layout."""
+    least limit that it needs, and the schedules that would do in this layout, or with another
+    number of chunks on a rank, up to `most_virtual`."""
     check_least(limit, _ranks(program))
     amounts = peak_amounts(program, limit.sizes)
     rank = max(range(len(amounts)), key=lambda rank: amounts[rank])
@@ -23,14 +26,19 @@ def check_limit(name: str, program: Program, limit: Limit, *, virtual: int) -> N
     )
     if name != "auto":
         microbatches = 1 + max(action.microbatch for action in program[0])
-        fitting = ['"auto"', *_fitting(limit, len(program), virtual, microbatches)]
-        text += f", or take a parallel.schedule that keeps to it: {', '.join(fitting)}"
+        fitting = _fitting(limit, len(program), virtual, most_virtual, microbatches)
+        names = ", ".join(['"auto"', *fitting])
+        text += f", or take a parallel.schedule that keeps to it: {names}"
     raise ScheduleError(f"{text}.")
 
 
-def _fitting(limit: Limit, pipeline: int, virtual: int, microbatches: int) -> Iterator[str]:
+def _fitting(
+    limit: Limit, pipeline: int, virtual: int, most_virtual: int, microbatches: int
+) -> Iterator[str]:
     """Schedules within the limit, and the number of chunks where it is another."""
     for chunks in dict.fromkeys((virtual, 1, 2)):
+        if chunks > max(virtual, most_virtual):
+            continue
         if limit.bytes and chunks != virtual:
             continue  # how many bytes other stages would take is not known
         there = limit if limit.bytes else Limit.in_microbatches(limit.most, pipeline, chunks)

@@ -7,7 +7,8 @@ take. A limit is in microbatches of a full rank (all of its chunks) or in bytes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, inf
+from math import ceil
+from typing import NamedTuple
 
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule.action import LAST_OF_A_BACKWARD, Kind, Program, sequential
@@ -17,23 +18,31 @@ ROUNDING = 1e-9
 """Sums of sizes may exceed the limit by this share, which is what adding them may cost."""
 
 
+class Memory(NamedTuple):
+    """An amount of bytes, and the `text` by which the config gives it."""
+
+    bytes: float
+    text: str
+
+
 @dataclass(frozen=True)
 class Limit:
     """`sizes` is what one microbatch takes at each stage, `most` what a rank may hold, in bytes or
-    in microbatches of a full rank."""
+    in microbatches of a full rank, and `value` the same as the config has it."""
 
     sizes: tuple[float, ...]
-    most: float = inf
+    most: float
+    value: str
     bytes: bool = False
 
     @staticmethod
     def in_microbatches(most: float, pipeline: int, virtual: int) -> "Limit":
-        return Limit((1 / virtual,) * (pipeline * virtual), most)
+        return Limit((1 / virtual,) * (pipeline * virtual), most, f"{most:.15g}")
 
     @staticmethod
-    def in_bytes(most: float, sizes: Sequence[float]) -> "Limit":
+    def in_bytes(most: Memory, sizes: Sequence[float]) -> "Limit":
         """`sizes` in bytes, by stage."""
-        return Limit(tuple(sizes), most, bytes=True)
+        return Limit(tuple(sizes), most.bytes, f'"{most.text}"', bytes=True)
 
     @property
     def ceiling(self) -> float:
@@ -59,11 +68,6 @@ class Limit:
         """As `show`, with what is counted."""
         text = self.show(amount)
         return text if self.bytes else f"{text} microbatch{'es' * (text != '1')}"
-
-    @property
-    def value(self) -> str:
-        """The limit as a value of the config."""
-        return f'"{self.show(self.most)}"' if self.bytes else f"{self.most:g}"
 
 
 def peak_amounts(program: Program, sizes: Sequence[float]) -> list[float]:

@@ -46,11 +46,13 @@ class StoredProgram:
 def read_stored(file: Path, shape: Shape, content: bytes | None = None) -> StoredProgram:
     """The program of a file, whose content may have been read already.
 
+    Ranks may have unequal numbers of stages, `shape.virtual` on average, and each at least one.
     Raises UnfitProgramError for one of another shape or without a backward, and ScheduleError for
-    a file that is no program, lacks an action or can't finish.
+    a file that is no program, lacks an action, leaves a rank idle or can't finish.
     """
     with _naming(file):
         program = _parse(file, content)
+        _check_ranks(program, shape.pipeline)
         ranks = stage_ranks(program)
         _check_shape(program, len(ranks), shape)
         check_complete(program)
@@ -78,9 +80,18 @@ def _parse(file: Path, content: bytes | None) -> Program:
     return compute_only(from_csv(text))
 
 
+def _check_ranks(program: Program, pipeline: int) -> None:
+    _check_equal(len(program), "ranks (lines)", "parallel.pipeline", pipeline)
+    for rank, actions in enumerate(program):
+        if not actions:
+            raise ScheduleError(
+                f"rank {rank} (line {rank + 1}) computes nothing: give it a stage, or remove the "
+                f"line and lower parallel.pipeline = {pipeline}"
+            )
+
+
 def _check_shape(program: Program, stages: int, shape: Shape) -> None:
     pipeline, virtual, microbatches = shape
-    _check_equal(len(program), "ranks (lines)", "parallel.pipeline", pipeline)
     _check_equal(stages, "stages", "parallel.pipeline * parallel.virtual", pipeline * virtual)
     actions = [action for row in sequential(program) for action in row]
     if all(action.kind is Kind.FORWARD for action in actions):

@@ -89,7 +89,7 @@ class Timeline:
             cells = [".."] * min(columns, round(self.makespan / unit))
             for action, start, end in spans:
                 first = round((start - begin) / unit)
-                last = max(first + 1, round((end - begin) / unit))
+                last = max(first + 1, min(len(cells), round((end - begin) / unit)))
                 marks = [f"{action.kind}{action.microbatch % 10}"] + ["--"] * (last - first - 1)
                 cells[first:last] = marks[: max(0, len(cells) - first)]
             cut = " ..." if columns < round(self.makespan / unit) else ""

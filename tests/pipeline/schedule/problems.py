@@ -5,7 +5,7 @@ from math import inf
 from hypothesis import strategies as st
 
 from megapipe.pipeline.schedule import Costs
-from megapipe.pipeline.schedule.limit import Limit
+from megapipe.pipeline.schedule.limit import Limit, Memory
 from megapipe.pipeline.schedule.placement import looped, v_shaped
 from megapipe.pipeline.schedule.words import Problem
 
@@ -46,9 +46,9 @@ def problems(draw: st.DrawFn) -> Problem:
     ranks = (v_shaped if draw(st.booleans()) else looped)(pipeline, virtual)
     if draw(st.integers(0, 3)) == 0:
         sizes = [draw(st.floats(1e6, 1e9)) for _ in range(stages)]
-        limit = Limit.in_bytes(inf, sizes)
+        limit = Limit.in_bytes(Memory(inf, "no limit"), sizes)
         most = limit.least(ranks) * draw(st.sampled_from([1.0, 1.3, 2.0, pipeline]))
-        limit = Limit.in_bytes(most, sizes)
+        limit = Limit.in_bytes(Memory(most, "drawn"), sizes)
     else:
         most = draw(st.sampled_from([1.0, 1.5, 2.0, pipeline / 2 + 1, pipeline, pipeline + 1, inf]))
         limit = Limit.in_microbatches(max(1.0, most), pipeline, virtual)

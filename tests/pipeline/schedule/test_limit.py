@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule import Program, build_program, simulate
 from megapipe.pipeline.schedule.fitting import check_limit
-from megapipe.pipeline.schedule.limit import Limit, peak_amounts
+from megapipe.pipeline.schedule.limit import Limit, Memory, peak_amounts
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 def make(name: str, pipeline: int, virtual: int, microbatches: int) -> Program:
@@ -59,10 +59,34 @@ def test_amounts_count_each_stage_at_its_size() -> None:
         (
             "zb-v",
             2,
-            Limit.in_bytes(3.2 * GIB, [GIB / 2] * 8),
+            Limit.in_bytes(Memory(3.2 * GIB, "3.2 GiB"), [GIB / 2] * 8),
             'activations of 4 GiB live on pipeline rank 0, and parallel.activation_limit = "3.2 '
             'GiB". Raise it to at least 4 GiB, or take a parallel.schedule that keeps to it: '
             '"auto", "v-half" (3 GiB), "v-min" (2 GiB).',
+        ),
+        (
+            "1f1b",
+            1,
+            Limit.in_bytes(Memory(7.999 * MIB, "7.999 MiB"), [2.0 * MIB] * 4),
+            'activations of 8 MiB live on pipeline rank 0, and parallel.activation_limit = "7.999 '
+            'MiB". Raise it to at least 8 MiB, or take a parallel.schedule that keeps to it: '
+            '"auto".',
+        ),
+        (
+            "1f1b",
+            1,
+            Limit.in_bytes(Memory(20_004, "20.004 KB"), [30_000.0] * 4),
+            'parallel.activation_limit = "20.004 KB" is below what any schedule needs: the '
+            "activations of one microbatch at all stages of a rank. Raise it to at least 0.03 MiB, "
+            "lower train.micro_batch_size, or recompute more.",
+        ),
+        (
+            "1f1b",
+            1,
+            Limit.in_microbatches(3.9999999, 4, 1),
+            "and parallel.activation_limit = 3.9999999. Raise it to at least 4, or take a "
+            'parallel.schedule that keeps to it: "auto", "v-half" (3, parallel.virtual = 2), '
+            '"v-min" (2, parallel.virtual = 2).',
         ),
         (
             "1f1b",
@@ -77,7 +101,7 @@ def test_too_much_is_refused_with_what_would_do(
     name: str, virtual: int, limit: Limit, message: str
 ) -> None:
     with pytest.raises(ScheduleError, match=re.escape(message) + "$"):
-        check_limit(name, make(name, 4, virtual, 8), limit, virtual=virtual)
+        check_limit(name, make(name, 4, virtual, 8), limit, virtual=virtual, most_virtual=2)
 
 
 @pytest.mark.parametrize(

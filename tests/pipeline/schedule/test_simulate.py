@@ -131,6 +131,14 @@ def test_picture() -> None:
     )
 
 
+def test_a_picture_takes_no_more_than_it_shows() -> None:
+    """A backward of 10^20 cells fills the columns that are left, and no list is longer."""
+    costs = Costs(forward=1e-20, backward_input=1.0, backward_weight=1.0)
+    assert simulate(make("1f1b", 2, 1, 2), costs).text(columns=6) == (
+        "rank 0  F0F1........ ...\nrank 1  ..F0B0------ ...\n"
+    )
+
+
 def test_picture_of_a_recorded_timeline() -> None:
     """Times of no common unit: cells are those of the shortest action."""
     first, second = parse("0F0 0B0", "1F0 1B0")

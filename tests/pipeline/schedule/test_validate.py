@@ -2,6 +2,9 @@
 
 import random
 import re
+import sys
+from collections.abc import Callable
+from types import FrameType
 
 import pytest
 from hypothesis import assume, example, given
@@ -234,9 +237,56 @@ def test_validation_changes_nothing(program: Program) -> None:
     assert lowered == copy
 
 
-def test_time_grows_with_the_number_of_actions() -> None:
-    """32 x 256 is 49,000 actions: a scan over all of them for each would take minutes."""
-    validate(lower(make("1f1b", 32, 1, 256)))
+# --- Speed ---------------------------------------------------------------------------------------
+
+
+class Counted(int):
+    """A microbatch that is compared by a line of Python, so that searches in C count as well."""
+
+    def __eq__(self, other: object) -> bool:
+        return int.__eq__(self, other)
+
+    __hash__ = int.__hash__
+
+
+def lines_run(work: Callable[[], object]) -> int:
+    """How many lines of Python it takes, counted again in every turn of a loop."""
+    lines = 0
+
+    def trace(frame: FrameType, event: str, argument: object) -> object:
+        nonlocal lines
+        lines += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def lines_per_action(pipeline: int, microbatches: int) -> tuple[float, float]:
+    """Of `lower` and of `validate`."""
+    program = [
+        [action._replace(microbatch=Counted(action.microbatch)) for action in actions]
+        for actions in make("1f1b", pipeline, 1, microbatches)
+    ]
+    lowered = lower(program)
+    count = sum(map(len, lowered))
+    return lines_run(lambda: lower(program)) / count, lines_run(lambda: validate(lowered)) / count
+
+
+@pytest.mark.parametrize(("pipeline", "microbatches"), [(16, 128), (64, 32)])
+def test_work_per_action_stays_the_same_in_larger_programs(
+    pipeline: int, microbatches: int
+) -> None:
+    """Four times the microbatches, or the stages: a search through all actions for each of them
+    would be four times the work per action."""
+    few, many = lines_per_action(16, 32), lines_per_action(pipeline, microbatches)
+    for before, after in zip(few, many, strict=True):
+        assert after <= 1.05 * before
 
 
 # --- Cycles and memory ---------------------------------------------------------------------------

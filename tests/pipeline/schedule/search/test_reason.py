@@ -1,7 +1,7 @@
 """What a person reads about a choice."""
 
 from megapipe.pipeline.schedule import Costs
-from megapipe.pipeline.schedule.limit import Limit
+from megapipe.pipeline.schedule.limit import Limit, Memory
 from megapipe.pipeline.schedule.search import search
 from megapipe.pipeline.schedule.search.reason import forwards, report, seconds, summary
 
@@ -49,7 +49,7 @@ def test_units() -> None:
     )
     sizes = [2**30, 2**29, 2**29, 2**30]
     text = report(
-        search(2, 2, 4, Costs(1, 1, 1), Limit.in_bytes(2**32, sizes)),
+        search(2, 2, 4, Costs(1, 1, 1), Limit.in_bytes(Memory(2**32, "4 GiB"), sizes)),
         forwards,
         "guessed",
         "4 GiB",

@@ -10,7 +10,7 @@ from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule import Costs, Kind, lower, simulate, to_csv, validate
 from megapipe.pipeline.schedule.action import stage_ranks
 from megapipe.pipeline.schedule.build import SCHEDULES, build_program
-from megapipe.pipeline.schedule.limit import Limit, peak_amounts
+from megapipe.pipeline.schedule.limit import Limit, Memory, peak_amounts
 from megapipe.pipeline.schedule.search import Found, search
 from megapipe.pipeline.schedule.words import Problem
 from tests.pipeline.schedule.problems import problems
@@ -124,7 +124,7 @@ def test_a_limit_below_one_microbatch_is_refused_with_the_least_possible() -> No
     with pytest.raises(ScheduleError, match=r"= 0.5 is below what any schedule .* at least 1\."):
         in_microbatches(4, 2, 8, 0.5)
     with pytest.raises(ScheduleError, match=r'"2 GiB" is below .* at least 3.5 GiB, lower train'):
-        search(2, 1, 4, Costs(), Limit.in_bytes(2 * 2**30, [2**30, 3.5 * 2**30]))
+        search(2, 1, 4, Costs(), Limit.in_bytes(Memory(2**31, "2 GiB"), [2**30, 3.5 * 2**30]))
 
 
 @pytest.mark.parametrize("most", [16, 8])
