@@ -93,7 +93,7 @@ def test_the_auto_example_and_its_costs_are_of_as_many_stages(tmp_path: Path) ->
     words = [f"--parallel.{key}={value}" for key, value in keys.items()]
     parallel = load_config(write(tmp_path), words, PRESETS).parallel
     assert parallel.schedule == "auto"
-    assert read_costs(file, parallel.pipeline * parallel.virtual).latency > 0
+    assert read_costs(file, parallel.pipeline * parallel.virtual, 25_000_000).latency > 1e-3
 
 
 def test_the_table_of_the_layouts_page_has_every_schedule() -> None:

@@ -226,11 +226,13 @@ def _report(plans: Sequence[Plan], notes: Sequence[str], columns: int) -> str:
         console.print(_ranks(plans[0]))
         print_text(_critical_path(plans[0]))
     console.print(_comparison(plans))
+    one = len(plans) == 1
     print_text(
-        "Bubble: idle time over busy time. Live: microbatches whose activations a rank holds, and "
+        ("F2: forward of microbatch 2, 12, ... B: backward. I, W: its two parts. " if one else "")
+        + "Bubble: idle time over busy time. Live: microbatches whose activations a rank holds, and "
         "an estimate of their memory; W late: microbatches whose weight gradients are put off; "
         "both at their peak. Sent: tensors in a step. Bytes are those of one tensor rank."
-        + (" Each is of the rank that has most." if len(plans) > 1 else "")
+        + ("" if one else " Each is of the rank that has most.")
     )
     if len(plans) > 1:
         notes = [*("\n".join(p.found).replace("Program", p.name, 1) for p in plans), *notes]

@@ -193,7 +193,8 @@ def test_a_file_that_is_no_program_of_the_config(
 
 def test_a_file_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(folder)
-    assert "program.csv: it can't be read as a program" in refused(capsys, *FROM_FILE)
+    said = "program.csv: it can't be read as a program: No such file or directory"
+    assert refused(capsys, *FROM_FILE) == said
     (folder / "program.csv").write_bytes(b"\xff\xfe0F0")
     assert "program.csv: it can't be read as a program" in refused(capsys, *FROM_FILE)
 

@@ -76,7 +76,8 @@ def _parse(file: Path, content: bytes | None) -> Program:
             content = file.read_bytes()
         text = content.decode("utf-8-sig")  # spreadsheets write a mark at the beginning
     except (OSError, UnicodeDecodeError) as error:
-        raise ScheduleError(f"it can't be read as a program: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ScheduleError(f"it can't be read as a program: {reason}") from error
     return compute_only(from_csv(text))
 
 
