@@ -29,6 +29,14 @@ from megapipe.tools.dry_run import layout_lines
 
 Line = TypeVar("Line")
 
+ACTIONS_LEGEND = "F2: forward of microbatch 2, 12, ... B: backward. I, W: its two parts. "
+TABLE_LEGEND = (
+    "Bubble: idle time over busy time. Live: microbatches whose activations a rank holds, and an "
+    "estimate of their memory; W late: microbatches whose weight gradients are put off; both at "
+    "their peak. Sent: tensors in a step. Bytes are those of one tensor rank."
+)
+MOST_LEGEND = " Each is of the rank that has most."
+
 ROUNDED_TO_0 = 0.005
 """A share that is not worth a word."""
 
@@ -226,14 +234,7 @@ def _report(plans: Sequence[Plan], notes: Sequence[str], columns: int) -> str:
         console.print(_ranks(plans[0]))
         print_text(_critical_path(plans[0]))
     console.print(_comparison(plans))
-    one = len(plans) == 1
-    print_text(
-        ("F2: forward of microbatch 2, 12, ... B: backward. I, W: its two parts. " if one else "")
-        + "Bubble: idle time over busy time. Live: microbatches whose activations a rank holds, and "
-        "an estimate of their memory; W late: microbatches whose weight gradients are put off; "
-        "both at their peak. Sent: tensors in a step. Bytes are those of one tensor rank."
-        + ("" if one else " Each is of the rank that has most.")
-    )
+    print_text(ACTIONS_LEGEND + TABLE_LEGEND if len(plans) == 1 else TABLE_LEGEND + MOST_LEGEND)
     if len(plans) > 1:
         notes = [*("\n".join(p.found).replace("Program", p.name, 1) for p in plans), *notes]
     for note in filter(None, notes):
