@@ -91,7 +91,7 @@ def without_auto(
         return with_program(config), [f"Program: that of {stored}"]
     except UnfitProgramError as error:
         if stored.exists():
-            lines = [f"Not the program of {stored}, which does not fit here: {error}."]
+            lines = [f"Not the program of {stored}, which does not fit here: {error}"]
     times = times or estimated_times(config, parallel.stage_costs)
     found = estimated_search(config, times.costs)
     file = folder / PROGRAM_FILE
