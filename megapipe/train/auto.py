@@ -83,7 +83,9 @@ def settle_program(
         try:
             settled = with_program(config, content)
         except UnfitProgramError as error:
-            say(f"{REPLACED_FILE} becomes the program of an earlier start, which won't do: {error}")
+            say(
+                f"The program of an earlier start is kept as {REPLACED_FILE}, and won't do: {error}"
+            )
         else:
             say(
                 f"Program: that of {file}, from an earlier start of this run; without the file one "

@@ -87,7 +87,7 @@ def test_first_start_and_resume_and_another_layout(tmp_path: Path) -> None:
 
     said, other = on_ranks(config_in(tmp_path, "--parallel.pipeline=2", "--parallel.virtual=2"))
     assert said[0].startswith(
-        "schedule-replaced.csv becomes the program of an earlier start, which"
+        "The program of an earlier start is kept as schedule-replaced.csv, and"
     )
     assert (
         "schedule.csv: the program has 2 stages, and parallel.pipeline * parallel.virtual = 4"
