@@ -152,4 +152,6 @@ def split_world(name: str, groups: Sequence[Sequence[int]]) -> Axis:
             group = dist.new_group(list(ranks), timeout=COLLECTIVE_TIMEOUT)
         if dist.get_rank() in ranks:
             own = Axis(name, tuple(ranks), list(ranks).index(dist.get_rank()), group)
+    if dist.get_backend() == dist.Backend.GLOO:
+        dist.barrier()  # a rank that has connected and leaves would fail those that still connect
     return own

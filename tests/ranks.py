@@ -79,6 +79,7 @@ def _serve(connection: Connection) -> NoReturn:
                 world_size=size,
                 timeout=timedelta(seconds=seconds),
             )
+            dist.barrier()  # a rank that needs nobody may leave while others still connect to it
             answer = ("returned", function(*args))
             ForkingPickler.dumps(answer)
         except BaseException as error:

@@ -1,6 +1,8 @@
 """The mesh: who stands where, and groups that join the ranks they say."""
 
+import time
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -81,3 +83,27 @@ def test_splitting_the_world_leaves_others_alone() -> None:
     found = run_ranks(_own_group, 4, [[0, 3], [1]])
     assert [axis.ranks for axis in found] == [(0, 3), (1,), (2,), (0, 3)]
     assert [axis.rank for axis in found] == [0, 0, 0, 1]
+
+
+def when_a_rank_is_late() -> tuple[float, float]:
+    """When this rank had made its group, rank 0 late, and when it went on."""
+    made = []
+
+    def make_group(*arguments: Any, **more: Any) -> Any:
+        group = new_group(*arguments, **more)
+        if dist.get_rank() == 0:
+            time.sleep(0.3)
+        made.append(time.monotonic())
+        return group
+
+    new_group = dist.new_group
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "new_group", make_group)
+        split_world("pair", [[0, 1]])
+    return made[-1], time.monotonic()
+
+
+def test_nobody_leaves_while_others_connect() -> None:
+    """Gloo fails those to whom a rank has connected that is gone before they have noticed."""
+    reports = run_ranks(when_a_rank_is_late, 2)
+    assert min(end for _, end in reports) > max(made for made, _ in reports)
