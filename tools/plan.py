@@ -13,8 +13,8 @@ _DESCRIPTION = """\
 Draw the pipeline's schedule and say what it costs: bubble, activation memory, transfers.
 
 Nothing is run, and no GPU is needed. Stages cost what their arithmetic costs, embedding and output
-layer counted, and transfers take no time; --costs sets equal stages instead, and so does the file
-of parallel.stage_costs with its own. Schedule auto is the program of the run directory where that
+layer counted, and transfers take no time; --costs sets equal stages instead, a file of
+parallel.stage_costs its own times. Schedule auto is the program of the run directory where that
 fits, or else searched for with these costs."""
 
 

@@ -42,8 +42,10 @@ def with_program(config: Config, content: bytes | None = None) -> Config:
     except UnfitProgramError:
         raise
     except ScheduleError as error:
-        advice = ". Delete the file to search anew." if auto else ""
-        raise ScheduleError(f"{str(error).removesuffix('.')}{advice}") from error
+        if not auto:
+            raise
+        text = str(error).removesuffix(".")
+        raise ScheduleError(f"{text}. Delete the file to search anew.") from error
     try:
         _check_microbatch_limit(config, stored.program)
     except ScheduleError as error:
