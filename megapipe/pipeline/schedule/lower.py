@@ -31,11 +31,11 @@ def lower(program: Program) -> Program:
     - In the timeline, no SEND has to wait for its RECEIVE, and a tensor that is not needed at once
       travels while its receiver computes.
 
-    The timeline is that of equal stages. Where a rank is slower than its neighbour, against that,
-    it may post a RECEIVE late: after the action that it would otherwise have overlapped. That costs
-    the rank at most what the transfer takes, and posting earlier could hang (`validate` says why).
-    Tensors take a moment in the timeline, which tells apart the actions that would otherwise end
-    at the same time: after each tensor that it waited for, a rank is that much later.
+    The timeline is that of equal stages. A rank that is slower than its neighbours may post a
+    RECEIVE late: behind an action during which the tensor could have travelled. That costs the rank
+    what the transfer takes, at most; to post earlier could hang (`validate` says why). Tensors take
+    a moment in the timeline, so that actions which would otherwise end at the same time have an
+    order: a rank that waited for more tensors is later.
 
     Raises ScheduleError for a program that can't finish even with unlimited buffers.
     """

@@ -5,7 +5,8 @@ channel (`megapipe.pipeline.p2p`), as torch's ProcessGroupNCCL does:
 
 - A stream carries out what it has been given in order.
 - A SEND and a RECEIVE first wait for all compute that was enqueued before them. Then they hold up
-  their stream until the other end is there, too.
+  their stream until the other end is there, too. (NCCL may buffer small tensors, whose SENDs then
+  wait for less.)
 - Compute waits for the arrivals that it uses.
 - Before the third SEND under way on a channel, compute waits for the first (`BackendChannel`). If
   the host waited instead, as with other backends, the same would hang: whatever it enqueues
@@ -20,6 +21,7 @@ back to the device.
 goes over more programs than the tests do.
 """
 
+import sys
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -279,8 +281,16 @@ def received_for(action: Action) -> Action:
     return Action(action.stage, kind, action.microbatch)
 
 
-if __name__ == "__main__":
+def main() -> str | None:
+    """What hangs; None if nothing does."""
+    hanging = []
     for shape in shapes((2, 3, 4, 6, 8)):
         program = lower(compute(shape))
         hangs = lone_hangs(program) or not finishes(program, everywhere(program))
         print(*shape, "HANGS" if hangs else "never hangs", flush=True)
+        hanging += [str(shape)] if hangs else []
+    return "\n".join(hanging) or None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
