@@ -29,6 +29,7 @@ FORMATS = {
 }
 TABLES = ("parquet", "arrow")
 COMPRESSED = (".gz", ".zst")
+MAGIC = re.compile(r"[*?[]")
 
 
 class FoundFile(NamedTuple):
@@ -149,8 +150,14 @@ def _printable(character: str) -> str:
 def _match(pattern: str, named: str) -> Iterator[str]:
     """Names that match as in `glob`: * ? [] within a name, ** any directories; hidden ones only
     where the pattern has the dot."""
-    base = "/" if pattern.startswith("/") else ""
-    return _expand(base, [part for part in pattern.split("/") if part], named)
+    parts: list[str] = []
+    for part in filter(None, pattern.split("/")):
+        plain = not MAGIC.search(part)
+        if plain and parts and not MAGIC.search(parts[-1]):
+            parts[-1] += f"/{part}"
+        elif not (part == "**" and parts[-1:] == ["**"]):
+            parts.append(part)
+    return _expand("/" if pattern.startswith("/") else "", parts, named)
 
 
 def _expand(base: str, parts: list[str], named: str) -> Iterator[str]:
@@ -159,7 +166,7 @@ def _expand(base: str, parts: list[str], named: str) -> Iterator[str]:
         for directory in _directories(base, named, hidden=False):
             yield from _expand(directory, rest or ["*"], named)
         return
-    if not re.search(r"[*?[]", part):
+    if not MAGIC.search(part):
         found = [os.path.join(base, part)]
     else:
         matches = re.compile(fnmatch.translate(part)).match
