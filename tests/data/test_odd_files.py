@@ -141,7 +141,7 @@ def test_training_a_tokenizer(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     made(odd, tmp_path)
-    words = ["tokenizer", "train", f"data/{odd.path}", "--vocab-size", "280", "--out", "t.model"]
+    words = ["tokenizer", "train", f"data/{odd.path}", "--vocab-size", "290", "--out", "t.model"]
     status = main(words)
     check_command(status, odd, capsys)
     assert Path("t.model").exists() != bool(odd.error)
