@@ -121,7 +121,7 @@ ODD_FILES = [
     ),
     OddFile(
         "latin-1",
-        holds("a.txt", PLAIN + b"caf\xe9\n"),
+        all_of(holds("a.txt", PLAIN), holds("b.txt", b"caf\xe9\n")),
         source=LINES,
         documents=TEXTS,
         bad=("not UTF-8",),
