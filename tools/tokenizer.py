@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from megapipe.config import SourceConfig
+from megapipe.data.files import COMPRESSED, Found, files_below, find_files, shown
 from megapipe.data.rows import BadRowError
-from megapipe.data.sources import COMPRESSED, Source, file_format, open_source
+from megapipe.data.sources import Source, open_found
 from megapipe.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -134,7 +135,7 @@ class Corpus:
                     except BadRowError as error:
                         self.skipped.append(f"{file.name}, row {number + 1}: {error}")
                         continue
-                    if text is not None:
+                    if text:
                         yield text
 
 
@@ -168,24 +169,23 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _open_all(patterns: Sequence[str], text_field: str) -> list[Source]:
+    """One source for each of FILES."""
     sources = []
     for pattern in patterns:
-        found = _files_under(Path(pattern)) if Path(pattern).is_dir() else [pattern]
-        sources += [
-            open_source(SourceConfig(path=path, text_field=text_field), "FILES", streams=1)
-            for path in found
-        ]
+        folder = os.path.isdir(pattern)
+        found = _files_under(Path(pattern)) if folder else find_files(pattern, "FILES")
+        config = SourceConfig(path=shown(pattern), text_field=text_field)
+        sources.append(open_found(found, config, "FILES", streams=1))
     return sources
 
 
-def _files_under(directory: Path) -> list[str]:
+def _files_under(directory: Path) -> Found:
     """Text files of a directory and all below it; what does not look like text is left out."""
-    paths = (path for path in directory.rglob("*") if path.is_file() and file_format(path))
-    found = sorted(str(path) for path in paths)
-    if not found:
+    found = files_below(directory, "FILES")
+    if not found.files:
         raise DataError(
-            f"FILES: there is no text in the directory {directory} (txt, md, py, jsonl, parquet, "
-            f"arrow; also {', '.join(COMPRESSED)}); name its files by a glob."
+            f"FILES: there is no text in the directory {shown(directory)} (txt, md, py, jsonl, "
+            f"parquet, arrow; also {', '.join(COMPRESSED)}); name its files by a glob."
         )
     return found
 

@@ -69,6 +69,6 @@ class DataConfig(Section):
     prefetch: PositiveInt = Field(default=4, description="Batches made ready ahead of the step.")
     max_bad_rows: NonNegativeInt = Field(
         default=1000,
-        description="Rows that are malformed, empty or not UTF-8 are skipped, counted and "
-        "reported; more of them than this stop the run.",
+        description="Rows that are malformed, of the wrong type or not UTF-8, and the rest of a "
+        "damaged file, are skipped, counted and reported; more of them than this stop the run.",
     )

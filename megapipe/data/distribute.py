@@ -21,6 +21,9 @@ from megapipe.exchange import all_gather_json
 from megapipe.mesh import Axis, Mesh
 from megapipe.microbatch import MicroBatch
 
+COUNTS = ("skipped_rows", "skipped_bytes", "unreadable_bytes", "empty_rows")
+"""What `ReplicaFeed.counts` begins with: fields of a step's metrics."""
+
 HEADER = 2
 OK, USER_ERROR, PROGRAM_ERROR = 0, 1, 2
 
@@ -101,12 +104,18 @@ class ReplicaFeed:
         return self._feed.wait_seconds if self._feed else 0.0
 
     def counts(self) -> list[int]:
-        """To be summed over all ranks: bad rows met so far, then each data rank's epoch in a place
-        of its own."""
-        counts = [0] * (1 + self._mesh.data.size)
+        """To be summed over all ranks: COUNTS, then each data rank's epoch, in a place of its
+        own."""
+        counts = [0] * (len(COUNTS) + self._mesh.data.size)
         if self._feed:
-            counts[0] = self._feed.skipped.total()
-            counts[1 + self._mesh.data.rank] = self._feed.epoch
+            account = self._feed.account
+            counts[: len(COUNTS)] = [
+                account.skipped.total(),
+                account.skipped_bytes,
+                account.unreadable_bytes,
+                account.empty_rows,
+            ]
+            counts[len(COUNTS) + self._mesh.data.rank] = self._feed.epoch
         return counts
 
     def close(self) -> None:

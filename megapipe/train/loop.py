@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass
 
 from megapipe.config import Config
-from megapipe.data.distribute import ReplicaFeed
+from megapipe.data.distribute import COUNTS, ReplicaFeed
 from megapipe.data.rows import check_bad_rows
 from megapipe.errors import CheckpointError
 from megapipe.train.checkpoints import Checkpoints, Progress
@@ -116,8 +116,8 @@ def _metrics(
         mfu=speed * run.flops_per_token / (peak * mesh.world_size) if peak else None,
         data_wait_seconds=waited,
         memory_bytes=peak_memory_bytes(mesh.device),
-        epoch=max(result.counts[1:]),
-        skipped_rows=result.counts[0],
+        epoch=max(result.counts[len(COUNTS) :]),
+        **dict(zip(COUNTS, result.counts, strict=False)),
         validation_loss=validation,
         bubble=result.bubble,
         bubble_planned=result.bubble_planned,

@@ -30,7 +30,7 @@ class Feed:
         return self.given
 
     def counts(self) -> list[int]:
-        return [3, 1, 0]  # bad rows, epochs of two data ranks
+        return [3, 40, 50, 6, 1, 0]  # COUNTS, epochs of two data ranks
 
     def restart(self) -> None:
         self.given = 0
@@ -128,7 +128,9 @@ def test_tells_each_step(tmp_path: Path) -> None:
     assert row.learning_rate == run.engine.rates[1]
     assert row.tokens_per_second == pytest.approx(100 / row.step_seconds)
     assert 0 <= row.data_wait_seconds <= row.step_seconds
-    assert (row.epoch, row.skipped_rows, row.mfu, row.validation_loss) == (1, 3, None, None)
+    assert (row.epoch, row.mfu, row.validation_loss) == (1, None, None)
+    assert (row.skipped_rows, row.skipped_bytes, row.unreadable_bytes) == (3, 40, 50)
+    assert row.empty_rows == 6
     assert row.memory_bytes > 2**20
 
 
