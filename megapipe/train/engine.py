@@ -29,6 +29,7 @@ from megapipe.precision import MAIN_DTYPE, MODEL_DTYPE
 from megapipe.tensor_parallel.collectives import all_reduce_
 from megapipe.train.bubble import BubbleMeter
 from megapipe.train.optimizer import Optimizer
+from megapipe.transfer import to_device
 
 BuildStages = Callable[[Config, Mesh], Mapping[int, nn.Module]]
 """Makes this rank's stages, by stage number; the engine knows nothing else of the model."""
@@ -181,7 +182,8 @@ class Engine:
         Each quantity is given by one rank for each thing it counts: losses by tensor rank 0 of the
         last stage, norms by the first replica (all replicas have the same gradients by then).
         """
-        totals = torch.tensor([0.0] * 3 + [*more], dtype=torch.float64, device=self.mesh.device)
+        given = torch.tensor([0.0] * 3 + [*more], dtype=torch.float64)
+        totals = to_device(given, self.mesh.device)
         if self.holds_loss and self.mesh.tensor.is_first:
             totals[0] = torch.stack(list(losses)).double().sum()
             for batch in batches:
@@ -189,6 +191,7 @@ class Engine:
                 totals[1] += (batch.targets_BS != IGNORED_TARGET).sum()
         if squared_norm is not None and self.mesh.data.is_first:
             totals[2] = squared_norm
+        # The one place in a step where the host waits for the device.
         sums: list[float] = all_reduce_(totals, self.mesh.world).tolist()
         self._bubble.synchronized()
         return sums
