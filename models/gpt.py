@@ -266,6 +266,7 @@ class Head(nn.Module):
             self.weight,
             targets_SB,
             sequence_parallel=place.sequence_parallel,
+            weight_grad_backend=place.store.backend,
             **settings,
         )
 

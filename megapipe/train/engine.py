@@ -11,7 +11,7 @@ from megapipe.config import Config
 from megapipe.data_parallel.buffer import build_buffers
 from megapipe.data_parallel.reduce import local_squared_norm, reduce_gradients
 from megapipe.errors import MegapipeError
-from megapipe.kernel_choice import choose_kernels
+from megapipe.kernel_choice import wanted_kernels
 from megapipe.mesh import Mesh
 from megapipe.microbatch import IGNORED_TARGET, MicroBatch
 from megapipe.pipeline.executor import PipelineExecutor
@@ -77,7 +77,7 @@ class Engine:
             main_dtype=MAIN_DTYPE[config.train.precision],
             data_size=mesh.data.size,
         )
-        self.backend = choose_kernels(config, mesh.device).kernels
+        self.backend = wanted_kernels(config, on_gpu=mesh.device.type == "cuda").kernels
         self.optimizer = Optimizer(self.buffers, config.optimizer, self.backend)
         self._channels = channels or make_channels(mesh)
         placement = stage_placement(config)
