@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from megapipe.models.presets import PRESETS
+from megapipe.precision import keep_sums_wide
 from megapipe.tools.arguments import Parser, UsageError
 from megapipe.tools.bench import kernels_elementwise, kernels_optimizer, kernels_products
 from megapipe.tools.bench.kernels_cases import (
@@ -113,6 +114,7 @@ def run(argv: Sequence[str]) -> int:
 
 def _on_gpu(options: Any, cases: Sequence[Case], shapes: Sequence[Shape]) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
+    keep_sums_wide()
     timer = DeviceTimer(device, options.runs)
     best = measure_best(timer, device)
     name = torch.cuda.get_device_name(device)
