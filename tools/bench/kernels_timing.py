@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from time import perf_counter
 
 import torch
 
@@ -56,6 +57,22 @@ class DeviceTimer:
                 )
         torch.cuda.synchronize(self.device)
         return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+
+class HostTimer:
+    """By the host's clock, of work that the CPU does itself."""
+
+    def __init__(self, runs: int) -> None:
+        self.runs = runs
+
+    def __call__(self, work: Callable[[], object]) -> list[float]:
+        work()
+        seconds = []
+        for _ in range(self.runs):
+            began = perf_counter()
+            work()
+            seconds.append(perf_counter() - began)
+        return seconds
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
