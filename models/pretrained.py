@@ -32,7 +32,7 @@ class PretrainedGPT(nn.Module):
             device=device,
             seed=0,
             store=WeightGradStore(),
-            kernels=KernelChoice("torch", "torch"),
+            kernels=KernelChoice("torch", "torch", "torch"),
         )
         self.config = model
         self.stage = GPTStage(

@@ -25,6 +25,7 @@ FLOORS = {
     "megapipe.mesh": 4,
     "megapipe.microbatch": 4,
     "megapipe.precision": 4,
+    "megapipe.transfer": 4,
     "megapipe.tensor_parallel": 5,
     "megapipe.pipeline": 6,
     "megapipe.data_parallel": 6,

@@ -32,6 +32,7 @@ from megapipe.models.parameters import parameter_count
 from megapipe.pipeline.p2p import make_channels
 from megapipe.pipeline.picture import require_matplotlib
 from megapipe.pipeline.program import stage_placement
+from megapipe.precision import keep_sums_wide
 from megapipe.tools.cli import render
 from megapipe.tools.dry_run import layout_lines
 from megapipe.tools.launcher import launch_local
@@ -124,6 +125,7 @@ def choose_device(wanted: str, rendezvous: Rendezvous) -> torch.device:
             ]
         )
     torch.cuda.set_device(index)
+    keep_sums_wide()
     return torch.device("cuda", index)
 
 

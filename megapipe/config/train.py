@@ -38,9 +38,16 @@ class TrainConfig(Section):
     )
     kernels: Literal["auto", "triton", "torch"] = Field(
         default="auto",
-        description="What computes norms, activations, rotary positions, dropout, the loss, weight "
-        "gradients and the optimizer: fused Triton kernels, or torch operations. auto takes triton "
+        description="What computes norms, activations, rotary positions, dropout, the loss and the "
+        "optimizer: fused Triton kernels, or torch operations. auto takes triton "
         "on a GPU and torch on a CPU or for fp64.",
+    )
+    weight_gradients: Literal["auto", "matmul", "triton"] = Field(
+        default="auto",
+        description="What computes the weight gradients of linear layers and adds them to the "
+        "float32 main gradients: torch.addmm with out_dtype (cuBLAS), or a Triton kernel. auto "
+        "takes matmul on a GPU where a test at the start finds that it adds without rounding, else "
+        "what train.kernels says.",
     )
     attention: Literal["auto", "sdpa", "triton"] = Field(
         default="auto",

@@ -20,6 +20,7 @@ from megapipe.errors import DataError, MegapipeError
 from megapipe.exchange import all_gather_json
 from megapipe.mesh import Axis, Mesh
 from megapipe.microbatch import MicroBatch
+from megapipe.transfer import to_device
 
 COUNTS = ("skipped_rows", "skipped_bytes", "unreadable_bytes", "empty_rows")
 """What `ReplicaFeed.counts` begins with: fields of a step's metrics."""
@@ -63,7 +64,7 @@ class ReplicaFeed:
     def next(self) -> list[MicroBatch]:
         """The microbatches of the next step, in order."""
         if self._step < len(self._given):
-            wire = self._given[self._step].to(self._mesh.device)
+            wire = to_device(self._given[self._step], self._mesh.device)
         else:
             wire = self._receive()
             if self._validation:
@@ -204,7 +205,7 @@ def _share(mesh: Mesh, work: Callable[[], T], wire: Tensor) -> tuple[T | None, T
             wire.zero_()
             wire[0] = USER_ERROR if isinstance(caught, MegapipeError) else PROGRAM_ERROR
             wire[1] = len(_message(caught))
-    wire = wire.to(mesh.device)
+    wire = to_device(wire, mesh.device)
     if replica.size > 1:
         dist.broadcast(wire, src=replica.ranks[0], group=replica.group)
     if error is None and (replica.is_first or int(wire[0]) == OK):

@@ -11,7 +11,7 @@ from megapipe.config import Config
 from megapipe.data_parallel.buffer import build_buffers
 from megapipe.data_parallel.reduce import local_squared_norm, reduce_gradients
 from megapipe.errors import MegapipeError
-from megapipe.kernel_choice import choose_kernels
+from megapipe.kernel_choice import wanted_kernels
 from megapipe.mesh import Mesh
 from megapipe.microbatch import IGNORED_TARGET, MicroBatch
 from megapipe.pipeline.executor import PipelineExecutor
@@ -29,6 +29,7 @@ from megapipe.precision import MAIN_DTYPE, MODEL_DTYPE
 from megapipe.tensor_parallel.collectives import all_reduce_
 from megapipe.train.bubble import BubbleMeter
 from megapipe.train.optimizer import Optimizer
+from megapipe.transfer import to_device
 
 BuildStages = Callable[[Config, Mesh], Mapping[int, nn.Module]]
 """Makes this rank's stages, by stage number; the engine knows nothing else of the model."""
@@ -76,7 +77,7 @@ class Engine:
             main_dtype=MAIN_DTYPE[config.train.precision],
             data_size=mesh.data.size,
         )
-        self.backend = choose_kernels(config, mesh.device).kernels
+        self.backend = wanted_kernels(config, on_gpu=mesh.device.type == "cuda").kernels
         self.optimizer = Optimizer(self.buffers, config.optimizer, self.backend)
         self._channels = channels or make_channels(mesh)
         placement = stage_placement(config)
@@ -181,7 +182,8 @@ class Engine:
         Each quantity is given by one rank for each thing it counts: losses by tensor rank 0 of the
         last stage, norms by the first replica (all replicas have the same gradients by then).
         """
-        totals = torch.tensor([0.0] * 3 + [*more], dtype=torch.float64, device=self.mesh.device)
+        given = torch.tensor([0.0] * 3 + [*more], dtype=torch.float64)
+        totals = to_device(given, self.mesh.device)
         if self.holds_loss and self.mesh.tensor.is_first:
             totals[0] = torch.stack(list(losses)).double().sum()
             for batch in batches:
@@ -189,6 +191,7 @@ class Engine:
                 totals[1] += (batch.targets_BS != IGNORED_TARGET).sum()
         if squared_norm is not None and self.mesh.data.is_first:
             totals[2] = squared_norm
+        # The one place in a step where the host waits for the device.
         sums: list[float] = all_reduce_(totals, self.mesh.world).tolist()
         self._bubble.synchronized()
         return sums

@@ -69,9 +69,10 @@ SERIES: dict[str, tuple[str, float]] = {
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this rank has held: tensors on its GPU, or on a CPU its resident set."""
+    """Most memory this rank has held: what torch reserved on its GPU, tensors and the gaps between
+    them, or on a CPU its resident set. NCCL's buffers and the driver's own come on top."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

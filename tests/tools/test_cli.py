@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,21 @@ def test_version_and_module_entry() -> None:
         [sys.executable, "-m", "megapipe", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"megapipe {__version__}\n"
+
+
+@pytest.mark.parametrize("set_by_user", [None, *cli.ALLOCATOR_VARIABLES])
+def test_the_allocator_grows_its_blocks_unless_the_user_has_set_it(
+    set_by_user: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in cli.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if set_by_user:
+        monkeypatch.setenv(set_by_user, "max_split_size_mb:512")
+    before = {name: os.environ.get(name) for name in cli.ALLOCATOR_VARIABLES}
+    assert cli.main(["--version"]) == 0
+    after = {name: os.environ.get(name) for name in cli.ALLOCATOR_VARIABLES}
+    changed = {} if set_by_user else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert after == before | changed
 
 
 def test_unknown_command_names_a_near_one(capsys: pytest.CaptureFixture[str]) -> None:

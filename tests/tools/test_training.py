@@ -319,13 +319,20 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     return pretend
 
 
-def test_a_rank_takes_its_gpu_or_the_cpu(gpus: Callable[[int], list[int]]) -> None:
+NARROW_SUMS = "allow_bf16_reduced_precision_reduction"
+
+
+def test_a_rank_takes_its_gpu_or_the_cpu(
+    gpus: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     second = Rendezvous(5, 8, local_rank=1, local_size=4)
     chosen = gpus(0)
     assert choose_device("auto", second) == torch.device("cpu")
     gpus(4)
     assert choose_device("cpu", second) == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.cuda.matmul, NARROW_SUMS, True)
     assert choose_device("auto", second) == torch.device("cuda", 1)
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     gpus(1)
     bound = Rendezvous(5, 8, local_rank=1, local_size=4, own_gpu=True)
     assert choose_device("cuda", bound) == torch.device("cuda", 0)
