@@ -4,13 +4,14 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
+from megapipe.config.paths import PathText
 from megapipe.config.section import Section
 
 
 class TrainConfig(Section):
     """The training run."""
 
-    run_dir: str = Field(
+    run_dir: PathText = Field(
         min_length=1,
         description="Where config, metrics and checkpoints of the run are written; made if it "
         "does not exist. A relative path starts at the current directory.",
