@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from megapipe.errors import ConfigError, MegapipeError
+from megapipe.errors import ConfigError, MegapipeError, explained
 from megapipe.tools.rendezvous import Rendezvous
 
 RankMain = Callable[[Rendezvous], int]
@@ -255,11 +255,12 @@ def _prepare(rendezvous: Rendezvous, parent: int) -> None:
 def _report(error: BaseException) -> dict[str, Any]:
     if isinstance(error, ConfigError):
         return {"kind": "config", "problems": error.problems}
-    if isinstance(error, MegapipeError):
-        return {"kind": "user", "text": error.told[:REPORT_CHARACTERS]}
+    lost = not isinstance(error, MegapipeError) and _lost_connection(error)
+    told = explained(error) if isinstance(error, Exception) and not lost else None
+    if told is not None:
+        return {"kind": "user", "text": told.told[:REPORT_CHARACTERS]}
     text = "".join(traceback.format_exception(error))
-    kind = "connection" if _lost_connection(error) else "program"
-    return {"kind": kind, "text": text[-REPORT_CHARACTERS:]}
+    return {"kind": "connection" if lost else "program", "text": text[-REPORT_CHARACTERS:]}
 
 
 def _lost_connection(error: BaseException | None) -> bool:

@@ -93,6 +93,7 @@ class BatchFeed:
         self._worker: _Worker | None = None
         self._step = 0
         self._closed = False
+        self._taken: dict[int, State] = {}
         self._before: dict[int, State] | None = None
         self._build_streams()
 
