@@ -1,11 +1,11 @@
 """[train]: how long, how much at a time, in which arithmetic."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megapipe.config.paths import PathText
-from megapipe.config.section import Section
+from megapipe.config.section import Section, or_none_word
 
 
 class TrainConfig(Section):
@@ -63,6 +63,12 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
         description="auto takes a GPU where there is one. cuda also means AMD's ROCm.",
+    )
+    stop_timeout_seconds: Annotated[PositiveFloat | None, or_none_word(float)] = Field(
+        default=None,
+        description="After a signal that asks to stop, a rank leaves without saving where no step "
+        "ends for so long (another rank is gone, say). Saves are never cut short. Default: ten "
+        "times the last step, at least 60.",
     )
     validation_every: NonNegativeInt = Field(
         default=0, description="Steps between validation losses; 0 for never."

@@ -47,6 +47,7 @@ def train(run: Run) -> Progress:
     """
     config, progress = run.config, run.progress
     run.saved_step = progress.step
+    run.stop.begin()
     while progress.step < config.train.steps:
         began = time.perf_counter()
         rate = learning_rate(progress.step, config.optimizer, config.train.steps)
@@ -64,6 +65,7 @@ def train(run: Run) -> Progress:
             end_with(run, progress, run.feed.shared_failure())
         progress = Progress(progress.step + 1, progress.tokens + result.tokens)
         seconds = time.perf_counter() - began
+        run.stop.step_ended(seconds)
 
         validation = failure = None
         if _due(progress.step, config.train.validation_every, last=config.train.steps):
@@ -87,7 +89,8 @@ def save(run: Run, progress: Progress, *, last: bool) -> None:
     """Write a checkpoint. One that can't be written (a full disk) is told, and tried again when the
     next is due: older checkpoints are whole. The last one has to succeed: CheckpointError."""
     try:
-        path = run.checkpoints.save(progress, run.feed.state())
+        with run.stop.saving():
+            path = run.checkpoints.save(progress, run.feed.state())
     except CheckpointError as error:
         if last:
             raise
@@ -116,6 +119,7 @@ def validation_loss(run: Run) -> tuple[float | None, Exception | None]:
     for _ in range(run.config.train.validation_batches):
         batches = run.validation.next()
         result = run.engine.validation_loss(batches, ready=not run.validation.failed)
+        run.stop.alive()
         if result is None:
             return None, run.validation.shared_failure()
         loss, tokens = result

@@ -1,5 +1,7 @@
 """The loop alone: when it saves, validates, stops, and what it does when a save fails."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,6 +83,30 @@ class Engine:
         return (60.0 * batches, 10 + batches) if ready else None  # sum, tokens
 
 
+class Stop:
+    """Remembers what it hears."""
+
+    def __init__(self, requested: bool = False) -> None:
+        self.requested = requested
+        self.heard: list[str] = []
+
+    def begin(self) -> None:
+        self.heard.append("begin")
+
+    def step_ended(self, seconds: float) -> None:
+        assert seconds > 0
+        self.heard.append("step")
+
+    def alive(self) -> None:
+        self.heard.append("alive")
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        self.heard.append("save")
+        yield
+        self.heard.append("saved")
+
+
 class Checkpoints:
     """Remembers what was saved; fails at the steps given."""
 
@@ -124,7 +150,7 @@ def make_run(config: Config, **parts: Any) -> Any:
         "validation": Feed(),
         "checkpoints": Checkpoints(),
         "loggers": Loggers(),
-        "stop": SimpleNamespace(requested=False),
+        "stop": Stop(),
         "progress": Progress(),
         "flops_per_token": 6.0,
     }
@@ -178,7 +204,7 @@ def test_every_0_saves_at_the_end_only(tmp_path: Path) -> None:
 
 
 def test_a_request_on_any_rank_saves_and_leaves(tmp_path: Path) -> None:
-    own = make_run(make_config(tmp_path), stop=SimpleNamespace(requested=True))
+    own = make_run(make_config(tmp_path), stop=Stop(requested=True))
     assert train(own) == Progress(1, 100)
     assert own.checkpoints.steps == [1]
     elsewhere = make_run(make_config(tmp_path), engine=Engine(stops_at=4))
@@ -269,3 +295,10 @@ def test_a_save_that_fails_then_is_told_with_the_error(tmp_path: Path) -> None:
     assert caught.value.told == (
         "row 7: malformed\nThe steps after step 3 are lost: no space left on device"
     )
+
+
+def test_a_request_to_stop_hears_how_the_run_gets_on(tmp_path: Path) -> None:
+    words = ("--train.steps=2", "--train.validation_every=2", "--train.validation_batches=2")
+    run = make_run(make_config(tmp_path, *words))
+    train(run)
+    assert run.stop.heard == ["begin", "step", "step", "alive", "alive", "save", "saved"]
