@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from megapipe.checkpoint.manifest import Manifest
-from megapipe.checkpoint.steps import MANIFEST_NAME, committed
+from megapipe.checkpoint.steps import MANIFEST_NAME, check_names, committed
 from megapipe.checkpoint.storage import checksum, format_bytes, read_small
 from megapipe.checkpoint.verify import damage, read_manifest
 from megapipe.errors import CheckpointError, MegapipeError
@@ -27,8 +27,9 @@ def run(argv: Sequence[str]) -> int:
     arguments, _ = _parser().parse(argv)
     console = Console(highlight=False, soft_wrap=True)
     path: Path = arguments.path
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+    for root in (path / "checkpoints", path):
+        if root.is_dir() or root.is_symlink():
+            check_names(root)
     roots = [one for one in (path / "checkpoints", path) if committed(one)]
     if not (path / MANIFEST_NAME).exists() and roots:
         if arguments.tensors:
