@@ -19,6 +19,7 @@ FLOORS = {
     "megapipe.errors": 1,
     "megapipe.pipeline.schedule": 2,
     "megapipe.exchange": 2,
+    "megapipe.files": 2,
     "megapipe.config": 3,
     "megapipe.shared_memory": 3,
     "megapipe.kernel_choice": 4,
@@ -44,6 +45,7 @@ GROUND = "megapipe"  # its __init__ holds the version and may be imported from e
 LIGHT = {
     "megapipe": frozenset[str](),
     "megapipe.errors": frozenset[str](),
+    "megapipe.files": frozenset[str](),
     "megapipe.config": frozenset({"pydantic", "pydantic_core", "annotated_types", "tomli_w"}),
     "megapipe.pipeline.schedule": frozenset[str](),
 }

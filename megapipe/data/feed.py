@@ -96,6 +96,8 @@ class BatchFeed:
         self._worker: _Worker | None = None
         self._step = 0
         self._closed = False
+        self._taken: dict[int, State] = {}
+        self._before: dict[int, State] | None = None
         self._build_streams()
 
     def __iter__(self) -> "BatchFeed":
@@ -110,8 +112,15 @@ class BatchFeed:
         self.wait_seconds = time.perf_counter() - started
         assert batch.step == self._step
         self._step += 1
-        self._taken |= batch.after
+        self._before, self._taken = self._taken, self._taken | batch.after
         return batch
+
+    def take_back(self) -> None:
+        """Make the state the one before the last batch was taken. No batch can be taken then."""
+        assert self._before is not None, "a batch has to be taken first, and only one goes back"
+        self._step -= 1
+        self._taken, self._before = self._before, None
+        self._closed = True
 
     def state_dict(self) -> State:
         """The position behind the last batch taken, for the hosted streams. JSON."""
@@ -131,6 +140,7 @@ class BatchFeed:
         self._build_streams()
         self._closed = False
         self._step = state["step"]
+        self._before = None
         self._taken = {stream: state["streams"][str(stream)] for stream in self._hosted}
         for stream, part in self._taken.items():
             documents, packer = self._streams[stream]

@@ -115,13 +115,14 @@ def _decode(data: bytes) -> str:
         raise BadRowError("not UTF-8") from None
 
 
-def check_bad_rows(skipped: int, limit: int) -> None:
-    """Raises DataError where all readers together have skipped more than the limit."""
-    if skipped > limit:
-        raise DataError(
-            f"{skipped} bad rows were met, more than data.max_bad_rows = {limit} allows. Mend the "
-            "files that the messages above name, or raise data.max_bad_rows."
-        )
+def too_many_bad_rows(skipped: int, limit: int) -> DataError | None:
+    """The error to raise where all readers together have skipped more than the limit."""
+    if skipped <= limit:
+        return None
+    return DataError(
+        f"{skipped} bad rows were met, more than data.max_bad_rows = {limit} allows. Mend the "
+        "files that the messages above name, or raise data.max_bad_rows."
+    )
 
 
 class BadRows:

@@ -185,3 +185,40 @@ def test_render_shows_one_problem_in_one_line() -> None:
     error.add_note("in 1F0, action 3 of 40")
     assert cli.render(error) == "megapipe: b\nin 1F0, action 3 of 40"
     assert len(config_keys()) == len(set(config_keys())) > 60
+
+
+def run_failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> int:
+    """A command that ends with this error."""
+
+    def fail(argv: object) -> int:
+        raise error
+
+    monkeypatch.setattr("megapipe.tools.schema.run", fail)
+    return cli.main(["schema"])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/a/b"), "megapipe: /a/b: Permission denied.\n"),
+        (FileNotFoundError(2, "No usable temporary directory"), "megapipe: No usable temporary"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "megapipe: text that can't be"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, said: str
+) -> None:
+    assert run_failing(monkeypatch, error) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(said)
+    assert len(shown.splitlines()) == 1
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_failing(monkeypatch, KeyError("of ours")) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert "KeyError: 'of ours'" in shown
+    assert shown.splitlines()[-1].startswith("megapipe: this is a fault of megapipe")

@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from megapipe.models.presets import PRESETS
 from megapipe.precision import keep_sums_wide
-from megapipe.tools.arguments import Parser, UsageError
+from megapipe.tools.arguments import Parser, UsageError, json_argument
 from megapipe.tools.bench import kernels_elementwise, kernels_optimizer, kernels_products
 from megapipe.tools.bench.kernels_cases import (
     Case,
@@ -109,7 +108,9 @@ def run(argv: Sequence[str]) -> int:
         action="store_true",
         help="compute bytes, FLOPs and the least time of each, anywhere; measure nothing",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    parser.add_argument(
+        "--json", type=json_argument, metavar="FILE", help="also write all figures there"
+    )
     options = parser.parse_args(list(argv))
     cases, shapes = [CASES[name] for name in _kernels(options)], _shapes(options)
     if options.roofline:

@@ -32,7 +32,7 @@ from megapipe.models.flops import flops_per_token
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.pipeline.schedule.build import check_chunks
-from megapipe.tools.arguments import Parser, UsageError
+from megapipe.tools.arguments import Parser, UsageError, json_argument
 from megapipe.tools.bench.breakdown import Share, print_breakdown
 from megapipe.tools.bench.crew import Crew
 from megapipe.tools.bench.machine import describe_gpu, write_json
@@ -95,7 +95,9 @@ def run(argv: Sequence[str]) -> int:
         action="store_true",
         help="also take one step of rank 0 of each under the profiler: share of time per kernel",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    parser.add_argument(
+        "--json", type=json_argument, metavar="FILE", help="also write all figures there"
+    )
     options = parser.parse_args(list(argv))
     _settle_device(options)
     _check(options)
