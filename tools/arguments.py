@@ -13,6 +13,19 @@ class UsageError(MegapipeError):
     """A command line that can't be understood; the text says what to type."""
 
 
+def check_text(text: str, option: str) -> None:
+    """Raises UsageError for an argument whose bytes are not UTF-8, which Python keeps as halves of
+    surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = f"byte 0x{ord(text[error.start]) - 0xDC00:02x}"
+        raise UsageError(
+            f"{option} is not UTF-8 text (character {error.start + 1} is {byte}); "
+            "convert it, or see that the locale is a UTF-8 one."
+        ) from None
+
+
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Sets `--section.key VALUE` and `--section.key=VALUE` apart: (other words, overrides).
 

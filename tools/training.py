@@ -22,7 +22,7 @@ from megapipe.checkpoint.exchange import Peers
 from megapipe.checkpoint.steps import step_name
 from megapipe.config import Config, ParallelConfig, check_layout, dump_config
 from megapipe.data.distribute import ReplicaFeed
-from megapipe.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from megapipe.data.tokenizer import load_tokenizer
 from megapipe.errors import ConfigError, MegapipeError
 from megapipe.kernel_choice import choose_kernels
 from megapipe.mesh import Mesh, build_mesh
@@ -269,12 +269,8 @@ def _kept_files(config: Config, mesh: Mesh) -> dict[str, bytes | Path]:
     """What each checkpoint holds besides tensors, as it is now: config and tokenizer."""
     if mesh.rank != 0:
         return {}
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        named = {"tokenizer.model": tokenizer.files[0]}
-    else:
-        named = {path.name: path for path in tokenizer.files}
-    files: dict[str, bytes | Path] = {name: path.read_bytes() for name, path in named.items()}
+    kept = load_tokenizer(config.data.tokenizer).files
+    files: dict[str, bytes | Path] = {name: path.read_bytes() for name, path in kept.items()}
     return {"config.toml": dump_config(config).encode(), **files}
 
 
