@@ -253,7 +253,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         "vocabulary": f"{tokenizer.vocab_size:,} tokens",
         "end token": str(tokenizer.end_of_document),
         "sha256": tokenizer.sha256,
-        "files": ", ".join(path.name for path in tokenizer.files),
+        "files": ", ".join(path.name for path in tokenizer.files.values()),
     }
     lines |= (
         _sentencepiece_lines(tokenizer)
@@ -275,7 +275,7 @@ def _sentencepiece_lines(tokenizer: SentencePieceTokenizer) -> dict[str, str]:
     from sentencepiece import sentencepiece_model_pb2
 
     messages: Any = sentencepiece_model_pb2
-    model = messages.ModelProto.FromString(tokenizer.files[0].read_bytes())
+    model = messages.ModelProto.FromString(tokenizer.path.read_bytes())
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     processor = tokenizer.processor
     kind = trainer.ModelType.Name(trainer.model_type).lower()

@@ -41,12 +41,13 @@ from megapipe.tools.rendezvous import (
     from_environment,
     init_process_group,
 )
+from megapipe.tools.start_report import text_lines
 from megapipe.train.auto import check_activation_bytes, settle_program
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine
 from megapipe.train.loggers import Loggers
 from megapipe.train.loop import Run, train
-from megapipe.train.run_directory import RunLock, plan_start, write_config
+from megapipe.train.run_directory import RunLock, from_first, plan_start, write_config
 from megapipe.train.signals import StopRequest
 from megapipe.train.timeline import TimelineWriter
 
@@ -183,6 +184,9 @@ def _start_or_resume(
     channels = make_channels(mesh)
     config = settle_program(config, mesh, channels, build_stages, lock, peers, voice.say)
     feed, validation = _open_feeds(config, mesh, voice)
+    readers = [one.reader for one in (feed, validation) if one is not None and one.reader]
+    for line in from_first(peers, lambda: text_lines(config, readers)):
+        voice.say(line)
     engine = Engine(config, mesh, build_stages, channels)
     check_activation_bytes(config, engine, peers)
     checkpoints = Checkpoints(
@@ -275,7 +279,7 @@ def _kept_files(config: Config, mesh: Mesh) -> dict[str, bytes | Path]:
 
 
 def _introduction(config: Config, device: torch.device) -> Iterator[str]:
-    data, train = config.data, config.train
+    train = config.train
     yield from layout_lines(config)
     yield f"Parameters: {parameter_count(config.model):,}"
     yield f"Kernels: {choose_kernels(config, device)}"
@@ -286,8 +290,6 @@ def _introduction(config: Config, device: torch.device) -> Iterator[str]:
         yield f"Device: cpu, {train.precision}, {threads} thread{'s'[: threads > 1]} per rank"
         if train.precision == "bf16":
             yield 'CPUs are slow at bf16: train.precision = "fp32" is several times as fast here.'
-    sources = ", ".join(source.path for source in data.sources)
-    yield f"Data: {sources} ({data.streams} streams), tokenizer {data.tokenizer}"
 
 
 def _farewell(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megapipe.data.sentencepiece_tokenizer import META_SPACE
 from megapipe.data.text_ends import changes_ends, puts_space_before_words, without_ends
 from megapipe.errors import DataError
 
@@ -69,14 +70,16 @@ class HuggingFaceTokenizer:
     def unknown(self, text: str) -> str:
         """The characters, spaces aside, that no token stands for, or only the unknown one."""
         encoding = self.engine.encode(text, add_special_tokens=False)
+        # The space put before a word counts as a part of its first character.
+        nothing = (self._unknown_id, self.engine.token_to_id(META_SPACE))
         known = bytearray(len(text))
         for id_, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if id_ != self._unknown_id:
+            if id_ not in nothing:
                 known[start:end] = b"\1" * (end - start)
         return "".join(
             character
             for character, found in zip(text, known, strict=True)
-            if not found and not character.isspace()
+            if not found and not character.isspace() and character != META_SPACE
         )
 
     def _encode_inside(self, part: str, begin: bool, end: bool, words: bool = False) -> list[int]:
@@ -97,19 +100,23 @@ class HuggingFaceTokenizer:
         for name in BY_TOKEN:
             token = _read(beside, name).get("eos_token")
             if token is not None:
-                return self._id_of(token, beside[name]), f"eos_token of {beside[name]}", name
+                id_ = self._id_of(token, beside[name])
+                return id_, f"{self._named(id_)}, eos_token of {beside[name]}", name
         for name in BY_NUMBER:
             number = _read(beside, name).get("eos_token_id")
             if number is not None:
-                where = f"eos_token_id of {beside[name]}"
-                return self._checked_id(number, beside[name]), where, name
+                id_ = self._checked_id(number, beside[name])
+                return id_, f"{self._named(id_)}, eos_token_id of {beside[name]}", name
         for token in END_OF_DOCUMENT_NAMES:
-            if (id_ := self.engine.token_to_id(token)) is not None:
-                return id_, "its name", ""
+            if (found := self.engine.token_to_id(token)) is not None:
+                return found, f"{self._named(found)}, by its name", ""
         raise DataError(
             f'{self.path} names no end-of-document token; write {{"eos_token": "..."}} into '
             f"{_config_beside(self.path)}, with one of its tokens."
         )
+
+    def _named(self, id_: int) -> str:
+        return repr(self.engine.id_to_token(id_))
 
     def _id_of(self, token: object, where: Path) -> int:
         content = token.get("content") if isinstance(token, dict) else token

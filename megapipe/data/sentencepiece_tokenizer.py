@@ -31,12 +31,13 @@ class SentencePieceTokenizer:
         self.vocab_size: int = self.processor.vocab_size()
         self.ids: Sequence[int] = range(self.vocab_size)
         self.end_of_document: int = self.processor.eos_id()
-        self.end_of_document_from = "its end-of-sentence piece"
         if self.end_of_document < 0:
             raise DataError(
                 f"{path} has no end-of-sentence piece (eos_id is -1), which ends documents here; "
                 "train it with one."
             )
+        piece = self.processor.id_to_piece(self.end_of_document)
+        self.end_of_document_from = f"{piece!r}, its end-of-sentence piece"
         # Spaces that the model puts before a text ("▁0"; at the end for some models), and whether
         # it removes spaces at the ends of a text and repeated ones.
         spaced, squeezed = self.processor.normalize("0"), self.processor.normalize("0  0")

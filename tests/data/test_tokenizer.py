@@ -149,7 +149,10 @@ def test_null_says_nothing_and_the_next_file_is_asked(tmp_path: Path) -> None:
     assert "special_tokens_map.json" in tokenizer.end_of_document_from
     (tmp_path / "special_tokens_map.json").write_text("{}")
     tokenizer = load_tokenizer(tmp_path)
-    assert (tokenizer.end_of_document, tokenizer.end_of_document_from) == (0, "its name")
+    assert (tokenizer.end_of_document, tokenizer.end_of_document_from) == (
+        0,
+        "'<|endoftext|>', by its name",
+    )
 
 
 @pytest.mark.parametrize(
