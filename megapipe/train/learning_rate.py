@@ -59,8 +59,8 @@ class Course:
     steps: int
 
     def rate(self, step: int) -> float:
-        """Of the step about to be taken: `step` were taken before. After the end, the last one."""
-        return learning_rate(min(step, self.steps - 1), self.optimizer, self.steps)
+        """Of the step about to be taken, `step` were taken before; also beyond the run's end."""
+        return learning_rate(step, self.optimizer, self.steps)
 
     @property
     def turns(self) -> list[int]:
@@ -83,7 +83,7 @@ def course_change(then: Course, now: Course, step: int) -> str | None:
             break
     else:
         return None
-    beyond = f", the last of its {then.steps} steps" if place >= then.steps else ""
+    beyond = f", after the last of its {then.steps} steps" if place >= then.steps else ""
     keys = ", ".join(f"{key} = {value}" for key, value in keys_to_keep(then, now).items())
     line = (
         f"The learning rate changes: step {place + 1} gets {after:.2e}, and by the checkpoint's "
@@ -103,15 +103,13 @@ def keys_to_keep(then: Course, now: Course) -> dict[str, str]:
     old = then.optimizer
     names = ("learning_rate", "min_learning_rate", "schedule", "warmup_steps")
     kept = {name: getattr(old, name) for name in names}
-    if _decay(old, then.steps)[1] == 0:  # warm-up fills the run
-        kept["schedule"] = "constant"
     keys = {
         f"optimizer.{name}": show(value)
         for name, value in kept.items()
         if value != getattr(now.optimizer, name)
     }
     restored, steps = now.optimizer.model_copy(update=kept), now.steps
-    if kept["schedule"] == "constant":
+    if old.schedule == "constant":
         return keys | ({} if restored.decay_steps is None else {"optimizer.decay_steps": '"none"'})
     if old.schedule == "wsd" and steps != then.steps:  # it decays at the end
         steps = then.steps

@@ -129,8 +129,8 @@ def course(steps: int, **fields: Any) -> Course:
             course(20),
             course(40),
             20,
-            "step 21 gets 5.15e-01, and by the checkpoint's config it was 1.00e-01, the last of "
-            "its 20 steps. To keep that, set optimizer.decay_steps = 20.",
+            "step 21 gets 5.15e-01, and by the checkpoint's config it was 1.00e-01, after the "
+            "last of its 20 steps. To keep that, set optimizer.decay_steps = 20.",
         ),
         (course(20, schedule="linear"), course(40, schedule="linear"), 4, "step 5 gets 8.87e-01, and"),
         (course(20), course(20, learning_rate=2.0), 4, "set optimizer.learning_rate = 1.0."),
@@ -162,6 +162,7 @@ def test_a_changed_course_is_announced(then: Course, now: Course, step: int, sai
 def test_a_course_that_stays_is_not_spoken_of() -> None:
     plain = course(20, warmup_steps=3)
     assert course_change(plain, plain, 5) is None
+    assert course_change(course(20, decay_steps=30), course(40, decay_steps=30), 20) is None
     assert course_change(plain, course(20, warmup_steps=3, decay_steps=17), 5) is None
     assert course_change(course(20, warmup_steps=9), course(20, warmup_steps=2), 20) is None
     flat = course(20, schedule="constant")
