@@ -27,7 +27,7 @@ def text_lines(config: Config, feeds: Sequence[BatchFeed]) -> list[str]:
     samples = [sample_sources(feed.sources, tokenizer) for feed in feeds]
     lines = [*_source_lines(config, samples[0])]
     # Validation text that is split from the sources has been looked at.
-    others = [one for one in samples[1:] for one in one if "validation" in one.source.key]
+    others = [one for more in samples[1:] for one in more if "validation" in one.source.key]
     lines += _tokenizer_lines(config, tokenizer, [*samples[0], *others])
     return lines
 

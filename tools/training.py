@@ -4,6 +4,7 @@ Everything that a start can find wrong is found before the first step, on all ra
 before anything is written.
 """
 
+import os
 import shlex
 import signal
 import sys
@@ -34,6 +35,7 @@ from megapipe.pipeline.picture import require_matplotlib
 from megapipe.pipeline.program import stage_placement
 from megapipe.tools.cli import render
 from megapipe.tools.dry_run import layout_lines
+from megapipe.tools.environment import environment_lines
 from megapipe.tools.launcher import launch_local
 from megapipe.tools.rendezvous import (
     Rendezvous,
@@ -179,7 +181,8 @@ def _start_or_resume(
     voice: Voice,
 ) -> int:
     plan = plan_start(config, peers)
-    for line in [*_introduction(config, mesh.device), *plan.notes]:
+    introduction = [*_introduction(config, mesh.device), *environment_lines(config, os.environ)]
+    for line in [*introduction, *plan.notes]:
         voice.say(line)
     channels = make_channels(mesh)
     config = settle_program(config, mesh, channels, build_stages, lock, peers, voice.say)

@@ -147,9 +147,7 @@ def _engine(path: Path, text: str) -> Any:
     try:
         engine = Engine.from_str(text)
     except Exception as error:  # the library raises plain Exception
-        raise DataError(
-            f"{path} is not a tokenizer of the tokenizers library ({error})."
-        ) from None
+        raise DataError(f"{path} is not a tokenizer of the tokenizers library ({error}).") from None
     engine.no_truncation()
     engine.no_padding()
     engine.encode_special_tokens = True

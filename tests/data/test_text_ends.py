@@ -1,6 +1,7 @@
 """A document tokenised in parts is what it is as a whole, whatever a tokenizer does at its ends."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path: Path) -> Tokenizer:
 def in_parts(tokenizer: Tokenizer, text: str, cuts: list[int]) -> list[int]:
     bounds = [0, *cuts, len(text)]
     ids = []
-    for start, end in zip(bounds, bounds[1:], strict=False):
+    for start, end in pairwise(bounds):
         ids += tokenizer.encode_part(text, start, end)
     return ids
 

@@ -14,8 +14,10 @@ from megapipe.models import load_pretrained
 from megapipe.models.sampling import sample
 from megapipe.tools.arguments import UsageError
 from megapipe.tools.generate import run
+from tests.corpus import VOCABULARY
 
 PROMPT = "import json"
+ALL_IDS = range(VOCABULARY)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def test_greedy_text_is_what_whole_sequences_give(
     """The cache and the sampler against the plain model, token by token."""
     model = load_pretrained(trained)
     tokens = [5, 9, 300, 17]
-    found = list(sample(model, tokens, max_tokens=12, temperature=0))
+    found = list(sample(model, tokens, ids=ALL_IDS, max_tokens=12, temperature=0))
     for token in found:
         logits = model(torch.tensor([tokens]))
         assert logits.shape == (1, len(tokens), model.config.vocab_size)
@@ -65,15 +67,18 @@ def test_greedy_text_is_what_whole_sequences_give(
 
 def test_top_k_takes_the_likeliest(trained: Path) -> None:
     model = load_pretrained(trained)
-    greedy = list(sample(model, [7], max_tokens=8, temperature=0))
-    assert list(sample(model, [7], max_tokens=8, top_k=1, seed=3)) == greedy
-    assert list(sample(model, [7], max_tokens=8, stop_token=greedy[0], temperature=0)) == greedy[:1]
+    greedy = list(sample(model, [7], ids=ALL_IDS, max_tokens=8, temperature=0))
+    assert list(sample(model, [7], ids=ALL_IDS, max_tokens=8, top_k=1, seed=3)) == greedy
+    assert (
+        list(sample(model, [7], ids=ALL_IDS, max_tokens=8, stop_token=greedy[0], temperature=0))
+        == greedy[:1]
+    )
 
 
 def test_text_ends_where_the_model_does(trained: Path) -> None:
     model = load_pretrained(trained)
     length = model.config.max_sequence_length
-    assert len(list(sample(model, [7] * (length - 3), max_tokens=50))) == 3
+    assert len(list(sample(model, [7] * (length - 3), ids=ALL_IDS, max_tokens=50))) == 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")

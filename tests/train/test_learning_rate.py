@@ -132,7 +132,12 @@ def course(steps: int, **fields: Any) -> Course:
             "step 21 gets 5.15e-01, and by the checkpoint's config it was 1.00e-01, after the "
             "last of its 20 steps. To keep that, set optimizer.decay_steps = 20.",
         ),
-        (course(20, schedule="linear"), course(40, schedule="linear"), 4, "step 5 gets 8.87e-01, and"),
+        (
+            course(20, schedule="linear"),
+            course(40, schedule="linear"),
+            4,
+            "step 5 gets 8.87e-01, and",
+        ),
         (course(20), course(20, learning_rate=2.0), 4, "set optimizer.learning_rate = 1.0."),
         (course(20, warmup_steps=2), course(20, warmup_steps=9), 4, "optimizer.warmup_steps = 2"),
         (course(20), course(20, schedule="wsd"), 4, 'set optimizer.schedule = "cosine".'),
