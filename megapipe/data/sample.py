@@ -5,7 +5,6 @@ read at their beginning, so the same files give the same sample, and its cost do
 the corpus.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,20 +50,20 @@ def sample_source(source: Source, tokenizer: Tokenizer, size: int) -> SourceSamp
     read = [part for file in chosen for part in _parts(source, file, size // len(chosen))]
     check = check_texts(tokenizer, [part.text for part in read])
     documents = sum(part.share for part in read)
-    stored = sum(os.path.getsize(file.name) for file in source.files)
+    stored = sum(_path(file).stat().st_size for file in source.files)
     if source.total_bytes is None or not documents:
         return SourceSample(source, check, stored, None)
     tokens = check.tokens + documents  # each whole document gets an end token
-    forms = {_form(source, Path(file.name)) for file in chosen}
+    forms = {_form(source, _path(file)) for file in chosen}
     if forms == {"parquet"}:
-        looked_at = sum(os.path.getsize(file.name) for file in chosen)
+        looked_at = sum(_path(file).stat().st_size for file in chosen)
         per_byte = tokens / documents * sum(map(_row_count, chosen)) / max(looked_at, 1)
         return SourceSample(source, check, stored, per_byte * stored)
     per_byte = tokens / sum(part.share * part.stored for part in read)
     assumption = ""
     if forms & {"arrow", "parquet"}:
         assumption = "if the tables hold nothing but text"
-    elif any(Path(file.name).suffix in COMPRESSED for file in chosen):
+    elif any(_path(file).suffix in COMPRESSED for file in chosen):
         assumption = "if files unfold to 4 times their size"
     return SourceSample(source, check, stored, per_byte * source.total_bytes, assumption)
 
@@ -107,6 +106,11 @@ def _parts(source: Source, file: RowFile, size: int) -> list[_Part]:
     return found
 
 
+def _path(file: RowFile) -> Path:
+    """Of a local file, which bears its path as its name."""
+    return Path(file.name)
+
+
 def _form(source: Source, path: Path) -> str | None:
     return file_format(path) if source.config.format == "auto" else source.config.format
 
@@ -116,7 +120,7 @@ def _row_count(file: RowFile) -> int:
     from pyarrow.parquet import read_metadata
 
     try:
-        rows: int = read_metadata(file.name).num_rows
+        rows: int = read_metadata(_path(file)).num_rows
     except (OSError, ArrowException):  # the feed reports it
         return 0
     return rows
