@@ -11,13 +11,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from tests.fuzz.case import FEED, MEGAPIPE
 from tests.fuzz.checks import CHECKS
 from tests.fuzz.report import Report
 from tests.fuzz.runner import ROOT, System
-from tests.fuzz.worker import open_worker, work_through
+from tests.fuzz.worker import Worker, open_worker, work_through
 
 
 def main(argv: Sequence[str]) -> int:
@@ -101,7 +102,7 @@ def make_files(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open(options: argparse.Namespace, work: Path):  # type: ignore[no-untyped-def]
+def _open(options: argparse.Namespace, work: Path) -> AbstractContextManager[Worker]:
     return open_worker(
         work,
         System(options.megapipe, options.feed),

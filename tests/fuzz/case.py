@@ -80,7 +80,9 @@ class Command:
         extras += [f"ignored signals {self.ignored}"] if self.ignored else []
         extras += ["the working directory was removed"] if self.folder_gone else []
         notes = f"# with {', '.join(extras)}:\n" if extras else ""
-        return f"{notes}(umask {self.umask:03o}; cd {_quoted(self.folder)}; {line})"
+        before = f"umask {self.umask:03o}; " if self.umask != 0o022 else ""
+        before += f"cd {_quoted(self.folder)}; " if self.folder != "." else ""
+        return f"{notes}({before}{line})" if before else f"{notes}{line}"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from tests.fuzz.case import Command
 from tests.fuzz.configs import NASTY, Table, as_toml, as_words, small_config, spoil, vary
@@ -232,7 +233,7 @@ def _oddness(random: Random) -> float:
     return random.choice((0.0, 0.05, 0.05, 0.2, 0.5))
 
 
-def _around(world: World, odd: float = 0.2) -> dict[str, object]:
+def _around(world: World, odd: float = 0.2) -> dict[str, Any]:
     return surroundings(world.random, odd, signals=world.signals)
 
 

@@ -19,12 +19,12 @@ NASTY: tuple[object, ...] = (
 LONG_OR_LARGE = {
     "steps", "global_batch_size", "micro_batch_size", "sequence_length", "num_layers",
     "hidden_size", "num_heads", "num_kv_heads", "head_dim", "ffn_hidden_size", "vocab_size",
-    "max_sequence_length", "validation_batches", "tensor", "pipeline", "data", "virtual", "prefetch",
-    "streams", "preset",
+    "max_sequence_length", "validation_batches", "tensor", "pipeline", "data", "virtual",
+    "prefetch", "streams", "preset",
 }  # fmt: skip
 """Keys that make a valid run so large that it says nothing about the program."""
 
-SIZES = (0, -1, 1, 2, 3, 4, 5, 8, 16, True, "x", 2.5, [], "")
+SIZES: tuple[object, ...] = (0, -1, 1, 2, 3, 4, 5, 8, 16, True, "x", 2.5, [], "")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def small_config(vocabulary: int, steps: int) -> Table:
 
 
 def vary(config: Table, keys: list[Key], random: Random, *, wrong: float) -> Table:
-    """The config with some keys set at random; each of them to a wrong value with chance `wrong`."""
+    """The config with some keys set at random, each to a wrong value with chance `wrong`."""
     config = copy.deepcopy(config)
     for _ in range(random.choice((0, 1, 2, 2, 4))):
         key = random.choice([key for key in keys if key.name not in ("sources", "tokenizer")])

@@ -100,16 +100,17 @@ class Runner:
         while answer is None:
             watch.act(time.monotonic() - started)
             answer = self._poll(watch.pause)
-        contents = [path.read_bytes() if path.exists() else b"" for path in outputs]
+        stdout, stderr = (path.read_bytes() if path.exists() else b"" for path in outputs)
         return Ending(
-            command,
-            answer["status"],
-            *contents,
-            time.monotonic() - started,
-            tuple(watch.sent),
-            watch.timed_out,
-            tuple(answer["left"]),
-            answer["attempts"],
+            command=command,
+            status=answer["status"],
+            stdout=stdout,
+            stderr=stderr,
+            seconds=time.monotonic() - started,
+            sent=tuple(watch.sent),
+            timed_out=watch.timed_out,
+            left=tuple(answer["left"]),
+            attempts=answer["attempts"],
         )
 
     def forks(self, command: Command) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -48,7 +49,7 @@ def account(world: World) -> None:
         return
     delivered = [decoder.documents(ids) for ids in answer["streams"]]
     pick = _of_many_passes if many else _of_one_pass
-    chosen = pick(sum(delivered, []), files, documents)
+    chosen = pick(list(chain(*delivered)), files)
     skipped = sum(answer["skipped"].values())
     found, problems = balance(files, chosen, skipped, answer["said"], documents)
     for problem in problems:
@@ -105,7 +106,7 @@ def _account_config(world: World, suffix: str, documents: str) -> Table:
     return config
 
 
-def _of_one_pass(delivered: list[str], files: list[File], documents: str) -> list[str]:
+def _of_one_pass(delivered: list[str], files: list[File]) -> list[str]:
     """The documents of the first pass. One stream gives them all before any of the second, so
     that they are the first ones, as many as make up the bytes of the good rows."""
     size = sum(len(text.rstrip("\r\n").encode()) for text in _good(files))
@@ -118,7 +119,7 @@ def _of_one_pass(delivered: list[str], files: list[File], documents: str) -> lis
     return chosen
 
 
-def _of_many_passes(delivered: list[str], files: list[File], documents: str) -> list[str]:
+def _of_many_passes(delivered: list[str], _: list[File]) -> list[str]:
     """Each different document once: what comes again belongs to another pass."""
     return list(dict.fromkeys(delivered))
 

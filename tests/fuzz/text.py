@@ -5,40 +5,11 @@ import io
 import json
 from random import Random
 
-WORDS = [
-    "the",
-    "of",
-    "and",
-    "model",
-    "data",
-    "token",
-    "Straße",
-    "größer",
-    "naïve",
-    "façade",
-    "日本語",
-    "模型",
-    "数据",
-    "привет",
-    "мир",
-    "ελληνικά",
-    "שלום",
-    "مرحبا",
-    "🙂",
-    "👩\u200d👩\u200d👧",
-    "é",
-    "x=1",
-    "foo()",
-    "12345",
-    "3.14",
-    "<s>",
-    "</s>",
-    "<|endoftext|>",
-    "\\n",
-    "%",
-    "[x]",
-    "{y}",
-]
+WORDS = (
+    "the", "of", "and", "model", "data", "token", "Straße", "größer", "naïve", "façade", "日本語",
+    "模型", "数据", "привет", "мир", "ελληνικά", "שלום", "مرحبا", "🙂", "👩\u200d👧", "e\u0301",
+    "x=1", "foo()", "12345", "3.14", "<s>", "</s>", "<|endoftext|>", "\\n", "%", "[x]", "{y}",
+)  # fmt: skip
 
 ENCODINGS = ("utf-16", "utf-16-le", "utf-32", "utf-8-sig", "latin-1", "shift_jis", "cp1251")
 
