@@ -90,7 +90,7 @@ def train_tokenizer(world: World) -> None:
     world.stock.lend(world.folder, "text.txt")
     files = [pattern] if random.random() < 0.5 else [pattern, "text.txt"]
     size = random.choice(
-        ("300", "320", "400") if random.random() > odd else ("5", "-1", "x", "99999")
+        ("400", "450", "600") if random.random() > odd else ("5", "-1", "x", "99999")
     )
     name = "out.model"
     if random.random() < odd:

@@ -50,9 +50,8 @@ class System:
 class Runner:
     """Starts the server and speaks to it. `work` holds what does not belong to a case."""
 
-    def __init__(self, work: Path, system: System) -> None:
+    def __init__(self, work: Path) -> None:
         self.work = work
-        self.system = system
         self.base = base_environment(work)
         self._log = (work / "server.log").open("ab")
         self._server = subprocess.Popen(
@@ -86,12 +85,12 @@ class Runner:
             self._server.wait()
         self._log.close()
 
-    def run(self, command: Command, case: Path) -> Ending:
+    def run(self, command: Command, case: Path, system: System) -> Ending:
         """Run a command in the case's folder, send its signals, and wait for its end."""
         outputs = [self.work / "stdout", self.work / "stderr"]
         for path in outputs:
             path.unlink(missing_ok=True)
-        request = self._request(command, case, outputs)
+        request = self._request(command, case, outputs, system)
         started = time.monotonic()
         self._send(request)
         pid = self._answer(30.0)["pid"]
@@ -117,7 +116,9 @@ class Runner:
         """Whether the command is forked from the server, and not started as a program."""
         return command.warm and all(map(_in_warm, command.environment))
 
-    def _request(self, command: Command, case: Path, outputs: list[Path]) -> dict[str, Any]:
+    def _request(
+        self, command: Command, case: Path, outputs: list[Path], system: System
+    ) -> dict[str, Any]:
         environment = {**self.base, "TMPDIR": str(case / "tmp"), **command.environment}
         places = {"null": os.devnull, "full": "/dev/full", "closed": "closed", "broken": "broken"}
         streams = [
@@ -125,8 +126,8 @@ class Runner:
             for number, place in enumerate(command.streams)
         ]
         return {
-            "function": self.system.function(command),
-            "program": self.system.program(command),
+            "function": system.function(command),
+            "program": system.program(command),
             "warm": self.forks(command),
             "words": command.words,
             "environment": {k: v for k, v in environment.items() if v is not None},

@@ -8,7 +8,7 @@ from random import Random
 
 from tests.fuzz.case import Command
 from tests.fuzz.configs import Key, as_toml, read_schema, small_config
-from tests.fuzz.runner import Runner
+from tests.fuzz.runner import Runner, System
 from tests.fuzz.text import document
 
 VOCABULARY = 400
@@ -43,9 +43,9 @@ def make_stock(folder: Path, runner: Runner) -> Stock:
     config["data"]["sources"] = [{"path": "text.txt"}]
     config["checkpoint"] = {"every": 1}
     (folder / "run.toml").write_bytes(as_toml(config))
-    done = runner.run(Command(("train", "run.toml")), folder)
+    done = runner.run(Command(("train", "run.toml")), folder, System())
     assert done.status == 0, done.stderr.decode()
-    schema = runner.run(Command(("schema",)), folder)
+    schema = runner.run(Command(("schema",)), folder, System())
     assert schema.status == 0, schema.stderr.decode()
     return Stock(folder, read_schema(schema.stdout.decode()))
 

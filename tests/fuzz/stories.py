@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.fuzz.account import Decoder, balance
 from tests.fuzz.case import Command
-from tests.fuzz.configs import Table, as_toml, small_config
+from tests.fuzz.configs import as_toml, small_config
 from tests.fuzz.oracle import File, read_file
 from tests.fuzz.stock import VOCABULARY
 from tests.fuzz.text import bad_json_line, compress, document, json_line, table
@@ -33,11 +33,17 @@ def account(world: World) -> None:
     for number in range(random.choice((1, 2, 4))):
         data = _source_file(random, number, suffix, documents)
         (world.folder / f"part-{number}{suffix}").write_bytes(data)
-    files = [read_file(path, documents) for path in sorted(world.folder.glob(f"part-*{suffix}"))]
-    config = _account_config(world, suffix, documents)
+    streams = random.choice((1, 1, 1, 2, 4))
+    check_account(world, f"part-*{suffix}", documents, streams, random.choice((1, 16, 31)))
+
+
+def check_account(world: World, pattern: str, documents: str, streams: int, length: int) -> None:
+    """Read the files of the case that match, once, and compare."""
+    files = [read_file(path, documents) for path in sorted(world.folder.glob(pattern))]
+    _write_account_config(world, pattern, documents, streams, length)
     texts = [row.text for file in files for row in file.rows if row.verdict == "good"]
     decoder = Decoder(world.folder / "tokenizer.model")
-    many = config["data"]["streams"] > 1
+    many = streams > 1
     most = PASSES * decoder.count(texts) + 1000 if many else UNLIMITED
     words = ("run.toml", str(UNLIMITED if many else 1), str(most))
     ending = world.run(Command(words, feed=True))
@@ -91,19 +97,19 @@ def _source_file(random: Random, number: int, suffix: str, documents: str) -> by
     return data
 
 
-def _account_config(world: World, suffix: str, documents: str) -> Table:
+def _write_account_config(
+    world: World, pattern: str, documents: str, streams: int, length: int
+) -> None:
     world.stock.lend(world.folder, "tokenizer.model")
     config = small_config(VOCABULARY, 1)
-    streams = world.random.choice((1, 1, 1, 2, 4))
     config["data"] |= {
         "streams": streams,
         "shuffle_block": world.random.choice((1, 7, 4096)),
         "max_bad_rows": UNLIMITED,
-        "sources": [{"path": f"part-*{suffix}", "documents": documents}],
+        "sources": [{"path": pattern, "documents": documents}],
     }
-    config["train"]["sequence_length"] = world.random.choice((1, 16, 31))
+    config["train"]["sequence_length"] = length
     (world.folder / "run.toml").write_bytes(as_toml(config))
-    return config
 
 
 def _of_one_pass(delivered: list[str], files: list[File]) -> list[str]:

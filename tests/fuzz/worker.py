@@ -17,17 +17,24 @@ class Worker:
     """`work` is a folder of its own. Failing cases stay there, others are removed."""
 
     def __init__(
-        self, work: Path, runner: Runner, *, seed: int, only: str | None, signals: bool
+        self,
+        work: Path,
+        runner: Runner,
+        system: System,
+        *,
+        seed: int,
+        only: str | None,
+        signals: bool,
     ) -> None:
         self.runner = runner
+        self._system = system
         self._work, self._seed, self._only, self._signals = work, seed, only, signals
         self._stock = make_stock(work / "stock", runner)
 
     def run(self, number: int, *, keep: bool = False) -> dict[str, Any]:
         """One case: its number, kind, commands by name, findings and seconds."""
         began = time.monotonic()
-        folder = self._work / f"case-{number}"
-        world = World(self._seed, number, folder, self.runner, self._stock, signals=self._signals)
+        world = self.world(number, self._system)
         kind = choose(world.random, self._only)
         kind.run(world)
         findings = [f for f in world.findings if self._only in (None, f.check)]
@@ -44,9 +51,18 @@ class Worker:
             "seconds": round(time.monotonic() - began, 2),
         }
 
+    def world(self, number: int, system: System) -> World:
+        """An empty folder for a case, and what the case needs."""
+        folder = self._work / f"case-{number}"
+        return World(
+            self._seed, number, folder, self.runner, self._stock, system, signals=self._signals
+        )
+
     def make_files(self, number: int, folder: Path) -> None:
         """The files of a case as they are before its first command."""
-        world = World(self._seed, number, folder, self.runner, self._stock, files_only=True)
+        world = World(
+            self._seed, number, folder, self.runner, self._stock, self._system, files_only=True
+        )
         with contextlib.suppress(FilesOnly):
             choose(world.random, self._only).run(world)
 
@@ -57,8 +73,8 @@ def open_worker(
 ) -> Iterator[Worker]:
     """A worker with a server of its own."""
     work.mkdir(parents=True, exist_ok=True)
-    with Runner(work, system) as runner:
-        yield Worker(work, runner, seed=seed, only=only, signals=signals)
+    with Runner(work) as runner:
+        yield Worker(work, runner, system, seed=seed, only=only, signals=signals)
 
 
 def work_through(worker: Worker, numbers: Iterator[int], end: float) -> None:

@@ -8,7 +8,7 @@ from random import Random
 from tests.fuzz.case import Command, Ending, Finding, script
 from tests.fuzz.checks import check_ending
 from tests.fuzz.files import make_removable
-from tests.fuzz.runner import Runner
+from tests.fuzz.runner import Runner, System
 from tests.fuzz.stock import Stock
 from tests.fuzz.whole import check_files, new_checkpoints, snapshot
 
@@ -27,6 +27,7 @@ class World:
         folder: Path,
         runner: Runner,
         stock: Stock,
+        system: System,
         *,
         signals: bool = True,
         files_only: bool = False,
@@ -38,7 +39,7 @@ class World:
         self.commands: list[Command] = []
         self.findings: list[Finding] = []
         self.counts: Counter[str] = Counter()
-        self._runner = runner
+        self._runner, self._system = runner, system
         self._files_only = files_only
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "tmp").mkdir(parents=True)
@@ -69,6 +70,6 @@ class World:
 
     def _start(self, command: Command) -> Ending:
         self.commands.append(command)
-        ending = self._runner.run(command, self.folder)
+        ending = self._runner.run(command, self.folder, self._system)
         self.counts[f"{command.name}{'' if self._runner.forks(command) else ' *'}"] += 1
         return ending

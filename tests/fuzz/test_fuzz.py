@@ -1,0 +1,92 @@
+"""A minute of the fuzzer with cases that are always the same, and faults that it has to find."""
+
+import json
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.fuzz.case import Command
+from tests.fuzz.planted import (
+    PLANTED,
+    cuts_the_metrics,
+    damages_a_checkpoint,
+    misses_a_step,
+    stops_before_the_end,
+)
+from tests.fuzz.runner import System
+from tests.fuzz.stories import check_account, killed
+from tests.fuzz.worker import Worker, open_worker
+from tests.fuzz.world import World
+
+SEED, CASES = 20, 40
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    """Signals come after steps that are counted, not at moments that a clock chooses."""
+    work = tmp_path_factory.mktemp("fuzz")
+    with open_worker(work, System(), seed=SEED, only=None, signals=False) as one:
+        yield one
+
+
+@pytest.mark.timeout(900)
+def test_random_cases(worker: Worker) -> None:
+    answers = [worker.run(number) for number in range(CASES)]
+    found = [(answer["case"], *text) for answer in answers for text in answer["findings"]]
+    assert not found, found
+    assert {"train", "generate", "(feed)"} <= {
+        name.removesuffix(" *") for answer in answers for name in answer["counts"]
+    }
+
+
+# --- Planted faults -------------------------------------------------------------------------------
+
+
+def commands(world: World) -> None:
+    """One that does its work, and one that can't."""
+    world.run(Command(("schema",)))
+    world.run(Command(("train", "none.toml")))
+
+
+def run(world: World) -> None:
+    """A short run."""
+    world.stock.lend(world.folder, "tokenizer.model", "text.txt", "run.toml")
+    world.run(Command(("train", "run.toml", "--train.steps=3")))
+
+
+def account(world: World) -> None:
+    """Three rows, one of which is none."""
+    rows = [json.dumps({"text": f"{number} of three"}) for number in range(3)]
+    rows[1] = "{"
+    (world.folder / "rows.jsonl").write_text("\n".join(rows))
+    check_account(world, "rows.jsonl", "file", streams=1, length=1)
+
+
+OF_CHECKS = {"account": account, "resume": killed}
+OF_FAULTS = {
+    stops_before_the_end: run,
+    cuts_the_metrics: run,
+    misses_a_step: run,
+    damages_a_checkpoint: run,
+}
+
+
+@pytest.mark.parametrize("fault", PLANTED, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_is_found(worker: Worker, fault: Callable[[], int]) -> None:
+    check = PLANTED[fault]
+    if check == "network" and not worker.runner.isolated:
+        pytest.skip("needs the right to make a network namespace")
+    name = f"{fault.__module__}:{fault.__name__}"
+    world = worker.world(0, System(feed=name) if check == "account" else System(megapipe=name))
+    story = OF_FAULTS.get(fault) or OF_CHECKS.get(check, commands)
+    story(world)
+    assert check in {found.check for found in world.findings}
+
+
+@pytest.mark.parametrize("story", [commands, run, account, killed])
+def test_nothing_is_found_where_nothing_is_planted(
+    worker: Worker, story: Callable[[World], None]
+) -> None:
+    world = worker.world(0, System())
+    story(world)
+    assert world.findings == []
