@@ -1,33 +1,19 @@
-"""The account of a source over one pass: every byte is delivered, dropped by a rule, or reported.
+"""The account of a source over one pass: every byte is delivered, or reported as not delivered.
 
-Bytes of the files, decompressed by `oracle`, are those of rows; and each row is delivered (which
-the ids show, decoded here), blank, or one of the bad rows that the feed counts. What a damaged
-file has behind its last whole row is lost, and the feed has to name that file.
+The decompressed bytes of the files, as `oracle` finds them, are those of rows. Each row is good,
+and then the ids show that it was delivered (they are decoded here); or it is blank or empty, which
+is no row by the rules of docs/data.md; or it is bad, and then the feed has counted it with its
+bytes. A damaged file has to be named, and counts as one bad row besides.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 
 from tests.fuzz.oracle import File, Row
-
-
-@dataclass(frozen=True)
-class Balance:
-    """Bytes of a source by what became of them."""
-
-    total: int
-    delivered: int
-    blank: int
-    bad: int
-    lost: int
-
-    @property
-    def unexplained(self) -> int:
-        return self.total - self.delivered - self.blank - self.bad - self.lost
 
 
 class Decoder:
@@ -52,49 +38,42 @@ class Decoder:
 
 
 def balance(
-    files: Sequence[File], delivered: Sequence[str], skipped: int, said: Sequence[str], form: str
-) -> tuple[Balance, list[str]]:
-    """One pass over the files: the account, and what is wrong with it.
+    files: Sequence[File], delivered: Sequence[str], answer: Mapping[str, Any], *, split: bool
+) -> list[str]:
+    """What is wrong with one pass over the files; at most five lines.
 
-    `delivered` are the documents of exactly one pass, `skipped` the bad rows that were counted.
-    `form` is data.sources.documents; a whole file may come in several documents.
+    `delivered` are the documents of exactly one pass, `answer` what the feed has reported (see
+    `feed_ids`). With `split`, a file of text may come in several documents.
     """
     problems: list[str] = []
     have = Counter(delivered)
-    sums: Counter[str] = Counter()
-    fewest = most = 0
+    sizes: Counter[str] = Counter()
+    rows: Counter[str] = Counter()
     for file in files:
-        reported = file.whole or any(file.path.name in text for text in said)
-        for number, row in enumerate(file.rows, 1):
-            size, last = len(row.raw), number == len(file.rows)
-            rest = not file.whole and last
-            fewest += row.verdict == "bad" and not rest
-            most += row.verdict != "good" or rest
-            if row.verdict != "good":
-                sums[row.verdict] += size
-            elif _take(row, have, split=form == "file" and not _is_rows(file)):
-                sums["delivered"] += size
-            elif rest and reported:
-                sums["lost"] += size
-            else:
-                problems.append(f"{file.path.name!r}, row {number} is lost: {row.text[:60]!r}")
-        most += not file.whole
-        if not reported:
+        if not file.whole and not any(file.path.name in text for text in answer["said"]):
             problems.append(f"{file.path.name!r} is damaged, and nothing says so")
+        rows["bad"] += not file.whole
+        rows["empty"] += not file.size and file.whole
+        sizes["bad"] += file.cut
+        for number, row in enumerate(file.rows, 1):
+            rows[row.verdict] += 1
+            sizes[row.verdict] += len(row.raw)
+            if row.verdict == "good" and not _take(row, have, split=split and _is_text(file)):
+                problems.append(f"{file.path.name!r}, row {number} is lost: {row.text[:60]!r}")
     over = [text for text, count in have.items() for _ in range(count)]
     problems += [f"delivered, and in no file, or once too often: {text[:60]!r}" for text in over]
-    if not fewest <= skipped <= most:
-        problems.append(f"{skipped} bad rows were counted, and there are {fewest} to {most}")
+    counts = ("skipped_rows", "empty_rows", "skipped_bytes")
+    for name, there in zip(counts, (rows["bad"], rows["empty"], sizes["bad"]), strict=True):
+        if answer[name] != there:
+            problems.append(f"{name}: {answer[name]} were reported, and there are {there}")
     total = sum(file.size for file in files)
-    names = ("delivered", "blank", "bad", "lost")
-    found = Balance(total, *(sums[name] for name in names))
-    if found.unexplained and not problems:
-        problems.append(f"{found.unexplained} of {total} bytes are neither delivered nor reported")
-    return found, problems[:5]
+    assert total == sizes.total(), "each byte of a file is in one of its rows"
+    return problems[:5]
 
 
-def _is_rows(file: File) -> bool:
-    return file.table or bool({".jsonl", ".ndjson", ".json"} & set(file.path.suffixes))
+def _is_text(file: File) -> bool:
+    rows = {".jsonl", ".ndjson", ".json", ".parquet", ".arrow"}
+    return not rows & set(file.path.suffixes)
 
 
 def _take(row: Row, have: Counter[str], *, split: bool) -> bool:

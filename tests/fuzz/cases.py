@@ -1,16 +1,14 @@
 """What is tried: each function makes files and runs commands on them, all of it at random."""
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
 from typing import Any
 
 from tests.fuzz.case import Command
 from tests.fuzz.configs import NASTY, Table, as_toml, as_words, small_config, spoil, vary
 from tests.fuzz.files import make_corpus
+from tests.fuzz.run_directories import go_on, run_or_damaged
 from tests.fuzz.stock import VOCABULARY
 from tests.fuzz.stories import account, killed
 from tests.fuzz.surroundings import surroundings
@@ -118,14 +116,14 @@ def inspect_tokenizer(world: World) -> None:
 
 
 def inspect(world: World) -> None:
-    path = _run_or_damaged(world)
+    path = run_or_damaged(world)
     words = ["inspect", path, *world.random.choice(([], ["--tensors"], ["--no-verify"]))]
     world.run(Command(tuple(words), **_around(world)))
 
 
 def generate(world: World) -> None:
     random = world.random
-    path = _run_or_damaged(world)
+    path = run_or_damaged(world)
     words = ["generate", path, "--max-tokens", random.choice(("1", "5", "5", "60", "0", "x"))]
     options = (
         ["--prompt", _odd_words(random)],
@@ -204,6 +202,7 @@ class Kind:
 
 KINDS = (
     Kind(train, 34),
+    Kind(go_on, 8),
     Kind(dry_run, 4),
     Kind(plan, 6),
     Kind(verify, 2),
@@ -286,38 +285,6 @@ def _run_dir(config: Table) -> str:
     section = config.get("train")
     found = section.get("run_dir") if isinstance(section, dict) else None
     return found if isinstance(found, str) and found and "\0" not in found else "run"
-
-
-def _run_or_damaged(world: World) -> str:
-    """A finished run, a checkpoint of it, either of them damaged, or something else."""
-    random = world.random
-    world.stock.lend(world.folder, "run", "text.txt")
-    (world.folder / "empty").mkdir()
-    checkpoint = "run/checkpoints/step-00000002"
-    if random.random() < 0.4:
-        _damage_run(world.folder / checkpoint, random)
-    return random.choice(
-        ("run", "run", checkpoint, checkpoint, "empty", "text.txt", "none", "run/checkpoints")
-    )
-
-
-def _damage_run(checkpoint: Path, random: Random) -> None:
-    files = [path for path in checkpoint.iterdir() if path.is_file()]
-    path = random.choice(files)
-    match random.randint(0, 4):
-        case 0:
-            path.unlink()
-        case 1:
-            path.chmod(0)
-        case 2:
-            path.write_bytes(damage(path.read_bytes(), random))
-        case 3:
-            moved = checkpoint.parents[2] / "moved"
-            os.rename(checkpoint, moved)
-            checkpoint.symlink_to(moved if random.random() < 0.7 else "nowhere")
-        case 4:
-            shutil.rmtree(checkpoint)
-            checkpoint.write_bytes(b"a file")
 
 
 def _odd_words(random: Random) -> str:

@@ -1,9 +1,9 @@
 """`python -m tests.fuzz.feed_ids CONFIG PASSES TOKENS`: prints the ids that a run would train on.
 
 A checkpoint doesn't hold them, so this asks the project's own feed, the part that is under test. It
-prints one JSON object: the ids of each stream in order, what the feed has said, and the rows that
-it has skipped, by reason; or the error that it ended with. It stops when a stream has begun pass
-number PASSES (counted from 0), or at so many tokens.
+prints one JSON object: the ids of each stream in order, what the feed has said, and its account of
+what it has not delivered, as it is in metrics.jsonl; or the error that it ended with. It stops when
+a stream has begun pass number PASSES (counted from 0), or at so many tokens.
 """
 
 import json
@@ -45,11 +45,17 @@ def read(path: str, passes: int, most: int) -> dict[str, Any]:
         while feed.epoch < passes and sum(map(len, ids.values())) < most:
             for stream, row in enumerate(np.asarray(next(feed).tokens).tolist()):
                 ids[stream] += row[1 if ids[stream] else 0 :]  # a row begins with the last token
-        skipped = dict(feed.skipped)
+        account = feed.account
         feed.close()
     except MegapipeError as error:
         return {"error": str(error), "said": said}
-    return {"streams": list(ids.values()), "said": said, "skipped": skipped}
+    return {
+        "streams": list(ids.values()),
+        "said": said,
+        "skipped_rows": account.skipped.total(),
+        "skipped_bytes": account.skipped_bytes,
+        "empty_rows": account.empty_rows,
+    }
 
 
 if __name__ == "__main__":

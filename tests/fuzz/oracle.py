@@ -7,11 +7,12 @@ is a fault of this module.
 import json
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-Verdict = Literal["good", "bad", "blank"]
+Verdict = Literal["good", "bad", "blank", "empty"]
+"""A blank line stands between rows; an empty row is one that holds no text."""
 
 
 @dataclass(frozen=True)
@@ -25,34 +26,39 @@ class Row:
 
 @dataclass(frozen=True)
 class File:
-    """The rows of a file. `whole` is False where its compressed form is damaged; the last row is
-    then what was left of one, and `spare` bytes of the file behind it belong to nothing."""
+    """The rows of a file. `whole` is False where its compressed form is damaged: they are then
+    those of the text in front of the damage. `cut` bytes at its end begin a character."""
 
     path: Path
     rows: tuple[Row, ...]
     whole: bool = True
-    table: bool = False
+    cut: int = 0
 
     @property
     def size(self) -> int:
         """Decompressed bytes; for a table, those of its texts."""
-        return sum(len(row.raw) for row in self.rows)
+        return sum(len(row.raw) for row in self.rows) + self.cut
 
 
 def read_file(path: Path, documents: str) -> File:
     """The rows of a file, by the rules of docs/data.md."""
     suffixes = path.suffixes
     if suffixes[-1] in (".parquet", ".arrow"):
-        return File(path, tuple(_table_rows(path)), table=True)
+        return File(path, tuple(_table_rows(path)))
     data, whole = path.read_bytes(), True
     if suffixes[-1] == ".gz":
         data, whole = unzip(data)
     elif suffixes[-1] == ".zst":
         data, whole = unpack_zstd(data)
+    cut = 0 if whole else _cut_character(data)
+    data = data[: len(data) - cut]
     if {".jsonl", ".ndjson", ".json"} & set(suffixes):
-        return File(path, tuple(map(_json_row, _lines(data))), whole)
+        return File(path, tuple(map(_json_row, _lines(data))), whole, cut)
     splitters = {"file": _file, "line": _lines, "blank-line": _paragraphs}
-    return File(path, tuple(map(_text_row, splitters[documents](data))), whole)
+    rows = [_text_row(raw) for raw in splitters[documents](data)]
+    if documents == "file":
+        rows = [replace(row, verdict="empty") if row.verdict == "blank" else row for row in rows]
+    return File(path, tuple(rows), whole, cut)
 
 
 def unzip(data: bytes) -> tuple[bytes, bool]:
@@ -96,6 +102,17 @@ def unpack_zstd(data: bytes) -> tuple[bytes, bool]:
             return out, False
         data = data[at + 1 :]
     return out, True
+
+
+def _cut_character(data: bytes) -> int:
+    """How many bytes at the end begin a character of UTF-8 that is not there in full."""
+    for size in (1, 2, 3):
+        try:
+            data[len(data) - size :].decode()
+        except UnicodeDecodeError as error:
+            if error.reason == "unexpected end of data":
+                return size
+    return 0
 
 
 def _file(data: bytes) -> Iterator[bytes]:
@@ -166,4 +183,4 @@ def _judge(text: object) -> tuple[Verdict, str]:
         text.encode()
     except UnicodeEncodeError:
         return "bad", ""
-    return ("good", text) if text.strip() else ("blank", "")
+    return ("good", text) if text.strip() else ("empty", "")

@@ -74,6 +74,17 @@ def damages_a_checkpoint() -> int:
     return status
 
 
+def writes_over_the_config() -> int:
+    status = _megapipe()
+    Path("run.toml").write_text(Path("run.toml").read_text() + "# planted")
+    return status
+
+
+def removes_a_file() -> int:
+    Path("text.txt").rename("text.old")
+    return _megapipe()
+
+
 def leaves_a_program_running() -> int:
     if os.fork() == 0:
         os.setsid()
@@ -134,7 +145,11 @@ def changes_a_character() -> int:
 
 
 def hides_a_bad_row() -> int:
-    return _feed(lambda ids, end: ids, skipped={})
+    return _feed(lambda ids, end: ids, skipped_rows=0)
+
+
+def hides_bytes() -> int:
+    return _feed(lambda ids, end: ids, skipped_bytes=0)
 
 
 PLANTED: dict[Callable[[], int], str] = {
@@ -148,6 +163,8 @@ PLANTED: dict[Callable[[], int], str] = {
     cuts_the_metrics: "whole",
     misses_a_step: "whole",
     damages_a_checkpoint: "whole",
+    writes_over_the_config: "whole",
+    removes_a_file: "whole",
     leaves_a_program_running: "whole",
     looks_up_a_name: "network",
     connects_elsewhere: "network",
@@ -157,6 +174,7 @@ PLANTED: dict[Callable[[], int], str] = {
     delivers_a_row_twice: "account",
     changes_a_character: "account",
     hides_a_bad_row: "account",
+    hides_bytes: "account",
 }
 
 

@@ -83,7 +83,7 @@ def surroundings(random: Random, odd: float, *, signals: bool) -> dict[str, Any]
         found["umask"] = random.choice((0, 0o077, 0o777, 0o277))
     if random.random() < odd / 3:
         found["limits"] = random.choice(
-            ({"RLIMIT_NOFILE": 24}, {"RLIMIT_FSIZE": 8192}, {"RLIMIT_FSIZE": 100_000})
+            ({"RLIMIT_NOFILE": 64}, {"RLIMIT_FSIZE": 8192}, {"RLIMIT_FSIZE": 100_000})
         )
     if random.random() < odd / 2:
         found["ignored"] = random.choice(((1,), (2,), (1, 2, 15), (13,)))

@@ -1,7 +1,11 @@
 """A minute of the fuzzer with cases that are always the same, and faults that it has to find."""
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +15,11 @@ from tests.fuzz.planted import (
     cuts_the_metrics,
     damages_a_checkpoint,
     misses_a_step,
+    removes_a_file,
     stops_before_the_end,
+    writes_over_the_config,
 )
-from tests.fuzz.runner import System
+from tests.fuzz.runner import ROOT, System
 from tests.fuzz.stories import check_account, killed
 from tests.fuzz.worker import Worker, open_worker
 from tests.fuzz.world import World
@@ -37,6 +43,36 @@ def test_random_cases(worker: Worker) -> None:
     assert {"train", "generate", "(feed)"} <= {
         name.removesuffix(" *") for answer in answers for name in answer["counts"]
     }
+
+
+def test_the_command_line_prints_what_it_finds_and_how_to_find_it_again(tmp_path: Path) -> None:
+    fault = "tests.fuzz.planted:warns_like_a_library"
+    words = ["--only", "words", "--megapipe", fault, "--cases", "1", "--jobs", "1", "--seed", "8"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fuzz", *words, "--work", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "words: case 0" in done.stdout
+    assert "FutureWarning: planted" in done.stdout
+    assert "python -m tests.fuzz --seed 8 --case 0" in done.stdout
+    assert re.search(r"^all +\d+ +\d+$", done.stdout, re.MULTILINE)
+
+
+def test_a_shell_script_does_what_the_runner_did(worker: Worker) -> None:
+    world = worker.world(0, System())
+    odd = "a'b\n\udcff.toml"
+    command = Command(("plan", odd, "--out", "x y.png"), {"COLUMNS": "7", "HOME": None})
+    ending = world.run(command)
+    script = world.folder / "again.sh"
+    script.write_text(world.script(), encoding="utf-8")
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    again = subprocess.run(["bash", str(script)], capture_output=True, env={"PATH": path})
+    assert (again.returncode, again.stderr) == (ending.status, ending.stderr)
+    assert ending.status == 1
 
 
 # --- Planted faults -------------------------------------------------------------------------------
@@ -68,6 +104,8 @@ OF_FAULTS = {
     cuts_the_metrics: run,
     misses_a_step: run,
     damages_a_checkpoint: run,
+    writes_over_the_config: run,
+    removes_a_file: run,
 }
 
 

@@ -9,7 +9,16 @@ from pathlib import Path
 from tests.fuzz.case import Ending, Finding
 
 SCRATCH = re.compile(r"^\.tmp|\.tmp(\b|$)|\.partial$|^\..+\.\d+$|~$")
+OF_LIBRARIES = re.compile(r"^torchinductor_")
+"""Caches that torch keeps in the temporary folder for its next start."""
 STEP = re.compile(r"^step-\d{8}$")
+
+RUN_FILES = re.compile(
+    r"^(metrics|metrics-replaced)\.jsonl$|^resolved-config\.toml$|^run\.lock$|"
+    r"^schedule\.(csv|txt)$|^timeline\.(png|json|txt)$"
+)
+RUN_FOLDERS = {"checkpoints", "wandb", "tensorboard", "tmp"}
+"""What a run writes, and may write again. Whatever else was there stays as it was."""
 
 Snapshot = dict[Path, tuple[int, int]]
 """Each path of a folder, with what changes when it is written: (inode, time of the last change)."""
@@ -33,9 +42,15 @@ def check_files(ending: Ending, folder: Path, before: Snapshot) -> list[Finding]
     new = [path for path in written if path not in before]
     problems = []
     if signal.SIGKILL not in ending.sent:
-        in_tmp = [path for path in new if path.is_relative_to(folder / "tmp")]
+        in_tmp = [
+            path
+            for path in new
+            if path.is_relative_to(folder / "tmp") and not OF_LIBRARIES.match(path.name)
+        ]
         scratch = [path for path in new if SCRATCH.search(path.name)]
         problems += [f"left behind: {_name(path, folder)}" for path in {*in_tmp, *scratch}]
+    gone = _replaced(ending, folder, before, after)
+    problems += [f"replaced or removed: {name}" for name in gone]
     for path in written:
         if path.name == "metrics.jsonl" and path.is_file():
             problems += [f"{_name(path, folder)}: {text}" for text in check_metrics(path)]
@@ -44,6 +59,20 @@ def check_files(ending: Ending, folder: Path, before: Snapshot) -> list[Finding]
         if path in written and path.is_file():
             problems += [f"{name}: {text}" for text in _output_problems(path)]
     return [Finding("whole", text) for text in problems]
+
+
+def _replaced(ending: Ending, folder: Path, before: Snapshot, after: Snapshot) -> list[str]:
+    """Files that were there before the command, and that it had no business with."""
+    own = {folder / ending.command.folder / name for name in ending.command.outputs}
+    return [
+        _name(path, folder)
+        for path in before
+        if after.get(path) != before[path]
+        and not path.is_dir()
+        and path not in own
+        and not RUN_FILES.match(path.name)
+        and not RUN_FOLDERS & set(path.relative_to(folder).parts)
+    ]
 
 
 def new_checkpoints(folder: Path, before: Snapshot) -> list[Path]:
