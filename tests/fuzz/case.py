@@ -14,11 +14,13 @@ class Command:
     """One start of the program, as a shell would do it.
 
     `words` may hold bytes that are not UTF-8, as Python's surrogates. `environment` is what differs
-    from the usual one (None: not set). `signals` are sent after so many seconds each; one that is
-    named as (number, step) waits until the run's metrics.jsonl has that many lines. A stream is
-    "file" (read by the fuzzer), "closed", "full" (a full disk), "broken" (a pipe that nobody
-    reads) or, for stdin, "null". `outputs` are files that it is asked to write. With `feed` it is
-    not megapipe's command but the program that prints what is read for training.
+    from the usual one (None: not set). `signals` are sent after so many seconds each;
+    `signal_at_step`, a signal and a step, when the run's metrics.jsonl has that many lines.
+
+    A stream is "file" (read by the fuzzer), "terminal" (of which SIGHUP is the end), "closed",
+    "full" (a full disk), "broken" (a pipe that nobody reads) or, for stdin, "null". `outputs` are
+    files that it is asked to write. With `feed` it is not megapipe's command but the program that
+    prints what is read for training.
     """
 
     words: tuple[str, ...]
@@ -63,6 +65,7 @@ class Command:
             "closed": "{}>&-",
             "full": "{}>/dev/full",
             "broken": "{}> >(true)",
+            "terminal": "",
             "file": "",
             "null": "<&-" if self.streams[0] == "closed" else "</dev/null",
         }

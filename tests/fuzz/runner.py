@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from tests.fuzz.case import FEED, MEGAPIPE, Command, Ending
+from tests.fuzz.terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
 COMMAND_SECONDS = 60.0
@@ -90,20 +91,22 @@ class Runner:
         outputs = [self.work / "stdout", self.work / "stderr"]
         for path in outputs:
             path.unlink(missing_ok=True)
-        request = self._request(command, case, outputs, system)
+        terminal = Terminal() if "terminal" in command.streams else None
+        request = self._request(command, case, outputs, system, terminal)
         started = time.monotonic()
         self._send(request)
         pid = self._answer(30.0)["pid"]
-        watch = _Watch(command, case, pid, started)
+        watch = _Watch(command, case, pid, terminal)
         answer = None
         while answer is None:
             watch.act(time.monotonic() - started)
             answer = self._poll(watch.pause)
+        shown = terminal.close() if terminal else b""
         stdout, stderr = (path.read_bytes() if path.exists() else b"" for path in outputs)
         return Ending(
             command=command,
             status=answer["status"],
-            stdout=stdout,
+            stdout=stdout + shown,
             stderr=stderr,
             seconds=time.monotonic() - started,
             sent=tuple(watch.sent),
@@ -117,10 +120,17 @@ class Runner:
         return command.warm and all(map(_in_warm, command.environment))
 
     def _request(
-        self, command: Command, case: Path, outputs: list[Path], system: System
+        self,
+        command: Command,
+        case: Path,
+        outputs: list[Path],
+        system: System,
+        terminal: Terminal | None,
     ) -> dict[str, Any]:
         environment = {**self.base, "TMPDIR": str(case / "tmp"), **command.environment}
         places = {"null": os.devnull, "full": "/dev/full", "closed": "closed", "broken": "broken"}
+        if terminal:
+            places["terminal"] = terminal.name
         streams = [
             str(outputs[number - 1]) if place == "file" else places[place]
             for number, place in enumerate(command.streams)
@@ -171,12 +181,13 @@ class Runner:
 class _Watch:
     """Sends a command's signals when their time has come, and ends one that takes too long."""
 
-    def __init__(self, command: Command, case: Path, pid: int, started: float) -> None:
+    def __init__(self, command: Command, case: Path, pid: int, terminal: Terminal | None) -> None:
         self.sent: list[int] = []
         self.timed_out = False
         self._command = command
         self._metrics = case / command.folder / command.run_dir / "metrics.jsonl"
         self._pid = pid
+        self._terminal = terminal
         self._due = sorted(command.signals, key=lambda pair: pair[1])
         self._at_step = command.signal_at_step
         self._end, self._kill = COMMAND_SECONDS, COMMAND_SECONDS + STOPPING_SECONDS
@@ -198,7 +209,10 @@ class _Watch:
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, number)
+            if number == signal.SIGHUP and self._terminal:
+                self._terminal.hang_up()
+            else:
+                os.kill(self._pid, number)
             self.sent.append(number)
 
 

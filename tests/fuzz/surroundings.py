@@ -77,6 +77,8 @@ def surroundings(random: Random, odd: float, *, signals: bool) -> dict[str, Any]
             random.choice(("file", "file", "closed", "full", "broken")),
             random.choice(("file", "file", "file", "closed", "full", "broken")),
         )
+    elif random.random() < 0.1:
+        found["streams"] = ("terminal", "terminal", random.choice(("file", "terminal")))
     if random.random() < odd / 3:
         found["folder_gone"] = True
     if random.random() < odd / 3:
