@@ -31,6 +31,17 @@ TOKENIZERS = (
     ".",
     "hf/none",
 )
+SMALL_PIPELINE = (
+    "bench pipeline --schedules 1f1b --ranks 2 --microbatches 2 --virtual 1 --unit-ms 1 --repeats 1"
+)
+SMALL_TRAIN = (
+    "bench train --preset llama-micro --layouts pp2 --repeats 1 --sequence-length 16 "
+    "--micro-batch-size 1 --microbatches 2 --device cpu"
+)
+WRONG_BENCHES = (
+    *("bench", "bench kernels", "bench nothing", "bench pipeline --nonsense"),
+    *("bench train --preset nothing", "bench train --layouts pp3-zb", "bench pipeline --ranks 0"),
+)
 COMMANDS = ("train", "verify", "plan", "tokenizer", "inspect", "generate", "bench", "schema")
 
 
@@ -137,19 +148,13 @@ def generate(world: World) -> None:
 
 
 def bench(world: World) -> None:
-    """Nothing that measures for long: what can't start here, and what is asked for wrongly."""
+    """The smallest that can be measured, what can't start here, and what is asked for wrongly."""
     random = world.random
-    words = random.choice(
-        (
-            ["bench"],
-            ["bench", "kernels"],
-            ["bench", "kernels", "--json", "none/out.json"],
-            ["bench", "nothing"],
-            ["bench", "pipeline", "--nonsense"],
-            ["bench", "train", "--model", "nothing"],
-        )
-    )
-    world.run(Command(tuple(words), **_around(world)))
+    words = random.choice((SMALL_PIPELINE, SMALL_TRAIN, *WRONG_BENCHES)).split()
+    name = random.choice(("out.json", "out.json", "none/out.json", "tmp", "/dev/full"))
+    words += ["--json", name] if len(words) > 1 else []
+    outputs = ("out.json",) if name == "out.json" else ()
+    world.run(Command(tuple(words), outputs=outputs, **_around(world)))
 
 
 def schema(world: World) -> None:
