@@ -38,12 +38,12 @@ class Decoder:
 
 
 def balance(
-    files: Sequence[File], delivered: Sequence[str], answer: Mapping[str, Any], *, split: bool
+    files: Sequence[File], delivered: Sequence[str], answer: Mapping[str, Any]
 ) -> list[str]:
     """What is wrong with one pass over the files; at most five lines.
 
     `delivered` are the documents of exactly one pass, `answer` what the feed has reported (see
-    `feed_ids`). With `split`, a file of text may come in several documents.
+    `feed_ids`). Long texts may come in several documents.
     """
     problems: list[str] = []
     have = Counter(delivered)
@@ -58,7 +58,7 @@ def balance(
         for number, row in enumerate(file.rows, 1):
             rows[row.verdict] += 1
             sizes[row.verdict] += len(row.raw)
-            if row.verdict == "good" and not _take(row, have, split=split and _is_text(file)):
+            if row.verdict == "good" and not _take(row, have, split=_is_text(file)):
                 problems.append(f"{file.path.name!r}, row {number} is lost: {row.text[:60]!r}")
     over = [text for text, count in have.items() for _ in range(count)]
     problems += [f"delivered, and in no file, or once too often: {text[:60]!r}" for text in over]
@@ -97,5 +97,7 @@ def _take_pieces(text: str, have: Counter[str]) -> bool:
             return False
         taken.append(found)
         at += len(found)
+        while at < len(text) and text[at] in "\r\n" and not found.endswith("\n"):
+            at += 1
     have.subtract(taken)
     return True
