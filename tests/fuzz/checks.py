@@ -22,7 +22,9 @@ PROGRAMMERS_WORDS = re.compile(
 )
 STARTING = re.compile(rb"^Traceback .*\n(  .*\n)*KeyboardInterrupt", re.MULTILINE)
 OWN = b"megapipe: "
-FAILURES_ON_STDOUT = (b"DAMAGED", b"FAILED", b"NO\n", b"NO \n")
+JUDGEMENT = re.compile(rb"\bDAMAGED\b|\bFAILED\b|^ *whole +NO\b", re.MULTILINE)
+JUDGES = ("inspect", "verify")
+"""Commands whose answer, on stdout, may be that something else is wrong."""
 DONE = (b"Done: step", b"Nothing to do:")
 
 
@@ -63,7 +65,7 @@ def _status(ending: Ending) -> list[str]:
         return [] if expected else [f"it was ended by {signal.Signals(-status).name}"]
     readable = command.streams[2] == "file" and "RLIMIT_FSIZE" not in command.limits
     told = _last_line(ending.stderr).startswith(OWN)
-    shown = any(word in ending.stdout for word in FAILURES_ON_STDOUT)
+    judged = JUDGEMENT.search(ending.stdout) or command.streams[1] not in ("file", "terminal")
     if status == 0:
         if told:
             return [f"status 0, and it says: {_text(_last_line(ending.stderr))}"]
@@ -78,7 +80,7 @@ def _status(ending: Ending) -> list[str]:
         return [] if told or not readable else [f"status {status} without a word"]
     if status > 2:
         return [f"status {status} stands for nothing; last: {_text(_last_line(ending.stderr))}"]
-    if readable and not told and not shown:
+    if readable and not told and not (command.name in JUDGES and judged):
         return [f"status {status}, and the last line is: {_text(_last_line(ending.stderr))}"]
     return []
 
