@@ -25,6 +25,8 @@ OWN = b"megapipe: "
 JUDGEMENT = re.compile(rb"\bDAMAGED\b|\bFAILED\b|^ *whole +NO\b", re.MULTILINE)
 JUDGES = ("inspect", "verify")
 """Commands whose answer, on stdout, may be that something else is wrong."""
+PIPE_CLOSED = 141
+"""128 + SIGPIPE: the reader of a pipe has seen enough."""
 DONE = (b"Done: step", b"Nothing to do:")
 
 
@@ -72,12 +74,16 @@ def _status(ending: Ending) -> list[str]:
         done = any(word in ending.stdout for word in DONE)
         if command.trains and command.name == "train" and command.streams[1] == "file" and not done:
             return ["status 0, and it does not say that the run is done"]
+        if not command.trains and command.streams[1] in ("closed", "full", "broken"):
+            return ["status 0, and what it was asked for could not be printed"]
         return []
     if status > 128 and status - 128 in ending.sent:
         name = signal.Signals(status - 128).name.encode()
         told = told or name in ending.stdout or name in ending.stderr
         readable = readable and command.streams[1] == "file"
         return [] if told or not readable else [f"status {status} without a word"]
+    if status == PIPE_CLOSED and {"broken", "terminal"} & set(command.streams):
+        return []
     if status > 2:
         return [f"status {status} stands for nothing; last: {_text(_last_line(ending.stderr))}"]
     if readable and not told and not (command.name in JUDGES and judged):

@@ -79,8 +79,9 @@ def test_a_shell_script_does_what_the_runner_did(worker: Worker) -> None:
 
 
 def commands(world: World) -> None:
-    """One that does its work, and one that can't."""
+    """One that does its work, and two that can't."""
     world.run(Command(("schema",)))
+    world.run(Command(("schema",), streams=("null", "full", "file")))
     world.run(Command(("train", "none.toml")))
 
 
