@@ -61,7 +61,7 @@ def _was_starting(ending: Ending) -> bool:
 def _status(ending: Ending) -> list[str]:
     status, command = ending.status, ending.command
     if ending.timed_out:
-        return ["it did not end within a minute of SIGTERM"]
+        return ["it did not end within two minutes of SIGTERM"]
     if status < 0:
         expected = -status in ending.sent
         return [] if expected else [f"it was ended by {signal.Signals(-status).name}"]

@@ -18,9 +18,9 @@ from tests.fuzz.case import FEED, MEGAPIPE, Command, Ending
 from tests.fuzz.terminal import Terminal
 
 ROOT = Path(__file__).parents[2]
-COMMAND_SECONDS = 60.0
+COMMAND_SECONDS = 120.0
 """A command that takes longer is asked to stop (SIGTERM): a valid config may just be a long run."""
-STOPPING_SECONDS = 60.0
+STOPPING_SECONDS = 120.0
 MEMORY = 6 << 30
 
 IN_WARM = ("COLUMNS", "NO_COLOR", "TERM", "PYTHONIOENCODING")

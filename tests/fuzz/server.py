@@ -36,7 +36,7 @@ Request = dict[str, Any]
 PR_CAPBSET_DROP = 24
 PR_SET_CHILD_SUBREAPER = 36
 CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
-GRACE = 5.0
+GRACE = 10.0
 """Seconds in which what a command started may end after it."""
 
 WARM = (

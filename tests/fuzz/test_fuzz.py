@@ -14,6 +14,7 @@ from tests.fuzz.planted import (
     PLANTED,
     cuts_the_metrics,
     damages_a_checkpoint,
+    leaves_a_program_running,
     misses_a_step,
     removes_a_file,
     stops_before_the_end,
@@ -85,6 +86,10 @@ def commands(world: World) -> None:
     world.run(Command(("train", "none.toml")))
 
 
+def one_command(world: World) -> None:
+    world.run(Command(("schema",)))
+
+
 def run(world: World) -> None:
     """A short run."""
     world.stock.lend(world.folder, "tokenizer.model", "text.txt", "run.toml")
@@ -101,6 +106,7 @@ def account(world: World) -> None:
 
 OF_CHECKS = {"account": account, "resume": killed}
 OF_FAULTS = {
+    leaves_a_program_running: one_command,
     stops_before_the_end: run,
     cuts_the_metrics: run,
     misses_a_step: run,
