@@ -27,13 +27,14 @@ from megapipe.kernels.random import fold, normal_rectangle
 from megapipe.kernels.rms_norm import add_rms_norm, rms_norm
 from megapipe.kernels.rope import rope, rope_frequencies, rope_qkv_
 from megapipe.kernels.swiglu import swiglu
-from megapipe.kernels.weight_grad import add_weight_grad
+from megapipe.kernels.weight_grad import WeightGradBackend, add_weight_grad, matmul_adds
 
 __all__ = [
     "Backend",
     "Combined",
     "UnsupportedError",
     "Vocabulary",
+    "WeightGradBackend",
     "adamw_",
     "add_layer_norm",
     "add_rms_norm",
@@ -55,6 +56,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "linear_cross_entropy_forward",
+    "matmul_adds",
     "norm_rope",
     "normal_rectangle",
     "part_cross_entropy",

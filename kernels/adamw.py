@@ -94,7 +94,8 @@ def _reference(
 ) -> None:
     """torch's own, fused. As a function: the class torch.optim.AdamW imports torch's compiler in
     its first step, which costs each rank 2 s and 100 MB."""
-    steps = torch.tensor(float(step - 1), dtype=torch.float32, device=master.device)
+    # Filled on the device: a copy of a host's number would wait for all that the device has to do.
+    steps = torch.full((), float(step - 1), dtype=torch.float32, device=master.device)
     torch_adamw(
         [master],
         [gradient],

@@ -2,15 +2,16 @@
 
     main_grad [out, in] += grad_out [tokens, out]^T inputs [tokens, in]
 
-Narrow factors, float32 sums. The torch reference needs the product in memory first, 4 bytes
-written and read again for each weight. Here a program holds a tile of the sum, adds the main
-gradient's tile at the end and writes it: 8 bytes a weight. (On CUDA, `torch.addmm` with `out_dtype`
-can do so, too; `megapipe bench kernels` compares.)
-Every tile is one program's, tokens in order, so the bits never depend on timing.
+Narrow factors, float32 sums. The torch reference widens its factors first. Here a program holds a
+tile of the sum, adds the main gradient's tile at the end and writes it: 8 bytes a weight. Every
+tile is one program's, tokens in order, so the bits never depend on timing.
+
+On CUDA `torch.addmm` with `out_dtype` does the same by cuBLAS: "matmul". `megapipe bench kernels`
+compares both.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import torch
 import triton
@@ -19,10 +20,9 @@ from torch import Tensor
 
 from megapipe.kernels.backend import (
     FP_FUSION,
-    Backend,
     UnsupportedError,
+    backend_of,
     check_dtype,
-    choose,
 )
 from megapipe.kernels.compilation import Variant
 
@@ -30,8 +30,17 @@ GROUP = 8
 """Rows of tiles that are worked on together, so that their factors are found in the cache."""
 
 
+WeightGradBackend = Literal["torch", "matmul", "triton"]
+"""`Backend`, and "matmul": torch's product of narrow factors that adds to a wide sum, where the
+device has one (`matmul_adds`)."""
+
+
 def add_weight_grad(
-    main_grad: Tensor, grad_out: Tensor, inputs: Tensor, *, backend: Backend | None = None
+    main_grad: Tensor,
+    grad_out: Tensor,
+    inputs: Tensor,
+    *,
+    backend: WeightGradBackend | None = None,
 ) -> None:
     """main_grad [out, in] += grad_out [..., out]^T inputs [..., in], in main_grad's precision.
 
@@ -39,14 +48,35 @@ def add_weight_grad(
     """
     grad_out = grad_out.flatten(0, -2)
     inputs = inputs.flatten(0, -2)
-    if choose(backend, main_grad) == "triton":
+    chosen = backend_of(main_grad.device) if backend is None else backend
+    if chosen == "triton":
         torch.ops.megapipe.add_weight_grad(main_grad, grad_out, inputs)
     elif main_grad.dtype == grad_out.dtype:
         main_grad.addmm_(grad_out.t(), inputs)
-    elif grad_out.is_cuda:  # narrow factors, a wide sum: one matmul of the tensor cores
-        main_grad.add_(torch.mm(grad_out.t(), inputs, out_dtype=main_grad.dtype))
+    elif chosen == "matmul":
+        _multiply_and_add(main_grad, grad_out, inputs)
     else:
         main_grad.addmm_(grad_out.t().to(main_grad.dtype), inputs.to(main_grad.dtype))
+
+
+def _multiply_and_add(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> None:
+    torch.addmm(main_grad, grad_out.t(), inputs, out_dtype=main_grad.dtype, out=main_grad)
+
+
+def matmul_adds(
+    device: torch.device,
+    multiply_and_add: Callable[[Tensor, Tensor, Tensor], None] = _multiply_and_add,
+) -> bool:
+    """Whether "matmul" adds products of bfloat16 factors to a float32 sum on this device, and
+    rounds neither product nor sum to bfloat16. Tries it, and waits for the device."""
+    main_grad = torch.full((64, 64), 1 + 2**-10, device=device)
+    grad_out, inputs = torch.ones(2, 512, 64, dtype=torch.bfloat16, device=device)
+    inputs[0] = 2  # so that the product is 513, for which bfloat16 has too few bits
+    try:
+        multiply_and_add(main_grad, grad_out, inputs)
+    except (RuntimeError, TypeError):  # no such kernel on this device, or no such argument
+        return False
+    return bool((main_grad == 514 + 2**-10).all())
 
 
 @triton.jit

@@ -28,3 +28,19 @@ class DataError(MegapipeError):
 
 class CheckpointError(MegapipeError):
     """A checkpoint that is missing, damaged, or does not fit the model."""
+
+
+def explained(error: Exception) -> MegapipeError | None:
+    """The error as one that the user can mend, where it is one; None for a fault of the program.
+
+    Files that can't be read or written, disks that are full and text that can't be encoded are
+    the user's to mend, wherever they turn up.
+    """
+    if isinstance(error, MegapipeError):
+        return error
+    if isinstance(error, OSError) and error.strerror is not None:
+        what = f"{error.filename}: " if error.filename is not None else ""
+        return MegapipeError(f"{what}{error.strerror}.")
+    if isinstance(error, UnicodeError):
+        return MegapipeError(f"text that can't be read or written: {error}.")
+    return None

@@ -4,7 +4,11 @@ It does not depend on shapes or on what happens later; a kernel that cannot take
 is an error.
 """
 
+import subprocess
+import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapipe.config import Config, ModelConfig
@@ -14,35 +18,78 @@ from megapipe.errors import MegapipeError
 if TYPE_CHECKING:  # what is planned needs neither torch nor triton
     import torch
 
-    from megapipe.kernels import Backend
+    from megapipe.kernels import Backend, WeightGradBackend
 
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """Of all kernels, and of attention apart ("torch" is torch's scaled_dot_product_attention)."""
+    """Of all kernels, and of two apart: attention ("torch" is torch's scaled_dot_product_attention)
+    and weight gradients ("matmul" is torch.addmm onto float32)."""
 
     kernels: "Backend"
     attention: "Backend"
+    weight_gradients: "WeightGradBackend"
 
     def __str__(self) -> str:
-        if self.kernels == self.attention:
-            return self.kernels
-        words = {"torch": "scaled_dot_product_attention", "triton": "triton"}
-        return f"{self.kernels}, attention by {words[self.attention]}"
+        words = [str(self.kernels)]
+        if self.attention != self.kernels:
+            attention = {"torch": "scaled_dot_product_attention", "triton": "triton"}
+            words.append(f"attention by {attention[self.attention]}")
+        if self.weight_gradients != self.kernels:
+            products = {"torch": "factors widened first", "matmul": "addmm", "triton": "triton"}
+            words.append(f"weight gradients by {products[self.weight_gradients]}")
+        return ", ".join(words)
+
+    @property
+    def uses_triton(self) -> bool:
+        return "triton" in (self.kernels, self.attention, self.weight_gradients)
 
 
-def choose_kernels(config: Config, device: "torch.device") -> KernelChoice:
-    """Raises MegapipeError where Triton kernels would run that the device or the model's sizes do
-    not allow."""
-    choice = wanted_kernels(config, on_gpu=device.type == "cuda")
-    if "triton" in (choice.kernels, choice.attention) and device.type == "cpu":
+def start_triton() -> None:
+    """Have Triton make ready for the GPU: it compiles a small driver, or finds it in its cache."""
+    import triton
+
+    triton.runtime.driver.active.get_current_target()
+
+
+def matmul_adds(device: "torch.device") -> bool:
+    """Whether torch.addmm adds bf16 factors to a float32 sum on the device without rounding."""
+    from megapipe import kernels
+
+    return kernels.matmul_adds(device)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What is tried on the device before the choice is made."""
+
+    start_triton: Callable[[], None] = start_triton
+    matmul_adds: Callable[["torch.device"], bool] = matmul_adds
+
+
+def choose_kernels(
+    config: Config, device: "torch.device", trials: Trials | None = None
+) -> KernelChoice:
+    """Raises MegapipeError where Triton kernels would run that the device, what is installed or the
+    model's sizes do not allow, or where train.weight_gradients can't be what was asked for."""
+    trials = trials or Trials()
+    on_gpu = device.type == "cuda"
+    adds = config.train.precision != "bf16" or not _may_multiply(config, on_gpu)
+    choice = wanted_kernels(config, on_gpu, adds or trials.matmul_adds(device))
+    if choice.uses_triton and device.type == "cpu":
         _check_interpreting(choice)
+    elif choice.uses_triton and on_gpu:
+        _check_triton(choice, trials)
     _check_sizes(config.model, choice)
     return choice
 
 
-def wanted_kernels(config: Config, on_gpu: bool) -> KernelChoice:
-    """What the config asks for there, whether or not it can run."""
+def wanted_kernels(config: Config, on_gpu: bool, matmul_adds: bool = True) -> KernelChoice:
+    """What the config asks for there, whether or not it can run.
+
+    `matmul_adds`: torch.addmm adds the model's factors to the main gradients there. Raises
+    MegapipeError where it does not and was asked for by name.
+    """
     train, model = config.train, config.model
     kernels: Backend
     if train.kernels == "auto":
@@ -63,15 +110,68 @@ def wanted_kernels(config: Config, on_gpu: bool) -> KernelChoice:
             or (model.sliding_window or train.sequence_length) < train.sequence_length
         )
         attention = kernels if beyond_causal else "torch"
-    return KernelChoice(kernels, attention)
+    weight_gradients: WeightGradBackend = kernels
+    if train.weight_gradients == "triton":
+        weight_gradients = "triton"
+    elif train.weight_gradients == "matmul":
+        if not matmul_adds:
+            raise MegapipeError(
+                'train.weight_gradients = "matmul": torch.addmm of this version of torch does not '
+                f"add products of {train.precision} matrices to a float32 sum on this device. "
+                'Write train.weight_gradients = "auto".'
+            )
+        weight_gradients = "matmul"
+    elif on_gpu and matmul_adds:  # cuBLAS is expected to be faster; no GPU has measured it yet
+        weight_gradients = "matmul"
+    return KernelChoice(kernels, attention, weight_gradients)
+
+
+def _may_multiply(config: Config, on_gpu: bool) -> bool:
+    """Whether weight gradients are to be "matmul" where the device can."""
+    asked = config.train.weight_gradients
+    return asked == "matmul" or (asked == "auto" and on_gpu)
 
 
 def _check_interpreting(choice: KernelChoice) -> None:
     if not interpreting():
-        key = "train.kernels" if choice.kernels == "triton" else "train.attention"
         raise MegapipeError(
-            f'{key} = "triton" needs a GPU, and train.device gives the CPU. Write {key} = "auto".'
+            f'{_triton_key(choice)} = "triton" needs a GPU, and train.device gives the CPU. Write '
+            f'{_triton_key(choice)} = "auto".'
         )
+
+
+def _triton_key(choice: KernelChoice) -> str:
+    """A key by which Triton was chosen."""
+    if choice.kernels == "triton":
+        return "train.kernels"
+    return "train.attention" if choice.attention == "triton" else "train.weight_gradients"
+
+
+def _check_triton(choice: KernelChoice, trials: Trials) -> None:
+    """Find out before the first step whether Triton can start here."""
+    try:
+        trials.start_triton()
+    except (RuntimeError, OSError, AssertionError, subprocess.CalledProcessError) as error:
+        without = 'train.kernels = "torch" and train.attention = "sdpa" do without Triton.'
+        raise MegapipeError(
+            f"{_triton_key(choice)} takes Triton, which compiles a small driver at its first use, "
+            f"and {_why_triton_fails(error)}. {without}"
+        ) from error
+
+
+def _why_triton_fails(error: Exception) -> str:
+    version = sysconfig.get_python_version()
+    header = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    if "C compiler" in str(error):
+        missing = "there is no C compiler"
+    elif not header.is_file():
+        missing = f"there is no {header}"
+    else:
+        return f"that failed: {error}"
+    return (
+        f"{missing}. Install gcc and Python's headers (Debian and Ubuntu: apt install gcc "
+        f"python{version}-dev; Fedora and Red Hat: dnf install gcc python{version}-devel)"
+    )
 
 
 def _check_sizes(model: ModelConfig, choice: KernelChoice) -> None:

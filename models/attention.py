@@ -139,11 +139,31 @@ class Attention(nn.Module):
         return *kernels.norm_rope(q, k, *norms, cos, sin, self.norm_epsilon, backend=backend), v
 
 
-def rope_table(
-    model: ModelConfig, positions_S: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of position x frequency, [S, D / 2] each; angles in float64, so that position
-    100,000 keeps its low bits."""
-    frequencies = kernels.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
-    angles = positions_S.double()[:, None] * frequencies.to(positions_S.device).double()
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+class RotaryTable:
+    """cos and sin of position x frequency, kept on the device for all microbatches.
+
+    A forward pass only takes rows of it. To compute frequencies on the host in each would be a copy
+    to the device for which the host waits, so that it could never run ahead of the GPU.
+    """
+
+    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        frequencies = kernels.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
+        self._frequencies = frequencies.to(device)
+        self._dtype = dtype
+        self._cos, self._sin = self._compute(0)
+
+    def rows(self, first: int, length: int) -> tuple[Tensor, Tensor]:
+        """Those of positions `first` and later, [length, D / 2] each.
+
+        The first call sets the table's length; one that needs more at least doubles it.
+        """
+        end = first + length
+        if end > len(self._cos):
+            self._cos, self._sin = self._compute(max(end, 2 * len(self._cos)))
+        return self._cos[first:end], self._sin[first:end]
+
+    def _compute(self, length: int) -> tuple[Tensor, Tensor]:
+        """Angles are float64, so that position 100,000 keeps its low bits."""
+        positions = torch.arange(length, dtype=torch.float64, device=self._frequencies.device)
+        angles = positions[:, None] * self._frequencies
+        return angles.cos().to(self._dtype), angles.sin().to(self._dtype)

@@ -42,7 +42,7 @@ def build_stages(config: Config, mesh: Mesh) -> dict[int, GPTStage]:
                 dtype=MODEL_DTYPE[config.train.precision],
                 device=mesh.device,
                 seed=config.train.seed,
-                store=WeightGradStore(choice.kernels),
+                store=WeightGradStore(choice.weight_gradients),
                 kernels=choice,
                 loss=LossSettings(config.train.linear_cross_entropy, config.train.z_loss),
             ),

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from megapipe import kernels
 from megapipe.config import ModelConfig
 from megapipe.microbatch import MicroBatch
-from megapipe.models.attention import Attention, KeyValueCache, rope_table
+from megapipe.models.attention import Attention, KeyValueCache, RotaryTable
 from megapipe.models.placement import Context, Placement
 from megapipe.tensor_parallel.collectives import own_sequence_slice
 from megapipe.tensor_parallel.embedding import VocabParallelEmbedding, vocabulary_parameter
@@ -266,6 +266,7 @@ class Head(nn.Module):
             self.weight,
             targets_SB,
             sequence_parallel=place.sequence_parallel,
+            weight_grad_backend=place.store.backend,
             **settings,
         )
 
@@ -295,6 +296,11 @@ class GPTStage(nn.Module):
             tied_weight = self.embedding.tokens.weight
         self.head = Head(model, place, tied_weight) if is_last else None
         self.weight_grads = place.store
+        self.rotary = None
+        if model.position == "rope":
+            fused = place.kernels.kernels == "triton"  # which widens what it loads anyway
+            dtype = torch.float32 if fused else place.dtype
+            self.rotary = RotaryTable(model, dtype, place.device)
         self.model = model
         self.place = place
 
@@ -334,11 +340,8 @@ class GPTStage(nn.Module):
 
     def _context(self, batch: MicroBatch, offset: int, length: int) -> Context:
         cos = sin = None
-        if self.model.position == "rope":
-            positions = torch.arange(offset, offset + length, device=self.place.device)
-            fused = self.place.kernels.kernels == "triton"  # which widens what it loads anyway
-            dtype = torch.float32 if fused else self.place.dtype
-            cos, sin = rope_table(self.model, positions, dtype)
+        if self.rotary is not None:
+            cos, sin = self.rotary.rows(offset, length)
         bounds = mask = None
         if batch.documents_BS is not None:
             bounds = kernels.document_bounds(batch.documents_BS)

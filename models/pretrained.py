@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.checkpoint.retention import newest_valid
+from megapipe.checkpoint.steps import MANIFEST_NAME, check_names, committed
 from megapipe.config import ModelConfig
 from megapipe.errors import CheckpointError
 from megapipe.kernel_choice import KernelChoice
@@ -32,7 +33,7 @@ class PretrainedGPT(nn.Module):
             device=device,
             seed=0,
             store=WeightGradStore(),
-            kernels=KernelChoice("torch", "torch"),
+            kernels=KernelChoice("torch", "torch", "torch"),
         )
         self.config = model
         self.stage = GPTStage(
@@ -67,14 +68,21 @@ def load_pretrained(
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that the user means by a path: itself, or the newest whole one of a run."""
-    root = path / "checkpoints"
-    if not root.is_dir():
+    if (path / MANIFEST_NAME).exists():
         return path
-    found = newest_valid(root)
-    if found.path is None:
-        damaged = f" ({len(found.skipped)} are damaged)" if found.skipped else ""
-        raise CheckpointError(f"{root} holds no whole checkpoint{damaged}")
-    return found.path
+    for root in (path / "checkpoints", path):
+        if root.is_dir() or root.is_symlink():
+            check_names(root)
+        if not committed(root):
+            continue
+        found = newest_valid(root)
+        if found.path is None:
+            raise CheckpointError(
+                f"{root} holds no whole checkpoint, of {len(found.skipped)}: "
+                f"{found.skipped[0].problems[0]}. `megapipe inspect {root}` lists them."
+            )
+        return found.path
+    return path  # reading it says what it is
 
 
 def model_config(reader: CheckpointReader) -> ModelConfig:

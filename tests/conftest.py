@@ -19,7 +19,7 @@ import triton
 from tests.corpus import write_config, write_text, write_tokenizer
 from tests.interpreter import interpreting, make_faster
 from tests.kernels.compiling import Compiling
-from tests.ranks import POOL
+from tests.ranks import GPU_POOL, POOL
 
 numpy_is_new = np.lib.NumpyVersion(np.__version__) >= "2.4.0"
 if interpreting and numpy_is_new and triton.__version__.startswith("3.6."):
@@ -39,6 +39,7 @@ settings.load_profile("same")
 def _ranks() -> Iterator[None]:
     yield
     POOL.close()
+    GPU_POOL.close()
 
 
 @pytest.fixture(scope="session")

@@ -19,12 +19,14 @@ FLOORS = {
     "megapipe.errors": 1,
     "megapipe.pipeline.schedule": 2,
     "megapipe.exchange": 2,
+    "megapipe.files": 2,
     "megapipe.config": 3,
     "megapipe.shared_memory": 3,
     "megapipe.kernel_choice": 4,
     "megapipe.mesh": 4,
     "megapipe.microbatch": 4,
     "megapipe.precision": 4,
+    "megapipe.transfer": 4,
     "megapipe.tensor_parallel": 5,
     "megapipe.pipeline": 6,
     "megapipe.data_parallel": 6,
@@ -43,6 +45,7 @@ GROUND = "megapipe"  # its __init__ holds the version and may be imported from e
 LIGHT = {
     "megapipe": frozenset[str](),
     "megapipe.errors": frozenset[str](),
+    "megapipe.files": frozenset[str](),
     "megapipe.config": frozenset({"pydantic", "pydantic_core", "annotated_types", "tomli_w"}),
     "megapipe.pipeline.schedule": frozenset[str](),
 }

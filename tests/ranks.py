@@ -1,6 +1,8 @@
-"""Many ranks in one test: `run_ranks(fn, n, *args)` calls fn in n forked processes that share gloo.
+"""Many ranks in one test: `run_ranks(fn, n, *args)` calls fn in n processes that share gloo, or
+with `device="cuda"` NCCL, each with a GPU of its own.
 
-Workers are forked once and reused, since forking and joining costs 0.3 s and a call 0.05 s. Each
+Workers are forked once and reused, since forking and joining costs 0.3 s and a call 0.05 s. Those
+with GPUs are started anew instead: a fork cannot use CUDA once its parent has asked for it. Each
 call gets a process group of its own. A worker that died, hangs or failed is replaced with its
 companions, so that one test never spoils the next.
 
@@ -16,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, Pipe, wait
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -58,6 +61,18 @@ class Worker:
             os.waitpid(self.pid, 0)
 
 
+class StartedWorker(Worker):
+    """The same in a Python of its own, which imports what it needs: some seconds."""
+
+    def __init__(self, others: list[Worker]) -> None:
+        self.connection, theirs = Pipe()
+        process = get_context("spawn").Process(target=_serve, args=(theirs,), daemon=True)
+        process.start()
+        assert process.pid is not None
+        self.pid = process.pid
+        theirs.close()
+
+
 def _serve(connection: Connection) -> NoReturn:
     """A worker's life: answer calls until the parent is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -65,15 +80,17 @@ def _serve(connection: Connection) -> NoReturn:
     torch.set_num_threads(1)
     while True:
         try:
-            function, rank, size, store, seconds, args = connection.recv()
+            function, rank, size, backend, store, seconds, args = connection.recv()
         except EOFError:
             os._exit(0)
         except BaseException:  # what was sent can't be read here
             connection.send(("failed", traceback.format_exc()))
             continue
         try:
+            if backend == "nccl":
+                torch.cuda.set_device(rank)
             dist.init_process_group(
-                "gloo",
+                backend,
                 store=dist.FileStore(store, size),
                 rank=rank,
                 world_size=size,
@@ -99,28 +116,30 @@ def _failure(error: BaseException, rank: int) -> tuple[str, Any]:
 
 
 class Pool:
-    """The workers of a test session.
+    """The workers of a test session that share a backend.
 
     Their stores' files stay until all have ended: a store's destructor looks whether its file is
     there, then opens it; where the directory goes in between, it tries for as long as the group's
     timeout and aborts the process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, backend: str = "gloo", worker: type[Worker] = Worker) -> None:
+        self.backend, self.worker = backend, worker
         self.workers: list[Worker] = []
         self.folder: tempfile.TemporaryDirectory[str] | None = None
         self.calls = 0
 
     def run(self, function: Callable[..., Any], size: int, *args: Any, timeout: float) -> list[Any]:
         while len(self.workers) < size:
-            self.workers.append(Worker(self.workers))
+            self.workers.append(self.worker(self.workers))
         crew = self.workers[:size]
         self.folder = self.folder or tempfile.TemporaryDirectory(prefix="megapipe-ranks-")
         self.calls += 1
         store = str(Path(self.folder.name, str(self.calls)))
         for rank, worker in enumerate(crew):
             with suppress(BrokenPipeError, ConnectionResetError):  # has died: see _collect
-                worker.connection.send((function, rank, size, store, timeout, args))
+                call = (function, rank, size, self.backend, store, timeout, args)
+                worker.connection.send(call)
         answers = _collect(crew, timeout)
         if all(answer is not None and answer[0] == "returned" for answer in answers.values()):
             return [answers[rank][1] for rank in range(size)]
@@ -177,14 +196,16 @@ def _root_cause(answers: dict[int, Answer], timeout: float) -> BaseException:
 
 
 POOL = Pool()
+GPU_POOL = Pool("nccl", StartedWorker)
 
 
 def run_ranks(
-    function: Callable[..., Any], size: int, *args: Any, timeout: float = 60
+    function: Callable[..., Any], size: int, *args: Any, timeout: float = 60, device: str = "cpu"
 ) -> list[Any]:
-    """What `function(*args)` returns on each of `size` ranks of a gloo process group, in order.
+    """What `function(*args)` returns on each of `size` ranks of a process group, in order.
 
     `function` is a module-level function, `args` and results can be pickled. Raises what the first
     failing rank raised, with its traceback as a note, or RankFailedError for one that died or hung.
     """
-    return POOL.run(function, size, *args, timeout=timeout)
+    pool = GPU_POOL if device == "cuda" else POOL
+    return pool.run(function, size, *args, timeout=timeout)

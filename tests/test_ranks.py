@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megapipe.errors import DataError
-from tests.ranks import RankFailedError, run_ranks
+from tests.ranks import Pool, RankFailedError, StartedWorker, run_ranks
 
 
 def _sum_of_ranks(extra: int) -> tuple[int, int]:
@@ -23,6 +23,22 @@ def _sum_of_ranks(extra: int) -> tuple[int, int]:
 def test_every_rank_returns_its_result_in_order() -> None:
     assert run_ranks(_sum_of_ranks, 3, 10) == [(rank, 33) for rank in range(3)]
     assert run_ranks(_sum_of_ranks, 2, 0) == [(0, 1), (1, 1)]
+
+
+def test_ranks_may_be_started_instead_of_forked() -> None:
+    """As they are on GPUs."""
+    pool = Pool("gloo", StartedWorker)
+    try:
+        assert pool.run(_sum_of_ranks, 1, 10, timeout=120) == [(0, 10)]
+        assert pool.workers[0].pid != os.getpid()
+        with pytest.raises(RankFailedError, match="rank 0 died by SIGKILL"):
+            pool.run(_kills_itself, 1, timeout=120)
+    finally:
+        pool.close()
+
+
+def _kills_itself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _fails_on_one() -> None:

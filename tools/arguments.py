@@ -2,10 +2,13 @@
 
 import argparse
 import difflib
+import os
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 from megapipe.config import section_types
+from megapipe.config.paths import expand_path, is_unicode
 from megapipe.errors import MegapipeError
 
 
@@ -36,13 +39,17 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 class Parser(argparse.ArgumentParser):
     """argparse whose complaints are ours: one message, exit status 1, the nearest name."""
 
-    def __init__(self, command: str, description: str, epilog: str | None = None) -> None:
+    def __init__(
+        self, command: str, description: str, epilog: str | None = None, **more: Any
+    ) -> None:
+        """`more` is for argparse, which makes the parsers of subcommands by this class too."""
         super().__init__(
-            prog=f"megapipe {command}",
+            prog=more.pop("prog", f"megapipe {command}"),
             description=description,
             epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
+            **more,
         )
 
     def error(self, message: str) -> NoReturn:
@@ -65,6 +72,52 @@ class Parser(argparse.ArgumentParser):
         close = [f"--{key}" for key in keys] or difflib.get_close_matches(word, options, n=1)
         meant = f"did you mean {close[0]}?" if close else f"type `{self.prog} --help`."
         return f"{word} is not an option of `{self.prog}`; {meant}"
+
+
+def path_argument(text: str) -> Path:
+    """An argparse type: `~` and variables mean what they mean in a config. Raises UsageError.
+
+    Names that are not UTF-8 are allowed: files may have them.
+    """
+    if not is_unicode(text):
+        return Path(text)
+    try:
+        return Path(expand_path(text))
+    except ValueError as error:
+        raise UsageError(f"{text} {error}.") from None
+
+
+def text_argument(text: str) -> str:
+    """An argparse type for text that goes to a tokenizer. Raises UsageError."""
+    if not is_unicode(text):
+        raise UsageError(f"{text!a} is not UTF-8 text. Convert it, with iconv for example.")
+    return text
+
+
+def check_output(option: str, path: Path) -> None:
+    """Raises UsageError where a file can't be written at `path`: before the work, not after it.
+
+    Directories that are missing count as made.
+    """
+    if os.path.isdir(path):  # unlike Path's, this is False where a name is too long
+        raise UsageError(f"{option} {path} is a directory: name a file in it.")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise UsageError(f"{option} {path} is not a regular file.")
+    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not folder.is_dir():
+        raise UsageError(f"{option} {path} can't be made: {folder} is not a directory.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} {path} can't be written: no permission to write to {folder}.")
+    longest = max(len(os.fsencode(part)) for part in path.absolute().parts)
+    if longest > os.pathconf(folder, "PC_NAME_MAX"):
+        raise UsageError(f"{option} {path} can't be made: a name of {longest} bytes is too long.")
+
+
+def json_argument(text: str) -> Path:
+    """The argparse type of `--json`: a file that can be written. Raises UsageError."""
+    path = path_argument(text)
+    check_output("--json", path)
+    return path
 
 
 def config_keys() -> list[str]:

@@ -6,12 +6,13 @@ A command is a file of this folder with `run(argv) -> int`, imported when it is 
 
 import difflib
 import importlib
-import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 from megapipe import __version__
-from megapipe.errors import ConfigError, MegapipeError
+from megapipe.errors import ConfigError, MegapipeError, explained
+from megapipe.tools.console import PIPE_CLOSED, OutputError, console
 
 COMMANDS = {
     "train": "pretrain the model of a config; --dry-run shows what would run where",
@@ -23,30 +24,69 @@ COMMANDS = {
     "bench": "measure speed on this machine",
     "schema": "print the JSON schema of config files, for editors",
 }
+ALLOCATOR_VARIABLES = (
+    "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "PYTORCH_HIP_ALLOC_CONF",
+)
+"""What configures torch's allocator; torch reads the first of them that is set."""
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status."""
+    """Entry point; returns the exit status: 0 only where everything asked for was done and said."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _settle_allocator()
+    with console(lasting=_trains(words)):
+        try:
+            status = _run(words)
+            sys.stdout.flush()
+            return status
+        except OutputError as error:
+            if error.reader_left:  # `| head` has seen enough
+                return PIPE_CLOSED
+            return _tell(render(error))
+        except KeyboardInterrupt:
+            _tell("megapipe: interrupted")
+            return INTERRUPTED
+        except Exception as error:
+            told = explained(error)
+            if told is not None:
+                return _tell(render(told))
+            traceback.print_exc()
+            return _tell(
+                f"megapipe: this is a fault of megapipe {__version__}, not of yours: please report "
+                "it with the lines above."
+            )
+
+
+def _trains(words: Sequence[str]) -> bool:
+    """The command is a training, whose purpose is not what it prints."""
+    return words[:1] == ["train"] and not {"--dry-run", "--help", "-h"} & set(words)
+
+
+def _run(words: Sequence[str]) -> int:
     if not words or words[0] in ("--help", "-h", "help"):
         print(help_text())
         return 0
     if words[0] in ("--version", "-V"):
         print(f"megapipe {__version__}")
         return 0
-    try:
-        return _command(words[0])(words[1:])
-    except MegapipeError as error:
-        print(render(error), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("megapipe: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader of a pipe (`| head`) has seen enough; keep the flush at exit from failing too.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    return _command(words[0])(words[1:])
+
+
+def _tell(text: str) -> int:
+    """Say why the command ends; returns the exit status for that."""
+    print(text, file=sys.stderr, flush=True)
+    return 1
+
+
+def _settle_allocator() -> None:
+    """Have torch's allocator grow its blocks, unless the user has set it in any way. It then needs
+    no new blocks of other sizes, so it rarely frees any, for which a GPU waits. torch reads this
+    once, when it is imported."""
+    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+        os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
 
 
 def help_text() -> str:

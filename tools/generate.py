@@ -1,12 +1,13 @@
 """`megapipe generate CHECKPOINT --prompt TEXT`: continue a text, on one process."""
 
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapipe.errors import CheckpointError
-from megapipe.tools.arguments import Parser, UsageError
+from megapipe.tools.arguments import Parser, UsageError, path_argument, text_argument
 
 if TYPE_CHECKING:
     from megapipe.checkpoint.load import CheckpointReader
@@ -17,9 +18,14 @@ def run(argv: Sequence[str]) -> int:
     """Print the prompt and its continuation as it comes."""
     parser = Parser("generate", "Continue a text with a trained model, on one process.")
     parser.add_argument(
-        "checkpoint", metavar="CHECKPOINT", help="a checkpoint directory, or a run directory"
+        "checkpoint",
+        type=path_argument,
+        metavar="CHECKPOINT",
+        help="a checkpoint directory, or a run directory",
     )
-    parser.add_argument("--prompt", default="", help="the text to continue (default: none)")
+    parser.add_argument(
+        "--prompt", type=text_argument, default="", help="the text to continue (default: none)"
+    )
     parser.add_argument("--max-tokens", type=int, default=200, help="tokens to add (default: 200)")
     parser.add_argument(
         "--temperature",
@@ -35,8 +41,10 @@ def run(argv: Sequence[str]) -> int:
     options = parser.parse_args(list(argv))
     if options.max_tokens < 1:
         raise UsageError(f"--max-tokens {options.max_tokens} must be 1 or more.")
-    if options.temperature < 0:
-        raise UsageError(f"--temperature {options.temperature} must be 0 (greedy) or more.")
+    if not 0 <= options.temperature < math.inf:
+        raise UsageError(
+            f"--temperature {options.temperature} must be a number, 0 (greedy) or more."
+        )
     if options.top_k is not None and options.top_k < 1:
         raise UsageError(f"--top-k {options.top_k} must be 1 or more.")
 
@@ -48,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device cuda, and torch {torch.__version__} finds no GPU here.")
-    path = find_checkpoint(Path(options.checkpoint))
+    path = find_checkpoint(options.checkpoint)
     tokenizer = _tokenizer(open_checkpoint(path))
     model = load_pretrained(path, device=options.device)
     prompt = tokenizer.encode(options.prompt) or [tokenizer.end_of_document]

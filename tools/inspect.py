@@ -1,6 +1,5 @@
 """`megapipe inspect CHECKPOINT|RUN_DIR`: what is in a checkpoint, and is it whole."""
 
-import argparse
 import math
 import tomllib
 from collections import Counter
@@ -13,10 +12,11 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from megapipe.checkpoint.manifest import Manifest
-from megapipe.checkpoint.steps import MANIFEST_NAME, committed
+from megapipe.checkpoint.steps import MANIFEST_NAME, check_names, committed
 from megapipe.checkpoint.storage import checksum, format_bytes, read_small
 from megapipe.checkpoint.verify import damage, read_manifest
 from megapipe.errors import CheckpointError, MegapipeError
+from megapipe.tools.arguments import Parser, path_argument
 
 MAX_PROBLEMS = 20
 MODEL_FIELDS = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "vocab_size")
@@ -24,11 +24,12 @@ MODEL_FIELDS = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "vocab
 
 def run(argv: Sequence[str]) -> int:
     """Print a summary of a checkpoint or a list of a run's; 1 if any of it is damaged."""
-    arguments = _parser().parse_args(argv)
+    arguments, _ = _parser().parse(argv)
     console = Console(highlight=False, soft_wrap=True)
     path: Path = arguments.path
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist")
+    for root in (path / "checkpoints", path):
+        if root.is_dir() or root.is_symlink():
+            check_names(root)
     roots = [one for one in (path / "checkpoints", path) if committed(one)]
     if not (path / MANIFEST_NAME).exists() and roots:
         if arguments.tensors:
@@ -38,12 +39,13 @@ def run(argv: Sequence[str]) -> int:
     return _print_checkpoint(console, path, tensors=arguments.tensors, read=arguments.verify)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="megapipe inspect",
-        description="Say what a checkpoint holds and whether it is whole. Exit status 1 if not.",
+def _parser() -> Parser:
+    parser = Parser(
+        "inspect", "Say what a checkpoint holds and whether it is whole. Exit status 1 if not."
     )
-    parser.add_argument("path", type=Path, help="a checkpoint, or a run directory to list all of")
+    parser.add_argument(
+        "path", type=path_argument, help="a checkpoint, or a run directory to list all of"
+    )
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument(
         "--no-verify",

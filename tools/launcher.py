@@ -27,8 +27,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from megapipe.errors import ConfigError, MegapipeError
+from megapipe.errors import ConfigError, MegapipeError, explained
 from megapipe.tools.rendezvous import Rendezvous
+from megapipe.train.signals import ASKING
 
 RankMain = Callable[[Rendezvous], int]
 
@@ -37,7 +38,7 @@ GRACE = 1.5
 PATIENCE = 3.0
 """Seconds from SIGTERM to SIGKILL for ranks that outlive a failed one."""
 POLL = 0.02
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+PASSED_ON = ASKING
 COMMUNICATION = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
 REPORT_CHARACTERS = 8000  # as JSON at most six times as many bytes, and a pipe holds 65,536
 PR_SET_PDEATHSIG = 1
@@ -49,7 +50,7 @@ def launch_local(
     """Run `rank_main` on so many ranks of this machine; the largest of their statuses.
 
     One rank runs in this process. When one of several fails, the others are ended and its error is
-    raised here (MegapipeError) or its traceback printed. SIGINT, SIGTERM and SIGUSR1 are passed on.
+    raised here (MegapipeError) or its traceback printed. The signals of PASSED_ON are passed on.
     Raises KeyboardInterrupt when ranks were interrupted. Main thread only.
     """
     if ranks == 1:
@@ -118,7 +119,10 @@ class Crew:
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
         try:
             for number in PASSED_ON:
-                self._previous[number] = signal.signal(number, lambda n, _: self._arrived.append(n))
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # as under nohup
+                    self._previous[number] = signal.signal(
+                        number, lambda n, _: self._arrived.append(n)
+                    )
             parent = os.getpid()
             for rank in range(size):
                 theirs = Rendezvous(rank, size, rank, size, file=file)
@@ -144,7 +148,8 @@ class Crew:
                 end_at = now + GRACE
             while self._arrived:
                 number = self._arrived.pop(0)
-                if number in self._passed_on:  # asked twice: no more patience
+                # Ctrl-C twice: no more patience. A terminal that closes sends SIGHUP twice.
+                if number == signal.SIGINT and number in self._passed_on:
                     end_at = min(end_at, now)
                 self._passed_on.add(number)
                 self._signal(number)
@@ -189,7 +194,8 @@ class Crew:
     def _is_ours(self, rank: Rank) -> bool:
         """The rank ended because it was told to."""
         ended_by = -(rank.status or 0)
-        if ended_by in self._passed_on or (self._passed_on and rank.kind == "connection"):
+        left = (rank.status or 0) - 128 in self._passed_on and rank.kind == "died"
+        if left or ended_by in self._passed_on or (self._passed_on and rank.kind == "connection"):
             return True
         return self._ending and ended_by in (signal.SIGTERM, signal.SIGKILL)
 
@@ -241,7 +247,8 @@ def _prepare(rendezvous: Rendezvous, parent: int) -> None:
         os._exit(1)
     os.setpgid(0, 0)  # Ctrl-C reaches the launcher alone, which passes it on once
     for number in PASSED_ON:
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     if "OMP_NUM_THREADS" not in os.environ:
@@ -255,11 +262,12 @@ def _prepare(rendezvous: Rendezvous, parent: int) -> None:
 def _report(error: BaseException) -> dict[str, Any]:
     if isinstance(error, ConfigError):
         return {"kind": "config", "problems": error.problems}
-    if isinstance(error, MegapipeError):
-        return {"kind": "user", "text": error.told[:REPORT_CHARACTERS]}
+    lost = not isinstance(error, MegapipeError) and _lost_connection(error)
+    told = explained(error) if isinstance(error, Exception) and not lost else None
+    if told is not None:
+        return {"kind": "user", "text": told.told[:REPORT_CHARACTERS]}
     text = "".join(traceback.format_exception(error))
-    kind = "connection" if _lost_connection(error) else "program"
-    return {"kind": kind, "text": text[-REPORT_CHARACTERS:]}
+    return {"kind": "connection" if lost else "program", "text": text[-REPORT_CHARACTERS:]}
 
 
 def _lost_connection(error: BaseException | None) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 from megapipe.config import load_config
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.picture import require_matplotlib
-from megapipe.tools.arguments import Parser, UsageError
+from megapipe.tools.arguments import Parser, UsageError, check_output, path_argument
 
 _DESCRIPTION = """\
 Draw the pipeline's schedule and say what it costs: bubble, activation memory, transfers.
@@ -22,7 +22,9 @@ def run(argv: Sequence[str]) -> int:
     """Exit status 0."""
     parser = Parser("plan", _DESCRIPTION)
     parser.usage = "megapipe plan CONFIG.toml [--section.key VALUE ...] [options]"
-    parser.add_argument("config", metavar="CONFIG.toml", help="the config of the run")
+    parser.add_argument(
+        "config", type=path_argument, metavar="CONFIG.toml", help="the config of the run"
+    )
     parser.add_argument(
         "--schedule",
         metavar="NAME",
@@ -73,10 +75,11 @@ def _costs(text: str) -> tuple[float, float, float]:
 
 
 def _picture(name: str) -> Path:
-    path = Path(name)
+    path = path_argument(name)
     if path.suffix.lower() != ".png":
         raise UsageError(f"--out {name} must end in .png.")
     if not path.parent.is_dir():
         raise UsageError(f"--out {name}: there is no directory {path.parent}.")
+    check_output("--out", path)
     require_matplotlib(f"--out {name}")
     return path

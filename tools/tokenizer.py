@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megapipe.config import SourceConfig
+from megapipe.config.paths import escape_path
+from megapipe.data.files import COMPRESSED, Found, files_below, find_files, shown
 from megapipe.data.rows import BadRowError
-from megapipe.data.sources import COMPRESSED, Source, file_format, open_source
+from megapipe.data.sources import Source, open_found
 from megapipe.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -20,6 +22,8 @@ from megapipe.data.tokenizer import (
     load_tokenizer,
 )
 from megapipe.errors import DataError
+from megapipe.files import sync_directory, write_durably
+from megapipe.tools.arguments import Parser, check_output, path_argument, text_argument
 
 SENTENCE_CHARACTERS = 4000
 SENTENCE_BYTES = 4 * SENTENCE_CHARACTERS  # sentencepiece leaves out what is longer than its limit
@@ -48,13 +52,12 @@ def run(argv: Sequence[str]) -> int:
     return _inspect(arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="megapipe tokenizer", description="Train a sentencepiece tokenizer, or look into one."
-    )
+def _parser() -> Parser:
+    parser = Parser("tokenizer", "Train a sentencepiece tokenizer, or look into one.")
     actions = parser.add_subparsers(dest="action", required=True)
     train = actions.add_parser(
         "train",
+        command="tokenizer train",
         help="train a byte-pair tokenizer on text files",
         description="Train a lossless sentencepiece BPE tokenizer. The same files give the same "
         "model.",
@@ -68,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--vocab-size", type=int, required=True, help="tokens, special ones included"
     )
-    train.add_argument("--out", type=Path, required=True, help="the .model file to write")
+    train.add_argument("--out", type=path_argument, required=True, help="the .model file to write")
     train.add_argument(
         "--sample-bytes",
         type=int,
@@ -76,9 +79,18 @@ def _parser() -> argparse.ArgumentParser:
         help="train on about this much text, taken evenly from all files (default 64 MiB)",
     )
     train.add_argument("--text-field", default="text", help="field of jsonl and tables")
-    inspect = actions.add_parser("inspect", help="describe a tokenizer and show it at work")
-    inspect.add_argument("path", type=Path, help="a .model file or a Hugging Face directory")
-    inspect.add_argument("--text", default=SAMPLE_TEXT, help="the text to tokenise")
+    inspect = actions.add_parser(
+        "inspect",
+        command="tokenizer inspect",
+        help="describe a tokenizer and show it at work",
+        description="Describe a tokenizer and show it at work.",
+    )
+    inspect.add_argument(
+        "path", type=path_argument, help="a .model file or a Hugging Face directory"
+    )
+    inspect.add_argument(
+        "--text", type=text_argument, default=SAMPLE_TEXT, help="the text to tokenise"
+    )
     return parser
 
 
@@ -134,7 +146,7 @@ class Corpus:
                     except BadRowError as error:
                         self.skipped.append(f"{file.name}, row {number + 1}: {error}")
                         continue
-                    if text is not None:
+                    if text:
                         yield text
 
 
@@ -144,15 +156,18 @@ def _train(arguments: argparse.Namespace) -> int:
         raise DataError(f"--out {out} has to end with .model, by which a config knows its kind.")
     if arguments.sample_bytes <= 0:
         raise DataError(f"--sample-bytes {arguments.sample_bytes} has to be above 0.")
+    check_output("--out", out)
     corpus = Corpus(_open_all(arguments.files, arguments.text_field))
     started = time.perf_counter()
     content = _train_model(corpus, arguments.vocab_size, arguments.sample_bytes)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    partial = out.with_name(f".{out.name[:40]}.{os.getpid()}")
     try:
-        partial.write_bytes(content)
+        partial.unlink(missing_ok=True)
+        write_durably(partial, [content], mode=0o666)
         tokenizer = SentencePieceTokenizer(partial)
         partial.replace(out)
+        sync_directory(out.parent)
     except OSError as error:
         raise DataError(f"--out {out} can't be written: {error.strerror}.") from error
     finally:
@@ -168,24 +183,23 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _open_all(patterns: Sequence[str], text_field: str) -> list[Source]:
+    """One source for each of FILES."""
     sources = []
     for pattern in patterns:
-        found = _files_under(Path(pattern)) if Path(pattern).is_dir() else [pattern]
-        sources += [
-            open_source(SourceConfig(path=path, text_field=text_field), "FILES", streams=1)
-            for path in found
-        ]
+        place = path_argument(pattern)
+        found = _files_under(place) if place.is_dir() else find_files(str(place), "FILES")
+        config = SourceConfig(path=escape_path(shown(str(place))), text_field=text_field)
+        sources.append(open_found(found, config, "FILES", streams=1))
     return sources
 
 
-def _files_under(directory: Path) -> list[str]:
+def _files_under(directory: Path) -> Found:
     """Text files of a directory and all below it; what does not look like text is left out."""
-    paths = (path for path in directory.rglob("*") if path.is_file() and file_format(path))
-    found = sorted(str(path) for path in paths)
-    if not found:
+    found = files_below(directory, "FILES")
+    if not found.files:
         raise DataError(
-            f"FILES: there is no text in the directory {directory} (txt, md, py, jsonl, parquet, "
-            f"arrow; also {', '.join(COMPRESSED)}); name its files by a glob."
+            f"FILES: there is no text in the directory {shown(directory)} (txt, md, py, jsonl, "
+            f"parquet, arrow; also {', '.join(COMPRESSED)}); name its files by a glob."
         )
     return found
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from megapipe.config import load_config
 from megapipe.models.presets import PRESETS
-from megapipe.tools.arguments import Parser, UsageError
+from megapipe.tools.arguments import Parser, UsageError, path_argument
 from megapipe.tools.field_help import field_help
 from megapipe.train.signals import interruptible
 
@@ -27,7 +27,9 @@ def run(argv: Sequence[str]) -> int:
     asked = any(word in ("--help", "-h") for word in argv)
     parser = Parser("train", _DESCRIPTION, epilog=_epilog() if asked else None)
     parser.usage = "megapipe train CONFIG.toml [--section.key VALUE ...] [options]"
-    parser.add_argument("config", metavar="CONFIG.toml", help="the config of the run")
+    parser.add_argument(
+        "config", type=path_argument, metavar="CONFIG.toml", help="the config of the run"
+    )
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -60,13 +62,13 @@ def run(argv: Sequence[str]) -> int:
     if arguments.dry_run:
         from megapipe.tools.dry_run import dry_run
 
-        print(dry_run(config, arguments.config, arguments.world_size))
+        print(dry_run(config, str(arguments.config), arguments.world_size))
         return 0
 
     with interruptible():
         from megapipe.tools.training import start
 
-    return start(config, arguments.config, overrides)
+    return start(config, str(arguments.config), overrides)
 
 
 def _epilog() -> str:

@@ -32,6 +32,7 @@ from megapipe.models.parameters import parameter_count
 from megapipe.pipeline.p2p import make_channels
 from megapipe.pipeline.picture import require_matplotlib
 from megapipe.pipeline.program import stage_placement
+from megapipe.precision import keep_sums_wide
 from megapipe.tools.cli import render
 from megapipe.tools.dry_run import layout_lines
 from megapipe.tools.launcher import launch_local
@@ -86,10 +87,24 @@ def describe_rank(parallel: ParallelConfig, rank: int) -> str:
 
 def run_rank(config: Config, command: str, began: float, rendezvous: Rendezvous) -> int:
     """One rank's life. In a job, what goes wrong on many ranks alike is told by one of them."""
+    voice = Voice(rendezvous.rank)
+    timeout, first = config.train.stop_timeout_seconds, rendezvous.rank == 0
+    with StopRequest(voice.say, timeout=timeout, first=first) as stop:
+        return _run_rank(config, command, began, rendezvous, voice, stop)
+
+
+def _run_rank(
+    config: Config,
+    command: str,
+    began: float,
+    rendezvous: Rendezvous,
+    voice: "Voice",
+    stop: StopRequest,
+) -> int:
     device = choose_device(config.train.device, rendezvous)
     store = init_process_group(rendezvous, device)
     try:
-        status = _train(config, command, began, device, Voice(rendezvous.rank))
+        status = _train(config, command, began, device, voice, stop)
     except MegapipeError as error:
         if store is None or rendezvous.address is None:
             raise
@@ -124,6 +139,7 @@ def choose_device(wanted: str, rendezvous: Rendezvous) -> torch.device:
             ]
         )
     torch.cuda.set_device(index)
+    keep_sums_wide()
     return torch.device("cuda", index)
 
 
@@ -154,7 +170,14 @@ class Voice:
             self.line = before
 
 
-def _train(config: Config, command: str, began: float, device: torch.device, voice: Voice) -> int:
+def _train(
+    config: Config,
+    command: str,
+    began: float,
+    device: torch.device,
+    voice: Voice,
+    stop: StopRequest,
+) -> int:
     parallel = config.parallel
     assert parallel.data is not None
     voice.say(f"megapipe {__version__}")
@@ -165,7 +188,7 @@ def _train(config: Config, command: str, began: float, device: torch.device, voi
     )
     peers = Peers(mesh.rank, mesh.world_size, mesh.world.group)
     with RunLock(Path(config.train.run_dir), voice.say, peers) as lock:
-        return _start_or_resume(config, command, began, mesh, peers, lock, voice)
+        return _start_or_resume(config, command, began, mesh, peers, lock, voice, stop)
 
 
 def _start_or_resume(
@@ -176,6 +199,7 @@ def _start_or_resume(
     peers: Peers,
     lock: RunLock,
     voice: Voice,
+    stop: StopRequest,
 ) -> int:
     plan = plan_start(config, peers)
     for line in [*_introduction(config, mesh.device), *plan.notes]:
@@ -201,7 +225,6 @@ def _start_or_resume(
     lock.take()
     write_config(config, peers)
     with (
-        StopRequest(voice.say) as stop,  # outside of these: a signal must not cut loggers short
         Loggers(
             config, run_dir=run_dir, rank0=mesh.rank == 0, start=progress.step, total_steps=steps
         ) as loggers,
@@ -212,6 +235,7 @@ def _start_or_resume(
         run = Run(config, engine, feed, validation, checkpoints, loggers, stop, progress, flops)
         run.timeline = _timeline(config, engine, loggers, progress.step)
         progress = train(run)
+        stop.end()
     for reader in (feed, validation):
         if reader is not None:
             reader.close()

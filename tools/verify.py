@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 
 from megapipe.config import Config, load_config
 from megapipe.models.presets import PRESETS
-from megapipe.tools.arguments import Parser, UsageError
+from megapipe.tools.arguments import Parser, UsageError, path_argument
 from megapipe.tools.auto import without_auto
 from megapipe.tools.shrink import shrink
 
@@ -20,7 +20,9 @@ def run(argv: Sequence[str]) -> int:
         "Prove, in float64 on this machine's CPU, that the layout of a config computes what one\n"
         "process computes: losses, every gradient, every updated weight.",
     )
-    parser.add_argument("config", metavar="CONFIG.toml", help="the config of the run")
+    parser.add_argument(
+        "config", type=path_argument, metavar="CONFIG.toml", help="the config of the run"
+    )
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps (default: 5)")
     arguments, overrides = parser.parse(argv)
     if arguments.steps < 1:
@@ -29,7 +31,7 @@ def run(argv: Sequence[str]) -> int:
     small, changes = shrink(config)
     with TemporaryDirectory() as folder:
         small, found = without_auto(small, Path(folder))
-        return _prove(small, [*changes, *found], arguments.config, arguments.steps)
+        return _prove(small, [*changes, *found], str(arguments.config), arguments.steps)
 
 
 def _prove(small: Config, changes: list[str], name: str, steps: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megapipe.checkpoint.exchange import Peers
-from megapipe.checkpoint.steps import clear_leftovers, committed, remove
+from megapipe.checkpoint.steps import clear_leftovers, committed, remove, step_name
 from megapipe.checkpoint.verify import damage, read_manifest
 from megapipe.errors import CheckpointError
 
@@ -63,7 +63,8 @@ def prune(
     Collective over `group`. Valid means that every byte verifies; of those in `trusted` (the ones
     that this run saved itself) only the manifest and the files' sizes are looked at, so that a run
     does not read back what it has just written. Damaged ones don't count towards `keep`; with fewer
-    than `keep` valid ones nothing is removed. What killed runs left half-written goes too.
+    than `keep` valid ones nothing is removed. Nor is a symbolic link, or what it leads to. What
+    killed runs left half-written goes too.
     """
     assert keep >= 1, keep
     peers = Peers(rank, world_size, group)
@@ -73,7 +74,7 @@ def prune(
     valid, doomed = 0, []
     for path in candidates:
         if valid == keep:
-            doomed.append(path)
+            doomed += [] if path.is_symlink() else [path]
         elif len(candidates) > keep:
             valid += not _problems(peers, path, read=path not in trusted)
 
@@ -101,6 +102,8 @@ def _problems(peers: Peers, path: Path, *, read: bool) -> tuple[str, ...]:
         if peers.rank < parts:
             manifest = read_manifest(path)
             own = damage(path, manifest, part=peers.rank, parts=parts, read=read)
+            if path.name.startswith("step-") and path.name != step_name(manifest.step):
+                own.append(f"{path} holds step {manifest.step}, not the one of its name")
     except CheckpointError as error:
         own = [str(error)]
     return tuple(dict.fromkeys(problem for part in peers.all_gather(own) for problem in part))

@@ -39,9 +39,9 @@ from megapipe.checkpoint.storage import (
     read_small,
     remove_tree,
     space_explained,
-    write_durably,
 )
 from megapipe.errors import CheckpointError
+from megapipe.files import write_durably
 
 SAFETENSORS_DTYPES = {
     "float64": "F64",

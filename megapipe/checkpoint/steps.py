@@ -8,6 +8,9 @@ Replacing takes two renames (the old one aside, the new one in), because not eve
 swap directories. A process killed between them leaves the old one aside, whole: it then still
 counts as its step's checkpoint, and `clear_leftovers` gives it back its name.
 
+A committed name may also be a symbolic link to a checkpoint on another disk: it is read like any
+other, and neither removed nor replaced. Other links are left alone.
+
 One run at a time writes to a root.
 """
 
@@ -16,11 +19,13 @@ import re
 import secrets
 from pathlib import Path
 
-from megapipe.checkpoint.storage import remove_tree, sync_directory
+from megapipe.checkpoint.storage import remove_tree
 from megapipe.errors import CheckpointError
+from megapipe.files import sync_directory
 
 MANIFEST_NAME = "manifest.json"
 COMMITTED = re.compile(r"(?P<name>step-(?P<step>\d{8,18}))")
+SIMILAR = re.compile(r"step[-_ ]?(?P<step>\d{1,18})", re.IGNORECASE)
 REPLACED = re.compile(r"\.old-(?P<name>step-(?P<step>\d{8,18}))-[0-9a-f]+")
 
 
@@ -38,19 +43,61 @@ def committed(root: Path) -> dict[int, Path]:
     One whose manifest is gone still counts: it got its name by a commit, so it is a damaged
     checkpoint, to be told of, and not a leftover.
     """
-    if not root.is_dir():
-        return {}
+    entries = _entries(root)
     found: dict[int, Path] = {}
     for pattern in (REPLACED, COMMITTED):
-        for entry in root.iterdir():
+        for entry in entries:
             match = pattern.fullmatch(entry.name)
-            if match and match["name"] == step_name(int(match["step"])) and _is_directory(entry):
+            if match is None or match["name"] != step_name(int(match["step"])):
+                continue
+            if entry.is_dir() and not (pattern is REPLACED and entry.is_symlink()):
                 found[int(match["step"])] = entry
     return dict(sorted(found.items(), reverse=True))
 
 
-def _is_directory(entry: Path) -> bool:
-    return not entry.is_symlink() and entry.is_dir()
+def check_names(root: Path) -> None:
+    """Raises CheckpointError for what looks like a checkpoint and can't be used as one.
+
+    A run that did not see it would start over, or go on from an older checkpoint.
+    """
+    for entry in (root, *_entries(root)):
+        if entry.is_symlink() and not entry.exists() and (entry == root or _similar(entry)):
+            raise CheckpointError(
+                f"{entry} is a symbolic link to {entry.readlink()}, which is not there. Put that "
+                "back, or remove the link."
+            )
+    if root.exists() and not root.is_dir():
+        raise CheckpointError(f"{root} is not a directory. Move it elsewhere.")
+    for entry in _entries(root):
+        step = _similar(entry)
+        if step is None:
+            continue
+        if not entry.is_dir():
+            raise CheckpointError(f"{entry} is not a directory, as its name says. Move it away.")
+        if entry.name != step_name(step):
+            raise CheckpointError(
+                f"{entry} is not named as checkpoints are. If it is one, rename it to "
+                f"{step_name(step)}, or else move it out of {root}."
+            )
+
+
+def _similar(entry: Path) -> int | None:
+    """The step of a checkpoint that a person would take the entry for."""
+    match = SIMILAR.fullmatch(entry.name)
+    return int(match["step"]) if match else None
+
+
+def _entries(root: Path) -> list[Path]:
+    """What the directory holds, or nothing where there is none."""
+    try:
+        return sorted(root.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise CheckpointError(
+            f"{root} can't be read: {os.strerror(error.errno or 0)}. Make it readable and "
+            "searchable for this user."
+        ) from error
 
 
 def latest(root: Path) -> Path | None:
@@ -60,7 +107,9 @@ def latest(root: Path) -> Path | None:
 
 def clear_leftovers(root: Path) -> None:
     """Remove what killed runs left half-written, and finish what they left half-replaced."""
-    for entry in sorted(root.iterdir()) if root.is_dir() else ():
+    for entry in _entries(root):
+        if entry.is_symlink() or not entry.is_dir():
+            continue
         replaced = REPLACED.fullmatch(entry.name)
         if replaced and not (root / replaced["name"]).exists():
             entry.rename(root / replaced["name"])
@@ -72,7 +121,8 @@ def commit(temporary: Path, step: int) -> Path:
     """Give a finished temporary directory its committed name, durably; returns the new path.
 
     A committed checkpoint of the same step is replaced: the run that saves now is the one whose
-    steps count from here on.
+    steps count from here on. A directory without a manifest is nobody's checkpoint: it is kept
+    under the name step-NNNNNNNN-replaced-<token>. A link is an error.
     """
     root = temporary.parent
     target = root / step_name(step)
@@ -82,7 +132,8 @@ def commit(temporary: Path, step: int) -> Path:
         sync_directory(root)
         return target
     if target.is_symlink() or not target.is_dir():
-        raise CheckpointError(f"{target} is in the way: it is not a directory; move it elsewhere")
+        kind = "a symbolic link" if target.is_symlink() else "not a directory"
+        raise CheckpointError(f"{target} is in the way: it is {kind}; move it elsewhere")
     aside = root / f".old-{target.name}-{secrets.token_hex(4)}"
     target.rename(aside)
     try:
@@ -90,13 +141,18 @@ def commit(temporary: Path, step: int) -> Path:
     except OSError:
         aside.rename(target)
         raise
-    sync_directory(root)
-    remove_tree(aside)
+    if (aside / MANIFEST_NAME).is_file():
+        sync_directory(root)
+        remove_tree(aside)
+    else:
+        aside.rename(root / f"{target.name}-replaced-{secrets.token_hex(4)}")
+        sync_directory(root)
     return target
 
 
 def remove(directory: Path) -> None:
     """Take away a committed checkpoint: its name vanishes at once, its bytes after that."""
     assert COMMITTED.fullmatch(directory.name), directory
+    assert not directory.is_symlink(), directory
     doomed = directory.rename(directory.parent / temporary_name(directory.name))
     remove_tree(doomed)

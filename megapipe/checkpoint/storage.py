@@ -1,4 +1,4 @@
-"""Bytes on disk: durable writes, reads that check what they open, checksums.
+"""Bytes on disk: reads that check what they open, checksums, room.
 
 Reads use `pread` into a buffer of ours, not `mmap`: a file that shrinks or a disk that fails is
 then an error with a name, where a mapped page would end the process with SIGBUS.
@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,29 +33,6 @@ def blocks(data: memoryview) -> Iterator[memoryview]:
     """The bytes of one chunk, block by block."""
     for begin in range(0, len(data), BLOCK_BYTES):
         yield data[begin : begin + BLOCK_BYTES]
-
-
-def write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Create `path` (it must not exist) with `parts` and return when they are on the disk."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o640)
-    try:
-        for part in parts:
-            rest = memoryview(part)
-            while rest:
-                rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -35,8 +35,12 @@ def read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST_NAME
     if not path.exists() and not path.is_symlink():
         hint = f"it holds no {MANIFEST_NAME}"
-        if not directory.exists():
+        if directory.is_symlink() and not directory.exists():
+            hint = f"it is a symbolic link to {directory.readlink()}, which is not there"
+        elif not directory.exists():
             hint = "it is not there"
+        elif (directory / "checkpoints").is_dir():
+            hint = "it is a run directory in which nothing was saved yet"
         elif not directory.is_dir():
             hint = "it is a file"
         raise CheckpointError(

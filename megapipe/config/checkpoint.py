@@ -2,6 +2,7 @@
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from megapipe.config.paths import PathText
 from megapipe.config.section import Section
 
 
@@ -12,7 +13,7 @@ class CheckpointConfig(Section):
         default=1000, description="Steps between checkpoints; 0 saves at the end only."
     )
     keep: PositiveInt = Field(default=3, description="The newest so many are kept.")
-    resume: str = Field(
+    resume: PathText = Field(
         default="auto",
         min_length=1,
         description="auto: go on from the newest whole checkpoint of train.run_dir, or start anew; "

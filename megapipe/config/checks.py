@@ -161,7 +161,11 @@ def train_problems(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
 
 def kernel_problems(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]:
     """What the Triton kernels can take, where they are asked for by name."""
-    for key, asked in (("train.kernels", train.kernels), ("train.attention", train.attention)):
+    for key, asked in (
+        ("train.kernels", train.kernels),
+        ("train.attention", train.attention),
+        ("train.weight_gradients", train.weight_gradients),
+    ):
         if asked == "triton" and train.precision == "fp64":
             yield Problem(
                 key,

@@ -4,13 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
+from megapipe.config.paths import PathText
 from megapipe.config.section import Section
 
 
 class SourceConfig(Section):
     """One part of the blend."""
 
-    path: str = Field(
+    path: PathText = Field(
         min_length=1,
         description="A local glob (txt and other text, jsonl, parquet, arrow; text and jsonl also "
         ".gz and .zst) or hf://org/name[/config][:split]. A relative path starts at the current "
@@ -38,7 +39,7 @@ Sources = Annotated[tuple[SourceConfig, ...], Field(strict=False)]
 class DataConfig(Section):
     """Global batch t is a pure function of this section, train.seed and t."""
 
-    tokenizer: str = Field(
+    tokenizer: PathText = Field(
         min_length=1,
         description="A sentencepiece .model file or a Hugging Face tokenizer directory. "
         "A relative path starts at the current directory.",
@@ -69,6 +70,6 @@ class DataConfig(Section):
     prefetch: PositiveInt = Field(default=4, description="Batches made ready ahead of the step.")
     max_bad_rows: NonNegativeInt = Field(
         default=1000,
-        description="Rows that are malformed, empty or not UTF-8 are skipped, counted and "
-        "reported; more of them than this stop the run.",
+        description="Rows that are malformed, of the wrong type or not UTF-8, and the rest of a "
+        "damaged file, are skipped, counted and reported; more of them than this stop the run.",
     )

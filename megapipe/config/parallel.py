@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BeforeValidator, Field, PositiveInt
 from pydantic_core import PydanticCustomError
 
+from megapipe.config.paths import PathText
 from megapipe.config.section import Section, or_none_word
 from megapipe.pipeline.schedule import SCHEDULES
 
@@ -74,7 +75,7 @@ class ParallelConfig(Section):
         description="The order of forward and backward work in the pipeline; csv: that of "
         "parallel.schedule_file; auto: the best that is found for the times that stages take.",
     )
-    schedule_file: Annotated[str | None, or_none_word(str)] = Field(
+    schedule_file: Annotated[PathText | None, or_none_word(str)] = Field(
         default=None,
         description="A program in the text form of torch's pipelining, for schedule csv: a line "
         "for each pipeline rank, actions between commas.",
@@ -88,7 +89,7 @@ class ParallelConfig(Section):
         'number of microbatches, or memory ("12 GiB"). Schedules that need more are refused. '
         "Default: none; for schedule auto, parallel.pipeline microbatches, as 1f1b has.",
     )
-    stage_costs: Annotated[str | None, or_none_word(str)] = Field(
+    stage_costs: Annotated[PathText | None, or_none_word(str)] = Field(
         default=None,
         description="For schedule auto, a TOML file with the times of stages (forward, "
         "backward_input, backward_weight) and links (latency, bandwidth), which are else "

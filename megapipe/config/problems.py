@@ -92,6 +92,8 @@ def _wrong_value(error: ErrorDetails, key: str) -> str:
         return f"must be a list of tables: write [[{key}]] above each"
     if kind in _EXPECTED:
         return _EXPECTED[kind]
+    if kind == "path":
+        return str(error["msg"])
     bounds = {
         "greater_than": ("gt", "must be more than {}"),
         "greater_than_equal": ("ge", "must be {} or more"),

@@ -1,6 +1,5 @@
 """A config as text: TOML that loads back to an equal config, and a JSON schema for editors."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import tomli_w
 
 from megapipe.config.config import Config
 from megapipe.errors import MegapipeError
+from megapipe.files import replace_durably
 
 
 def dump_config(config: Config) -> str:
@@ -32,22 +32,17 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def write_text(text: str, path: str | Path) -> None:
-    """Writes a file in one step, so that no reader sees half of it.
+    """Writes a file in one step, so that nobody finds half of it, not even after a crash.
 
     Raises MegapipeError where the disk is full or the directory can't be written.
     """
-    path = Path(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
+        replace_durably(Path(path), [text.encode()])
     except OSError as error:
         raise MegapipeError(
             f"{path}: can't be written: {error.strerror}. Free some space there, or write to "
             "another directory (train.run_dir)."
         ) from error
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def schema() -> dict[str, Any]:

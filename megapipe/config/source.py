@@ -9,6 +9,7 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any
 
+from megapipe.config.paths import is_unicode
 from megapipe.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
@@ -75,16 +76,30 @@ def read_source(path: Path) -> Source:
     """The TOML file as it is written. Raises ConfigError when it can't be read."""
     name = str(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = decode_toml(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError([f"{name}: there is no such file.{_similar_file(path)}"]) from None
     except IsADirectoryError:
         raise ConfigError([f"{name}: is a directory; name a .toml file in it."]) from None
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{name}: is not UTF-8 text (byte {error.start})."]) from None
+        raise ConfigError(
+            [f"{name}: is not UTF-8 text (byte {error.start}): {error.reason}. Save it as UTF-8."]
+        ) from None
     except OSError as error:
         raise ConfigError([f"{name}: can't be read: {error.strerror}."]) from None
     return parse_source(text, name)
+
+
+def decode_toml(content: bytes) -> str:
+    """The text of a TOML file, which may begin with a byte order mark. Raises UnicodeDecodeError
+    for what is not UTF-8."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UnicodeDecodeError("utf-8", content, 0, 1, "it is UTF-16")
+    if b"\0" in content:
+        place = content.index(b"\0")
+        raise UnicodeDecodeError("utf-8", content, place, place + 1, "it holds NUL bytes")
+    text = content.decode("utf-8-sig")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse_source(text: str, name: str) -> Source:
@@ -149,6 +164,9 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[KeyPath, Any]]:
                 problems.append(f"command line: --{key} needs a value, as in --{key} VALUE.")
                 continue
             text = remaining.pop(0)
+        if not is_unicode(argument + text):
+            problems.append(f"command line: --{key}: the value is not UTF-8.")
+            continue
         parts = key.replace("-", "_").split(".")
         path = tuple(int(part) if part.isdecimal() else part for part in parts)
         found.append((path, parse_value(text)))

@@ -1,16 +1,17 @@
 """[train]: how long, how much at a time, in which arithmetic."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from megapipe.config.section import Section
+from megapipe.config.paths import PathText
+from megapipe.config.section import Section, or_none_word
 
 
 class TrainConfig(Section):
     """The training run."""
 
-    run_dir: str = Field(
+    run_dir: PathText = Field(
         min_length=1,
         description="Where config, metrics and checkpoints of the run are written; made if it "
         "does not exist. A relative path starts at the current directory.",
@@ -38,9 +39,16 @@ class TrainConfig(Section):
     )
     kernels: Literal["auto", "triton", "torch"] = Field(
         default="auto",
-        description="What computes norms, activations, rotary positions, dropout, the loss, weight "
-        "gradients and the optimizer: fused Triton kernels, or torch operations. auto takes triton "
+        description="What computes norms, activations, rotary positions, dropout, the loss and the "
+        "optimizer: fused Triton kernels, or torch operations. auto takes triton "
         "on a GPU and torch on a CPU or for fp64.",
+    )
+    weight_gradients: Literal["auto", "matmul", "triton"] = Field(
+        default="auto",
+        description="What computes the weight gradients of linear layers and adds them to the "
+        "float32 main gradients: torch.addmm with out_dtype (cuBLAS), or a Triton kernel. auto "
+        "takes matmul on a GPU where a test at the start finds that it adds without rounding, else "
+        "what train.kernels says.",
     )
     attention: Literal["auto", "sdpa", "triton"] = Field(
         default="auto",
@@ -62,6 +70,12 @@ class TrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto",
         description="auto takes a GPU where there is one. cuda also means AMD's ROCm.",
+    )
+    stop_timeout_seconds: Annotated[PositiveFloat | None, or_none_word(float)] = Field(
+        default=None,
+        description="After a signal that asks to stop, a rank leaves without saving where no step "
+        "ends for so long (another rank is gone, say). Saves are never cut short. Default: ten "
+        "times the last step, at least 60.",
     )
     validation_every: NonNegativeInt = Field(
         default=0, description="Steps between validation losses; 0 for never."

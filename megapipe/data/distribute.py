@@ -16,10 +16,14 @@ from torch import Tensor
 from megapipe.config import Config
 from megapipe.data.feed import BatchFeed, State, merge_states
 from megapipe.data.tokenizer import check_vocabulary, load_tokenizer
-from megapipe.errors import DataError, MegapipeError
+from megapipe.errors import DataError, MegapipeError, explained
 from megapipe.exchange import all_gather_json
 from megapipe.mesh import Axis, Mesh
 from megapipe.microbatch import MicroBatch
+from megapipe.transfer import to_device
+
+COUNTS = ("skipped_rows", "skipped_bytes", "unreadable_bytes", "empty_rows")
+"""What `ReplicaFeed.counts` begins with: fields of a step's metrics."""
 
 HEADER = 2
 OK, USER_ERROR, PROGRAM_ERROR = 0, 1, 2
@@ -30,9 +34,14 @@ T = TypeVar("T")
 class ReplicaFeed:
     """Gives every rank its microbatches of step 0, 1, 2, ...
 
-    Constructor, `next` and `load` are collective over the replica and raise the reader's error on
-    all of its ranks; `state` is collective over the data axis. A rank gets
+    Constructor and `load` are collective over the replica and raise the reader's error on all of
+    its ranks; `state` is collective over the data axis. A rank gets
     tokens only if it hosts the first stage, targets only if it hosts the last.
+
+    `next` is collective over the replica and raises nothing: where the reader fails, the replica
+    gets stand-ins (zeros) and `failed` is True, so that it goes through the step with the other
+    replicas. The loop tells them in the step's own reduction; nobody takes that step, and all call
+    `take_back` and `shared_failure`.
 
     With `validation` it gives the validation batches; `restart` begins with the first again. Those
     given before are kept in host memory, 4 bytes a token, and not read twice.
@@ -55,15 +64,20 @@ class ReplicaFeed:
         self._validation = validation
         self._step = 0
         self._given: list[Tensor] = []
+        self._failure: Exception | None = None
         self._feed = self._read(lambda: self._open(say))
 
     def next(self) -> list[MicroBatch]:
         """The microbatches of the next step, in order."""
         if self._step < len(self._given):
-            wire = self._given[self._step].to(self._mesh.device)
+            wire = to_device(self._given[self._step], self._mesh.device)
         else:
-            wire = self._receive()
-            if self._validation:
+            try:
+                wire = self._receive()
+            except Exception as error:  # on all ranks of the replica
+                self._failure = error
+                wire = to_device(self._empty_wire(), self._mesh.device)
+            if self._validation and not self.failed:
                 self._given.append(wire.cpu())
         batches = self._split(wire)
         self._step += 1
@@ -73,6 +87,32 @@ class ReplicaFeed:
         """Begins again with the first validation batch."""
         assert self._validation
         self._step = 0
+
+    @property
+    def failed(self) -> bool:
+        """The reader of this replica could not give the last batch."""
+        return self._failure is not None
+
+    def take_back(self) -> None:
+        """Make `state` the one before the last `next`, which is the end of this feed."""
+        self._step -= 1
+        if self._feed is not None and not self.failed:
+            self._feed.take_back()
+
+    def shared_failure(self) -> Exception:
+        """Why a replica has no batch, on every rank: its own error, or one with the same text.
+
+        Collective over the world, after a `next` that failed on some replica.
+        """
+        own, world = self._failure, self._mesh.world
+        told = None
+        if own is not None:
+            told = [isinstance(own, MegapipeError), _message(own).decode()]
+        everyone = [told] if world.size == 1 else all_gather_json(told, world.group)
+        is_users, text = next(told for told in everyone if told is not None)
+        if own is not None:
+            return own
+        return DataError(text) if is_users else RuntimeError(text)
 
     def state(self) -> State:
         """The state of all streams behind the last step, on readers; empty on other ranks.
@@ -101,12 +141,18 @@ class ReplicaFeed:
         return self._feed.wait_seconds if self._feed else 0.0
 
     def counts(self) -> list[int]:
-        """To be summed over all ranks: bad rows met so far, then each data rank's epoch in a place
-        of its own."""
-        counts = [0] * (1 + self._mesh.data.size)
+        """To be summed over all ranks: COUNTS, then each data rank's epoch, in a place of its
+        own."""
+        counts = [0] * (len(COUNTS) + self._mesh.data.size)
         if self._feed:
-            counts[0] = self._feed.skipped.total()
-            counts[1 + self._mesh.data.rank] = self._feed.epoch
+            account = self._feed.account
+            counts[: len(COUNTS)] = [
+                account.skipped.total(),
+                account.skipped_bytes,
+                account.unreadable_bytes,
+                account.empty_rows,
+            ]
+            counts[len(COUNTS) + self._mesh.data.rank] = self._feed.epoch
         return counts
 
     def close(self) -> None:
@@ -144,9 +190,7 @@ class ReplicaFeed:
 
     def _receive(self) -> Tensor:
         """The next step's wire tensor, header included, on the device."""
-        count, length = self._samples_per_rank, self._config.train.sequence_length
-        size = HEADER + count * (length + 1) + (count * length if self._masked else 0)
-        wire = torch.zeros(size, dtype=torch.int32)
+        wire = self._empty_wire()
 
         def fill() -> None:
             assert self._feed is not None
@@ -156,6 +200,12 @@ class ReplicaFeed:
             wire[HEADER:] = torch.from_numpy(content)
 
         return _share(self._mesh, fill, wire)[1]
+
+    def _empty_wire(self) -> Tensor:
+        """Room for a step's header, tokens and documents."""
+        count, length = self._samples_per_rank, self._config.train.sequence_length
+        size = HEADER + count * (length + 1) + (count * length if self._masked else 0)
+        return torch.zeros(size, dtype=torch.int32)
 
     def _split(self, wire: Tensor) -> list[MicroBatch]:
         train, data = self._config.train, self._mesh.data
@@ -191,11 +241,11 @@ def _share(mesh: Mesh, work: Callable[[], T], wire: Tensor) -> tuple[T | None, T
         try:
             result = work()
         except Exception as caught:
-            error = caught
+            error = explained(caught) or caught
             wire.zero_()
-            wire[0] = USER_ERROR if isinstance(caught, MegapipeError) else PROGRAM_ERROR
-            wire[1] = len(_message(caught))
-    wire = wire.to(mesh.device)
+            wire[0] = USER_ERROR if isinstance(error, MegapipeError) else PROGRAM_ERROR
+            wire[1] = len(_message(error))
+    wire = to_device(wire, mesh.device)
     if replica.size > 1:
         dist.broadcast(wire, src=replica.ranks[0], group=replica.group)
     if error is None and (replica.is_first or int(wire[0]) == OK):

@@ -9,8 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,8 +20,9 @@ import xxhash
 from megapipe.config import DataConfig
 from megapipe.data.blend import Blend
 from megapipe.data.blocks import BlockReader
+from megapipe.data.files import shown
 from megapipe.data.packing import Packer, Tokens
-from megapipe.data.rows import BadRows
+from megapipe.data.rows import Account, BadRows
 from megapipe.data.sources import Keeps, Source, check_source, open_source
 from megapipe.data.streams import DocumentStream, SourceStream
 from megapipe.data.tokenizer import Tokenizer
@@ -80,6 +80,9 @@ class BatchFeed:
         self._validation = validation
         self._say = say or logging.getLogger("megapipe.data").warning
         self._sources, self._keeps = self._open_sources()
+        if data_rank == 0:
+            for note in _notes(self._sources):
+                self._say(note)
         self._block_rows = [
             check_source(
                 source,
@@ -93,6 +96,8 @@ class BatchFeed:
         self._worker: _Worker | None = None
         self._step = 0
         self._closed = False
+        self._taken: dict[int, State] = {}
+        self._before: dict[int, State] | None = None
         self._build_streams()
 
     def __iter__(self) -> "BatchFeed":
@@ -107,8 +112,15 @@ class BatchFeed:
         self.wait_seconds = time.perf_counter() - started
         assert batch.step == self._step
         self._step += 1
-        self._taken |= batch.after
+        self._before, self._taken = self._taken, self._taken | batch.after
         return batch
+
+    def take_back(self) -> None:
+        """Make the state the one before the last batch was taken. No batch can be taken then."""
+        assert self._before is not None, "a batch has to be taken first, and only one goes back"
+        self._step -= 1
+        self._taken, self._before = self._before, None
+        self._closed = True
 
     def state_dict(self) -> State:
         """The position behind the last batch taken, for the hosted streams. JSON."""
@@ -128,21 +140,22 @@ class BatchFeed:
         self._build_streams()
         self._closed = False
         self._step = state["step"]
+        self._before = None
         self._taken = {stream: state["streams"][str(stream)] for stream in self._hosted}
         for stream, part in self._taken.items():
             documents, packer = self._streams[stream]
             documents.load(part)
             packer.last = part["last"]
-        self._bad_rows.restore(self.skipped)
+        self._bad_rows.restore(self.account.skipped)
 
     @property
-    def skipped(self) -> Counter[str]:
-        """Bad rows met by the hosted streams up to the last batch taken, by reason."""
-        counts: Counter[str] = Counter()
+    def account(self) -> Account:
+        """What the hosted streams met and did not train on, up to the last batch taken."""
+        total = Account()
         for state in self._taken.values():
             for source in state["sources"]:
-                counts.update(source["skipped"])
-        return counts
+                total.update(Account(**source["account"]))
+        return total
 
     @property
     def epoch(self) -> int:
@@ -269,6 +282,30 @@ def merge_states(states: Sequence[State]) -> State:
     streams = {stream: part for state in states for stream, part in state["streams"].items()}
     assert len(streams) == first["identity"]["data.streams"], sorted(streams)
     return first | {"streams": dict(sorted(streams.items(), key=lambda item: int(item[0])))}
+
+
+def _notes(sources: Sequence[Source]) -> Iterator[str]:
+    """Files with several names, and files that are in several sources."""
+    owners: dict[tuple[int, int], Source] = {}
+    for source in sources:
+        found = source.found
+        if found is None:
+            continue
+        if found.repeats:
+            yield (
+                f"{source.key}.path: {len(found.repeats):,} more names, such as "
+                f"{shown(found.repeats[0])}, are links to files that are read already."
+            )
+        shared = [file for file in found.files if file.identity in owners]
+        if shared:
+            other = owners[shared[0].identity]
+            yield (
+                f"{source.key}.path: {len(shared):,} of its files, such as "
+                f"{shown(shared[0].path)}, are in {other.key} too, and are read for both."
+            )
+        owners.update(
+            {file.identity: source for file in found.files if file.identity not in owners}
+        )
 
 
 def _every_row(file: int, row: int) -> bool:

@@ -3,28 +3,75 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
-from megapipe.data.formats import RowFile, Unreadable
+from megapipe.data.formats import DAMAGED, NoRows, RowFile, Unreadable
 from megapipe.errors import DataError
 
 SHOWN = 5
 """So many bad rows are reported one by one; then the count is, each time it has doubled."""
 
 
+MAX_NUL_SHARE = 0.01
+"""Text hardly has NUL characters; UTF-16 read as UTF-8 has many, and so has binary data."""
+
+
 class BadRowError(Exception):
-    """Why a row can't be used."""
+    """Why a row can't be used. Rows are counted by `reason`, which is one of few."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+@dataclass
+class Account:
+    """What a part of the data has not given to training, since the beginning of the run."""
+
+    skipped: Counter[str] = field(default_factory=Counter)  # bad rows by reason
+    skipped_bytes: int = 0  # of text, in bad rows
+    unreadable_bytes: int = 0  # of damaged files, as they lie on the disk
+    empty_rows: int = 0
+
+    def add_bad(self, raw: object, reason: str) -> None:
+        self.skipped[reason] += 1
+        if isinstance(raw, Unreadable):
+            self.skipped_bytes += raw.text_bytes
+            self.unreadable_bytes += raw.file_bytes
+        elif isinstance(raw, bytes):
+            self.skipped_bytes += len(raw)
+
+    def update(self, other: "Account") -> None:
+        self.skipped.update(other.skipped)
+        self.skipped_bytes += other.skipped_bytes
+        self.unreadable_bytes += other.unreadable_bytes
+        self.empty_rows += other.empty_rows
+
+    def state(self) -> dict[str, Any]:
+        """JSON, from which Account(**state) is the same again."""
+        return vars(self) | {"skipped": dict(self.skipped)}
+
+    def __post_init__(self) -> None:
+        self.skipped = Counter(self.skipped)
 
 
 def row_text(file: RowFile, raw: object, field: str) -> str | None:
-    """The text of a row; None for a blank line, which is no row. Raises BadRowError."""
+    """The text of a row; "" for an empty one, None for a blank line. Raises BadRowError.
+
+    Blank lines stand between rows and are none; an empty row is one that holds no text.
+    """
+    if isinstance(raw, NoRows):
+        return ""
     if isinstance(raw, Unreadable):
-        raise BadRowError(raw.reason)
+        raise BadRowError(raw.reason, raw.detail)
     value = raw
     if isinstance(raw, bytes) and file.kind != "text":
         value = _decode(raw).rstrip("\r\n")
         if not value or value.isspace():
             return None
         if file.kind == "json":
+            _check_nuls(value)
             value = _json_field(value, field)
     if isinstance(value, bytes):
         value = _decode(value)
@@ -32,12 +79,21 @@ def row_text(file: RowFile, raw: object, field: str) -> str | None:
         kind = "null" if value is None else type(value).__name__
         raise BadRowError(f"the field {field!r} is {kind}, not text")
     if not value or value.isspace():
-        raise BadRowError("empty")
+        return ""
+    _check_nuls(value)
     try:
         value.encode()
     except UnicodeEncodeError:
         raise BadRowError("not UTF-8 (half of a surrogate pair)") from None
     return value
+
+
+def _check_nuls(text: str) -> None:
+    count = text.count("\0")
+    if count > MAX_NUL_SHARE * len(text):
+        raise BadRowError(
+            "NUL characters (binary data, or UTF-16)", f"{count:,} of {len(text):,} characters"
+        )
 
 
 def _json_field(text: str, field: str) -> object:
@@ -59,13 +115,14 @@ def _decode(data: bytes) -> str:
         raise BadRowError("not UTF-8") from None
 
 
-def check_bad_rows(skipped: int, limit: int) -> None:
-    """Raises DataError where all readers together have skipped more than the limit."""
-    if skipped > limit:
-        raise DataError(
-            f"{skipped} bad rows were met, more than data.max_bad_rows = {limit} allows. Mend the "
-            "files that the messages above name, or raise data.max_bad_rows."
-        )
+def too_many_bad_rows(skipped: int, limit: int) -> DataError | None:
+    """The error to raise where all readers together have skipped more than the limit."""
+    if skipped <= limit:
+        return None
+    return DataError(
+        f"{skipped} bad rows were met, more than data.max_bad_rows = {limit} allows. Mend the "
+        "files that the messages above name, or raise data.max_bad_rows."
+    )
 
 
 class BadRows:
@@ -81,17 +138,19 @@ class BadRows:
     def total(self) -> int:
         return self.counts.total()
 
-    def add(self, key: str, file: str, row: int, reason: str) -> None:
-        """Row numbers count from 1. Raises DataError above the limit."""
+    def add(self, key: str, file: str, row: int, error: BadRowError) -> None:
+        """Row numbers count from 1. Raises DataError above the limit. Damage of a file is always
+        reported, since much text may be lost with that row."""
+        reason = error.reason
         self.counts[reason] += 1
         if self.total > self.limit:
             others = f" ({self.summary()})" if self.total > 1 else ""
             raise DataError(
-                f"{file}, row {row}: {reason}. That is more than data.max_bad_rows = {self.limit} "
+                f"{file}, row {row}: {error}. That is more than data.max_bad_rows = {self.limit} "
                 f"allows{others}. Mend {key}.path, or raise data.max_bad_rows to skip such rows."
             )
-        if self.total <= SHOWN:
-            self._say(f"{file}, row {row}: skipped: {reason}")
+        if self.total <= SHOWN or reason == DAMAGED:
+            self._say(f"{file}, row {row}: skipped: {error}")
         elif self.total == self._next_summary:
             self._next_summary *= 2
             self._say(

@@ -1,42 +1,29 @@
 """A source of the blend: its files in order, and what one row of it is."""
 
-import glob
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from megapipe.config import SourceConfig
+from megapipe.data.contents import check_content
+from megapipe.data.files import COMPRESSED, TABLES, Found, FoundFile, file_format, find_files, shown
 from megapipe.data.formats import (
     BLOCK_BYTES,
     RowFile,
-    TableFile,
     TextFile,
     split_lines,
     split_paragraphs,
     split_segments,
+    split_text_lines,
 )
 from megapipe.data.rows import BadRowError, BadRows, row_text
+from megapipe.data.tables import HubShard, LocalTable
 from megapipe.errors import DataError
 
 HUB = "hf://"
-FORMATS = {
-    ".txt": "text",
-    ".text": "text",
-    ".md": "text",
-    ".rst": "text",
-    ".py": "text",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "jsonl",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-}
-COMPRESSED = (".gz", ".zst")
 SEGMENTS_PER_STREAM = 4
 MIN_SEGMENT_BYTES = 8 << 10
 
@@ -47,104 +34,71 @@ Keeps = Callable[[int, int], bool]
 @dataclass(frozen=True)
 class Source:
     """Files in sorted order. `key` is its config key; `fingerprint`, for people to read in part,
-    changes with the files."""
+    changes with the files. `found`: their sizes and other names; None on the hub."""
 
     key: str
     config: SourceConfig
     files: tuple[RowFile, ...]
     fingerprint: str
-    total_bytes: int | None
+    total_bytes: int | None  # of text; estimated where it is compressed, None on the hub
+    found: Found | None = None
 
     def text(self, file: int, raw: object) -> str | None:
-        """The text of a row; None for a blank line. Raises BadRowError."""
+        """The text of a row, "" for an empty one, None for a blank line. Raises BadRowError."""
         return row_text(self.files[file], raw, self.config.text_field)
 
 
 def open_source(config: SourceConfig, key: str, streams: int) -> Source:
-    """Finds the files of data.sources[i] (`key`) and how each is read.
+    """Finds the files of data.sources[i] (`key`) and how each is read; looks into each.
 
-    Raises DataError when the path matches nothing, names a directory or an unknown format.
+    Raises DataError for what can't be read: a path that matches nothing, an unknown format, a file
+    that is not what its name says, a table without the column.
     """
     if config.path.startswith(HUB):
         return _hub_source(config, key)
-    paths = find_files(config.path, f"{key}.path")
-    sizes = [path.stat().st_size for path in paths]
-    unfolded = [
-        size * 4 if path.suffix in COMPRESSED else size
-        for path, size in zip(paths, sizes, strict=True)
-    ]
+    return open_found(find_files(config.path, f"{key}.path"), config, key, streams)
+
+
+def open_found(found: Found, config: SourceConfig, key: str, streams: int) -> Source:
+    """The source of these files, read as `config` says; raises as `open_source`."""
+    unfolded = sum(
+        file.size * 4 if file.path.suffix in COMPRESSED else file.size for file in found.files
+    )
     # Few large text files are cut finer, so that every stream has something to read.
-    share = sum(unfolded) // (streams * SEGMENTS_PER_STREAM)
+    share = unfolded // (streams * SEGMENTS_PER_STREAM)
     segment = min(BLOCK_BYTES, max(MIN_SEGMENT_BYTES, share))
     digest = xxhash.xxh3_64(f"{config.text_field} {config.documents} {segment}".encode())
-    for path, size in zip(paths, sizes, strict=True):
-        digest.update(f"\n{path.name} {size}".encode())
-    files = tuple(_row_file(path, config, key, segment) for path in paths)
-    fingerprint = f"{len(paths)} file(s) of {sum(sizes):,} bytes ({digest.hexdigest()})"
-    return Source(key, config, files, fingerprint, sum(unfolded))
+    for path, size, _ in found.files:
+        digest.update(f"\n{path.name} {size}".encode(errors="surrogateescape"))
+    files = tuple(_row_file(file, config, key, segment) for file in found.files)
+    fingerprint = f"{len(files)} file(s) of {found.size:,} bytes ({digest.hexdigest()})"
+    return Source(key, config, files, fingerprint, unfolded, found)
 
 
-def find_files(pattern: str, key: str) -> list[Path]:
-    """The files that a path or glob names, sorted. Raises DataError, naming `key`, for none."""
-    if Path(pattern).is_dir():
-        raise DataError(
-            f'{key} = "{pattern}" is a directory; name files in it, as in "{pattern}/**/*.txt".'
-        )
-    names = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
-    paths = sorted(path for path in map(Path, names) if path.is_file())
-    if not paths:
-        raise DataError(
-            f'{key} = "{pattern}" matches no file (looked from {Path.cwd()}); '
-            "correct the path or quote the glob."
-        )
-    return paths
-
-
-def file_format(path: Path) -> str | None:
-    """text, jsonl, parquet or arrow, by the file's name; None when it doesn't say."""
-    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-    found = FORMATS.get(suffix.lower())
-    tables = ("parquet", "arrow")
-    return None if path.suffix in COMPRESSED and found in tables else found
-
-
-def _row_file(path: Path, config: SourceConfig, key: str, segment: int) -> RowFile:
+def _row_file(file: FoundFile, config: SourceConfig, key: str, segment: int) -> RowFile:
+    """How a file is read, once its first bytes have been looked at."""
+    path, size, _ = file
     form = file_format(path) if config.format == "auto" else config.format
+    if form is None or (form in TABLES and path.suffix in COMPRESSED):
+        raise DataError(
+            f"{key}.path: the format of {shown(path)} can't be told by its name; set "
+            f'{key}.format = "text", "jsonl", "parquet" or "arrow". (Tables carry their own '
+            "compression: no .gz or .zst.)"
+        )
+    check_content(path, form, size)
+    if form in TABLES:
+        table = LocalTable(path, form, config.text_field, size)
+        table.check()
+        return table
     if form == "jsonl":
-        return TextFile(path, split_lines, "json")
-    if form == "text":
-        match config.documents:
-            case "file":
-                return TextFile(path, partial(split_segments, size=segment), "text")
-            case "line":
-                return TextFile(path, split_lines, "line")
-            case "blank-line":
-                return TextFile(path, split_paragraphs, "line")
-    if form in ("parquet", "arrow"):
-        opener = _open_parquet if form == "parquet" else _open_arrow
-        return TableFile(str(path), partial(opener, path, config.text_field), config.text_field)
-    raise DataError(
-        f'{key}.path: the format of {path} can\'t be told by its name; set {key}.format = "text", '
-        '"jsonl", "parquet" or "arrow". (Tables carry their own compression: no .gz or .zst.)'
-    )
-
-
-def _open_parquet(path: Path, column: str) -> Any:
-    """Streams one column; raises KeyError when there is no such column."""
-    from datasets import load_dataset
-    from pyarrow.parquet import read_schema
-
-    if column not in read_schema(path).names:
-        raise KeyError(column)
-    return load_dataset(
-        "parquet", data_files=[str(path)], split="train", streaming=True, columns=[column]
-    )
-
-
-def _open_arrow(path: Path, column: str) -> Any:
-    from datasets import load_dataset
-
-    return load_dataset("arrow", data_files=[str(path)], split="train", streaming=True)
+        return TextFile(path, split_lines, "json", size)
+    match config.documents:
+        case "file":
+            return TextFile(path, partial(split_segments, size=segment), "text", size)
+        case "line":
+            return TextFile(path, split_text_lines, "line", size)
+        case "blank-line":
+            return TextFile(path, split_paragraphs, "line", size)
 
 
 def _hub_source(config: SourceConfig, key: str) -> Source:
@@ -171,7 +125,7 @@ def _hub_source(config: SourceConfig, key: str) -> Source:
         )
     shards = dataset.num_shards
     files = tuple(
-        TableFile(
+        HubShard(
             f"{config.path} shard {index}",
             partial(dataset.shard, num_shards=shards, index=index),
             config.text_field,
@@ -195,6 +149,7 @@ def check_source(
         enough = 0  # blocks are closed by bytes too, so there are more than streams of them
     rows, left_out, usable = 0, 0, False
     bad: Counter[str] = Counter()
+    example = ""
     judge = BadRows(max_bad_rows, say=lambda _: None)
     for index, file in enumerate(source.files):
         for number, (raw, _) in enumerate(file.rows(0, 0)):
@@ -202,10 +157,14 @@ def check_source(
             left_out += not keeps(index, number)
             if not usable and keeps(index, number):
                 try:
-                    usable = source.text(index, raw) is not None
+                    text = source.text(index, raw)
+                    usable = bool(text)
+                    if text == "":
+                        bad["empty"] += 1
                 except BadRowError as error:
-                    bad[str(error)] += 1
-                    judge.add(source.key, file.name, number + 1, str(error))
+                    bad[error.reason] += 1
+                    example = example or f" ({file.name}, row {number + 1}: {error})"
+                    judge.add(source.key, file.name, number + 1, error)
             if usable and rows >= enough:
                 return shuffle_block
     if usable:
@@ -217,8 +176,9 @@ def check_source(
             "data.validation_sources instead."
         )
     reasons = "; ".join(f"{count} {reason}" for reason, count in bad.most_common())
+    reasons = f": {reasons}{example}" if reasons else ""
     raise DataError(
-        f'{source.key}.path = "{source.config.path}" yields no usable row in {len(source.files)} '
-        f"file(s) with {rows} row(s){': ' + reasons if reasons else ''}. "
+        f'{source.key}.path = "{shown(source.config.path)}" yields no usable row in '
+        f"{len(source.files)} file(s) with {rows} row(s){reasons}. "
         "Name files with text, or take the source out."
     )

@@ -1,14 +1,14 @@
 """Logical streams: an endless, blended run of documents whose position is exact and small."""
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
 
 from megapipe.data.blend import Blend
-from megapipe.data.blocks import Address, BlockReader, permutation
+from megapipe.data.blocks import Address, BlockReader, Row, permutation
+from megapipe.data.formats import Unreadable
 from megapipe.data.packing import Tokens
-from megapipe.data.rows import BadRowError, BadRows
+from megapipe.data.rows import Account, BadRowError, BadRows
 from megapipe.data.sources import Keeps
 from megapipe.data.tokenizer import Tokenizer
 
@@ -33,7 +33,7 @@ class SourceStream:
         keeps: Keeps,
         bad_rows: BadRows,
     ) -> None:
-        self.skipped: Counter[str] = Counter()
+        self.account = Account()
         self._blocks = blocks
         self._stream = stream
         self._tokenizer = tokenizer
@@ -41,7 +41,7 @@ class SourceStream:
         self._bad_rows = bad_rows
         self._address: Address | None = None
         self._row = self._piece = self._token = 0
-        self._block: list[Any] | None = None
+        self._block: list[Row] | None = None
         self._text: str | None = None
         self._tokens: Tokens | None = None
         self._piece_end = 0
@@ -73,14 +73,14 @@ class SourceStream:
             "row": self._row,
             "piece": self._piece,
             "token": self._token,
-            "skipped": dict(self.skipped),
+            "account": self.account.state(),
         }
 
     def load(self, state: dict[str, Any]) -> None:
         address = state["address"]
         self._address = None if address is None else Address(*address)
         self._row, self._piece, self._token = state["row"], state["piece"], state["token"]
-        self.skipped = Counter(state["skipped"])
+        self.account = Account(**state["account"])
         self._block = self._text = self._tokens = None
 
     def _open_document(self) -> None:
@@ -99,19 +99,25 @@ class SourceStream:
                 return
             self._row += 1
 
-    def _usable_text(self, row: Any) -> str | None:
-        if not self._keeps(row.file, row.number):
+    def _usable_text(self, row: Row) -> str | None:
+        """The row's text if there is any; accounts for it if not.
+
+        That is done in the first pass only: a bad row is bad in each.
+        """
+        source, first = self._blocks.source, self.epoch == 0
+        damage = isinstance(row.raw, Unreadable)  # told by who trains and by who validates
+        if not damage and not self._keeps(row.file, row.number):
             return None
-        source = self._blocks.source
         try:
-            return source.text(row.file, row.raw)
+            text = source.text(row.file, row.raw)
         except BadRowError as error:
-            if self.epoch == 0:  # counted in the first pass only: a bad row is bad in each
-                reason = str(error)
-                self.skipped[reason] += 1
+            if first:
+                self.account.add_bad(row.raw, error.reason)
                 name = source.files[row.file].name
-                self._bad_rows.add(source.key, name, row.number + 1, reason)
+                self._bad_rows.add(source.key, name, row.number + 1, error)
             return None
+        self.account.empty_rows += first and text == ""
+        return text or None
 
     def _load_block(self) -> None:
         """Opens the block of the position; at the very start, the stream's first."""
@@ -130,7 +136,7 @@ class SourceStream:
         self._address, self._row = block.address, 0
         self._shuffle(block.rows)
 
-    def _shuffle(self, rows: list[Any]) -> None:
+    def _shuffle(self, rows: list[Row]) -> None:
         assert self._address is not None
         blocks = self._blocks
         order = permutation(len(rows), "rows", blocks.seed, blocks.source.key, self._address.number)

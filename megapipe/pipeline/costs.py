@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 from megapipe.config.problems import show
+from megapipe.config.source import decode_toml
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule import Costs
 
@@ -23,7 +24,7 @@ def read_costs(path: str | Path, stages: int, tensor_bytes: int) -> Costs:
     """The costs in the file, for so many stages, between which tensors of that size travel. Raises
     ScheduleError for what is not a time."""
     try:
-        tree = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        tree = tomllib.loads(decode_toml(Path(path).read_bytes()))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ScheduleError(f'parallel.stage_costs = "{path}" can\'t be read: {error}.') from error
     unknown = sorted(set(tree) - {*TIMES, *LINK})

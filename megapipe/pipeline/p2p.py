@@ -10,10 +10,10 @@ at the head of a communicator's stream holds up those behind it. So each channel
 of two ranks that is only ever used in one direction. Why it can't deadlock: a validated program
 posts the receives of a channel in the order of its sends, so the head of a channel always meets its
 other end; channels don't wait for each other, being on streams of their own; and compute waits for
-arrivals in program order, for which `validate` has shown that all of them come. (One communicator
-for both directions would fail this: a receive posted ahead would hold up the sends behind it that
-the other rank must have before it can answer. There, opposite sends between two ranks have to be
-merged into one batched call; here they have nothing to do with each other: `lower` merges none.)
+arrivals in program order, for which `validate` has shown that all of them come, even if something
+waits for the whole device while receives are posted. (One communicator for both directions would
+finish, too, but there a receive that was posted ahead would hold up the sends behind it, which have
+nothing to do with it.)
 
 Stages decide the channel only through their ranks: in a pipeline of two, looped or V-shaped,
 forwards of some stages and gradients of others share a channel, in the order that `validate`

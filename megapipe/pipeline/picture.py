@@ -6,13 +6,13 @@ idle. matplotlib is an optional package and is imported only here, when somethin
 """
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapipe.errors import MegapipeError
+from megapipe.files import replace_durably
 from megapipe.pipeline.schedule import Action, Kind, Span, Timeline
 
 if TYPE_CHECKING:
@@ -100,14 +100,10 @@ def save(figure: "Figure", path: Path) -> None:
     figure.savefig(drawn, format="png")
     picture = Image.open(drawn).convert("RGB").quantize(colors=64, dither=Image.Dither.NONE)
     picture.save(packed, format="png", optimize=True, dpi=(DOTS, DOTS))
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        scratch.write_bytes(packed.getvalue())
-        os.replace(scratch, path)
+        replace_durably(path, [packed.getvalue()])
     except OSError as error:
         raise MegapipeError(f"{path} can't be written: {error.strerror}.") from error
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 # --- Parts ---------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapipe import kernels
-from megapipe.kernels import Backend, Combined, Vocabulary
+from megapipe.kernels import Backend, Combined, Vocabulary, WeightGradBackend
 from megapipe.mesh import Axis
 from megapipe.tensor_parallel.collectives import (
     all_gather,
@@ -60,6 +60,7 @@ def vocab_parallel_linear_cross_entropy(
     sequence_parallel: bool,
     z_loss: float = 0.0,
     backend: Backend = "torch",
+    weight_grad_backend: WeightGradBackend = "torch",
 ) -> Tensor:
     """The loss of `hidden` [S_local, B, H] times this rank's rows of `weight`, [V, H], without ever
     holding the logits of all tokens; `targets` are [S, B].
@@ -78,6 +79,7 @@ def vocab_parallel_linear_cross_entropy(
         sequence_parallel and tensor.size > 1,
         z_loss,
         backend,
+        weight_grad_backend,
         torch.is_grad_enabled(),
     )
     return loss
@@ -95,12 +97,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         gathers: bool,
         z_loss: float,
         backend: Backend,
+        weight_grad_backend: WeightGradBackend,
         differentiable: bool,
     ) -> Tensor:
         whole = all_gather(hidden, tensor) if gathers else hidden
 
         def add(logits_grad: Tensor, rows: Tensor) -> None:
-            kernels.add_weight_grad(weight.main_grad, logits_grad, rows, backend=backend)
+            main_grad = weight.main_grad
+            kernels.add_weight_grad(main_grad, logits_grad, rows, backend=weight_grad_backend)
 
         loss, ctx.hidden_grad = kernels.linear_cross_entropy_forward(
             whole.flatten(0, -2),
@@ -125,7 +129,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             assert grad == 1, said
         hidden_grad = ctx.start(ctx.hidden_grad.view(ctx.shape), ctx.tensor).wait()
-        return (hidden_grad, *[None] * 8)
+        return (hidden_grad, *[None] * 9)
 
 
 def _own_rows(vocab_size: int, rows: int, tensor: Axis) -> Vocabulary:

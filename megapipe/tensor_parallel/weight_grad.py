@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from megapipe.kernels import Backend
+from megapipe.kernels import WeightGradBackend
 
 
 class WeightGradStore:
@@ -19,7 +19,7 @@ class WeightGradStore:
     One store serves all layers of one stage. `backend` is what the closures compute with.
     """
 
-    def __init__(self, backend: Backend = "torch") -> None:
+    def __init__(self, backend: WeightGradBackend = "torch") -> None:
         self.backend = backend
         self._pending: list[Callable[[], None]] | None = None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from megapipe.checkpoint.exchange import Peers
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
-from megapipe.checkpoint.retention import newest_valid, prune
+from megapipe.checkpoint.retention import Skipped, newest_valid, prune
 from megapipe.checkpoint.save import save_checkpoint
 from megapipe.checkpoint.shard import Shard
 from megapipe.config import Config
@@ -123,6 +123,7 @@ class Checkpoints:
             group=self._peers.group,
         )
         for skipped in found.skipped:
+            _refuse_links(skipped)
             self._say(f"Skipping damaged checkpoint {skipped.path}: {skipped.problems[0]}")
         if found.path is None and found.skipped:
             raise CheckpointError(
@@ -140,3 +141,17 @@ class Checkpoints:
         self.engine.optimizer.steps = int(reader.state["optimizer_steps"])
         for buffer in self.engine.buffers:
             buffer.publish_master()
+
+
+def _refuse_links(skipped: Skipped) -> None:
+    """Raises CheckpointError where links are why a checkpoint can't be used, or belong to it.
+
+    Its user has moved it, so that nothing may take its place.
+    """
+    path = skipped.path
+    if path.is_symlink() or any(entry.is_symlink() for entry in path.iterdir()):
+        raise CheckpointError(
+            f"{path} is linked from elsewhere and can't be used: {skipped.problems[0]}. The "
+            "directory may be a link, the files in it may not. Put them back, or move the whole "
+            "checkpoint out of the run directory to go on from an older one."
+        )

@@ -11,7 +11,7 @@ from megapipe.config import Config
 from megapipe.data_parallel.buffer import build_buffers
 from megapipe.data_parallel.reduce import local_squared_norm, reduce_gradients
 from megapipe.errors import MegapipeError
-from megapipe.kernel_choice import choose_kernels
+from megapipe.kernel_choice import wanted_kernels
 from megapipe.mesh import Mesh
 from megapipe.microbatch import IGNORED_TARGET, MicroBatch
 from megapipe.pipeline.executor import PipelineExecutor
@@ -29,6 +29,7 @@ from megapipe.precision import MAIN_DTYPE, MODEL_DTYPE
 from megapipe.tensor_parallel.collectives import all_reduce_
 from megapipe.train.bubble import BubbleMeter
 from megapipe.train.optimizer import Optimizer
+from megapipe.transfer import to_device
 
 BuildStages = Callable[[Config, Mesh], Mapping[int, nn.Module]]
 """Makes this rank's stages, by stage number; the engine knows nothing else of the model."""
@@ -47,6 +48,7 @@ class StepResult:
     clip: float  # what clipping multiplied the gradients by: 1, or optimizer.clip_grad_norm / norm
     tokens: int  # targets that counted
     stop: bool  # some rank was asked to stop
+    taken: bool = True  # False: some rank had no batch, and weights are as before
     counts: tuple[int, ...] = ()  # those given to the step, summed over all ranks
     bubble: float | None = None  # idle over busy time of the pipeline; None in a start's first step
     bubble_planned: float | None = None  # as simulated; on rank 0 only
@@ -76,7 +78,7 @@ class Engine:
             main_dtype=MAIN_DTYPE[config.train.precision],
             data_size=mesh.data.size,
         )
-        self.backend = choose_kernels(config, mesh.device).kernels
+        self.backend = wanted_kernels(config, on_gpu=mesh.device.type == "cuda").kernels
         self.optimizer = Optimizer(self.buffers, config.optimizer, self.backend)
         self._channels = channels or make_channels(mesh)
         placement = stage_placement(config)
@@ -108,16 +110,21 @@ class Engine:
         *,
         stop: bool = False,
         counts: Sequence[int] = (),
+        ready: bool = True,
     ) -> StepResult:
         """One optimizer step on this replica's microbatches.
 
         `counts`, as many on every rank, are summed over the world in the step's own reduction.
-        Raises NonFiniteError, before any weight changes, on every rank at once.
+        With `ready` False on any rank (its microbatches are stand-ins) no rank takes the step:
+        weights are as before, and the result says so. Raises NonFiniteError, before any weight
+        changes, on every rank at once.
         """
         self.zero_gradients()
         losses = self._training.run(batches)
         reduce_gradients(self.buffers, self.mesh.data)
-        result = self._totals(losses, batches, stop, counts)
+        result = self._totals(losses, batches, (stop, not ready), counts)
+        if not result.taken:
+            return result
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
             raise NonFiniteError(
                 f"loss {result.loss}, gradient norm {result.grad_norm}: the step was not taken and "
@@ -128,15 +135,18 @@ class Engine:
         self.optimizer.step(learning_rate, gradient_scale=result.clip / result.tokens)
         return result
 
-    def validation_loss(self, batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        """(sum of token losses, tokens) of one global batch, without touching the weights."""
+    def validation_loss(
+        self, batches: Sequence[MicroBatch], *, ready: bool = True
+    ) -> tuple[float, int] | None:
+        """(sum of token losses, tokens) of one global batch, without touching the weights; None
+        where any rank is not `ready`, as in `train_step`."""
         for stage in self.stages.values():
             stage.eval()
         losses = self._validating.run(batches)
         for stage in self.stages.values():
             stage.train()
-        loss, tokens, *_ = self._sum_over_world(losses, batches)
-        return loss, int(tokens)
+        loss, tokens, _, unready = self._sum_over_world(losses, batches, more=[float(not ready)])
+        return None if unready else (loss, int(tokens))
 
     def zero_gradients(self) -> None:
         for buffer in self.buffers:
@@ -146,13 +156,14 @@ class Engine:
         self,
         losses: Sequence[Tensor],
         batches: Sequence[MicroBatch],
-        stop: bool,
+        flags: tuple[bool, bool],
         counts: Sequence[int],
     ) -> StepResult:
+        """`flags`: asked to stop, not ready."""
         squared_norm = local_squared_norm(self.buffers, self.backend)
-        more = [float(stop), *counts, *self._bubble.values()]
+        more = [*map(float, flags), *counts, *self._bubble.values()]
         sums = self._sum_over_world(losses, batches, squared_norm, more)
-        loss, tokens, squared, stops, *sums = sums
+        loss, tokens, squared, stops, unready, *sums = sums
         counted, bubble = sums[: len(counts)], sums[len(counts) :]
         if tokens == 0:
             raise MegapipeError("a global batch has no target that counts towards the loss")
@@ -164,6 +175,7 @@ class Engine:
             clip=limit / norm if 0 < limit < norm else 1.0,
             tokens=int(tokens),
             stop=stops > 0,
+            taken=unready == 0,
             counts=tuple(map(int, counted)),
             bubble=self._bubble.measured(bubble),
             bubble_planned=self._bubble.planned(bubble) if self.mesh.rank == 0 else None,
@@ -181,7 +193,8 @@ class Engine:
         Each quantity is given by one rank for each thing it counts: losses by tensor rank 0 of the
         last stage, norms by the first replica (all replicas have the same gradients by then).
         """
-        totals = torch.tensor([0.0] * 3 + [*more], dtype=torch.float64, device=self.mesh.device)
+        given = torch.tensor([0.0] * 3 + [*more], dtype=torch.float64)
+        totals = to_device(given, self.mesh.device)
         if self.holds_loss and self.mesh.tensor.is_first:
             totals[0] = torch.stack(list(losses)).double().sum()
             for batch in batches:
@@ -189,6 +202,7 @@ class Engine:
                 totals[1] += (batch.targets_BS != IGNORED_TARGET).sum()
         if squared_norm is not None and self.mesh.data.is_first:
             totals[2] = squared_norm
+        # The one place in a step where the host waits for the device.
         sums: list[float] = all_reduce_(totals, self.mesh.world).tolist()
         self._bubble.synchronized()
         return sums

@@ -1,11 +1,17 @@
-"""The training loop, on one page. Every rank of the mesh runs it in step with the others."""
+"""The training loop, on one page. Every rank of the mesh runs it in step with the others.
+
+Text that can't be read, on any replica, ends the run between two steps: the step for which it was
+needed is taken by no rank, the steps before it are saved, and every rank raises the error. An error
+inside a step leaves weights that nobody can vouch for: it ends the run without a save.
+"""
 
 import time
 from dataclasses import dataclass
+from typing import NoReturn
 
 from megapipe.config import Config
-from megapipe.data.distribute import ReplicaFeed
-from megapipe.data.rows import check_bad_rows
+from megapipe.data.distribute import COUNTS, ReplicaFeed
+from megapipe.data.rows import too_many_bad_rows
 from megapipe.errors import CheckpointError
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine, StepResult
@@ -30,6 +36,8 @@ class Run:
     progress: Progress
     flops_per_token: float
     timeline: TimelineWriter | None = None
+    saved_step: int = 0
+    """The step of the newest checkpoint that holds this run."""
 
 
 def train(run: Run) -> Progress:
@@ -38,23 +46,35 @@ def train(run: Run) -> Progress:
     The stop flag travels with the step's own reduction, so all ranks leave after the same step.
     """
     config, progress = run.config, run.progress
+    run.saved_step = progress.step
+    run.stop.begin()
     while progress.step < config.train.steps:
         began = time.perf_counter()
         rate = learning_rate(progress.step, config.optimizer, config.train.steps)
         batches = run.feed.next()
         waited = time.perf_counter() - began
         result = run.engine.train_step(
-            batches, rate, stop=run.stop.requested, counts=run.feed.counts()
+            batches,
+            rate,
+            stop=run.stop.requested,
+            counts=run.feed.counts(),
+            ready=not run.feed.failed,
         )
+        if not result.taken:
+            run.feed.take_back()
+            end_with(run, progress, run.feed.shared_failure())
         progress = Progress(progress.step + 1, progress.tokens + result.tokens)
         seconds = time.perf_counter() - began
+        run.stop.step_ended(seconds)
 
-        validation = None
+        validation = failure = None
         if _due(progress.step, config.train.validation_every, last=config.train.steps):
-            validation = validation_loss(run)
+            validation, failure = validation_loss(run)
         run.loggers.log(_metrics(run, progress, result, rate, seconds, waited, validation))
         if run.engine.mesh.data.size > 1:  # one reader alone stops by itself, and names the row
-            check_bad_rows(result.counts[0], config.data.max_bad_rows)
+            failure = failure or too_many_bad_rows(result.counts[0], config.data.max_bad_rows)
+        if failure is not None:
+            end_with(run, progress, failure)
         if run.timeline is not None:
             run.timeline.after(progress.step)
         leaving = result.stop or progress.step == config.train.steps
@@ -69,24 +89,42 @@ def save(run: Run, progress: Progress, *, last: bool) -> None:
     """Write a checkpoint. One that can't be written (a full disk) is told, and tried again when the
     next is due: older checkpoints are whole. The last one has to succeed: CheckpointError."""
     try:
-        path = run.checkpoints.save(progress, run.feed.state())
+        with run.stop.saving():
+            path = run.checkpoints.save(progress, run.feed.state())
     except CheckpointError as error:
         if last:
             raise
         run.loggers.event(f"NOT SAVED at step {progress.step}, training goes on: {error}")
     else:
+        run.saved_step = progress.step
         run.loggers.event(f"Saved {path}")
 
 
-def validation_loss(run: Run) -> float:
-    """Mean loss per token over the first train.validation_batches batches of validation text."""
+def end_with(run: Run, progress: Progress, error: Exception) -> NoReturn:
+    """Save what was trained since the last checkpoint, then raise `error`; on all ranks alike."""
+    if progress.step > run.saved_step:
+        try:
+            save(run, progress, last=True)
+        except CheckpointError as second:
+            error.add_note(f"The steps after step {run.saved_step} are lost: {second}")
+    raise error
+
+
+def validation_loss(run: Run) -> tuple[float | None, Exception | None]:
+    """Mean loss per token over the first train.validation_batches batches of validation text, or
+    why they can't be read; on all ranks alike."""
     assert run.validation is not None
     run.validation.restart()
     total, count = 0.0, 0
     for _ in range(run.config.train.validation_batches):
-        loss, tokens = run.engine.validation_loss(run.validation.next())
+        batches = run.validation.next()
+        result = run.engine.validation_loss(batches, ready=not run.validation.failed)
+        run.stop.alive()
+        if result is None:
+            return None, run.validation.shared_failure()
+        loss, tokens = result
         total, count = total + loss, count + tokens
-    return total / count
+    return total / count, None
 
 
 def _due(step: int, every: int, *, last: int | None = None) -> bool:
@@ -116,8 +154,8 @@ def _metrics(
         mfu=speed * run.flops_per_token / (peak * mesh.world_size) if peak else None,
         data_wait_seconds=waited,
         memory_bytes=peak_memory_bytes(mesh.device),
-        epoch=max(result.counts[1:]),
-        skipped_rows=result.counts[0],
+        epoch=max(result.counts[len(COUNTS) :]),
+        **dict(zip(COUNTS, result.counts, strict=False)),
         validation_loss=validation,
         bubble=result.bubble,
         bubble_planned=result.bubble_planned,

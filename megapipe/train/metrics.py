@@ -25,7 +25,10 @@ class Metrics:
     data_wait_seconds: float  # part of step_seconds in which the batch was not there yet
     memory_bytes: int  # the most that this rank has held so far (peak_memory_bytes)
     epoch: int  # times that the data began anew
-    skipped_rows: int  # since the beginning of the run
+    skipped_rows: int  # bad rows since the beginning of the run
+    skipped_bytes: int  # of text in them
+    unreadable_bytes: int  # of damaged files, as they lie on the disk
+    empty_rows: int  # not counted as bad
     validation_loss: float | None = None  # None: not measured after this step
     bubble: float | None = None  # idle over busy time of the pipeline; None in a start's first step
     bubble_planned: float | None = None  # of the program simulated with the step's stage times
@@ -55,6 +58,9 @@ SERIES: dict[str, tuple[str, float]] = {
     "data/tokens": ("tokens", 1.0),
     "data/epoch": ("epoch", 1.0),
     "data/skipped_rows": ("skipped_rows", 1.0),
+    "data/skipped_bytes": ("skipped_bytes", 1.0),
+    "data/unreadable_bytes": ("unreadable_bytes", 1.0),
+    "data/empty_rows": ("empty_rows", 1.0),
 }
 """Name of a chart in W&B and TensorBoard -> (field of Metrics, factor)."""
 
@@ -63,9 +69,10 @@ SERIES: dict[str, tuple[str, float]] = {
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory this rank has held: tensors on its GPU, or on a CPU its resident set."""
+    """Most memory this rank has held: what torch reserved on its GPU, tensors and the gaps between
+    them, or on a CPU its resident set. NCCL's buffers and the driver's own come on top."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

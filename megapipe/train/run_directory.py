@@ -1,12 +1,14 @@
 """The run directory when a run starts: may this config go on in it, and from where.
 
-    config.toml      the resolved config of the last start
-    metrics.jsonl    one line for each step
-    checkpoints/     step-00000100/, ...
-    run.lock         held by the run that writes here
-    schedule.csv     the program of schedule auto, and why in schedule.txt
+    resolved-config.toml     the config of the last start, with every default filled in
+    metrics.jsonl            one line for each step
+    metrics-replaced.jsonl   lines of steps that a later start took again
+    checkpoints/             step-00000100/, ...
+    run.lock                 held by the run that writes here
+    schedule.csv             the program of schedule auto, and why in schedule.txt
 
-Nothing in it is ever lost to another run: a config that does not belong there is refused.
+Nothing in it is ever lost to another run: a config that does not belong there is refused. Other
+files, such as a config.toml that the user keeps there, are left alone.
 """
 
 import fcntl
@@ -18,11 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from megapipe.checkpoint.exchange import Peers
-from megapipe.checkpoint.steps import committed
-from megapipe.config import Config, difference, parse_config, save_config, section_types
-from megapipe.errors import CheckpointError, MegapipeError
+from megapipe.checkpoint.steps import MANIFEST_NAME, check_names, committed
+from megapipe.config import Config, difference, dump_config, parse_config, section_types
+from megapipe.config.save import write_text
+from megapipe.errors import CheckpointError, ConfigError, MegapipeError, explained
 
-NAME = "config.toml"
+NAME = "resolved-config.toml"
+HEADER = "# Written by megapipe at every start. To change the config, edit a copy of this file.\n"
+IN_CHECKPOINT = "config.toml"
 ALONE = Peers()
 ANOTHER = "Choose another train.run_dir, or move that directory elsewhere."
 
@@ -45,7 +50,8 @@ def plan_start(config: Config, peers: Peers = ALONE) -> Plan:
 
 def write_config(config: Config, peers: Peers = ALONE) -> None:
     """Put the resolved config into the run directory, in one step. Collective. Needs its lock."""
-    from_first(peers, lambda: save_config(config, Path(config.train.run_dir) / NAME))
+    path = Path(config.train.run_dir) / NAME
+    from_first(peers, lambda: write_text(HEADER + dump_config(config), path))
 
 
 class RunLock:
@@ -103,15 +109,18 @@ class RunLock:
 
 
 def from_first(peers: Peers, action: Callable[[], object]) -> Any:
-    """What `action` returns on rank 0 (plain JSON), or its MegapipeError, on every rank."""
+    """What `action` returns on rank 0 (plain JSON), or a MegapipeError, on every rank.
+
+    An OSError is one too: its text names the file.
+    """
     answer: dict[str, object] = {}
     if peers.rank == 0:
         try:
             answer = {"value": action()}
-        except MegapipeError as error:
-            if peers.size == 1:
+        except (MegapipeError, OSError) as error:
+            if peers.size == 1 and isinstance(error, MegapipeError):
                 raise
-            answer = {"error": str(error)}
+            answer = {"error": str(explained(error))}
     answer = peers.all_gather(answer)[0]
     if "error" in answer:
         raise MegapipeError(answer["error"])
@@ -120,26 +129,29 @@ def from_first(peers: Peers, action: Callable[[], object]) -> Any:
 
 def _plan(config: Config) -> Plan:
     run_dir = Path(config.train.run_dir)
+    check_names(run_dir / "checkpoints")
     own = list(committed(run_dir / "checkpoints").values())
-    last = _read(run_dir / NAME)
     resume = config.checkpoint.resume
+    notes: list[str] = []
+    last = _resolved(run_dir / NAME, notes)
     if not own:
         if resume not in ("auto", "never"):
+            check_names(Path(resume) / "checkpoints")
             _check_model(
-                _read(Path(resume) / NAME),
+                _config_at(Path(resume), notes),
                 config,
                 Path(resume),
                 f'Put the model back, or take another checkpoint.resume (now "{resume}").',
             )
-        return Plan(resume, [])
+        return Plan(resume, notes)
     if resume == "never":
         raise CheckpointError(
             f'checkpoint.resume = "never", and train.run_dir = "{run_dir}" holds checkpoints '
             f"(the newest is {own[0].name}), which a new run would replace. {ANOTHER}"
         )
-    notes = []
+    last = last or _in_checkpoint(own[0])
     if resume != "auto":
-        notes = _notes_on_path(resume, own[0], run_dir, last)
+        notes += _notes_on_path(resume, own[0], run_dir, last)
     _check_model(
         last,
         config,
@@ -151,13 +163,45 @@ def _plan(config: Config) -> Plan:
     return Plan("auto", notes)
 
 
-def _read(path: Path) -> Config | None:
+def _config_at(place: Path, notes: list[str]) -> Config | None:
+    """The config of a checkpoint, or of the run whose directory `place` is."""
+    if (place / MANIFEST_NAME).exists():
+        return _in_checkpoint(place)
+    newest = next(iter(committed(place / "checkpoints").values()), None)
+    return _resolved(place / NAME, notes) or (_in_checkpoint(newest) if newest else None)
+
+
+def _resolved(path: Path, notes: list[str]) -> Config | None:
+    """The config that the last start wrote; None, and a note, where a crash has damaged the file.
+
+    That loses nothing: checkpoints hold the config too. Raises MegapipeError for a file that
+    somebody else has written.
+    """
     try:
-        return parse_config(path.read_text(encoding="utf-8"), str(path))
+        text = path.read_bytes().decode(errors="replace")
     except FileNotFoundError:
         return None
-    except OSError as error:
-        raise MegapipeError(f"{path}: can't be read: {error.strerror}.") from error
+    if not (text.startswith(HEADER) or HEADER.startswith(text) or not text.strip("\0")):
+        raise MegapipeError(
+            f"{path} was not written by megapipe, which keeps the config of each start under that "
+            "name. Rename the file."
+        )
+    try:
+        return parse_config(text, str(path))
+    except ConfigError:
+        notes.append(
+            f"{path} is empty or damaged, as after a crash. Nothing is lost: the checkpoints hold "
+            "the config too, and a start writes the file anew."
+        )
+        return None
+
+
+def _in_checkpoint(path: Path) -> Config | None:
+    """The config that a checkpoint holds; None where it can't be read, which restoring tells."""
+    try:
+        return parse_config((path / IN_CHECKPOINT).read_bytes().decode(), str(path))
+    except (OSError, ValueError, ConfigError):
+        return None
 
 
 def _check_model(old: Config | None, config: Config, where: Path, advice: str) -> None:
@@ -166,7 +210,7 @@ def _check_model(old: Config | None, config: Config, where: Path, advice: str) -
     if changed:
         lines = "".join(f"\n    {line}" for line in changed)
         raise CheckpointError(
-            f"{where / NAME} is of another model than this config, whose run would go on from "
+            f"{where} is of another model than this config, whose run would go on from "
             f"checkpoints there (then -> now):{lines}\n  {advice}"
         )
 

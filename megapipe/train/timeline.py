@@ -10,7 +10,6 @@ them, so that writing disturbs none.
 """
 
 import json
-import os
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.table import Table
 
 from megapipe.config.logging import parse_steps
 from megapipe.exchange import gather_json
+from megapipe.files import replace_durably
 from megapipe.mesh import Mesh
 from megapipe.pipeline.clocks import clock_offsets
 from megapipe.pipeline.comparison import Comparison, Reality, Row, compare
@@ -77,8 +77,8 @@ class TimelineWriter:
         comparison = compare(by_length[len(steps) // 2])
         text = report(comparison, self._schedule)
         trace = chrome_trace(comparison.plan, [(one.step, absolute(one)) for one in steps])
-        write_text(self._run_dir / "timeline.txt", text)
-        write_text(self._run_dir / "timeline.json", json.dumps(trace))
+        replace_durably(self._run_dir / "timeline.txt", [text.encode()])
+        replace_durably(self._run_dir / "timeline.json", [json.dumps(trace).encode()])
         path = self._run_dir / "timeline.png"
         save(draw(panels(comparison, self._schedule)), path)
         self._say(f"{text}Timeline of step {comparison.step}: {path}, .txt and .json (Perfetto)")
@@ -128,16 +128,6 @@ def absolute(reality: Reality) -> Timeline:
             for actions, run in zip(reality.program, reality.runs, strict=True)
         ]
     )
-
-
-def write_text(path: Path, text: str) -> None:
-    """At once or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 # --- What people read ----------------------------------------------------------------------------

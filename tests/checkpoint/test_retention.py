@@ -49,6 +49,26 @@ def test_prune_keeps_the_newest(tmp_path: Path) -> None:
     assert prune(tmp_path / "gone", 2) == []
 
 
+def test_prune_removes_no_link_and_nothing_behind_one(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    paths = [save_sample(root, step) for step in range(1, 6)]
+    elsewhere.mkdir()
+    for path in (paths[1], paths[4]):
+        path.symlink_to(path.rename(elsewhere / path.name))
+    flip(paths[4])
+    assert prune(root, 2) == [paths[0]]  # 5 is damaged, 4 and 3 are kept, 2 is a link
+    assert list(committed(root).values()) == [paths[4], paths[3], paths[2], paths[1]]
+    assert len(list(elsewhere.iterdir())) == 2
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_not_valid(tmp_path: Path) -> None:
+    four = save_sample(tmp_path, 4)
+    (tmp_path / "step-00000009").symlink_to(four)
+    found = newest_valid(tmp_path)
+    assert found.path == four
+    assert "holds step 4, not the one of its name" in found.skipped[0].problems[0]
+
+
 def test_prune_counts_only_valid_ones(tmp_path: Path) -> None:
     paths = [save_sample(tmp_path, step) for step in range(1, 6)]
     flip(paths[4])

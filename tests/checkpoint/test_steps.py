@@ -1,12 +1,23 @@
 """Names, the commit, and what is left when a process dies between its two renames."""
 
+import errno
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megapipe.checkpoint.load import open_checkpoint
 from megapipe.checkpoint.retention import newest_valid
-from megapipe.checkpoint.steps import clear_leftovers, commit, committed, latest, remove, step_name
+from megapipe.checkpoint.steps import (
+    check_names,
+    clear_leftovers,
+    commit,
+    committed,
+    latest,
+    remove,
+    step_name,
+)
 from megapipe.errors import CheckpointError
 from tests.checkpoint.samples import leftovers, save_sample
 
@@ -18,8 +29,9 @@ def test_only_committed_directories_count(tmp_path: Path) -> None:
     (tmp_path / "step-12").mkdir()
     (tmp_path / "step-000000013").mkdir()  # not how 13 is written
     (tmp_path / "step-000000013" / "manifest.json").touch()
-    (tmp_path / "step-00000014").symlink_to(ten)
+    (tmp_path / "step-00000014").symlink_to(tmp_path / "gone")
     (tmp_path / "step-00000015").touch()
+    (tmp_path / ".old-step-00000017-12ab12ab").symlink_to(ten)
     temporary = tmp_path / ".tmp-step-00000016-0a0a0a0a"
     temporary.mkdir()
     (temporary / "manifest.json").touch()
@@ -65,10 +77,88 @@ def test_killed_while_replacing(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
+def test_a_link_to_a_checkpoint_counts(tmp_path: Path) -> None:
+    root = tmp_path / "checkpoints"
+    path = save_sample(root, 9)
+    moved = path.rename(tmp_path / "moved")
+    path.symlink_to(moved)
+    assert committed(root) == {9: path}
+    assert newest_valid(root).path == path
+    linked = tmp_path / "linked"
+    linked.symlink_to(root)
+    assert newest_valid(linked).path == linked / path.name
+
+
+def test_a_link_is_not_replaced(tmp_path: Path) -> None:
+    moved = save_sample(tmp_path, 3).rename(tmp_path / "moved")
+    (tmp_path / "step-00000003").symlink_to(moved)
+    with pytest.raises(CheckpointError, match="step-00000003 is in the way: it is a symbolic link"):
+        save_sample(tmp_path, 3)
+    assert open_checkpoint(moved).verify() == []
+
+
+def test_a_directory_without_a_manifest_is_kept_aside(tmp_path: Path) -> None:
+    (tmp_path / "step-00000003").mkdir()
+    (tmp_path / "step-00000003" / "notes").write_text("mine")
+    path = save_sample(tmp_path, 3)
+    (aside,) = [entry for entry in tmp_path.iterdir() if entry != path]
+    assert aside.name.startswith("step-00000003-replaced-")
+    assert (aside / "notes").read_text() == "mine"
+    assert committed(tmp_path) == {3: path}
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "said"),
+    [
+        ("step-00000007", lambda path: path.symlink_to("gone"), "a symbolic link to gone, which"),
+        ("step-00000007", Path.touch, "is not a directory"),
+        ("Step-00000007", Path.mkdir, "rename it to step-00000007"),
+        ("STEP_7", Path.mkdir, "rename it to step-00000007"),
+        ("step-7", Path.mkdir, "rename it to step-00000007"),
+        ("step-000000007", Path.mkdir, "rename it to step-00000007"),
+    ],
+)
+def test_what_only_looks_like_a_checkpoint_is_told(
+    tmp_path: Path, name: str, make: Callable[[Path], None], said: str
+) -> None:
+    save_sample(tmp_path, 5)
+    for other in ("latest", "step-00000005.old", "step-notes", "best-step-00000005"):
+        (tmp_path / other).touch()
+    check_names(tmp_path)
+    make(tmp_path / name)
+    with pytest.raises(CheckpointError, match=said):
+        check_names(tmp_path)
+
+
+def test_a_root_that_is_none_is_told(tmp_path: Path) -> None:
+    check_names(tmp_path / "gone")
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(CheckpointError, match="link is a symbolic link to gone, which"):
+        check_names(tmp_path / "link")
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file is not a directory"):
+        check_names(tmp_path / "file")
+
+
+def test_a_root_that_can_not_be_listed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "iterdir", denied)
+    for looks in (check_names, committed, clear_leftovers):
+        with pytest.raises(CheckpointError, match=r"can't be read: Permission denied"):
+            looks(tmp_path)
+
+
 def test_clearing_leaves_everything_else_alone(tmp_path: Path) -> None:
     kept = [tmp_path / name for name in (".tmp-notes", ".old-notes", "step-notes", ".hidden")]
     for path in kept:
         path.mkdir()
+    kept += [tmp_path / ".tmp-step-00000002-00000000", tmp_path / ".tmp-step-00000003-00000000"]
+    kept[-2].symlink_to(kept[0])
+    kept[-1].touch()
     (tmp_path / ".tmp-step-00000001-00000000").mkdir()
     clear_leftovers(tmp_path)
     assert sorted(tmp_path.iterdir()) == sorted(kept)

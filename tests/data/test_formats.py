@@ -3,17 +3,13 @@ import io
 from functools import partial
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megapipe.config import SourceConfig
 from megapipe.data import formats
-from megapipe.data.formats import RowFile, TextFile, Unreadable
-from megapipe.data.sources import open_source
+from megapipe.data.formats import DAMAGED, NoRows, RowFile, TextFile, Unreadable
 from megapipe.errors import DataError
 from tests.data.samples import write
 
@@ -76,7 +72,7 @@ def test_several_frames_are_read_to_the_end(tmp_path: Path, suffix: str) -> None
 def test_damage_ends_the_file_with_a_row_that_says_so(
     tmp_path: Path, suffix: str, damage: str
 ) -> None:
-    lines = b"".join(b"%d %d\n" % (n, n * n * 7919) for n in range(5000))
+    lines = b"".join(b"%d %d\n" % (n, n * n * 7919) for n in range(30_000))  # 4 blocks of zstd
     path = write(tmp_path / f"a.txt{suffix}", lines)
     if suffix == ".zst":  # with a checksum, as the zstd program writes it
         path.write_bytes(zstandard.ZstdCompressor(write_checksum=True).compress(lines))
@@ -86,9 +82,13 @@ def test_damage_ends_the_file_with_a_row_that_says_so(
     else:
         content[len(content) // 2] ^= 0x55
     path.write_bytes(content)
-    last = raws(TextFile(path, formats.split_lines, "line"))[-1]
-    assert isinstance(last, Unreadable)
-    assert "the rest of the file is damaged" in last.reason
+    file = TextFile(path, formats.split_lines, "line")
+    *before, last = list(file.rows(0, 0))
+    assert isinstance(last[0], Unreadable)
+    assert last[0].reason == DAMAGED
+    assert len(before) > 1000
+    for row in (1, len(before) // 2, len(before)):  # from any row on, the last one included
+        assert list(file.rows(row, before[row - 1][1])) == [*before, last][row:]
 
 
 def test_a_line_above_the_limit_is_a_bad_row_and_the_next_is_read(
@@ -97,55 +97,56 @@ def test_a_line_above_the_limit_is_a_bad_row_and_the_next_is_read(
     monkeypatch.setattr(formats, "MAX_LINE_BYTES", 1 << 20)
     path = write(tmp_path / "a.jsonl", b"x" * (3 << 20) + b"\nshort\n")
     first, second = raws(TextFile(path, formats.split_lines, "json"))
-    assert first == Unreadable("longer than 1 MiB")
+    assert first == Unreadable("longer than 1 MiB", "3,145,729 bytes", text_bytes=3145729)
     assert second == b"short\n"
 
 
-def test_an_empty_text_file_is_one_bad_row(tmp_path: Path) -> None:
+@pytest.mark.parametrize("split", [formats.split_text_lines, formats.split_paragraphs])
+@pytest.mark.parametrize("before", ["", "a", "ab\n", "é\n"])
+def test_long_lines_of_text_are_cut_between_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str, split: formats.Splitter
+) -> None:
+    monkeypatch.setattr(formats, "MAX_LINE_BYTES", 64)
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 64)
+    text = before + "漢é🎉a" * 100 + "\r" + "\u2028" * 100 + "\r\nlast"
+    file = TextFile(write(tmp_path / "a.txt", text.encode()), split, "line")
+    rows = list(file.rows(0, 0))
+    parts = [raw for raw, _ in rows if isinstance(raw, bytes)]
+    assert "".join(part.decode() for part in parts) == text
+    assert len(rows) >= 1200 // 64
+    for row, (_, offset) in enumerate(rows, start=1):
+        assert list(file.rows(row, offset)) == rows[row:]
+
+
+def test_a_file_without_text_has_one_row_that_says_so(tmp_path: Path) -> None:
     for name in ("a.txt", "a.txt.gz", "a.txt.zst"):
         file = TextFile(write(tmp_path / name, b""), formats.split_lines, "line")
-        assert raws(file) == [Unreadable("empty file")]
+        assert raws(file) == [NoRows()]
+    blank = TextFile(write(tmp_path / "b.txt", b"\n \n\n"), formats.split_paragraphs, "line")
+    assert raws(blank) == [NoRows()]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
+def test_a_file_of_another_size_than_at_the_start_stops_the_run(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / name, b"one\ntwo\n")
+    size = path.stat().st_size
+    file = TextFile(path, formats.split_lines, "line", size)
+    assert raws(file) == [b"one\n", b"two\n"]
+    rows = file.rows(0, 0)
+    next(rows)
+    path.write_bytes(path.read_bytes()[:-3])  # while it is read
+    with pytest.raises(DataError, match=rf"{name}: has {size - 3} bytes now and had {size} when"):
+        list(rows)
+    with pytest.raises(DataError, match="must not change while a run reads them"):
+        raws(file)
+    path.unlink()
+    with pytest.raises(DataError, match="It was there when this run started: put it back"):
+        raws(file)
 
 
 def test_a_file_that_vanished_stops_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.txt: can't be read: No such file"):
         raws(TextFile(tmp_path / "gone.txt", formats.split_lines, "line"))
-
-
-def table_source(directory: Path, name: str, field: str = "text") -> RowFile:
-    table = pa.table({"id": range(1000), "text": [f"row {n}" for n in range(1000)]})
-    path = directory / name
-    if name.endswith(".parquet"):
-        pq.write_table(table, path, row_group_size=100)
-    elif name.endswith(".stream.arrow"):
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
-            stream.write_table(table, max_chunksize=100)
-    else:
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as out:
-            out.write_table(table, max_chunksize=100)
-    source = open_source(SourceConfig(path=str(path), text_field=field), "data.sources[0]", 1)
-    return source.files[0]
-
-
-@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.stream.arrow"])
-def test_tables_are_read_from_any_row_on(tmp_path: Path, name: str) -> None:
-    file = table_source(tmp_path, name)
-    assert raws(file) == [b"row %d" % n for n in range(1000)]
-    assert raws(file, 350) == [b"row %d" % n for n in range(350, 1000)]
-
-
-@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
-def test_a_missing_column_is_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match=r"a\.\w+: there is no column 'body'; set text_field"):
-        raws(table_source(tmp_path, name, field="body"))
-
-
-def test_a_damaged_table_ends_with_a_row_that_says_so(tmp_path: Path) -> None:
-    file = table_source(tmp_path, "a.parquet")
-    path = tmp_path / "a.parquet"
-    path.write_bytes(path.read_bytes()[:-100])
-    (row,) = raws(file)
-    assert isinstance(row, Unreadable)
 
 
 def test_gzip_of_text_is_not_seekable_and_text_is(tmp_path: Path) -> None:

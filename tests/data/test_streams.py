@@ -12,7 +12,7 @@ from megapipe.config import SourceConfig
 from megapipe.data import streams
 from megapipe.data.blend import Blend
 from megapipe.data.blocks import BlockReader
-from megapipe.data.rows import BadRows
+from megapipe.data.rows import Account, BadRows
 from megapipe.data.sources import Keeps, open_source
 from megapipe.data.streams import DocumentStream, SourceStream
 from megapipe.errors import DataError
@@ -120,13 +120,15 @@ def test_bad_rows_are_skipped_counted_once_and_kept_in_the_state(tmp_path: Path)
         return build(path, stream=index, block_rows=1)
 
     assert sorted(first_epoch(stream)) == ["one", "three", "two"]
-    counts: Counter[str] = Counter()
+    account = Account()
     for index in range(STREAMS):
         one = stream(index)
         take(one, 1000)
         assert one.epochs[0] > 5
-        counts.update(one.state()["sources"][0]["skipped"])
-    assert counts == Counter({"malformed JSON": 1, "empty": 1, "not UTF-8": 1})
+        account.update(Account(**one.state()["sources"][0]["account"]))
+    assert account.skipped == Counter({"malformed JSON": 1, "not UTF-8": 1})
+    assert account.skipped_bytes == len(b"{broken\n") + len(b'{"text": "\xff"}\n')
+    assert (account.empty_rows, account.unreadable_bytes) == (1, 0)
 
 
 def test_bad_rows_above_the_limit_stop_with_file_and_row(tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def check_training(folder: Path, device: torch.device, *words: str) -> None:
     found = []
     for kernels, attention in (("torch", "sdpa"), ("triton", "triton")):
         keys = (f"--train.kernels={kernels}", f"--train.attention={attention}")
+        keys += ("--train.weight_gradients=triton",) * (kernels == "triton")
         keys = (*keys, "--train.precision=fp32", "--parallel.data=1", *words)
         if device.type == "cuda":  # forked ranks cannot use one that their parent has used
             with get_context("spawn").Pool(1) as pool:

@@ -1,12 +1,14 @@
 """The weight gradient's product: the Triton kernel against torch and float64."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megapipe.kernels import Backend, UnsupportedError, add_weight_grad
+from megapipe.kernels import UnsupportedError, WeightGradBackend, add_weight_grad
 from megapipe.kernels import weight_grad as module
 from tests.kernels.proof import assert_as_accurate, assert_same_bits, programs_in_reverse
 
@@ -15,7 +17,9 @@ def random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def added(main_grad: Tensor, grad_out: Tensor, inputs: Tensor, backend: Backend) -> list[Tensor]:
+def added(
+    main_grad: Tensor, grad_out: Tensor, inputs: Tensor, backend: WeightGradBackend
+) -> list[Tensor]:
     result = main_grad.clone()
     add_weight_grad(result, grad_out, inputs, backend=backend)
     return [result]
@@ -106,6 +110,76 @@ def test_nothing_is_written_beyond_the_main_gradient() -> None:
     add_weight_grad(main_grad, grad_out, inputs, backend="triton")
     assert buffer[:64].signbit().all()
     assert buffer[-64:].signbit().all()
+
+
+# --- By torch.addmm ------------------------------------------------------------------------------
+
+
+def exactly(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> None:
+    main_grad.addmm_(grad_out.t().float(), inputs.float())
+
+
+def with_a_narrow_product(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> None:
+    main_grad.add_(grad_out.t() @ inputs)
+
+
+def with_a_narrow_sum(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> None:
+    exactly(main_grad, grad_out, inputs)
+    main_grad.copy_(main_grad.bfloat16())
+
+
+def in_a_copy(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> None:
+    exactly(main_grad.clone(), grad_out, inputs)
+
+
+def without_a_kernel(*_: Tensor) -> None:
+    raise NotImplementedError("could not run 'aten::addmm.dtype_out' on this device")
+
+
+def without_the_argument(*_: Tensor) -> None:
+    raise TypeError("addmm() received an invalid combination of arguments")
+
+
+@pytest.mark.parametrize(
+    ("way", "adds"),
+    [
+        (exactly, True),
+        (with_a_narrow_product, False),
+        (with_a_narrow_sum, False),
+        (in_a_copy, False),
+        (without_a_kernel, False),
+        (without_the_argument, False),
+    ],
+)
+def test_the_trial_tells_what_adds_without_rounding(
+    way: Callable[[Tensor, Tensor, Tensor], None], adds: bool
+) -> None:
+    assert module.matmul_adds(torch.device("cpu"), way) is adds
+
+
+def test_factors_of_the_sums_dtype_need_no_trial() -> None:
+    operands = [random(shape, torch.float32, i) for i, shape in enumerate([(5, 6), (3, 5), (3, 6)])]
+    assert_same_bits(added(*operands, "matmul"), added(*operands, "torch"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(512, 768, 3072), (300, 77, 130)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_addmm_on_a_gpu(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    gpu = torch.device("cuda")
+    if torch.version.hip is None:
+        assert module.matmul_adds(gpu), "every supported torch can on CUDA"
+    elif not module.matmul_adds(gpu):
+        pytest.skip("this torch has no such product on ROCm")
+    tokens, rows, columns = shape
+    main_grad = random((rows, columns), torch.float32, 0).to(gpu)
+    grad_out, inputs = (random((tokens, n), dtype, n).to(gpu) for n in (rows, columns))
+    (found,) = added(main_grad, grad_out, inputs, "matmul")
+    exact = main_grad.double() + grad_out.double().t() @ inputs.double()
+    assert_as_accurate([found], added(main_grad, grad_out, inputs, "torch"), [exact])
+
+
+# --- Errors, and the operator --------------------------------------------------------------------
 
 
 def test_refusals() -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -310,3 +311,84 @@ def test_slurm_asks_for_a_config(clone: Clone) -> None:
     assert status == 1
     assert "usage: sbatch --nodes N launch/slurm.sbatch CONFIG.toml" in said
     assert clone.logged() == []
+
+
+# --- gpu.sh --------------------------------------------------------------------------------------
+
+
+def wheel(folder: Path, name: str) -> None:
+    """An installable distribution of one empty module."""
+    module = name.replace("-", "_")
+    info = f"{module}-1.0.dist-info"
+    files = {
+        f"{module}.py": "",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    record = "".join(f"{file},,\n" for file in [*files, f"{info}/RECORD"])
+    with zipfile.ZipFile(folder / f"{module}-1.0-py3-none-any.whl", "w") as archive:
+        for file, text in {**files, f"{info}/RECORD": record}.items():
+            archive.writestr(file, text)
+
+
+NEEDED = ("torch", "triton", "numpy", "pydantic", "rich", "safetensors", "tomli-w")
+TESTS = ("pytest", "hypothesis", "xxhash")
+BARE = f'exec "{sys.executable}" -S "$@"\n'  # a Python without its site-packages
+
+
+def test_gpu_names_what_is_missing(clone: Clone) -> None:
+    clone.program("bare", BARE)
+    status, said = clone.run("launch/gpu.sh", PYTHON=str(clone.root / "bare"))
+    assert status == 2
+    assert "Not there, and not needed here: datasets wandb" in said
+    assert said.splitlines()[-1].startswith(f"gpu.sh: {clone.root}/bare lacks {' '.join(NEEDED)}.")
+    assert "--wheels DIR" in said
+
+
+def test_gpu_installs_what_is_missing_from_wheels_alone(clone: Clone, tmp_path: Path) -> None:
+    """A Python with pip and nothing else, and the bench as a stand-in that shows its words."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name in (*NEEDED, *TESTS[:2]):
+        wheel(wheels, name)
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "python")], check=True)
+    package = clone.root / "megapipe"
+    package.mkdir()
+    (package / "__main__.py").write_text("import sys, pydantic, torch\nprint(sys.argv[1:])\n")
+    words = ("--minutes", "3", "--wheels", str(wheels), "--out", str(tmp_path / "new" / "out"))
+    environment = {"PYTHON": str(tmp_path / "python" / "bin" / "python"), "PIP_INDEX_URL": "none"}
+    status, said = clone.run("launch/gpu.sh", *words, **environment)
+    assert "pip could not install all of them" in said, "one of them has no wheel"
+    assert status == 2
+    wheel(wheels, TESTS[2])
+    status, said = clone.run("launch/gpu.sh", *words, **environment)
+    assert status == 0, said
+    bench = ["bench", "gpu", "--minutes", "3", "--out", str(tmp_path / "new" / "out")]
+    assert said.splitlines()[-1] == str(bench)
+    status, said = clone.run(
+        "launch/gpu.sh", "--toy", OUT="here", PYTHON=f"{clone.root}/.venv-gpu/bin/python"
+    )
+    assert status == 0, said
+    assert said.splitlines()[-1] == str(
+        ["bench", "gpu", "--toy", "--out", str(clone.root / "here")]
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--fast",), "--fast is not an option. usage: bash launch/gpu.sh"),
+        (("--minutes",), "--minutes needs a value"),
+        (("--wheels", "nowhere"), "--wheels nowhere is not a directory"),
+    ],
+)
+def test_gpu_refuses_wrong_words(clone: Clone, words: tuple[str, ...], message: str) -> None:
+    status, said = clone.run("launch/gpu.sh", *words)
+    assert status == 2
+    assert message in said
+
+
+def test_gpu_asks_for_a_python(clone: Clone) -> None:
+    status, said = clone.run("launch/gpu.sh", PYTHON="no-such-python")
+    assert status == 2
+    assert "no-such-python is not Python 3.11 or newer. Set PYTHON" in said

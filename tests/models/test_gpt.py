@@ -61,7 +61,7 @@ def build(model: ModelConfig, weights: dict[str, Tensor], **fields: Any) -> GPTS
         device=torch.device("cpu"),
         seed=0,
         store=WeightGradStore(),
-        kernels=KernelChoice("torch", "torch"),
+        kernels=KernelChoice("torch", "torch", "torch"),
         **({"recompute": False} | fields),
     )
     stage = GPTStage(model, place, layers=range(model.num_layers), is_first=True, is_last=True)

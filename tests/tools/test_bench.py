@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from megapipe.errors import MegapipeError
 from megapipe.tools.bench import run
 from megapipe.tools.bench.train import Result
+from megapipe.tools.bench.worker import whole_step
 
 SMALL = ("--sequence-length=32", "--micro-batch-size=1", "--microbatches=2", "--repeats=2")
 
@@ -85,6 +87,18 @@ def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("megapipe.tools.bench.train.find_spec", lambda name: None)
     with pytest.raises(MegapipeError, match="pip install transformers"):
         run(["train", "--against=transformers"])
+
+
+def test_a_step_has_ended_when_its_time_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+
+    def step(number: int) -> float:
+        order.append("loss known")
+        return 2.5
+
+    monkeypatch.setattr("torch.cuda.synchronize", lambda device: order.append("device idle"))
+    assert whole_step(step, 0, torch.device("cuda")) == 2.5
+    assert order == ["loss known", "device idle"]
 
 
 def test_a_worker_that_fails_is_named(tmp_path: Path) -> None:

@@ -36,7 +36,13 @@ from megapipe.tools.bench.kernels_cases import (
 )
 from megapipe.tools.bench.kernels_elementwise import DROPOUT
 from megapipe.tools.bench.kernels_roofline import Traffic, roofline, unfused
-from megapipe.tools.bench.kernels_timing import Best, measure_best, peak_bytes
+from megapipe.tools.bench.kernels_timing import (
+    Best,
+    DeviceTimer,
+    LaunchBoundError,
+    measure_best,
+    peak_bytes,
+)
 from megapipe.tools.bench.machine import describe_gpu
 from tests.kernels.proof import TOY
 
@@ -226,7 +232,7 @@ def test_the_contenders_that_a_gpu_gets(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("megapipe.tools.bench.kernels.find_spec", lambda name: object())
     assert list(contenders(CASES["rope"])) == [*names, "Liger"]
     assert list(contenders(CASES["attention"])) == names
-    assert list(contenders(CASES["weight_grad"])) == [*names, "addmm onto float32"]
+    assert list(contenders(CASES["weight_grad"])) == [*names, "megapipe by addmm"]
 
 
 def test_a_table_for_each_kernel_and_all_results(
@@ -265,6 +271,61 @@ class GPU:
 
     def work(self) -> None:
         self.peak = max(self.peak, 8 << 20)
+
+
+class Clocks:
+    """A host that launches and a GPU that works, in microseconds; a flush takes the GPU 300."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.gpu = 0.0
+        clocks = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = 0.0
+
+            def record(self) -> None:
+                clocks.gpu = self.at = max(clocks.gpu, clocks.host)
+
+            def query(self) -> bool:
+                return self.at <= clocks.host
+
+            def elapsed_time(self, end: "Event") -> float:
+                return (end.at - self.at) / 1e3
+
+        monkeypatch.setattr("torch.cuda.Event", Event)
+        monkeypatch.setattr("torch.cuda.synchronize", lambda device: None)
+
+    def launch(self, host: float, gpu: float) -> None:
+        self.host += host
+        self.gpu = max(self.gpu, self.host) + gpu
+
+    def zero_(self) -> None:
+        self.launch(5, 300)
+
+
+@pytest.mark.parametrize("launching", [10, 400, 5000])
+def test_a_small_kernel_is_not_timed_by_its_launch(
+    launching: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two kernels of 20 us each, and a host that needs longer for each than a flush takes."""
+    clocks = Clocks(monkeypatch)
+
+    def work() -> None:
+        for _ in range(2):
+            clocks.launch(host=launching, gpu=20)
+
+    timer = DeviceTimer(CPU, runs=4, flush_bytes=1)
+    timer.flush = clocks  # type: ignore[assignment]
+    assert timer(work) == pytest.approx([40e-6] * 4)
+
+
+def test_a_host_that_is_always_late_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = Clocks(monkeypatch)
+    timer = DeviceTimer(CPU, runs=4, flush_bytes=1)
+    timer.flush = clocks  # type: ignore[assignment]
+    with pytest.raises(LaunchBoundError, match="before all was launched"):
+        timer(lambda: clocks.launch(host=1e6, gpu=20))
 
 
 def test_memory_is_counted_beyond_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:

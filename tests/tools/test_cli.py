@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,21 @@ def test_version_and_module_entry() -> None:
         [sys.executable, "-m", "megapipe", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"megapipe {__version__}\n"
+
+
+@pytest.mark.parametrize("set_by_user", [None, *cli.ALLOCATOR_VARIABLES])
+def test_the_allocator_grows_its_blocks_unless_the_user_has_set_it(
+    set_by_user: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in cli.ALLOCATOR_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    if set_by_user:
+        monkeypatch.setenv(set_by_user, "max_split_size_mb:512")
+    before = {name: os.environ.get(name) for name in cli.ALLOCATOR_VARIABLES}
+    assert cli.main(["--version"]) == 0
+    after = {name: os.environ.get(name) for name in cli.ALLOCATOR_VARIABLES}
+    changed = {} if set_by_user else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    assert after == before | changed
 
 
 def test_unknown_command_names_a_near_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,3 +185,40 @@ def test_render_shows_one_problem_in_one_line() -> None:
     error.add_note("in 1F0, action 3 of 40")
     assert cli.render(error) == "megapipe: b\nin 1F0, action 3 of 40"
     assert len(config_keys()) == len(set(config_keys())) > 60
+
+
+def run_failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> int:
+    """A command that ends with this error."""
+
+    def fail(argv: object) -> int:
+        raise error
+
+    monkeypatch.setattr("megapipe.tools.schema.run", fail)
+    return cli.main(["schema"])
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/a/b"), "megapipe: /a/b: Permission denied.\n"),
+        (FileNotFoundError(2, "No usable temporary directory"), "megapipe: No usable temporary"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "megapipe: text that can't be"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, said: str
+) -> None:
+    assert run_failing(monkeypatch, error) == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith(said)
+    assert len(shown.splitlines()) == 1
+
+
+def test_a_fault_of_the_program_keeps_its_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_failing(monkeypatch, KeyError("of ours")) == 1
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert "KeyError: 'of ours'" in shown
+    assert shown.splitlines()[-1].startswith("megapipe: this is a fault of megapipe")

@@ -88,7 +88,7 @@ def test_what_can_not_be_continued_is_refused(trained: Path, tmp_path: Path) -> 
         run([str(tmp_path)])
     with pytest.raises(MegapipeError, match="Give a shorter --prompt"):
         run([str(trained), "--prompt", "x " * 200])
-    with pytest.raises(MegapipeError, match=r"--temperature -1\.0 must be 0"):
+    with pytest.raises(MegapipeError, match=r"--temperature -1\.0 must be a number, 0"):
         run([str(trained), "--temperature", "-1"])
     broken = tmp_path / "run"
     shutil.copytree(trained, broken)

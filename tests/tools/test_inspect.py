@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megapipe.errors import CheckpointError
+from megapipe.tools.cli import main
 from megapipe.tools.inspect import run
 from tests.checkpoint.samples import edit_manifest, save_sample
 
@@ -86,7 +88,7 @@ def test_a_run_lists_its_checkpoints(
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="gone does not exist"):
+    with pytest.raises(CheckpointError, match="gone is not a checkpoint: it is not there"):
         run([str(tmp_path / "gone")])
     with pytest.raises(CheckpointError, match=r"is not a checkpoint: it holds no manifest\.json"):
         run([str(tmp_path)])
@@ -113,3 +115,28 @@ def test_hostile_state_is_shown_as_text(tmp_path: Path, capsys: pytest.CaptureFi
 def test_needs_no_torch() -> None:
     code = "import sys, megapipe.tools.inspect; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: path.touch(), "it is a file"),
+        (lambda path: path.mkdir(), "it holds no manifest.json"),
+        (lambda path: (path / "checkpoints").mkdir(parents=True), "nothing was saved yet"),
+        (lambda path: path.symlink_to("gone"), "is a symbolic link to gone, which is not there"),
+        (lambda path: (path / "Step-00000003").mkdir(parents=True), "rename it to step-00000003"),
+    ],
+)
+@pytest.mark.parametrize("command", ["inspect", "generate"])
+def test_what_is_no_checkpoint_is_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    make: Callable[[Path], None],
+    said: str,
+) -> None:
+    make(tmp_path / "it")
+    assert main([command, str(tmp_path / "it")]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("megapipe: ")
+    assert said in line

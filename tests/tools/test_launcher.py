@@ -225,6 +225,7 @@ def send(process: BaseProcess, number: int) -> None:
 def _steps_until_stopped(folder: Path, meeting: Rendezvous) -> int:
     join(meeting)
     with StopRequest() as stop:
+        stop.begin()
         (folder / str(meeting.rank)).touch()
         while not stop.requested:
             sleep(0.01)

@@ -29,7 +29,7 @@ from megapipe.mesh import build_mesh
 from megapipe.models.presets import PRESETS
 from megapipe.tools.rendezvous import Rendezvous
 from megapipe.tools.training import choose_device, describe_rank
-from megapipe.train.run_directory import RunLock
+from megapipe.train.run_directory import HEADER, RunLock
 from tests.ranks import run_ranks
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -137,7 +137,7 @@ def test_a_whole_run_as_a_user_starts_it(corpus: Path, tmp_path: Path) -> None:
     assert [step for step, loss in enumerate(validation, 1) if loss is not None] == [3, 6, 8]
     assert validation[7] < validation[2]
 
-    resolved = parse_config((run_dir / "config.toml").read_text())
+    resolved = parse_config((run_dir / "resolved-config.toml").read_text())
     assert resolved.parallel.data == 1
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
         "step-00000005",
@@ -254,11 +254,39 @@ def test_nothing_is_written_before_all_is_known_to_fit(corpus: Path, tmp_path: P
 def test_a_second_start_leaves_the_config_of_a_run_under_way(corpus: Path, tmp_path: Path) -> None:
     with RunLock(tmp_path, print) as lock:
         lock.take()
-        text = dump_config(load_config(corpus / "run.toml", [], PRESETS)) + "# the first's\n"
-        (tmp_path / "config.toml").write_text(text)
+        text = HEADER + dump_config(load_config(corpus / "run.toml", [], PRESETS))
+        (tmp_path / "resolved-config.toml").write_text(text)
         said = Command(corpus, f"--train.run_dir={tmp_path}").finish(1)
     assert said.count("megapipe: another run is writing to train.run_dir") == 1
-    assert (tmp_path / "config.toml").read_text() == text
+    assert (tmp_path / "resolved-config.toml").read_text() == text
+
+
+@pytest.mark.parametrize("layout", [(), ("--parallel.data=2",), ("--parallel.data=2", PP2)])
+def test_text_that_can_not_be_read_costs_no_step_that_was_taken(
+    corpus: Path, tmp_path: Path, layout: tuple[str, ...]
+) -> None:
+    """The reader of the last replica meets a bad row; all ranks save, and then the run ends."""
+    texts = [f"row {number} " + "some words to read " * 8 for number in range(128)]
+    rows = [json.dumps({"text": text}) for text in texts]
+    rows[63] = '{"text": '
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    words = (
+        *(f"--data.sources.0.path={tmp_path}/rows.jsonl", "--checkpoint.every=0", *layout),
+        *("--train.steps=40", "--model.dropout=0.1", "--optimizer.schedule=constant"),
+    )
+    run_dir = tmp_path / "run"
+    said = Command(corpus, *words, f"--train.run_dir={run_dir}", "--data.max_bad_rows=0").finish(1)
+    step = len(read_rows(run_dir))
+    assert 1 <= step < 40
+    assert f"Saved {run_dir}/checkpoints/step-{step:08d}\n" in said
+    assert len(re.findall("^megapipe: .*row 64: malformed JSON", said, re.MULTILINE)) == 1
+
+    last = f"--train.steps={step + 3}"
+    said = Command(corpus, *words, last, f"--train.run_dir={run_dir}").finish()
+    assert f"Resumed from {run_dir}/checkpoints/step-{step:08d} at step {step}." in said
+    Command(corpus, *words, last, f"--train.run_dir={tmp_path}/whole").finish()
+    for field in ("step", "tokens", "skipped_rows", "loss", "grad_norm"):
+        assert column(run_dir, field) == column(tmp_path / "whole", field), field
 
 
 # --- In a job of torchrun ------------------------------------------------------------------------
@@ -319,13 +347,20 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     return pretend
 
 
-def test_a_rank_takes_its_gpu_or_the_cpu(gpus: Callable[[int], list[int]]) -> None:
+NARROW_SUMS = "allow_bf16_reduced_precision_reduction"
+
+
+def test_a_rank_takes_its_gpu_or_the_cpu(
+    gpus: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     second = Rendezvous(5, 8, local_rank=1, local_size=4)
     chosen = gpus(0)
     assert choose_device("auto", second) == torch.device("cpu")
     gpus(4)
     assert choose_device("cpu", second) == torch.device("cpu")
+    monkeypatch.setattr(torch.backends.cuda.matmul, NARROW_SUMS, True)
     assert choose_device("auto", second) == torch.device("cuda", 1)
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     gpus(1)
     bound = Rendezvous(5, 8, local_rank=1, local_size=4, own_gpu=True)
     assert choose_device("cuda", bound) == torch.device("cuda", 0)

@@ -34,11 +34,14 @@ def test_a_start_keeps_whole_lines_up_to_its_step(
     path.write_bytes(b"".join(line(n) for n in range(1, last + 1)) + part)
     kept = keep_until(path, step)
     assert path.read_bytes() == b"".join(line(n) for n in range(1, min(last, step) + 1))
-    assert kept == Kept(last, dropped=max(0, last - step) + (part != b""))
-    assert [entry.name for entry in path.parent.iterdir()] == ["metrics.jsonl"]
+    assert kept == Kept(last, moved=max(0, last - step) + (part != b""))
+    moved = b"".join(line(n) for n in range(step + 1, last + 1)) + (part and part + b"\n")
+    aside = path.with_name("metrics-replaced.jsonl")
+    assert (aside.read_bytes() if aside.exists() else b"") == moved
+    assert {entry.name for entry in path.parent.iterdir()} <= {path.name, aside.name}
 
 
-def test_what_is_no_line_of_a_step_is_dropped(tmp_path: Path) -> None:
+def test_what_is_no_line_of_a_step_is_moved(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     junk = [b"\0\0\0\n", b"\n", b"[1]\n", b'{"step": "3"}\n', b"\xff\xfe\n", line(2)]
     path.write_bytes(line(1) + line(2) + b"".join(junk) + line(3))
@@ -46,7 +49,29 @@ def test_what_is_no_line_of_a_step_is_dropped(tmp_path: Path) -> None:
     file = MetricsFile(path, 3, said.append)
     file.close(failed=False)
     assert path.read_bytes() == line(1) + line(2) + line(3)
-    assert said == [f"{path}: dropped {len(junk)} lines that come after step 3."]
+    assert said == [
+        f"{path}: moved {len(junk)} lines to metrics-replaced.jsonl: what comes after step 3, or "
+        "can't be read."
+    ]
+    assert (tmp_path / "metrics-replaced.jsonl").read_bytes() == b"".join(junk)
+
+
+def test_lines_are_moved_behind_those_moved_before(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for last, step in ((3, 2), (4, 2), (4, 1)):
+        path.write_bytes(b"".join(line(n) for n in range(1, last + 1)))
+        keep_until(path, step)
+    assert steps(tmp_path / "metrics-replaced.jsonl") == [3, 3, 4, 2, 3, 4]
+
+
+def test_a_linked_file_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    path, target = tmp_path / "metrics.jsonl", tmp_path / "disk" / "metrics.jsonl"
+    target.write_bytes(line(1) + line(2))
+    path.symlink_to(target)
+    keep_until(path, 1)
+    assert path.is_symlink()
+    assert steps(target) == [1]
 
 
 def test_a_whole_file_is_left_alone(tmp_path: Path) -> None:
@@ -73,7 +98,7 @@ def test_a_failed_rewrite_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(MegapipeError, match=r"No space left on device.*train\.run_dir"):
         MetricsFile(path, 1, [].append)
     assert path.read_bytes() == line(1) + line(2)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert steps(tmp_path / "metrics-replaced.jsonl") == [2]
 
 
 def test_a_directory_that_cannot_be_made_is_an_error(tmp_path: Path) -> None:

@@ -103,6 +103,9 @@ def test_what_is_written_offline(tmp_path: Path) -> None:
         "data/tokens": 5000,
         "data/epoch": 0,
         "data/skipped_rows": 2,
+        "data/skipped_bytes": 100,
+        "data/unreadable_bytes": 30,
+        "data/empty_rows": 7,
     }
     assert "train/validation_loss" not in first.rows[4]
     assert not holds(run_dir, SECRET)

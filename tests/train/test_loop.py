@@ -1,5 +1,7 @@
 """The loop alone: when it saves, validates, stops, and what it does when a save fails."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +10,7 @@ import pytest
 import torch
 
 from megapipe.config import Config, load_config
-from megapipe.errors import CheckpointError
+from megapipe.errors import CheckpointError, DataError
 from megapipe.mesh import Mesh
 from megapipe.models.presets import PRESETS
 from megapipe.train.checkpoints import Progress
@@ -20,17 +22,29 @@ from tests.config.examples import write
 
 
 class Feed:
-    """Gives the number of its next step."""
+    """Gives the number of its next step; from `fails_at` on, a stand-in."""
 
-    def __init__(self) -> None:
+    def __init__(self, fails_at: int | None = None, error: Exception | None = None) -> None:
         self.given = 0
+        self.fails_at = fails_at
+        self.error = error or DataError("row 7: malformed")
 
     def next(self) -> int:
         self.given += 1
         return self.given
 
+    @property
+    def failed(self) -> bool:
+        return self.given == self.fails_at
+
+    def take_back(self) -> None:
+        self.given -= 1
+
+    def shared_failure(self) -> Exception:
+        return self.error
+
     def counts(self) -> list[int]:
-        return [3, 1, 0]  # bad rows, epochs of two data ranks
+        return [3, 40, 50, 6, 1, 0]  # COUNTS, epochs of two data ranks
 
     def restart(self) -> None:
         self.given = 0
@@ -44,19 +58,53 @@ class Engine:
 
     mesh = Mesh.single(torch.device("cpu"))
 
-    def __init__(self, stops_at: int | None = None) -> None:
+    def __init__(self, stops_at: int | None = None, fails_at: int | None = None) -> None:
         self.rates: list[float] = []
         self.stops_at = stops_at
+        self.fails_at = fails_at
 
-    def train_step(self, batches: int, rate: float, *, stop: bool, counts: list[int]) -> StepResult:
+    def train_step(
+        self, batches: int, rate: float, *, stop: bool, counts: list[int], ready: bool
+    ) -> StepResult:
+        if batches == self.fails_at:
+            raise RuntimeError("a kernel failed")
         self.rates.append(rate)
-        stops = stop or batches == self.stops_at
         return StepResult(
-            loss=1 / batches, grad_norm=0.5, clip=1.0, tokens=100, stop=stops, counts=tuple(counts)
+            loss=1 / batches,
+            grad_norm=0.5,
+            clip=1.0,
+            tokens=100,
+            stop=stop or batches == self.stops_at,
+            taken=ready,
+            counts=tuple(counts),
         )
 
-    def validation_loss(self, batches: int) -> tuple[float, int]:
-        return 60.0 * batches, 10 + batches  # sum, tokens
+    def validation_loss(self, batches: int, *, ready: bool) -> tuple[float, int] | None:
+        return (60.0 * batches, 10 + batches) if ready else None  # sum, tokens
+
+
+class Stop:
+    """Remembers what it hears."""
+
+    def __init__(self, requested: bool = False) -> None:
+        self.requested = requested
+        self.heard: list[str] = []
+
+    def begin(self) -> None:
+        self.heard.append("begin")
+
+    def step_ended(self, seconds: float) -> None:
+        assert seconds > 0
+        self.heard.append("step")
+
+    def alive(self) -> None:
+        self.heard.append("alive")
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        self.heard.append("save")
+        yield
+        self.heard.append("saved")
 
 
 class Checkpoints:
@@ -102,7 +150,7 @@ def make_run(config: Config, **parts: Any) -> Any:
         "validation": Feed(),
         "checkpoints": Checkpoints(),
         "loggers": Loggers(),
-        "stop": SimpleNamespace(requested=False),
+        "stop": Stop(),
         "progress": Progress(),
         "flops_per_token": 6.0,
     }
@@ -128,7 +176,9 @@ def test_tells_each_step(tmp_path: Path) -> None:
     assert row.learning_rate == run.engine.rates[1]
     assert row.tokens_per_second == pytest.approx(100 / row.step_seconds)
     assert 0 <= row.data_wait_seconds <= row.step_seconds
-    assert (row.epoch, row.skipped_rows, row.mfu, row.validation_loss) == (1, 3, None, None)
+    assert (row.epoch, row.mfu, row.validation_loss) == (1, None, None)
+    assert (row.skipped_rows, row.skipped_bytes, row.unreadable_bytes) == (3, 40, 50)
+    assert row.empty_rows == 6
     assert row.memory_bytes > 2**20
 
 
@@ -156,7 +206,7 @@ def test_every_0_saves_at_the_end_only(tmp_path: Path) -> None:
 
 
 def test_a_request_on_any_rank_saves_and_leaves(tmp_path: Path) -> None:
-    own = make_run(make_config(tmp_path), stop=SimpleNamespace(requested=True))
+    own = make_run(make_config(tmp_path), stop=Stop(requested=True))
     assert train(own) == Progress(1, 100)
     assert own.checkpoints.steps == [1]
     elsewhere = make_run(make_config(tmp_path), engine=Engine(stops_at=4))
@@ -192,3 +242,65 @@ def test_the_last_save_has_to_succeed(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match="no space left"):
         train(asked)
+
+
+def test_text_that_can_not_be_read_costs_no_step(tmp_path: Path) -> None:
+    for error in (DataError("row 7: malformed"), RuntimeError("a bug in the reader")):
+        run = make_run(make_config(tmp_path), feed=Feed(fails_at=6, error=error))
+        with pytest.raises(type(error), match=str(error)):
+            train(run)
+        assert run.checkpoints.steps == [3, 5]
+        assert run.checkpoints.saved[-1] == (Progress(5, 500), {"step": 5}), "not the step it lacks"
+        assert [row.step for row in run.loggers.rows] == [1, 2, 3, 4, 5]
+
+
+def test_nothing_new_is_nothing_to_save(tmp_path: Path) -> None:
+    for fails_at, start, saved in ((1, 0, []), (4, 0, [3]), (1, 6, [])):
+        run = make_run(make_config(tmp_path), feed=Feed(fails_at), progress=Progress(start))
+        with pytest.raises(DataError):
+            train(run)
+        assert run.checkpoints.steps == saved
+
+
+def test_validation_text_that_can_not_be_read_costs_no_step(tmp_path: Path) -> None:
+    config = make_config(tmp_path, "--train.validation_every=2", "--train.validation_batches=3")
+    run = make_run(config, validation=Feed(fails_at=2))
+    with pytest.raises(DataError, match="row 7"):
+        train(run)
+    assert run.checkpoints.steps == [2]
+    assert [(row.step, row.validation_loss) for row in run.loggers.rows] == [(1, None), (2, None)]
+
+
+def test_too_many_bad_rows_of_several_readers_cost_no_step(tmp_path: Path) -> None:
+    run = make_run(make_config(tmp_path, "--data.max_bad_rows=2"))
+    run.engine.mesh = SimpleNamespace(
+        data=SimpleNamespace(size=2), device=torch.device("cpu"), world_size=2
+    )
+    with pytest.raises(DataError, match="3 bad rows were met"):
+        train(run)
+    assert run.checkpoints.steps == [1]
+
+
+def test_an_error_inside_a_step_saves_nothing(tmp_path: Path) -> None:
+    run = make_run(make_config(tmp_path), engine=Engine(fails_at=6))
+    with pytest.raises(RuntimeError, match="a kernel failed"):
+        train(run)
+    assert run.checkpoints.steps == [3]
+
+
+def test_a_save_that_fails_then_is_told_with_the_error(tmp_path: Path) -> None:
+    run = make_run(
+        make_config(tmp_path), feed=Feed(fails_at=6), checkpoints=Checkpoints(fails_at=(5,))
+    )
+    with pytest.raises(DataError) as caught:
+        train(run)
+    assert caught.value.told == (
+        "row 7: malformed\nThe steps after step 3 are lost: no space left on device"
+    )
+
+
+def test_a_request_to_stop_hears_how_the_run_gets_on(tmp_path: Path) -> None:
+    words = ("--train.steps=2", "--train.validation_every=2", "--train.validation_batches=2")
+    run = make_run(make_config(tmp_path, *words))
+    train(run)
+    assert run.stop.heard == ["begin", "step", "step", "alive", "alive", "save", "saved"]

@@ -76,6 +76,12 @@ def test_no_peak_on_a_cpu_or_in_another_precision(monkeypatch: pytest.MonkeyPatc
     assert device_peak_flops(torch.device("cpu"), "bf16") is None
 
 
+def test_memory_of_a_gpu_is_what_torch_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 7 << 30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 << 30)
+    assert peak_memory_bytes(torch.device("cuda", 0)) == 7 << 30
+
+
 def test_memory_of_this_process_in_bytes() -> None:
     before = peak_memory_bytes(torch.device("cpu"))
     held = torch.ones(32 * 2**20)

@@ -80,8 +80,52 @@ def test_a_new_run(make: Make, tmp_path: Path) -> None:
 def test_the_config_is_written_and_comes_back(make: Make) -> None:
     config = make("--train.run_dir", f"{make().train.run_dir}/deep/er")
     lock_and_write(config)
-    file = Path(config.train.run_dir) / "config.toml"
+    file = Path(config.train.run_dir) / "resolved-config.toml"
     assert parse_config(file.read_text()) == config
+    assert load_config(file, [], PRESETS) == config
+    assert file.read_text().startswith("# Written by megapipe at every start.")
+
+
+def test_a_config_that_the_user_keeps_there_stays(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    own = tmp_path / "run" / "config.toml"
+    own.write_text("# why these numbers\n")
+    begin(make(), 5)
+    assert plan_start(make()) == Plan("auto", [])
+    assert own.read_text() == "# why these numbers\n"
+
+
+def test_a_file_of_the_users_under_our_name_is_not_replaced(make: Make, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    own = tmp_path / "run" / "resolved-config.toml"
+    own.write_text("# mine\n" + dump_config(make()))
+    with pytest.raises(MegapipeError, match=r"resolved-config.toml was not written by megapipe"):
+        plan_start(make())
+
+
+@pytest.mark.parametrize("left", [b"", b"# Writ", b"\0" * 500])
+def test_a_resolved_config_that_a_crash_has_damaged(make: Make, left: bytes) -> None:
+    """The config of the newest checkpoint takes its place."""
+    root = begin(make(), 5)
+    file = root.parent / "resolved-config.toml"
+    for damaged in (left, file.read_bytes()[:400]):
+        file.write_bytes(damaged)
+        plan = plan_start(make("--train.steps=200"))
+        assert len(plan.notes) == 2
+        assert "is empty or damaged, as after a crash" in plan.notes[0]
+        assert plan.notes[1] == "Changed since the last start: train.steps: 100 -> 200."
+        with pytest.raises(CheckpointError, match=r"model\.num_layers: 8 -> 6"):
+            plan_start(make("--model.num_layers=6"))
+
+
+def test_what_looks_like_a_checkpoint_and_is_none_stops_the_start(make: Make) -> None:
+    root = begin(make(), 5)
+    (root / "step-00000010").symlink_to(root / "gone")
+    with pytest.raises(CheckpointError, match="which is not there"):
+        plan_start(make())
+    other = make(f"--train.run_dir={root.parent}-other", f"--checkpoint.resume={root.parent}")
+    with pytest.raises(CheckpointError, match="which is not there"):
+        plan_start(other)
 
 
 def test_a_directory_that_can_not_be_made(make: Make, tmp_path: Path) -> None:
@@ -155,10 +199,19 @@ def test_going_back_within_a_run_is_refused(make: Make) -> None:
 
 def test_all_ranks_get_one_answer(make: Make, tmp_path: Path) -> None:
     begin(make(), 5)
-    (tmp_path / "run" / "config.toml").write_text("[model]\nnum_layers = eight")
+    (tmp_path / "run" / "resolved-config.toml").write_text("[model]")
     answers = run_ranks(_refused_on_a_rank, 2, make())
     assert len(set(answers)) == 1
-    assert "config.toml:2: is not valid TOML" in answers[0]
+    assert "resolved-config.toml was not written by megapipe" in answers[0]
+
+
+def test_what_the_system_refuses_reaches_all_ranks(make: Make, tmp_path: Path) -> None:
+    begin(make(), 5)
+    (tmp_path / "run" / "resolved-config.toml").unlink()
+    (tmp_path / "run" / "resolved-config.toml").mkdir()
+    answers = run_ranks(_refused_on_a_rank, 2, make())
+    assert len(set(answers)) == 1
+    assert "resolved-config.toml: Is a directory" in answers[0]
 
 
 def _refused_on_a_rank(config: Config) -> str:

@@ -1,44 +1,155 @@
-"""A request to stop: remembered, told, taken back when the run is over."""
+"""A request to stop: remembered, told, taken back when the run is over, and never waited for."""
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 
 import pytest
 
 from megapipe.train.signals import ASKING, StopRequest
+
+Left = tuple[str, int]
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Generous: the thread that hears of signals may have to wait for a core."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def send(*numbers: int) -> None:
+    for number in numbers:
+        os.kill(os.getpid(), number)
 
 
 @pytest.mark.parametrize("number", ASKING)
 def test_a_signal_asks_to_stop(number: signal.Signals) -> None:
     before = [signal.getsignal(each) for each in ASKING]
     with StopRequest() as stop:
+        stop.begin()
         assert (stop.requested, stop.reason) == (False, None)
-        os.kill(os.getpid(), number)
+        send(number)
         assert (stop.requested, stop.reason, stop.signal) == (True, number.name, number)
     assert [signal.getsignal(each) for each in ASKING] == before
 
 
 def test_the_first_reason_stays() -> None:
     with StopRequest() as stop:
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            os.kill(os.getpid(), number)
+        stop.begin()
+        send(signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         assert stop.reason == "SIGTERM"
 
 
 def test_a_second_interrupt_is_raised_at_once() -> None:
     with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
+        stop.begin()
+        send(signal.SIGINT)
         assert stop.requested
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            send(signal.SIGINT)
 
 
 def test_the_request_is_told_once() -> None:
     said: list[str] = []
-    with StopRequest(said.append):
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGTERM)
-        while not said:
-            time.sleep(0.001)
+    with StopRequest(said.append) as stop:
+        stop.begin()
+        send(signal.SIGTERM, signal.SIGTERM)
+        wait_for(lambda: said)
     assert said == ["SIGTERM: saving and leaving after this step."]
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """`nohup megapipe train ...`: a closed terminal is none of its business."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            stop.begin()
+            send(signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_before_the_first_step_there_is_nothing_to_wait_for(first: bool) -> None:
+    left: list[Left] = []
+    with StopRequest(leave=lambda *how: left.append(how), first=first):
+        send(signal.SIGTERM)
+        wait_for(lambda: left)
+    said = "SIGTERM before the first step: nothing to save." if first else ""
+    assert left == [(said, 128 + signal.SIGTERM)]
+
+
+def test_where_no_step_ends_it_leaves() -> None:
+    left: list[Left] = []
+    with StopRequest(timeout=0.2, leave=lambda *how: left.append(how)) as stop:
+        stop.begin()
+        send(signal.SIGHUP)
+        wait_for(lambda: left)
+    text, status = left[0]
+    assert text.startswith("SIGHUP, and no step has ended for 0 s")
+    assert "train.stop_timeout_seconds" in text
+    assert status == 128 + signal.SIGHUP
+
+
+def test_a_save_and_steps_that_end_are_not_cut_short() -> None:
+    left: list[Left] = []
+    said: list[str] = []
+    with StopRequest(said.append, timeout=600, leave=lambda *how: left.append(how)) as stop:
+        stop.begin()
+        send(signal.SIGTERM)
+        wait_for(lambda: said)
+        with stop.saving():
+            stop._timeout = 1e-9  # any moment is too long now
+            time.sleep(0.5)
+            assert left == []
+            stop.end()
+        time.sleep(0.5)
+        assert left == []
+
+
+def test_the_time_follows_the_steps() -> None:
+    """A request in a step of ten minutes waits for longer than one in a step of a second."""
+    left: list[Left] = []
+    with StopRequest(leave=lambda *how: left.append(how)) as stop:
+        stop.begin()
+        send(signal.SIGTERM)
+        wait_for(lambda: stop._told)
+        for seconds, limit in ((1.0, 60), (600.0, 6000)):
+            stop.step_ended(seconds)
+            stop._heard = time.monotonic() - limit + 30
+            time.sleep(0.5)
+            assert left == []
+            stop._heard = time.monotonic() - limit - 1
+            wait_for(lambda: left)
+            assert f"no step has ended for {limit} s" in left[0][0]
+            stop.step_ended(seconds)
+            left.clear()
+
+
+def test_a_main_thread_that_is_stuck_in_a_collective() -> None:
+    """No Python code runs in it, so that no handler of Python's would ever be called."""
+    script = (
+        "import ctypes\n"
+        "from megapipe.train.signals import StopRequest\n"
+        "with StopRequest(print, timeout=0.3) as stop:\n"
+        "    stop.begin()\n"
+        "    print('stuck', flush=True)\n"
+        "    mutex = ctypes.create_string_buffer(64)\n"
+        "    for _ in range(2):  # the second time waits for ever\n"
+        "        ctypes.CDLL(None).pthread_mutex_lock(mutex)\n"
+    )
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"stuck\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert b"SIGTERM, and no step has ended" in process.stderr.read()

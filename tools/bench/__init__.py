@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from megapipe.tools.arguments import UsageError
 
 BENCHES = {
+    "gpu": "the first minutes on a GPU: its tests, kernels and whole steps, in one table",
     "kernels": "each fused kernel on a GPU, against torch, torch.compile and Liger",
     "pipeline": "what the pipeline runtime costs, by schedule, on stages that sleep",
     "train": "tokens per second and memory of a training step, by layout",

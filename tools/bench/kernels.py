@@ -9,11 +9,10 @@ beyond its inputs.
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,7 +20,8 @@ import torch
 from torch import Tensor
 
 from megapipe.models.presets import PRESETS
-from megapipe.tools.arguments import Parser, UsageError
+from megapipe.precision import keep_sums_wide
+from megapipe.tools.arguments import Parser, UsageError, json_argument
 from megapipe.tools.bench import kernels_elementwise, kernels_optimizer, kernels_products
 from megapipe.tools.bench.kernels_cases import (
     Case,
@@ -37,6 +37,7 @@ from megapipe.tools.bench.kernels_roofline import BANDWIDTHS, Row, print_rooflin
 from megapipe.tools.bench.kernels_timing import (
     Best,
     DeviceTimer,
+    HostTimer,
     Timer,
     measure_best,
     peak_bytes,
@@ -49,7 +50,11 @@ CASES = {
     for case in part.CASES
 }
 SHAPES = ("llama3-8b", "llama3-70b", "gpt2")
-OURS, BASE = "megapipe", "torch eager"
+OURS, BASE, COMPILED = "megapipe", "torch eager", "torch.compile"
+NOT_ON_A_CPU = {OURS, COMPILED, "Liger"}
+"""Contenders that compile for a GPU."""
+TOY_BEST: dict[str, int] = {"copy_bytes": 2**24, "matmul_size": 256}
+"""A CPU's best is found with less."""
 NO_GPU = 2
 
 
@@ -87,11 +92,25 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--runs", type=int, default=30, help="timed runs of each (default: 30)")
     parser.add_argument(
+        "--without",
+        default="",
+        metavar="CONTENDERS",
+        help="leave these out, between commas; torch.compile takes most of the bench's time",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: only the contenders that run there, to try the bench itself (default: cuda)",
+    )
+    parser.add_argument(
         "--roofline",
         action="store_true",
         help="compute bytes, FLOPs and the least time of each, anywhere; measure nothing",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    parser.add_argument(
+        "--json", type=json_argument, metavar="FILE", help="also write all figures there"
+    )
     options = parser.parse_args(list(argv))
     cases, shapes = [CASES[name] for name in _kernels(options)], _shapes(options)
     if options.roofline:
@@ -100,6 +119,10 @@ def run(argv: Sequence[str]) -> int:
         print_roofline(rows)
         write_json(options, "kernels", roofline=[_roofline_row(row) for row in rows])
         return 0
+    if options.device == "cpu":
+        return _measure_all(
+            options, cases, shapes, HostTimer(options.runs), torch.device("cpu"), torch.float32
+        )
     if not torch.cuda.is_available():
         print(
             "megapipe: bench kernels: torch finds no GPU here; run it where there is one, or "
@@ -108,26 +131,42 @@ def run(argv: Sequence[str]) -> int:
         )
         return NO_GPU
     _say_what_is_left_out(options, shapes)
-    return _on_gpu(options, cases, shapes)
-
-
-def _on_gpu(options: Any, cases: Sequence[Case], shapes: Sequence[Shape]) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
+    keep_sums_wide()
     timer = DeviceTimer(device, options.runs)
-    best = measure_best(timer, device)
-    name = torch.cuda.get_device_name(device)
+    return _measure_all(options, cases, shapes, timer, device, torch.bfloat16)
+
+
+def _measure_all(
+    options: Any,
+    cases: Sequence[Case],
+    shapes: Sequence[Shape],
+    timer: Timer,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int:
+    on_gpu = device.type == "cuda"
+    best = measure_best(timer, device) if on_gpu else measure_best(timer, device, dtype, **TOY_BEST)
+    name, described = (
+        (torch.cuda.get_device_name(device), describe_gpu(device)) if on_gpu else ("CPU", None)
+    )
     print(
-        f"{name}: a copy moves {best.copied_bytes / 1e12:.2f} TB/s, a product of bf16 matrices "
-        f"makes {best.matmul_flops / 1e12:.0f} TFLOP/s."
+        f"{name}: a copy moves {best.copied_bytes / 1e12:.3g} TB/s, a product of {dtype} matrices "
+        f"makes {best.matmul_flops / 1e12:.3g} TFLOP/s."
     )
     if find_spec("liger_kernel") is None:
         print("Liger is not installed (pip install liger-kernel): left out.")
-    gpu, results = describe_gpu(device), list[Result]()
-    for case in cases:
-        results += compare(case, shapes, timer, best, device, torch.bfloat16)
-        # After each, so that one that ends the process loses none of those before it.
+    left_out = set(options.without.split(",")) | (set() if on_gpu else NOT_ON_A_CPU)
+    results: list[Result] = []
+
+    def write() -> None:
         rows = [_row(result) for result in results]
-        write_json(options, "kernels", device=gpu, best=asdict(best), results=rows)
+        write_json(options, "kernels", device=described, best=asdict(best), results=rows)
+
+    write()
+    for case in cases:
+        results += compare(case, shapes, timer, best, device, dtype, left_out)
+        write()  # after each, so that one that ends the process loses none of those before it
     return int(any(result.problem and result.contender == OURS for result in results))
 
 
@@ -138,11 +177,13 @@ def compare(
     best: Best,
     device: torch.device,
     dtype: torch.dtype,
+    left_out: Collection[str] = (),
 ) -> list[Result]:
-    """Measure all contenders for a kernel and print its table."""
+    """Measure all contenders but those left out for a kernel and print its table."""
     results: list[Result] = []
+    functions = {name: f for name, f in contenders(case).items() if name not in left_out}
     for shape in shapes:
-        results += measure(case, shape, contenders(case), timer, best, device, dtype)
+        results += measure(case, shape, functions, timer, best, device, dtype)
         print(f"{case.name}, {shape.label}: done", file=sys.stderr, flush=True)
     print_results(case, results)
     return results
@@ -194,7 +235,7 @@ def contenders(case: Case) -> dict[str, Function]:
         OURS: partial(case.ours, backend="triton"),
         "megapipe in torch": partial(case.ours, backend="torch"),
         BASE: case.eager,
-        "torch.compile": torch.compile(case.eager, dynamic=False, fullgraph=True),
+        COMPILED: torch.compile(case.eager, dynamic=False, fullgraph=True),
         **case.others,
     }
     if case.liger is not None and find_spec("liger_kernel") is not None:

@@ -125,9 +125,9 @@ def _weight_eager(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> tuple[
     return (main_grad,)
 
 
-def _weight_one_product(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
-    """Narrow factors onto a wide sum, which cuBLAS can and torch lets it do on CUDA only."""
-    torch.addmm(main_grad, grad_out.t(), inputs, out_dtype=main_grad.dtype, out=main_grad)
+def _weight_matmul(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> tuple[Tensor, ...]:
+    """Narrow factors onto a wide sum, by cuBLAS: train.weight_gradients = "matmul"."""
+    kernels.add_weight_grad(main_grad, grad_out, inputs, backend="matmul")
     return (main_grad,)
 
 
@@ -147,7 +147,7 @@ WEIGHT_GRAD = Case(
     differentiable=(),
     ours=_weight_ours,
     eager=_weight_eager,
-    others={"addmm onto float32": _weight_one_product},
+    others={"megapipe by addmm": _weight_matmul},
     forward=_weight_work,
 )
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
+from time import perf_counter
 
 import torch
 
@@ -11,34 +12,67 @@ Timer = Callable[[Callable[[], object]], list[float]]
 
 FLUSH_BYTES = 2**30
 """Written before each run, so that the L2 cache (50 MiB in H100, 126 MiB in B200) holds none of
-the inputs; and so much that the GPU is busy for 0.3 ms, in which the CPU gets ahead of it: else
-the time between two small kernels would be that of launching them."""
+the inputs. It also keeps the GPU busy, for 0.3 ms, while the host launches what is timed."""
+MOST_FLUSHES = 256
 COPY_BYTES = 2**30
 MATMUL_SIZE = 8192
 WARM_UPS = 3
 
 
-class DeviceTimer:
-    """By CUDA events, on this GPU; the cache is flushed before each run."""
+class LaunchBoundError(Exception):
+    """The GPU was always done before the host had launched all that is timed."""
 
-    def __init__(self, device: torch.device, runs: int) -> None:
+
+class DeviceTimer:
+    """By CUDA events, on this GPU; the cache is flushed before each run.
+
+    A run counts only if all of it was launched before the GPU began with it: else the time between
+    two small kernels would be that of launching them. Where the host is slower than a flush, there
+    are as many flushes as it needs.
+    """
+
+    def __init__(self, device: torch.device, runs: int, flush_bytes: int = FLUSH_BYTES) -> None:
         self.device, self.runs = device, runs
-        self.flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+        self.flush = torch.empty(flush_bytes, dtype=torch.uint8, device=device)
 
     def __call__(self, work: Callable[[], object]) -> list[float]:
         for _ in range(WARM_UPS):
             work()
-        events = [
-            [torch.cuda.Event(enable_timing=True) for _ in ("start", "end")]
-            for _ in range(self.runs)
-        ]
-        for start, end in events:
-            self.flush.zero_()
+        pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        flushes = 1
+        while len(pairs) < self.runs:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            for _ in range(flushes):
+                self.flush.zero_()
             start.record()
             work()
             end.record()
+            if not start.query():
+                pairs.append((start, end))
+            elif flushes < MOST_FLUSHES:
+                flushes *= 2
+            else:
+                raise LaunchBoundError(
+                    f"the GPU had begun before all was launched, {flushes} times"
+                )
         torch.cuda.synchronize(self.device)
-        return [start.elapsed_time(end) / 1e3 for start, end in events]
+        return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+
+class HostTimer:
+    """By the host's clock, of work that the CPU does itself."""
+
+    def __init__(self, runs: int) -> None:
+        self.runs = runs
+
+    def __call__(self, work: Callable[[], object]) -> list[float]:
+        work()
+        seconds = []
+        for _ in range(self.runs):
+            began = perf_counter()
+            work()
+            seconds.append(perf_counter() - began)
+        return seconds
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:

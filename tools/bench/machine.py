@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from megapipe import __version__
 from megapipe.errors import MegapipeError
+from megapipe.files import replace_durably
 
 if TYPE_CHECKING:  # the process that only directs others starts without it
     import torch
@@ -44,7 +45,7 @@ def write_json(options: Any, bench: str, **figures: object) -> None:
     }
     try:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        replace_durably(options.json, [json.dumps(content, indent=1).encode() + b"\n"])
     except OSError as error:
         raise MegapipeError(f"--json {options.json} can't be written: {error.strerror}.") from error
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from megapipe.errors import MegapipeError, ScheduleError
 from megapipe.pipeline.schedule import SCHEDULES
-from megapipe.tools.arguments import Parser, UsageError
+from megapipe.tools.arguments import Parser, UsageError, json_argument
 from megapipe.tools.bench.crew import Crew
 from megapipe.tools.bench.machine import write_json
 from megapipe.tools.bench.pipeline_figures import Cell, Row, Steps, measured, print_table
@@ -74,7 +74,9 @@ def _parser() -> Parser:
         default="sleep",
         help="how the stages spend the time (default: sleep, which takes no core)",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    parser.add_argument(
+        "--json", type=json_argument, metavar="FILE", help="also write all figures there"
+    )
     return parser
 
 

@@ -32,7 +32,7 @@ from megapipe.models.flops import flops_per_token
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.pipeline.schedule.build import check_chunks
-from megapipe.tools.arguments import Parser, UsageError
+from megapipe.tools.arguments import Parser, UsageError, json_argument
 from megapipe.tools.bench.breakdown import Share, print_breakdown
 from megapipe.tools.bench.crew import Crew
 from megapipe.tools.bench.machine import describe_gpu, write_json
@@ -95,12 +95,14 @@ def run(argv: Sequence[str]) -> int:
         action="store_true",
         help="also take one step of rank 0 of each under the profiler: share of time per kernel",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write all figures there")
+    parser.add_argument(
+        "--json", type=json_argument, metavar="FILE", help="also write all figures there"
+    )
     options = parser.parse_args(list(argv))
     _settle_device(options)
     _check(options)
-    results = _measure(options)
     tokens = options.microbatches * options.micro_batch_size * options.sequence_length
+    results = _measure(options, tokens)
     _print_table(options, results, tokens)
     for result in results if options.breakdown else ():
         print_breakdown(f"{result.contender} {result.layout}", result.breakdown)
@@ -185,8 +187,9 @@ def _config(options: Any, parallel: ParallelConfig) -> Config:
     )
 
 
-def _measure(options: Any) -> list[Result]:
-    """One unmeasured step of each contender, then `repeats` rounds in which each takes one."""
+def _measure(options: Any, tokens: int) -> list[Result]:
+    """One unmeasured step of each contender, then `repeats` rounds in which each takes one. The
+    JSON is written after each round, so that what ends the process loses none before it."""
     contenders = [("transformers", "1 process")] if options.against else []
     contenders += [("megapipe", layout) for layout in options.layouts.split(",")]
     results, crews = [], []
@@ -208,6 +211,7 @@ def _measure(options: Any) -> list[Result]:
                 result.seconds.append(seconds)
                 result.losses.append(answers[0]["loss"])
                 result.peak_bytes = max(answer["peak_bytes"] for answer in answers)
+            _write(options, results, tokens)
             print(f"repeat {repeat + 1} of {options.repeats}", file=sys.stderr, flush=True)
         for crew, result in zip(crews, results, strict=True) if options.breakdown else ():
             result.breakdown = crew.order({"profile": True})[0]["breakdown"]

@@ -18,6 +18,7 @@ from megapipe.config import Config, parse_config
 from megapipe.mesh import build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.parameters import parameter_count
+from megapipe.precision import keep_sums_wide
 from megapipe.tools.bench.breakdown import profile_step
 from megapipe.tools.bench.serving import answer, join
 from megapipe.train.engine import Engine
@@ -30,6 +31,7 @@ Step = Callable[[int], float]
 def main(spec: dict[str, Any]) -> None:
     """Serve until standard input ends."""
     torch.set_num_threads(1)
+    keep_sums_wide()
     config = parse_config(spec["config"])
     make = {"megapipe": _megapipe, "transformers": _transformers}[spec["contender"]]
     step = make(config, spec)
@@ -39,14 +41,23 @@ def main(spec: dict[str, Any]) -> None:
         if json.loads(line).get("profile"):
             answer(breakdown=profile_step(partial(step, number), device))
             continue
-        loss = step(number)
+        loss = whole_step(step, number, device)
         answer(loss=loss, peak_bytes=peak_memory(device))
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes of GPU memory that tensors took at most, or that this process had resident (VmHWM)."""
+def whole_step(step: Step, number: int, device: torch.device) -> float:
+    """The step, its end included. A step returns when its loss is known, while the GPU is still at
+    work on the optimizer, in which the next contender's time would begin."""
+    loss = step(number)
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        torch.cuda.synchronize(device)
+    return loss
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that torch reserved on a GPU, or that this process had resident (VmHWM)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
     lines = Path("/proc/self/status").read_text().splitlines()
     (kibibytes,) = (line.split()[1] for line in lines if line.startswith("VmHWM"))
     return int(kibibytes) * 1024

@@ -19,6 +19,12 @@ Needs = list[tuple[int, ...]]
 rank."""
 
 
+_POSTED_TOO_EARLY = (
+    "A RECEIVE waits there for its tensor, as it does on a GPU when something waits for the whole "
+    "device: post it after all actions of its rank that the tensor depends on."
+)
+
+
 class Numbered:
     """A program whose actions are numbered: rank after rank, in program order.
 
@@ -50,18 +56,17 @@ class Numbered:
         return self.ranks.get(stage + 1, self.ranks[stage]) != self.ranks[stage]
 
 
-def find_needs(program: Numbered, *, rendezvous: bool = False) -> Needs:
+def find_needs(program: Numbered) -> Needs:
     """What has to come from other ranks, for each action.
 
     In a lowered program a compute action needs the SEND and the RECEIVE of its tensor, if that
-    comes from another rank; before lowering, the action that computes it. With `rendezvous` a SEND
-    needs its RECEIVE to be posted; without, it completes at once. What comes from the same rank
-    only has to stand earlier, which is checked here. Raises ScheduleError where it stands later, or
-    nowhere.
+    comes from another rank; before lowering, the action that computes it. SEND and RECEIVE complete
+    at once. What comes from the same rank only has to stand earlier, which is checked here. Raises
+    ScheduleError where it stands later, or nowhere.
     """
     needs: Needs = [()] * len(program.actions)
     rank_of = program.rank_of
-    sources = _Sources(program, rendezvous)
+    sources = _Sources(program)
     for (stage, kind), numbers in program.at.items():
         for source, numbers_there in sources.of(stage, kind):
             local = source.kind in COMPUTE
@@ -81,6 +86,27 @@ def find_needs(program: Numbered, *, rendezvous: bool = False) -> Needs:
     return needs
 
 
+def find_blocking_needs(program: Numbered) -> Needs:
+    """The same for a lowered program in which SEND and RECEIVE block: each of the two waits until
+    the other's rank has come to the other. Every SEND must have its RECEIVE.
+
+    Since one of a pair has to be the first in an order, a SEND needs the action before its RECEIVE,
+    and the RECEIVE needs the SEND.
+    """
+    needs = find_needs(program)
+    for (stage, kind), sends in program.at.items():
+        if kind.sends:
+            there, receiving, *_ = Action(stage, kind, 0).counterpart
+            receives = program.at[there, receiving]
+            first = program.bounds[program.ranks[there]]
+            for microbatch, send in sends.items():
+                receive = receives[microbatch]
+                needs[receive] = (send,)
+                if receive > first:
+                    needs[send] = (receive - 1,)
+    return needs
+
+
 def _later(program: Numbered, number: int, need: int) -> ScheduleError:
     index = need - program.bounds[program.rank_of[need]]
     return ScheduleError(
@@ -92,8 +118,8 @@ def _later(program: Numbered, number: int, need: int) -> ScheduleError:
 class _Sources:
     """Of which stage and kind an action of a stage and kind needs the same microbatch's."""
 
-    def __init__(self, program: Numbered, rendezvous: bool) -> None:
-        self._at, self._program, self._rendezvous = program.at, program, rendezvous
+    def __init__(self, program: Numbered) -> None:
+        self._at, self._program = program.at, program
         self._last_stage = len(program.ranks) - 1
         self._lowered = any(kind not in COMPUTE for _, kind in program.at)
 
@@ -118,11 +144,9 @@ class _Sources:
             case Kind.BACKWARD_WEIGHT:
                 return [self._find(stage, Kind.BACKWARD_INPUT)]
             case Kind.SEND_FORWARD:
-                receive = self._find(stage + 1, Kind.RECEIVE_FORWARD)
-                return [self._find(stage, Kind.FORWARD), *[receive] * self._rendezvous]
+                return [self._find(stage, Kind.FORWARD)]
             case Kind.SEND_BACKWARD:
-                receive = self._find(stage - 1, Kind.RECEIVE_BACKWARD)
-                return [self._input_gradient(stage), *[receive] * self._rendezvous]
+                return [self._input_gradient(stage)]
         return []
 
     def _find(self, stage: int, kind: Kind) -> tuple[Action, ByMicrobatch]:
@@ -173,11 +197,16 @@ def _explain(program: Numbered, position: Sequence[int], waiting: dict[int, list
     while rank not in way:
         way.append(rank)
         rank = program.rank_of[blocked[rank]]
-    lines = []
-    for waits in way[way.index(rank) :]:
-        index = position[waits] - program.bounds[waits]
+    cycle = [(position[rank], blocked[rank]) for rank in way[way.index(rank) :]]
+    lines = ["the program deadlocks:"]
+    for number, need in cycle:
+        action, rank = program.actions[number], program.rank_of[number]
+        if action.kind.sends:
+            need += 1  # the RECEIVE, where `find_blocking_needs` has the action before it
         lines.append(
-            f"  rank {waits} waits in {program.actions[position[waits]]} (action {index}) for "
-            f"{program.actions[blocked[waits]]} ({program.place(blocked[waits])})"
+            f"  rank {rank} waits in {action} (action {number - program.bounds[rank]}) for "
+            f"{program.actions[need]} ({program.place(need)})"
         )
-    return "the program deadlocks:\n" + "\n".join(lines)
+    if any(program.actions[number].kind.receives for number, _ in cycle):
+        lines.append(_POSTED_TOO_EARLY)
+    return "\n".join(lines)

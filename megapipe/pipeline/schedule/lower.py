@@ -1,5 +1,5 @@
 """Adds communication to a program: a SEND after each action whose result another rank needs, and
-its RECEIVE on that rank, early enough that no SEND ever has to wait for it."""
+its RECEIVE on that rank, at the moment at which the tensor is sent."""
 
 from bisect import bisect_left
 
@@ -12,20 +12,31 @@ _RECEIVED_FOR = {
     Kind.BACKWARD: Kind.RECEIVE_BACKWARD,
     Kind.BACKWARD_INPUT: Kind.RECEIVE_BACKWARD,
 }
+_LATENCY = 2.0**-20
+"""Of a tensor, in forwards: too little for a million of them to change the order of two actions
+that do not end at the same moment, and exact in a float."""
 
 
 def lower(program: Program) -> Program:
     """The program with SEND and RECEIVE actions; stages on one rank need none between them.
 
-    A SEND stands behind the action that computes its tensor. A RECEIVE stands one compute action
-    before the one that uses it, or earlier: before the action that is running when, in the
-    simulated timeline, the tensor is sent. There every SEND finds its RECEIVE posted. Since the
-    timeline is one order in which everything completes even if each SEND blocks, the result has no
-    deadlock however fast the ranks really are (`completion_order` says why). When they are not as
-    fast as simulated a RECEIVE may be posted late, but one action ahead is still in time while no
-    transfer takes longer than that action; earlier, it would hold a buffer for longer.
+    A SEND stands behind the action that computes its tensor. A RECEIVE stands where its rank is
+    when the tensor is sent, in a simulated timeline: behind the actions that have ended by then,
+    and before the one that is running. So:
 
-    Between two ranks receives are in the order of sends, as communicators without tags need.
+    - All compute actions in the order in which they end, each followed by the transfer of its
+      result, are one order that every rank keeps to. A program in which every SEND and RECEIVE
+      blocks can be carried out in that order, and `validate` proves it. Between two ranks receives
+      are in the order of sends.
+    - In the timeline, no SEND has to wait for its RECEIVE, and a tensor that is not needed at once
+      travels while its receiver computes.
+
+    The timeline is that of equal stages. A rank that is slower than its neighbours may post a
+    RECEIVE late: behind an action during which the tensor could have travelled. That costs the rank
+    what the transfer takes, at most; to post earlier could hang (`validate` says why). Tensors take
+    a moment in the timeline, so that actions which would otherwise end at the same time have an
+    order: a rank that waited for more tensors is later.
+
     Raises ScheduleError for a program that can't finish even with unlimited buffers.
     """
     assert all(action.kind in COMPUTE for actions in program for action in actions), (
@@ -33,17 +44,21 @@ def lower(program: Program) -> Program:
     )
     numbered = Numbered(sequential(program))
     needs = find_needs(numbered)
-    _, ends = action_times(numbered, needs, Costs())
-    return [_lower_rank(rank, numbered, needs, ends) for rank in range(len(program))]
+    _, ends = action_times(numbered, needs, Costs(latency=_LATENCY))
+    places = [0] * len(ends)
+    for place, number in enumerate(sorted(range(len(ends)), key=ends.__getitem__)):
+        places[number] = place
+    return [_lower_rank(rank, numbered, needs, places) for rank in range(len(program))]
 
 
-def _lower_rank(rank: int, program: Numbered, needs: Needs, ends: list[float]) -> list[Action]:
+def _lower_rank(rank: int, program: Numbered, needs: Needs, places: list[int]) -> list[Action]:
+    """`places` says where each action is in the order of their ends."""
     begin, end = program.bounds[rank : rank + 2]
-    receives = _receives(begin, end, program, needs, ends)
+    receives = _receives(begin, end, program, needs, places)
     sends = _sends(rank, program)
     lowered: list[Action] = []
     for action, posted_before in zip(program.actions[begin:end], receives, strict=True):
-        lowered += reversed(posted_before)
+        lowered += posted_before
         lowered.append(action)
         if send := sends.get((action.stage, action.kind)):
             lowered.append(Action(action.stage, send, action.microbatch))
@@ -51,23 +66,16 @@ def _lower_rank(rank: int, program: Numbered, needs: Needs, ends: list[float]) -
 
 
 def _receives(
-    begin: int, end: int, program: Numbered, needs: Needs, ends: list[float]
+    begin: int, end: int, program: Numbered, needs: Needs, places: list[int]
 ) -> list[list[Action]]:
-    """For each action of a rank the receives that are posted before it, the last one first."""
-    own_ends = ends[begin:end]
-    transfers = []
-    for number in range(begin, end):
-        for need in needs[number]:
-            stage, kind, microbatch, _ = program.actions[number]
-            receive = Action(stage, _RECEIVED_FOR[kind], microbatch)
-            slot = max(0, min(number - begin - 1, bisect_left(own_ends, ends[need])))
-            transfers.append((ends[need], slot, receive, program.rank_of[need]))
-    # In the order of sending; none in a later slot than one from its source that is sent later.
-    receives: list[list[Action]] = [[] for _ in own_ends]
-    latest: dict[int, int] = {}
-    for _, slot, receive, source in sorted(transfers, reverse=True):
-        latest[source] = min(slot, latest.get(source, slot))
-        receives[latest[source]].append(receive)
+    """For each action of a rank the receives that are posted before it, in order."""
+    own = places[begin:end]
+    receives: list[list[Action]] = [[] for _ in own]
+    tensors = [(places[need], number) for number in range(begin, end) for need in needs[number]]
+    for sent, number in sorted(tensors):
+        stage, kind, microbatch, _ = program.actions[number]
+        receive = Action(stage, _RECEIVED_FOR[kind], microbatch)
+        receives[bisect_left(own, sent)].append(receive)
     return receives
 
 

@@ -2,19 +2,40 @@
 
 The executor relies on this meaning of the actions, and the proof takes it at its strictest:
 
-- RECEIVE posts a receive into a free buffer and never waits.
-- SEND waits until its RECEIVE was posted: there is no buffering. (The executor lets some sends be
-  under way; a program that finishes without any finishes with some.)
+- SEND and RECEIVE block: each waits until the other's rank has come to the other. (The executor
+  posts a receive and goes on, and lets some sends be under way. A program that finishes without
+  finishes with it.)
 - A compute action waits until the tensors that it uses have arrived.
 - Between two ranks tensors arrive in the order sent: the first SEND meets the first RECEIVE.
 - Stages on one rank hand over without communication, in program order.
+
+**Why a RECEIVE blocks here.** On a GPU a posted receive is a kernel that runs until its tensor has
+come, and whatever waits for the whole device waits for it as well: a kernel that is loaded at its
+first use, the first collective of a group, memory that the allocator gives back,
+CUDA_LAUNCH_BLOCKING=1. If the tensor depends on an action that the host has not enqueued by then,
+it never comes. So the rule is: a RECEIVE is posted only after all actions of its rank that its
+tensor depends on. An action depends on those whose results it uses, on its other end if it is a
+SEND or RECEIVE, on all actions before it on its rank, posted receives included, and on all that
+these depend on. In other words, the program finishes if every action blocks.
+
+**Why that is enough.** Whatever waits for a device, at any places and on any number of ranks at
+once, makes an action wait for earlier ones of its own rank and for nothing else. The same is true
+of streams that share one queue of the hardware, and of kernels that leave no room for others. Here
+every action waits for all earlier ones of its rank, and still there is an order in which all of
+them complete. With some of these waits taken away, each action still completes, by induction along
+that order. (Collectives inside an action add nothing: the tensor ranks of one pipeline rank do the
+same actions in the same order, and count as one rank here.)
 """
 
 from collections.abc import Iterator, Set
 
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule.action import COMPUTE, Action, Kind, Program, sequential
-from megapipe.pipeline.schedule.dependencies import Numbered, completion_order, find_needs
+from megapipe.pipeline.schedule.dependencies import (
+    Numbered,
+    completion_order,
+    find_blocking_needs,
+)
 from megapipe.pipeline.schedule.timeline import live_during
 
 Group = tuple[int, Kind]
@@ -26,7 +47,8 @@ def validate(program: Program, *, max_live: float | None = None) -> None:
 
     Complete: every stage does the forward of every microbatch once and, unless the program has
     forwards only, its backward once (or its input and weight gradient); every tensor between ranks
-    is sent and received once. For a deadlock the message is the cycle of waiting ranks.
+    is sent and received once. Deadlock-free: also if every SEND and RECEIVE blocks. For a deadlock
+    the message is the cycle of waiting ranks.
 
     `max_live` is the most activations that a rank may ever hold, in chunks of one microbatch as
     `Timeline.peak_live` counts them.
@@ -38,7 +60,7 @@ def validate(program: Program, *, max_live: float | None = None) -> None:
         raise ScheduleError("the program has no communication: pass it through `lower` first")
     _check_groups(numbered, communication=True)
     _check_channels(numbered)
-    for _ in completion_order(numbered, find_needs(numbered, rendezvous=True)):
+    for _ in completion_order(numbered, find_blocking_needs(numbered)):
         pass
     if max_live is not None:
         _check_live(program, max_live)

@@ -1,8 +1,9 @@
 """metrics.jsonl: the truth about a run, one JSON object for each optimizer step.
 
 A line reaches the kernel in one write at the end of its step, so a run that is killed loses at most
-the step under way, and perhaps leaves a torn line, which the next start drops. What a run that goes
-on from step k will take again (lines after k) is dropped then too.
+the step under way, and perhaps leaves a torn line. The next start moves that line to
+metrics-replaced.jsonl, and with it the lines after step k where the run goes on from step k and
+takes those steps again. Nothing is deleted.
 
 A disk that is full, or a server that is away, does not stop the training: lines that can't be
 written wait in memory, which is said once, and are written as soon as that is possible.
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 
-from megapipe.checkpoint.storage import sync_directory, write_durably
 from megapipe.errors import MegapipeError
+from megapipe.files import append_durably, replace_durably, write_all
 from megapipe.train.metrics import Metrics
 
 
@@ -25,8 +26,8 @@ from megapipe.train.metrics import Metrics
 class Kept:
     """What the start of a run found in its metrics.jsonl."""
 
-    last_step: int  # before anything was dropped; 0 for none
-    dropped: int  # lines of later steps, and lines that can't be read
+    last_step: int  # before anything was moved; 0 for none
+    moved: int  # lines of later steps, and lines that can't be read
 
 
 class MetricsFile:
@@ -50,8 +51,12 @@ class MetricsFile:
                 f"{path}: can't be written: {error.strerror}. Free some space there, or choose "
                 "another directory (train.run_dir)."
             ) from error
-        if self.kept.dropped:
-            event(f"{path}: dropped {self.kept.dropped} lines that come after step {step}.")
+        if self.kept.moved:
+            lines = "1 line" if self.kept.moved == 1 else f"{self.kept.moved} lines"
+            event(
+                f"{path}: moved {lines} to {replaced(path).name}: what comes after step {step}, or "
+                "can't be read."
+            )
 
     def log(self, metrics: Metrics) -> None:
         self._waiting.append(metrics.to_json().encode() + b"\n")
@@ -71,9 +76,7 @@ class MetricsFile:
             self._waiting.clear()
 
     def _append(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(self._descriptor, rest) :]
+        write_all(self._descriptor, [data])
         self._size += len(data)
 
     def close(self, failed: bool) -> None:
@@ -92,12 +95,13 @@ class MetricsFile:
 
 
 def keep_until(path: Path, step: int) -> Kept:
-    """Drop what is not the line of a step up to `step`, at once or not at all.
+    """Keep the lines of steps up to `step` and move the others to `replaced(path)`.
 
-    Steps must ascend, so a line that is there twice goes as well.
+    Steps must ascend, so a line that is there twice goes as well. A crash at any moment loses no
+    line; between the two writes it leaves the moved lines in both files.
     """
     if not path.exists():
-        return Kept(last_step=0, dropped=0)
+        return Kept(last_step=0, moved=0)
     keep, previous, last_step = bytearray(), 0, 0  # a byte for each line: runs have millions
     for line in _lines(path):
         number = _step(line) or 0
@@ -105,14 +109,15 @@ def keep_until(path: Path, step: int) -> Kept:
         previous = number if keep[-1] else previous
         last_step = max(last_step, number)
     if not all(keep):
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            write_durably(scratch, compress(_lines(path), keep))
-            os.replace(scratch, path)
-            sync_directory(path.parent)
-        finally:
-            scratch.unlink(missing_ok=True)
-    return Kept(last_step, dropped=keep.count(0))
+        moved = compress(_lines(path), (not kept for kept in keep))
+        append_durably(replaced(path), (line.rstrip(b"\n") + b"\n" for line in moved))
+        replace_durably(path, compress(_lines(path), keep))
+    return Kept(last_step, moved=keep.count(0))
+
+
+def replaced(path: Path) -> Path:
+    """Where lines go that a later start of the run replaces: `metrics-replaced.jsonl`."""
+    return path.with_name(f"{path.stem}-replaced{path.suffix}")
 
 
 def _lines(path: Path) -> Iterator[bytes]:

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from megapipe.checkpoint.storage import sync_directory, write_durably
 from megapipe.config import Config
+from megapipe.files import replace_durably
 from megapipe.train.loggers import follow
 from megapipe.train.loggers.jsonl import MetricsFile
 from megapipe.train.metrics import SERIES, Metrics
@@ -131,13 +131,7 @@ def _run_id(path: Path, anew: bool) -> tuple[str, bool]:
     if re.fullmatch(r"[A-Za-z0-9_-]{1,64}", known):
         return known, True
     made = secrets.token_hex(8)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write_durably(scratch, [made.encode()])
-        os.replace(scratch, path)
-        sync_directory(path.parent)
-    finally:
-        scratch.unlink(missing_ok=True)
+    replace_durably(path, [made.encode()])
     return made, False
 
 

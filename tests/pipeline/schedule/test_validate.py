@@ -16,7 +16,7 @@ from megapipe.pipeline.schedule.action import stage_ranks
 from tests.pipeline.programs import B, F, make, parse, programs, v_shaped
 from tests.pipeline.schedule.reference import reference_times
 
-# --- An oracle: carry out the program, sends blocking, channels first in first out --------------
+# --- An oracle: carry out the program, all of it blocking, channels first in first out ----------
 
 
 class Machine:
@@ -46,9 +46,10 @@ class Machine:
         """Whether the action could be done now; then it was."""
         stage, kind, microbatch, _ = action
         if kind.receives:
-            pair = (self.ranks[action.counterpart.stage], rank)
-            self.posted.setdefault(pair, []).append(action)
-            return True
+            posted = self.posted.setdefault((self.ranks[action.counterpart.stage], rank), [])
+            if action not in self.arrived and action not in posted:
+                posted.append(action)
+            return action in self.arrived
         if kind.sends:
             queue = self.posted.get((rank, self.ranks[action.counterpart.stage]), [])
             if not queue or not self.computed(stage, microbatch, kind):
@@ -155,12 +156,6 @@ def test_an_action_on_another_rank_is_refused(program: Program, data: st.DataObj
 
 # --- The reasons --------------------------------------------------------------------------------
 
-DEADLOCK = parse(
-    "0RECV_B0 0F0 0SEND_F0 0F1 0SEND_F1 0B0 0RECV_B1 0B1",
-    "1RECV_F0 1F0 1B0 1SEND_B0 1RECV_F1 1F1 1B1 1SEND_B1",
-)
-"""Each rank sends the other something before it posts what the other sends."""
-
 
 def test_the_cycle_of_a_deadlock_is_shown() -> None:
     program = parse(
@@ -174,7 +169,26 @@ def test_the_cycle_of_a_deadlock_is_shown() -> None:
         "  rank 0 waits in 0SEND_F1 (action 3) for 1RECV_F1 (action 4 of rank 1)\n"
         "  rank 1 waits in 1SEND_B0 (action 3) for 0RECV_B0 (action 4 of rank 0)"
     )
-    validate(DEADLOCK)  # the receive one action earlier, and it finishes
+    early = program[1].pop(4)  # the receive one action earlier, and it finishes
+    validate([program[0], [*program[1][:2], early, *program[1][2:]]])
+
+
+def test_a_receive_that_waits_for_a_later_action_of_its_rank_is_refused() -> None:
+    program = parse(
+        "0F0 0SEND_F0 0RECV_B0 0F1 0SEND_F1 0B0 0RECV_B1 0B1",
+        "1RECV_F0 1F0 1RECV_F1 1B0 1SEND_B0 1F1 1B1 1SEND_B1",
+    )
+    with pytest.raises(ScheduleError) as caught:
+        validate(program)
+    assert str(caught.value) == (
+        "the program deadlocks:\n"
+        "  rank 0 waits in 0RECV_B0 (action 2) for 1SEND_B0 (action 4 of rank 1)\n"
+        "  rank 1 waits in 1RECV_F1 (action 2) for 0SEND_F1 (action 4 of rank 0)\n"
+        "A RECEIVE waits there for its tensor, as it does on a GPU when something waits for the "
+        "whole device: post it after all actions of its rank that the tensor depends on."
+    )
+    early = program[0].pop(2)
+    validate([[*program[0][:4], early, *program[0][4:]], program[1]])
 
 
 def test_a_rank_that_only_waits_for_the_cycle_is_left_out() -> None:

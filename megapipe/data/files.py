@@ -1,0 +1,283 @@
+"""Which files a path or glob names: each real file once, and nothing left out in silence.
+
+`glob` of the standard library can't be used: it passes over directories that may not be listed,
+and follows a link to a directory above it 40 times.
+"""
+
+import fnmatch
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from megapipe.errors import DataError
+
+FORMATS = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".rst": "text",
+    ".py": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+TABLES = ("parquet", "arrow")
+COMPRESSED = (".gz", ".zst")
+MAGIC = re.compile(r"[*?[]")
+
+
+class FoundFile(NamedTuple):
+    """`identity` is the file's (device, inode): the same for all of its names."""
+
+    path: Path
+    size: int
+    identity: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Files in sorted order, and `repeats`: further names of the same files, which are not read."""
+
+    files: tuple[FoundFile, ...]
+    repeats: tuple[Path, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def __str__(self) -> str:
+        return f"{len(self.files):,} file{'s'[: len(self.files) > 1]}, {self.size:,} bytes"
+
+
+def file_format(path: Path) -> str | None:
+    """text, jsonl, parquet or arrow, by the file's name; None when it doesn't say."""
+    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+    found = FORMATS.get(suffix.lower())
+    return None if path.suffix in COMPRESSED and found in TABLES else found
+
+
+def find_files(pattern: str, key: str) -> Found:
+    """The files that a path or glob names, in sorted order.
+
+    Raises DataError, naming `key`, where there are none, and for what can't be read: a directory,
+    a link that leads nowhere, a pipe, a directory that may not be listed.
+    """
+    named = f'{key} = "{shown(pattern)}"'
+    if "\0" in pattern:
+        raise DataError(f"{named} has a NUL character, which no path can have.")
+    if os.path.isdir(pattern):
+        raise DataError(
+            f"{named} is a directory; name files in it, as in "
+            f'"{shown(pattern).rstrip("/")}/**/*.txt".'
+        )
+    names = {pattern} if os.path.lexists(pattern) else set(_match(pattern, named))
+    found = _each_once(sorted(map(Path, names)), named, entered="**" in pattern.split("/"))
+    if not found.files:
+        raise DataError(
+            f"{named} matches no file (looked from {shown(os.getcwd())}); "
+            "correct the path or quote the glob."
+        )
+    return found
+
+
+def files_below(directory: Path, key: str) -> Found:
+    """Files in a directory and below it, hidden ones too, whose names say how they are read."""
+    named = f"{key}: {shown(directory)}"
+    entries = (
+        entry for d in _directories(str(directory), named, True) for entry in _list(d, named)
+    )
+    paths = sorted(path for path in map(Path, entries) if file_format(path))
+    return _each_once(paths, named, entered=True)
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+    """A path for messages: on one line, and printable where its bytes aren't text."""
+    return "".join(map(_printable, os.fspath(path)))
+
+
+def open_unchanged(path: Path, size: int | None) -> BinaryIO:
+    """Opens a file. Raises DataError where its size isn't that found at the start, if given."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise DataError(_unreadable(path, error, vanished=size is not None)) from error
+    try:
+        check_unchanged(file, path, size)
+    except DataError:
+        file.close()
+        raise
+    return file
+
+
+def check_unchanged(file: BinaryIO, path: Path, size: int | None) -> None:
+    """Raises DataError where an open file no longer has the size found at the start, if given."""
+    now = os.fstat(file.fileno()).st_size
+    if size is not None and now != size:
+        raise DataError(
+            f"{shown(path)}: has {now:,} bytes now and had {size:,} when this run started. Data "
+            "files must not change while a run reads them: restore it and start again; the run "
+            "goes on from its last checkpoint."
+        )
+
+
+def _unreadable(path: Path, error: OSError, *, vanished: bool) -> str:
+    message = f"{shown(path)}: can't be read: {error.strerror or error}."
+    if isinstance(error, FileNotFoundError) and vanished:
+        message += (
+            " It was there when this run started: put it back and start again; the run goes on "
+            "from its last checkpoint."
+        )
+    return message
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8, as Python has it
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
+# --- Patterns ------------------------------------------------------------------------------------
+
+
+def _match(pattern: str, named: str) -> Iterator[str]:
+    """Names that match as in `glob`: * ? [] within a name, ** any directories; hidden ones only
+    where the pattern has the dot."""
+    parts: list[str] = []
+    for part in filter(None, pattern.split("/")):
+        plain = not MAGIC.search(part)
+        if plain and parts and not MAGIC.search(parts[-1]):
+            parts[-1] += f"/{part}"
+        elif not (part == "**" and parts[-1:] == ["**"]):
+            parts.append(part)
+    return _expand("/" if pattern.startswith("/") else "", parts, named)
+
+
+def _expand(base: str, parts: list[str], named: str) -> Iterator[str]:
+    part, *rest = parts
+    if part == "**":
+        for directory in _directories(base, named, hidden=False):
+            yield from _expand(directory, rest or ["*"], named)
+        return
+    if not MAGIC.search(part):
+        found = [os.path.join(base, part)]
+    else:
+        matches = re.compile(fnmatch.translate(part)).match
+        found = [
+            path
+            for path in _list(base, named)
+            if matches(name := os.path.basename(path)) and name.startswith(".") <= (part[0] == ".")
+        ]
+    for path in found:
+        if rest:
+            yield from _expand(path, rest, named)
+        elif _lexists(path, named):
+            yield path
+
+
+def _directories(base: str, named: str, hidden: bool) -> Iterator[str]:
+    """`base` and the directories below it; each real one once, so that links can't make loops."""
+    entered: set[tuple[int, int]] = set()
+    waiting = [base]
+    while waiting:
+        directory = waiting.pop()
+        identity = _directory_identity(directory or ".")
+        if identity is None or identity in entered:
+            continue
+        entered.add(identity)
+        yield directory
+        names = [name for name in _list(directory, named) if os.path.isdir(name)]
+        waiting += [
+            name for name in reversed(names) if hidden or not os.path.basename(name).startswith(".")
+        ]
+
+
+def _directory_identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino) if stat.S_ISDIR(found.st_mode) else None
+
+
+def _list(directory: str, named: str) -> list[str]:
+    """Paths of a directory's entries, sorted; none where there is no such directory."""
+    try:
+        return [os.path.join(directory, name) for name in sorted(os.listdir(directory or "."))]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DataError(
+            f"{named}: the directory {shown(directory)} can't be listed: {error.strerror}. Give "
+            "this user the right to read it, or name other files."
+        ) from error
+
+
+def _lexists(path: str, named: str) -> bool:
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise DataError(f"{named}: {shown(path)} can't be read: {error.strerror}.") from error
+    return True
+
+
+# --- What the names stand for --------------------------------------------------------------------
+
+
+def _each_once(paths: list[Path], named: str, *, entered: bool) -> Found:
+    """The regular files among `paths`. `entered`: what lies in directories is among them too."""
+    files: list[FoundFile] = []
+    repeats: list[Path] = []
+    known: set[tuple[int, int]] = set()
+    for path in paths:
+        found = _stat(path, named)
+        if stat.S_ISDIR(found.st_mode):
+            if file_format(path) and not entered:
+                raise DataError(
+                    f'{named}: {shown(path)} is a directory; name the files in it, as in "'
+                    f'{shown(path)}/*", or match only files.'
+                )
+            continue
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(
+                f"{named}: {shown(path)} is {_kind(found.st_mode)} and not a file. A run reads "
+                "its data more than once: write it to a file, or match only files."
+            )
+        identity = (found.st_dev, found.st_ino)
+        if identity in known:
+            repeats.append(path)
+            continue
+        known.add(identity)
+        files.append(FoundFile(path, found.st_size, identity))
+    return Found(tuple(files), tuple(repeats))
+
+
+def _stat(path: Path, named: str) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        if path.is_symlink():
+            raise DataError(
+                f"{named}: {shown(path)} is a link to {shown(path.readlink())}, which leads to no "
+                "file. Mend or remove it."
+            ) from error
+        raise DataError(f"{named}: {shown(path)} can't be read: {error.strerror}.") from error
+
+
+def _kind(mode: int) -> str:
+    kinds: dict[Callable[[int], bool], str] = {
+        stat.S_ISFIFO: "a pipe",
+        stat.S_ISSOCK: "a socket",
+        stat.S_ISCHR: "a device",
+        stat.S_ISBLK: "a device",
+    }
+    return next((name for holds, name in kinds.items() if holds(mode)), "something else")

@@ -1,0 +1,67 @@
+"""Files that are whole or not there, after a crash of the machine too."""
+
+import errno
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_durably(path: Path, parts: Iterable[bytes | memoryview], mode: int = 0o640) -> None:
+    """Create `path` (it must not exist) with `parts` and return when they are on the disk."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags, mode)
+    try:
+        write_all(descriptor, parts)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write `path` with `parts`: after a crash it has all of the old content or all of the new.
+
+    A link is followed, and the file that it leads to is replaced. Raises OSError, also where
+    `path` is a device or a pipe.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        kind = errno.EISDIR if path.is_dir() else errno.EINVAL
+        raise OSError(kind, "is not a regular file", str(path))
+    # A random name: a process that was killed may have left one under this process's number.
+    scratch = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}")
+    try:
+        write_durably(scratch, parts, mode=0o666)
+        os.replace(scratch, path)
+        sync_directory(path.parent)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def append_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Add `parts` at the end of `path`, which is made where it does not exist."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    descriptor = os.open(path, flags, 0o666)
+    try:
+        write_all(descriptor, parts)
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    sync_directory(path.parent)
+
+
+def write_all(descriptor: int, parts: Iterable[bytes | memoryview]) -> None:
+    """Write every byte, however few the system takes at a time."""
+    for part in parts:
+        rest = memoryview(part)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

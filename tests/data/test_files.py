@@ -1,0 +1,166 @@
+"""Which files a pattern names: as glob has it, but each once and nothing passed over."""
+
+import glob
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megapipe.data.files import Found, files_below, find_files, shown
+from megapipe.errors import DataError
+from tests.data.samples import write
+
+
+def names(found: Found, root: Path) -> list[str]:
+    return [str(file.path.relative_to(root)) for file in found.files]
+
+
+NAMES = st.sampled_from(["a", "b.txt", ".c.txt", "[d].txt", "e?", "a.txt"])
+PARTS = st.sampled_from(["a", "*", "**", "*.txt", "?.txt", "[ab]*", "[[]d].txt", ".*", ".", "e[?]"])
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.lists(st.lists(NAMES, min_size=1, max_size=3)), st.lists(PARTS, min_size=1, max_size=4))
+def test_patterns_match_what_glob_matches(
+    tmp_path_factory: pytest.TempPathFactory, paths: list[list[str]], pattern: list[str]
+) -> None:
+    root = tmp_path_factory.mktemp("tree")
+    for parts in paths:
+        path = root.joinpath(*parts)
+        if not path.exists() and all(
+            parent.is_dir() or not parent.exists() for parent in path.parents
+        ):
+            write(path, b"x")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        for start in (root, Path()):
+            text = os.path.join(start, *pattern)
+            expected = sorted(
+                {Path(p) for p in glob.glob(text, recursive=True) if os.path.isfile(p)}
+            )
+            found = paths_or_error(text)
+            if isinstance(found, str):
+                assert "is a directory" in found or ("matches no file" in found and not expected)
+            else:
+                assert found == expected
+
+
+def paths_or_error(pattern: str) -> list[Path] | str:
+    try:
+        return [file.path for file in find_files(pattern, "k").files]
+    except DataError as error:
+        return str(error)
+
+
+def test_each_real_file_is_found_once_and_loops_end(tmp_path: Path) -> None:
+    for part in range(3):
+        write(tmp_path / "data" / "sub" / f"s{part}.txt", b"x" * part)
+    data = tmp_path / "data"
+    (data / "current").symlink_to(".")
+    (data / "sub" / "up").symlink_to("..")
+    (data / "sub" / "latest.txt").symlink_to("s1.txt")
+    os.link(data / "sub" / "s2.txt", data / "sub" / "z.txt")
+    found = find_files(f"{data}/**/*.txt", "k")
+    assert names(found, data) == ["sub/latest.txt", "sub/s0.txt", "sub/s2.txt"]
+    assert [path.name for path in found.repeats] == ["s1.txt", "z.txt"]
+    assert str(found) == "3 files, 3 bytes"
+    assert names(files_below(data, "FILES"), data) == names(found, data)
+
+
+def test_a_linked_directory_of_files_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "store" / "a.txt", b"x")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "web").symlink_to("../store")
+    assert names(find_files(f"{tmp_path}/data/**/*.txt", "k"), tmp_path) == ["data/web/a.txt"]
+
+
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(path))
+
+
+ODD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "dangling link": (lambda path: path.symlink_to("../gone"), r"a link to \.\./gone, which leads"),
+    "link to itself": (lambda path: path.symlink_to(path.name), "which leads to no file"),
+    "pipe": (os.mkfifo, "is a pipe and not a file"),
+    "socket": (make_socket, "is a socket and not a file"),
+    "device": (lambda path: path.symlink_to("/dev/null"), "is a device and not a file"),
+    "directory": (
+        lambda path: path.mkdir(),
+        r'is a directory; name the files in it, as in ".*/\*"',
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_no_file_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the path of a socket has to be short
+    write(Path("a.txt"), b"x")
+    make, said = ODD[kind]
+    make(Path("odd.txt"))
+    with pytest.raises(DataError, match=rf'k = "\*\.txt": odd\.txt .*{said}'):
+        find_files("*.txt", "k")
+    if kind != "directory":
+        with pytest.raises(DataError, match=r"odd\.txt"):
+            find_files("odd.txt", "k")
+
+
+def test_directories_that_a_pattern_goes_into_are_no_error(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet" / "part-0.parquet", b"x")
+    write(tmp_path / "b" / "c.txt", b"x")
+    write(tmp_path / "d.txt", b"x")
+    assert names(find_files(f"{tmp_path}/**/*.parquet", "k"), tmp_path) == [
+        "a.parquet/part-0.parquet"
+    ]
+    assert names(find_files(f"{tmp_path}/[bd]*", "k"), tmp_path) == ["d.txt"]
+
+
+@pytest.mark.parametrize("pattern", ["locked/*.txt", "**/*.txt", "*/a.txt"])
+def test_a_directory_that_may_not_be_listed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str
+) -> None:
+    write(tmp_path / "locked" / "a.txt", b"x")
+    write(tmp_path / "open" / "a.txt", b"x")
+    listdir, locked = os.listdir, str(tmp_path / ("locked" if "*/a" not in pattern else ""))
+
+    def refuse(path: str) -> list[str]:
+        if path.rstrip("/") == locked.rstrip("/"):
+            raise PermissionError(13, "Permission denied", path)
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", refuse)  # tests may run as root, who may list all
+    with pytest.raises(DataError, match=r"k = .*: the directory .* can't be listed: Permission"):
+        find_files(f"{tmp_path}/{pattern}", "k")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "x" * 300 + ".txt",
+        "x/" * 3000 + "a.txt",
+        "x/*/" * 3000 + "a.txt",
+        "**/" * 3000 + "a",
+        "x" * 300 + "/*",
+    ],
+)
+def test_names_that_are_too_long(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(DataError, match=r"k = .*(File name too long|matches no file)"):
+        find_files(f"{tmp_path}/{pattern}", "k")
+
+
+def test_a_path_with_a_nul(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r'k = "a\\x00b" has a NUL'):
+        find_files("a\0b", "k")
+
+
+def test_names_are_shown_on_one_line_whatever_they_are() -> None:
+    assert shown("data/é漢 [x] %20.txt") == "data/é漢 [x] %20.txt"
+    assert (
+        shown(b"caf\xe9\n\x1b[1m.txt".decode("utf-8", "surrogateescape")) == r"caf\xe9\n\x1b[1m.txt"
+    )

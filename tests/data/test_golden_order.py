@@ -1,0 +1,169 @@
+"""What is read from healthy files, and in which order, stays the same bit by bit.
+
+The hashes were computed with the readers of the first version. A change here is a change of every
+run that goes on from a checkpoint.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from megapipe.config import SourceConfig
+from megapipe.data.sources import open_source
+from tests.data.samples import data_config, digest, document, jsonl, open_feed, write
+
+STREAMS = 4
+
+
+def lines(start: int, count: int) -> list[str]:
+    return [f"{document(n)} é漢🎉"[: 8 + n % 40] for n in range(start, start + count)]
+
+
+def write_texts(directory: Path, suffix: str = "") -> str:
+    for part in range(3):
+        text = "\n".join(
+            line + "\n" * (n % 5 == 0) + "\r" * (n % 7 == 0)
+            for n, line in enumerate(lines(part * 1000, 300 + 50 * part))
+        )
+        write(directory / f"{part}.txt{suffix}", text.encode())
+    return str(directory / f"*.txt{suffix}")
+
+
+def write_long_text(directory: Path) -> str:
+    """One paragraph of 9 MB, in lines."""
+    write(directory / "long.txt", ("\n".join(lines(0, 40_000)) * 8).encode())
+    return str(directory / "long.txt")
+
+
+def write_jsonl(directory: Path, suffix: str = "") -> str:
+    for part in range(3):
+        rows = jsonl(lines(part * 1000, 200 + 40 * part))
+        write(directory / f"{part}.jsonl{suffix}", rows + b"\n" + jsonl(["last"]))
+    return str(directory / f"*.jsonl{suffix}")
+
+
+def table(part: int, rows: int) -> pa.Table:
+    return pa.table({"id": range(rows), "text": lines(part * 1000, rows), "label": [part] * rows})
+
+
+def write_parquet(directory: Path) -> str:
+    """Row groups larger and smaller than the 256 rows that are read at once."""
+    directory.mkdir(parents=True)
+    for part, group in enumerate((700, 100, 300)):
+        pq.write_table(table(part, 900), directory / f"{part}.parquet", row_group_size=group)
+    return str(directory / "*.parquet")
+
+
+def write_arrow(directory: Path, make: Callable[..., Any]) -> str:
+    directory.mkdir(parents=True)
+    for part, chunk in enumerate((600, 100)):
+        whole = table(part, 700)
+        path = str(directory / f"{part}.arrow")
+        with pa.OSFile(path, "wb") as file, make(file, whole.schema) as writer:
+            writer.write_table(whole, max_chunksize=chunk)
+    return str(directory / "*.arrow")
+
+
+WRITERS: dict[str, Callable[[Path], SourceConfig]] = {
+    **{
+        f"text-{documents}{suffix}": lambda directory, d=documents, s=suffix: SourceConfig(  # type: ignore[misc]
+            path=write_texts(directory, s), documents=d
+        )
+        for documents in ("file", "line", "blank-line")
+        for suffix in ("", ".gz", ".zst")
+    },
+    "text-long-file": lambda d: SourceConfig(path=write_long_text(d), documents="file"),
+    "text-long-paragraph": lambda d: SourceConfig(path=write_long_text(d), documents="blank-line"),
+    "jsonl": lambda d: SourceConfig(path=write_jsonl(d)),
+    "jsonl.gz": lambda d: SourceConfig(path=write_jsonl(d, ".gz")),
+    "jsonl.zst": lambda d: SourceConfig(path=write_jsonl(d, ".zst")),
+    "parquet": lambda d: SourceConfig(path=write_parquet(d)),
+    "arrow-stream": lambda d: SourceConfig(path=write_arrow(d, pa.ipc.new_stream)),
+    "arrow-file": lambda d: SourceConfig(path=write_arrow(d, pa.ipc.new_file)),
+}
+
+ROWS = {
+    "text-file": "23ebb5e5ca7f407b",
+    "text-file.gz": "23ebb5e5ca7f407b",
+    "text-file.zst": "23ebb5e5ca7f407b",
+    "text-line": "3f0c210c8dee44b2",
+    "text-line.gz": "3f0c210c8dee44b2",
+    "text-line.zst": "3f0c210c8dee44b2",
+    "text-blank-line": "2f7f476ea9b84e4b",
+    "text-blank-line.gz": "2f7f476ea9b84e4b",
+    "text-blank-line.zst": "2f7f476ea9b84e4b",
+    "text-long-file": "ec3eb239189429dd",
+    "text-long-paragraph": "1a6c56b0e0946887",
+    "jsonl": "7b59c77cddd33470",
+    "jsonl.gz": "7b59c77cddd33470",
+    "jsonl.zst": "7b59c77cddd33470",
+    "parquet": "f1a229cf5c42131a",
+    "arrow-stream": "5c529713ef3a1924",
+    "arrow-file": "5c529713ef3a1924",
+}
+BATCHES = {
+    "text-file": "ba14b30f3835c656",
+    "text-file.gz": "ba14b30f3835c656",
+    "text-file.zst": "ba14b30f3835c656",
+    "text-line": "22a0bb1de971c28f",
+    "text-line.gz": "22a0bb1de971c28f",
+    "text-line.zst": "22a0bb1de971c28f",
+    "text-blank-line": "ee04b76679ef404c",
+    "text-blank-line.gz": "ee04b76679ef404c",
+    "text-blank-line.zst": "ee04b76679ef404c",
+    "jsonl": "61cc21030251fc53",
+    "jsonl.gz": "61cc21030251fc53",
+    "jsonl.zst": "61cc21030251fc53",
+    "parquet": "1f561179d6536c61",
+    "arrow-stream": "f75a84781b2dda43",
+    "arrow-file": "f75a84781b2dda43",
+    "blend 0.0": "9fc3b29faf69d349",
+    "blend 0.2": "9c7e51e762e39bae",
+}
+
+
+def rows_digest(config: SourceConfig) -> str:
+    """Of every row's file, number, text and the offset behind it."""
+    source = open_source(config, "data.sources[0]", STREAMS)
+    found = hashlib.sha256()
+    for index, file in enumerate(source.files):
+        for number, (raw, offset) in enumerate(file.rows(0, 0)):
+            found.update(f"{index} {number} {offset} {source.text(index, raw)!r}\n".encode())
+    return found.hexdigest()[:16]
+
+
+def batches_digest(*sources: SourceConfig, steps: int, size: int, **fields: Any) -> str:
+    config = data_config(*sources, streams=STREAMS, shuffle_block=64, **fields)
+    feeds = [open_feed(config, rank, size) for rank in range(size)]
+    found = [digest([next(feed) for feed in feeds]) for _ in range(steps)]
+    for feed in feeds:
+        feed.close()
+    return hashlib.sha256("".join(found).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_rows_of_healthy_files(tmp_path: Path, name: str) -> None:
+    assert rows_digest(WRITERS[name](tmp_path / "data")) == ROWS[name]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("name", [name for name in WRITERS if "long" not in name])
+def test_batches_of_healthy_files(tmp_path: Path, name: str, size: int) -> None:
+    config = WRITERS[name](tmp_path / "data")
+    assert batches_digest(config, steps=150, size=size) == BATCHES[name]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("fraction", [0.0, 0.2])
+def test_batches_of_a_blend(tmp_path: Path, fraction: float, size: int) -> None:
+    sources = [
+        WRITERS[name](tmp_path / name).model_copy(update={"weight": weight})
+        for name, weight in [("text-line", 3.0), ("parquet", 1.0), ("jsonl.zst", 2.0)]
+    ]
+    found = batches_digest(*sources, steps=200, size=size, validation_fraction=fraction)
+    assert found == BATCHES[f"blend {fraction}"]

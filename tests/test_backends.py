@@ -1,0 +1,246 @@
+"""What ranks exchange: over gloo on CPUs, and over NCCL where there are two or four GPUs.
+
+    pytest -m gpu tests/test_backends.py
+
+The same functions run on both, so that they are known to work before GPUs are paid for. On GPUs
+they cover every schedule; on CPUs tests/test_layouts.py does.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megapipe.config import Config, load_config
+from megapipe.data.distribute import _share
+from megapipe.errors import DataError
+from megapipe.exchange import all_gather_json, gather_json
+from megapipe.mesh import Mesh, build_mesh
+from megapipe.models.build import build_stages
+from megapipe.models.presets import PRESETS
+from megapipe.pipeline.p2p import gloo_channels, make_channels
+from megapipe.pipeline.program import lowered_program, with_program
+from megapipe.pipeline.schedule import SCHEDULES
+from megapipe.train.checkpoints import Checkpoints, Progress
+from megapipe.train.engine import Engine
+from megapipe.train.proof import Verdict, one_process, prove, synthetic_tokens
+from tests.ranks import run_ranks
+
+CONFIG = Path(__file__).parent / "configs" / "llama_shape.toml"
+ON_GPUS = [pytest.param("cuda", size, marks=pytest.mark.gpu) for size in (2, 4)]
+DEVICES = pytest.mark.parametrize(("device", "size"), [("cpu", 2), ("cpu", 4), *ON_GPUS])
+ROUNDS = 3
+
+
+def run(function: object, device: str, size: int, *args: object) -> list[object]:
+    """Skips where there are fewer GPUs."""
+    if device == "cuda" and torch.cuda.device_count() < size:
+        pytest.skip(f"needs {size} GPUs, and there are {torch.cuda.device_count()}")
+    return run_ranks(function, size, *args, device=device, timeout=240)  # type: ignore[arg-type]
+
+
+def device_of(name: str) -> torch.device:
+    """A rank's own."""
+    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+
+
+def mesh_of(config: Config, device: str) -> Mesh:
+    parallel = config.parallel
+    assert parallel.data is not None
+    return build_mesh(
+        pipeline=parallel.pipeline,
+        data=parallel.data,
+        tensor=parallel.tensor,
+        device=device_of(device),
+    )
+
+
+def config(*words: str) -> Config:
+    small = ("--train.global_batch_size=8", "--train.micro_batch_size=1", "--parallel.data=1")
+    return load_config(CONFIG, [*small, *words], PRESETS)
+
+
+# --- Channels ------------------------------------------------------------------------------------
+
+
+def ping_pong(device: str) -> list[tuple[int, int, float]]:
+    """Each rank sends to both neighbours and receives from both, receives posted first; what came,
+    as (source, round, value)."""
+    size = dist.get_world_size()
+    mesh = build_mesh(pipeline=size, data=1, tensor=1, device=device_of(device))
+    channels = make_channels(mesh) if device == "cuda" else gloo_channels(mesh)
+    rank, found = mesh.rank, []
+    neighbours = sorted({(rank - 1) % size, (rank + 1) % size})
+    for number in range(ROUNDS):
+        tag = 1 + number
+        posted = []
+        for other in neighbours:
+            buffer = torch.full((1000,), -1.0, device=mesh.device)
+            posted.append((other, buffer, channels[other, rank].receive(buffer, tag)))
+        for other in neighbours:
+            value = float(100 * rank + 10 * other + number)
+            channels[rank, other].send(torch.full((1000,), value, device=mesh.device), tag)
+        for other, buffer, arrival in posted:
+            arrival.wait()
+            assert buffer.unique().numel() == 1
+            found.append((other, number, float(buffer[0])))
+        channels.finish()
+    return found
+
+
+@DEVICES
+def test_channels_in_both_directions_at_once(device: str, size: int) -> None:
+    for rank, found in enumerate(run(ping_pong, device, size, device)):
+        neighbours = sorted({(rank - 1) % size, (rank + 1) % size})
+        assert found == [
+            (other, number, float(100 * other + 10 * rank + number))
+            for number in range(ROUNDS)
+            for other in neighbours
+        ]
+
+
+# --- Exchange ------------------------------------------------------------------------------------
+
+
+def value_of(rank: int) -> dict[str, object]:
+    """JSON of a length of its own."""
+    return {"rank": rank, "text": "é\u20ac" * 1000 * rank, "none": None}
+
+
+def exchange() -> tuple[list[object], list[object] | None]:
+    own = value_of(dist.get_rank())
+    return all_gather_json(own, None), gather_json(own, None)
+
+
+@DEVICES
+def test_json_reaches_all_ranks_or_the_first(device: str, size: int) -> None:
+    everything = [value_of(rank) for rank in range(size)]
+    for rank, (gathered, at_first) in enumerate(run(exchange, device, size)):  # type: ignore[misc]
+        assert gathered == everything
+        assert at_first == (everything if rank == 0 else None)
+
+
+# --- Tokens --------------------------------------------------------------------------------------
+
+
+def broadcast(device: str, fails: bool) -> tuple[list[int], str]:
+    """What a rank of one replica gets of its reader's words, and on which device."""
+    mesh = build_mesh(pipeline=dist.get_world_size(), data=1, tensor=1, device=device_of(device))
+    wire = torch.zeros(1000, dtype=torch.int32)
+
+    def read() -> None:
+        if fails:
+            raise DataError("no text in corpus.jsonl: é")
+        wire[2:] = torch.arange(998, dtype=torch.int32)
+
+    _, got = _share(mesh, read, wire)
+    return got.tolist(), got.device.type
+
+
+@DEVICES
+def test_every_rank_of_a_replica_gets_the_tokens(device: str, size: int) -> None:
+    expected = ([0, 0, *range(998)], device)
+    assert run(broadcast, device, size, device, False) == [expected] * size
+
+
+def told_error(device: str) -> str:
+    try:
+        broadcast(device, fails=True)
+    except DataError as error:
+        return str(error)
+    return "nothing"
+
+
+@DEVICES
+def test_every_rank_of_a_replica_gets_the_readers_error(device: str, size: int) -> None:
+    assert run(told_error, device, size, device) == ["no text in corpus.jsonl: é"] * size
+
+
+# --- Steps ---------------------------------------------------------------------------------------
+
+
+def stepped(given: Config, device: str) -> Verdict | None:
+    return prove(given, mesh_of(given, device), build_stages, synthetic_tokens(given), steps=1)
+
+
+def loss_on_a_cpu(given: Config) -> float:
+    """Of the first step in one process."""
+    mesh, one = Mesh.single(torch.device("cpu")), one_process(given)
+    return Engine(one, mesh, build_stages).train_step(synthetic_tokens(one)(0, mesh), 0.0).loss
+
+
+def layouts(size: int) -> list[tuple[str, ...]]:
+    """Every schedule, with the fewest chunks that it takes, and the other axes."""
+    pipelines = [
+        (f"pipeline={size}", f"virtual={definition.chunks[0]}", f"schedule={name}")
+        for name, definition in SCHEDULES.items()
+    ]
+    others = [(f"tensor={size}",), (f"tensor={size}", "sequence_parallel=true"), (f"data={size}",)]
+    return [*pipelines, *others, *([("tensor=2", "pipeline=2")] if size == 4 else [])]
+
+
+HERE = [
+    ("cpu", 2, ("pipeline=2", "schedule=1f1b")),
+    ("cpu", 4, ("pipeline=2", "data=2", "virtual=2", "schedule=v-min")),
+]
+THERE = [
+    pytest.param("cuda", size, words, marks=pytest.mark.gpu)
+    for size in (2, 4)
+    for words in layouts(size)
+]
+
+
+@pytest.mark.parametrize(("device", "size", "words"), [*HERE, *THERE])
+def test_a_step_is_that_of_one_process(device: str, size: int, words: tuple[str, ...]) -> None:
+    """In float64, on the same device and on a CPU."""
+    layout = [f"--parallel.{word}" for word in words]
+    given = config("--model.num_layers=8", *layout)
+    verdict = run(stepped, device, size, given, device)[0]
+    assert isinstance(verdict, Verdict)
+    assert {row.rank for row in verdict.differences if row.kind == "gradient"} == set(range(size))
+    assert verdict.first_beyond(1e-9) is None
+    ((loss, _),) = verdict.losses
+    assert loss == pytest.approx(run_ranks(loss_on_a_cpu, 1, given)[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_layouts_for_gpus_have_programs(size: int) -> None:
+    """What runs there only must not fail there for its config."""
+    for words in layouts(size):
+        given = config("--model.num_layers=8", *(f"--parallel.{word}" for word in words))
+        parallel = given.parallel
+        assert len(lowered_program(with_program(given))) == parallel.pipeline
+        assert parallel.pipeline * parallel.tensor * (parallel.data or 1) == size
+
+
+# --- Checkpoints ---------------------------------------------------------------------------------
+
+
+def saved_and_loaded(given: Config, device: str) -> tuple[list[float], list[float]]:
+    """The second step's loss and norm, without a stop and after one."""
+    mesh = mesh_of(given, device)
+    tokens = partial(synthetic_tokens(given), mesh=mesh)
+
+    def fresh() -> tuple[Engine, Checkpoints]:
+        engine = Engine(given, mesh, build_stages)
+        return engine, Checkpoints(given, mesh, engine, {"config.toml": b""}, say=str)
+
+    engine, checkpoints = fresh()
+    first = engine.train_step(tokens(0), 1e-2)
+    checkpoints.save(Progress(1, first.tokens), {})
+    resumed, checkpoints = fresh()
+    assert checkpoints.restore() == (Progress(1, first.tokens), {})
+    results = [one.train_step(tokens(1), 1e-2) for one in (engine, resumed)]
+    before, after = ([result.loss, result.grad_norm] for result in results)
+    return before, after
+
+
+@DEVICES
+def test_a_checkpoint_goes_on_bit_by_bit(device: str, size: int, tmp_path: Path) -> None:
+    layout = (f"--parallel.pipeline={size // 2}", "--parallel.tensor=2", "--train.precision=bf16")
+    given = config(f"--train.run_dir={tmp_path}", *layout)
+    for before, after in run(saved_and_loaded, device, size, given, device):  # type: ignore[misc]
+        assert before == after
+        assert len(set(before)) == 2
