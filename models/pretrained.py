@@ -9,6 +9,7 @@ from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.checkpoint.retention import newest_valid
 from megapipe.checkpoint.steps import MANIFEST_NAME, check_names, committed
 from megapipe.config import ModelConfig
+from megapipe.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from megapipe.errors import CheckpointError
 from megapipe.kernel_choice import KernelChoice
 from megapipe.mesh import Axis
@@ -64,6 +65,20 @@ def load_pretrained(
     module = PretrainedGPT(model_config(reader), dtype, torch.device(device))
     fill(module, reader)
     return module
+
+
+def load_kept_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer that a checkpoint keeps, wherever the run's own has gone; `path` as above.
+
+    Raises CheckpointError if it keeps none, or a byte of it is damaged.
+    """
+    reader = open_checkpoint(find_checkpoint(Path(path)))
+    name = next((name for name in TOKENIZER_FILES if name in reader.files), None)
+    if name is None:
+        raise CheckpointError(f"{reader.path} holds no tokenizer")
+    for file in reader.files:
+        reader.read_file(file)  # verifies it
+    return load_tokenizer(reader.path / name, key=None)
 
 
 def find_checkpoint(path: Path) -> Path:

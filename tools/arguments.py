@@ -88,9 +88,18 @@ def path_argument(text: str) -> Path:
 
 
 def text_argument(text: str) -> str:
-    """An argparse type for text that goes to a tokenizer. Raises UsageError."""
-    if not is_unicode(text):
-        raise UsageError(f"{text!a} is not UTF-8 text. Convert it, with iconv for example.")
+    """An argparse type for text that goes to a tokenizer.
+
+    Raises ArgumentTypeError for bytes that are not UTF-8, which Python keeps as lone surrogates.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        byte = f"0x{ord(text[error.start]) - 0xDC00:02x}"
+        raise argparse.ArgumentTypeError(
+            f"not UTF-8 text: character {error.start + 1} is byte {byte}. Convert it, or see that "
+            "the locale is a UTF-8 one"
+        ) from None
     return text
 
 

@@ -6,6 +6,7 @@ A command is a file of this folder with `run(argv) -> int`, imported when it is 
 
 import difflib
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence

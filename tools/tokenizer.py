@@ -1,10 +1,11 @@
-"""`megapipe tokenizer train FILES...` and `megapipe tokenizer inspect M.model|DIR`."""
+"""`megapipe tokenizer train FILES...` and `megapipe tokenizer inspect FILE|DIR`."""
 
 import argparse
 import io
 import os
 import re
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,20 +15,24 @@ from megapipe.config import SourceConfig
 from megapipe.config.paths import escape_path
 from megapipe.data.files import COMPRESSED, Found, files_below, find_files, shown
 from megapipe.data.rows import BadRowError
+from megapipe.data.sentencepiece_tokenizer import META_SPACE
 from megapipe.data.sources import Source, open_found
+from megapipe.data.text_check import check_texts, name_characters
 from megapipe.data.tokenizer import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
+    not_used_beside,
 )
 from megapipe.errors import DataError
-from megapipe.files import sync_directory, write_durably
+from megapipe.files import replace_durably
 from megapipe.tools.arguments import Parser, check_output, path_argument, text_argument
 
 SENTENCE_CHARACTERS = 4000
 SENTENCE_BYTES = 4 * SENTENCE_CHARACTERS  # sentencepiece leaves out what is longer than its limit
 CHECKED_BYTES = 2 << 20
+MAX_VOCABULARY = 10_000_000
 SAMPLE_TEXT = 'def greet(name):\n    print(f"Hello, {name}!")\n'
 
 SETTINGS: dict[str, Any] = {
@@ -40,8 +45,8 @@ SETTINGS: dict[str, Any] = {
     "allow_whitespace_only_pieces": True,
     "character_coverage": 0.9999,
 }
-"""With these, text comes back byte by byte and ids are the same after export to Hugging Face.
-Line ends are not part of pieces: they are the byte piece <0x0A>, as in Llama 2."""
+"""With these, text comes back byte by byte, U+2581 apart, and ids are the same after export to
+Hugging Face. Line ends are not part of pieces: they are the byte piece <0x0A>, as in Llama 2."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -59,8 +64,9 @@ def _parser() -> Parser:
         "train",
         command="tokenizer train",
         help="train a byte-pair tokenizer on text files",
-        description="Train a lossless sentencepiece BPE tokenizer. The same files give the same "
-        "model.",
+        description="Train a sentencepiece BPE tokenizer that knows every byte: text comes back as "
+        "it was, except for the character U+2581, which sentencepiece writes for a space and which "
+        "comes back as one. The same files give the same model.",
     )
     train.add_argument(
         "files",
@@ -86,7 +92,7 @@ def _parser() -> Parser:
         description="Describe a tokenizer and show it at work.",
     )
     inspect.add_argument(
-        "path", type=path_argument, help="a .model file or a Hugging Face directory"
+        "path", type=path_argument, help="a .model or .json file, or a directory with one"
     )
     inspect.add_argument(
         "--text", type=text_argument, default=SAMPLE_TEXT, help="the text to tokenise"
@@ -118,6 +124,7 @@ class Corpus:
     texts: int = 0
     sample: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    meta_spaces: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -129,6 +136,7 @@ class Corpus:
         checked = Sampler(min(1.0, CHECKED_BYTES / self.total_bytes))
         for text in self._texts():
             self.texts += 1
+            self.meta_spaces += text.count(META_SPACE)
             if checked.takes(len(text)) or not self.sample:
                 self.sample.append(text[: CHECKED_BYTES // 4])
             for line in text.split("\n"):
@@ -152,34 +160,52 @@ class Corpus:
 
 def _train(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
-    if out.suffix != ".model":
-        raise DataError(f"--out {out} has to end with .model, by which a config knows its kind.")
-    if arguments.sample_bytes <= 0:
-        raise DataError(f"--sample-bytes {arguments.sample_bytes} has to be above 0.")
-    check_output("--out", out)
+    _check(arguments)
+    replaced = out.exists()
     corpus = Corpus(_open_all(arguments.files, arguments.text_field))
     started = time.perf_counter()
     content = _train_model(corpus, arguments.vocab_size, arguments.sample_bytes)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name[:40]}.{os.getpid()}")
-    try:
-        partial.unlink(missing_ok=True)
-        write_durably(partial, [content], mode=0o666)
-        tokenizer = SentencePieceTokenizer(partial)
-        partial.replace(out)
-        sync_directory(out.parent)
-    except OSError as error:
-        raise DataError(f"--out {out} can't be written: {error.strerror}.") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    tokenizer = SentencePieceTokenizer(out, content)
+    _write(out, content)
     _print_skipped(corpus.skipped)
     seconds = time.perf_counter() - started
     files = sum(len(source.files) for source in corpus.sources)
-    print(f"{out}: {tokenizer.vocab_size:,} tokens, trained in {seconds:.1f} s")
+    print(f"{_printable(out)}: {tokenizer.vocab_size:,} tokens, trained in {seconds:.1f} s")
+    if replaced:
+        print("  replaced    the tokenizer that had this name")
     print(f"  text        {files:,} files, {corpus.total_bytes:,} bytes")
     print(f"  end token   {tokenizer.end_of_document}")
     print(f"  {_measure(tokenizer, corpus.sample)}")
+    if corpus.meta_spaces:
+        print(
+            f"  changed     {name_characters(Counter({META_SPACE: corpus.meta_spaces}))} in the "
+            "text: sentencepiece writes it for a space, and it comes back as one"
+        )
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Raises DataError for what would fail only after the training."""
+    if arguments.out.suffix != ".model":
+        raise DataError(
+            f"--out {arguments.out} has to end with .model, by which a config knows its kind."
+        )
+    if arguments.sample_bytes <= 0:
+        raise DataError(f"--sample-bytes {arguments.sample_bytes} has to be above 0.")
+    if not 0 < arguments.vocab_size <= MAX_VOCABULARY:
+        raise DataError(
+            f"--vocab-size {arguments.vocab_size} has to be from 1 to {MAX_VOCABULARY:,}."
+        )
+    check_output("--out", arguments.out)
+
+
+def _write(out: Path, content: bytes) -> None:
+    """In one step, so that there is never half a file of that name."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_durably(out, [content])
+    except OSError as error:
+        raise DataError(f"--out {out} can't be written: {error.strerror}.") from error
 
 
 def _open_all(patterns: Sequence[str], text_field: str) -> list[Source]:
@@ -244,37 +270,38 @@ def _trainer_message(error: str, vocab_size: int) -> str:
 
 def _print_skipped(skipped: Sequence[str], shown: int = 5) -> None:
     for line in skipped[:shown]:
-        print(f"skipped {line}")
+        print(f"skipped {_printable(line)}")
     if len(skipped) > shown:
         print(f"skipped {len(skipped) - shown} more rows that are empty, malformed or not UTF-8")
 
 
 def _measure(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
-    """Bytes per token, and whether texts come back as they were."""
-    size = sum(len(text.encode()) for text in texts)
-    encoded = tokenizer.encode_batch(texts)
-    tokens = sum(map(len, encoded))
-    lossy = [
-        text for text, ids in zip(texts, encoded, strict=True) if tokenizer.decode(ids) != text
-    ]
-    verdict = f"{len(texts) - len(lossy)} of {len(texts)} texts come back exactly"
-    return f"measured    {size / max(tokens, 1):.2f} bytes per token; {verdict}"
+    """Bytes per token, what is unknown, and whether texts come back as they were."""
+    check = check_texts(tokenizer, texts)
+    return f"measured    {check.bytes_per_token:.2f} bytes per token; {check.verdict()}"
+
+
+def _printable(path: Path | str) -> str:
+    """A name whose bytes are not UTF-8 can't be printed as it is."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    tokenizer = load_tokenizer(arguments.path)
+    tokenizer = load_tokenizer(arguments.path, key=None)
     lines = {
-        "vocabulary": f"{tokenizer.vocab_size:,} tokens",
-        "end token": str(tokenizer.end_of_document),
+        "vocabulary": f"{len(tokenizer.ids):,} tokens{_numbers(tokenizer)}",
+        "end token": f"{tokenizer.end_of_document} ({tokenizer.end_of_document_from})",
         "sha256": tokenizer.sha256,
-        "files": ", ".join(path.name for path in tokenizer.files),
+        "files": ", ".join(path.name for path in tokenizer.files.values()),
     }
+    if others := not_used_beside(tokenizer, arguments.path):
+        lines["not used"] = ", ".join(others)
     lines |= (
         _sentencepiece_lines(tokenizer)
         if isinstance(tokenizer, SentencePieceTokenizer)
         else _hugging_face_lines(tokenizer)
     )
-    print(arguments.path)
+    print(_printable(tokenizer.path))
     for name, value in lines.items():
         print(f"  {name:<12}{value}")
     ids = tokenizer.encode(arguments.text)
@@ -285,11 +312,16 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _numbers(tokenizer: Tokenizer) -> str:
+    gaps = tokenizer.vocab_size - len(tokenizer.ids)
+    return f", numbered up to {tokenizer.vocab_size - 1:,} with {gaps:,} gaps" if gaps else ""
+
+
 def _sentencepiece_lines(tokenizer: SentencePieceTokenizer) -> dict[str, str]:
     from sentencepiece import sentencepiece_model_pb2
 
     messages: Any = sentencepiece_model_pb2
-    model = messages.ModelProto.FromString(tokenizer.files[0].read_bytes())
+    model = messages.ModelProto.FromString(tokenizer.path.read_bytes())
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     processor = tokenizer.processor
     kind = trainer.ModelType.Name(trainer.model_type).lower()

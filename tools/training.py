@@ -4,6 +4,7 @@ Everything that a start can find wrong is found before the first step, on all ra
 before anything is written.
 """
 
+import os
 import shlex
 import signal
 import sys
@@ -22,7 +23,7 @@ from megapipe.checkpoint.exchange import Peers
 from megapipe.checkpoint.steps import step_name
 from megapipe.config import Config, ParallelConfig, check_layout, dump_config
 from megapipe.data.distribute import ReplicaFeed
-from megapipe.data.tokenizer import SentencePieceTokenizer, load_tokenizer
+from megapipe.data.tokenizer import load_tokenizer
 from megapipe.errors import ConfigError, MegapipeError
 from megapipe.kernel_choice import choose_kernels
 from megapipe.mesh import Mesh, build_mesh
@@ -35,6 +36,7 @@ from megapipe.pipeline.program import stage_placement
 from megapipe.precision import keep_sums_wide
 from megapipe.tools.cli import render
 from megapipe.tools.dry_run import layout_lines
+from megapipe.tools.environment import environment_lines
 from megapipe.tools.launcher import launch_local
 from megapipe.tools.rendezvous import (
     Rendezvous,
@@ -42,12 +44,13 @@ from megapipe.tools.rendezvous import (
     from_environment,
     init_process_group,
 )
+from megapipe.tools.start_report import text_lines
 from megapipe.train.auto import check_activation_bytes, settle_program
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine
 from megapipe.train.loggers import Loggers
 from megapipe.train.loop import Run, train
-from megapipe.train.run_directory import RunLock, plan_start, write_config
+from megapipe.train.run_directory import RunLock, from_first, plan_start, write_config
 from megapipe.train.signals import StopRequest
 from megapipe.train.timeline import TimelineWriter
 
@@ -202,11 +205,15 @@ def _start_or_resume(
     stop: StopRequest,
 ) -> int:
     plan = plan_start(config, peers)
-    for line in [*_introduction(config, mesh.device), *plan.notes]:
+    introduction = [*_introduction(config, mesh.device), *environment_lines(config, os.environ)]
+    for line in [*introduction, *plan.notes]:
         voice.say(line)
     channels = make_channels(mesh)
     config = settle_program(config, mesh, channels, build_stages, lock, peers, voice.say)
     feed, validation = _open_feeds(config, mesh, voice)
+    readers = [one.reader for one in (feed, validation) if one is not None and one.reader]
+    for line in from_first(peers, lambda: text_lines(config, readers)):
+        voice.say(line)
     engine = Engine(config, mesh, build_stages, channels)
     check_activation_bytes(config, engine, peers)
     checkpoints = Checkpoints(
@@ -293,17 +300,13 @@ def _kept_files(config: Config, mesh: Mesh) -> dict[str, bytes | Path]:
     """What each checkpoint holds besides tensors, as it is now: config and tokenizer."""
     if mesh.rank != 0:
         return {}
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        named = {"tokenizer.model": tokenizer.files[0]}
-    else:
-        named = {path.name: path for path in tokenizer.files}
-    files: dict[str, bytes | Path] = {name: path.read_bytes() for name, path in named.items()}
+    kept = load_tokenizer(config.data.tokenizer).files
+    files: dict[str, bytes | Path] = {name: path.read_bytes() for name, path in kept.items()}
     return {"config.toml": dump_config(config).encode(), **files}
 
 
 def _introduction(config: Config, device: torch.device) -> Iterator[str]:
-    data, train = config.data, config.train
+    train = config.train
     yield from layout_lines(config)
     yield f"Parameters: {parameter_count(config.model):,}"
     yield f"Kernels: {choose_kernels(config, device)}"
@@ -314,8 +317,6 @@ def _introduction(config: Config, device: torch.device) -> Iterator[str]:
         yield f"Device: cpu, {train.precision}, {threads} thread{'s'[: threads > 1]} per rank"
         if train.precision == "bf16":
             yield 'CPUs are slow at bf16: train.precision = "fp32" is several times as fast here.'
-    sources = ", ".join(source.path for source in data.sources)
-    yield f"Data: {sources} ({data.streams} streams), tokenizer {data.tokenizer}"
 
 
 def _farewell(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from megapipe.config.data import DataConfig
-from megapipe.config.logging import LoggingConfig, parse_steps
+from megapipe.config.logging import LoggingConfig, parse_steps, project_problem
 from megapipe.config.model import ModelConfig
 from megapipe.config.optimizer import OptimizerConfig
 from megapipe.config.parallel import ParallelConfig
@@ -272,6 +272,12 @@ def validation_problems(train: TrainConfig, data: DataConfig) -> Iterator[Proble
             "asks for a validation loss and there is no text for it; set data.validation_fraction "
             "(0.01, say) or data.validation_sources, or train.validation_every = 0",
         )
+
+
+def wandb_problems(logging: LoggingConfig) -> Iterator[Problem]:
+    """The name of the W&B project, which W&B would refuse only while the run is under way."""
+    if logging.wandb_project is not None and (problem := project_problem(logging.wandb_project)):
+        yield Problem("logging.wandb_project", f"{problem}; choose another")
 
 
 def timeline_problems(train: TrainConfig, logging: LoggingConfig) -> Iterator[Problem]:

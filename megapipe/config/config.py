@@ -96,6 +96,8 @@ def cross_problems(sections: Mapping[str, Section]) -> list[checks.Problem]:
         found += checks.data_problems(parallel, data)
     if isinstance(train, TrainConfig) and isinstance(data, DataConfig):
         found += checks.validation_problems(train, data)
+    if isinstance(logging, LoggingConfig):
+        found += checks.wandb_problems(logging)
     if isinstance(train, TrainConfig) and isinstance(logging, LoggingConfig):
         found += checks.timeline_problems(train, logging)
     return found

@@ -41,8 +41,8 @@ class DataConfig(Section):
 
     tokenizer: PathText = Field(
         min_length=1,
-        description="A sentencepiece .model file or a Hugging Face tokenizer directory. "
-        "A relative path starts at the current directory.",
+        description="A sentencepiece .model file, a .json file of Hugging Face's tokenizers, or a "
+        "directory with one of them. A relative path starts at the current directory.",
     )
     streams: PositiveInt = Field(
         default=16,
@@ -68,6 +68,14 @@ class DataConfig(Section):
         "fewer in small sources; 1 keeps the order of files.",
     )
     prefetch: PositiveInt = Field(default=4, description="Batches made ready ahead of the step.")
+    max_unknown_share: float = Field(
+        default=0.02,
+        ge=0.0,
+        le=1.0,
+        description="Share of a source's characters that may be unknown to the tokenizer, which "
+        "are lost to training. It is measured on a sample before the first step; more of them stop "
+        "the run. 1 allows everything.",
+    )
     max_bad_rows: NonNegativeInt = Field(
         default=1000,
         description="Rows that are malformed, of the wrong type or not UTF-8, and the rest of a "

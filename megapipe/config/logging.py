@@ -27,6 +27,14 @@ def parse_steps(text: str) -> range:
     return range(first, last + 1)
 
 
+def project_problem(name: str) -> str | None:
+    """Why W&B would refuse the name of a project, as the end of a sentence; None if it doesn't."""
+    wrong = [character for character in "/\\#?%:" if character in name]
+    if wrong:
+        return f"has a {wrong[0]!r}, which W&B allows in no project's name"
+    return "is longer than the 128 characters that W&B allows" if len(name) > 128 else None
+
+
 def _step_word(value: object) -> object:
     """A single step may be written as a number."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
@@ -35,16 +43,22 @@ def _step_word(value: object) -> object:
 class LoggingConfig(Section):
     """Console, Weights & Biases, TensorBoard."""
 
-    wandb: Literal["online", "offline", "off"] = Field(
-        default="offline",
-        description="Weights & Biases; offline writes <train.run_dir>/wandb for a later "
-        "`wandb sync`, without account or network.",
+    wandb: Literal["auto", "online", "offline", "off"] = Field(
+        default="auto",
+        description="Weights & Biases. auto does what WANDB_MODE says, and writes offline where "
+        "that is not set; offline writes <train.run_dir>/wandb for a later `wandb sync`, without "
+        "account or network.",
     )
-    wandb_project: str = Field(default="megapipe", min_length=1, description="The W&B project.")
+    wandb_project: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The W&B project. Default: WANDB_PROJECT, or megapipe.",
+    )
     wandb_name: str | None = Field(
         default=None,
         min_length=1,
-        description="Name of the run in W&B. Default: the last part of train.run_dir.",
+        description="Name of the run in W&B. Default: WANDB_NAME, or the last part of "
+        "train.run_dir.",
     )
     tensorboard: bool = Field(
         default=False,

@@ -136,6 +136,11 @@ class ReplicaFeed:
         self._step = state["step"]
 
     @property
+    def reader(self) -> BatchFeed | None:
+        """The feed that this rank reads for its replica; None on ranks that do not read."""
+        return self._feed
+
+    @property
     def wait_seconds(self) -> float:
         """How long the last step waited for its batch; 0 on ranks that do not read."""
         return self._feed.wait_seconds if self._feed else 0.0

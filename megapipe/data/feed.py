@@ -165,6 +165,15 @@ class BatchFeed:
         )
         return max((address[1] for address in addresses if address), default=0)
 
+    @property
+    def sources(self) -> list[Source]:
+        """The sources that are read, in the order of the config."""
+        return self._sources
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
     def close(self) -> None:
         """Ends the thread and closes the files. Only load_state_dict opens the feed again."""
         self._closed = True

@@ -147,7 +147,7 @@ class SourceStream:
         if self._tokens is None:
             assert self._text is not None
             self._piece_end = _piece_end(self._text, self._piece)
-            tokens = self._tokenizer.encode(self._text[self._piece : self._piece_end])
+            tokens = self._tokenizer.encode_part(self._text, self._piece, self._piece_end)
             if self._ends_document():
                 tokens.append(self._tokenizer.end_of_document)
             self._tokens = np.array(tokens, dtype=np.int32)

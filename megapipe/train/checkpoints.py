@@ -11,9 +11,11 @@ from megapipe.checkpoint.retention import Skipped, newest_valid, prune
 from megapipe.checkpoint.save import save_checkpoint
 from megapipe.checkpoint.shard import Shard
 from megapipe.config import Config
+from megapipe.config.optimizer import OptimizerConfig
 from megapipe.errors import CheckpointError
 from megapipe.mesh import Mesh
 from megapipe.train.engine import Engine
+from megapipe.train.learning_rate import Course, course_change
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,13 @@ class Checkpoints:
         reader = open_checkpoint(path)
         self._load(reader)
         self._say(f"Resumed from {path} at step {reader.step}.")
+        if change := course_change(_course(reader.config), self._course, reader.step):
+            self._say(change)
         return Progress(reader.step, int(reader.state["tokens"])), reader.state["data"]
+
+    @property
+    def _course(self) -> Course:
+        return Course(self.config.optimizer, self.config.train.steps)
 
     def _to_resume(self) -> Path | None:
         resume = self.config.checkpoint.resume
@@ -155,3 +163,9 @@ def _refuse_links(skipped: Skipped) -> None:
             "directory may be a link, the files in it may not. Put them back, or move the whole "
             "checkpoint out of the run directory to go on from an older one."
         )
+
+
+def _course(config: dict[str, Any]) -> Course:
+    """Of the run that saved a checkpoint, whose config has every value."""
+    optimizer = OptimizerConfig.model_validate(config["optimizer"])
+    return Course(optimizer, config["train"]["steps"])

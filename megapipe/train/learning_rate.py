@@ -13,8 +13,10 @@ optimizer.decay_steps ends the decay earlier or warm-up fills the whole run.
 """
 
 import math
+from dataclasses import dataclass
 
 from megapipe.config.optimizer import OptimizerConfig
+from megapipe.config.problems import show
 
 WSD_DECAY = 10
 """By default, wsd decays over the last 1/10 of the run."""
@@ -47,3 +49,71 @@ def _decay(optimizer: OptimizerConfig, steps: int) -> tuple[int, int]:
         length = optimizer.decay_steps or min(rest, math.ceil(steps / WSD_DECAY))
         return steps - length, length
     return optimizer.warmup_steps, optimizer.decay_steps or rest
+
+
+@dataclass(frozen=True)
+class Course:
+    """The rates of a whole run of `steps`."""
+
+    optimizer: OptimizerConfig
+    steps: int
+
+    def rate(self, step: int) -> float:
+        """Of the step about to be taken, `step` were taken before; also beyond the run's end."""
+        return learning_rate(step, self.optimizer, self.steps)
+
+    @property
+    def turns(self) -> list[int]:
+        """Steps (counted from 0) at which the course changes its kind, and the last."""
+        begin, length = _decay(self.optimizer, self.steps)
+        turns = [self.optimizer.warmup_steps - 1, begin, begin + length - 1, self.steps - 1]
+        return [min(max(turn, 0), self.steps - 1) for turn in turns]
+
+
+def course_change(then: Course, now: Course, step: int) -> str | None:
+    """One line for people if a run that goes on after `step` steps gets other rates than planned.
+
+    `then` is the course of the checkpoint's run. The line names the first step that was found to
+    differ, both rates, and what to set to keep the course.
+    """
+    later = {turn for course in (then, now) for turn in course.turns if turn > step}
+    for place in [place for place in (step, *sorted(later)) if place < now.steps]:
+        before, after = then.rate(place), now.rate(place)
+        if not math.isclose(before, after, rel_tol=1e-3):
+            break
+    else:
+        return None
+    beyond = f", after the last of its {then.steps} steps" if place >= then.steps else ""
+    keys = ", ".join(f"{key} = {value}" for key, value in keys_to_keep(then, now).items())
+    line = (
+        f"The learning rate changes: step {place + 1} gets {after:.2e}, and by the checkpoint's "
+        f"config it was {before:.2e}{beyond}. To keep that, set {keys}."
+    )
+    begin, _ = _decay(then.optimizer, then.steps)
+    if then.optimizer.schedule == "wsd" and begin < step and now.steps > then.steps:
+        line += (
+            f" Its decay began after step {begin}: to train longer at the peak, go on from a "
+            "checkpoint before that (checkpoint.resume)."
+        )
+    return line
+
+
+def keys_to_keep(then: Course, now: Course) -> dict[str, str]:
+    """What `now` has to set so that its rates are those of `then`, as in a config file."""
+    old = then.optimizer
+    names = ("learning_rate", "min_learning_rate", "schedule", "warmup_steps")
+    kept = {name: getattr(old, name) for name in names}
+    keys = {
+        f"optimizer.{name}": show(value)
+        for name, value in kept.items()
+        if value != getattr(now.optimizer, name)
+    }
+    restored, steps = now.optimizer.model_copy(update=kept), now.steps
+    if old.schedule == "constant":
+        return keys | ({} if restored.decay_steps is None else {"optimizer.decay_steps": '"none"'})
+    if old.schedule == "wsd" and steps != then.steps:  # it decays at the end
+        steps = then.steps
+        keys["train.steps"] = str(steps)
+    if _decay(restored, steps) != _decay(old, then.steps):
+        keys["optimizer.decay_steps"] = str(max(1, _decay(old, then.steps)[1]))
+    return keys

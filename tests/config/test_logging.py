@@ -44,3 +44,9 @@ def test_what_it_can_not_be(tmp_path: Path, value: str, said: str) -> None:
         load_config(write(tmp_path), [f"--logging.timeline={value}"], PRESETS)
     assert len(caught.value.problems) == 1
     assert said in caught.value.problems[0]
+
+
+def test_a_project_name_that_w_and_b_refuses_is_told_at_once(tmp_path: Path) -> None:
+    path = write(tmp_path, f'{TEXT}\n[logging]\nwandb_project = "team/project"\n')
+    with pytest.raises(ConfigError, match=r"wandb_project = \"team/project\" has a '/', which W&B"):
+        load_config(path, [], PRESETS)

@@ -3,7 +3,7 @@
 import gzip
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from megapipe.data import Batch, BatchFeed
 class ByteTokenizer:
     """Token = byte + 1; 0 ends a document."""
 
+    path = Path("bytes")
     vocab_size = 257
+    ids = range(vocab_size)
     end_of_document = 0
-    files: tuple[Path, ...] = (Path("bytes"),)
+    end_of_document_from = "its value"
+    files: Mapping[str, Path] = {"bytes": path}
     sha256 = "bytes"
 
     def encode(self, text: str) -> list[int]:
@@ -26,6 +29,12 @@ class ByteTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
+
+    def encode_part(self, text: str, start: int, end: int) -> list[int]:
+        return self.encode(text[start:end])
+
+    def unknown(self, text: str) -> str:
+        return ""
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(id_ - 1 for id_ in ids if id_).decode()

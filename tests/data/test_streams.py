@@ -15,8 +15,10 @@ from megapipe.data.blocks import BlockReader
 from megapipe.data.rows import Account, BadRows
 from megapipe.data.sources import Keeps, open_source
 from megapipe.data.streams import DocumentStream, SourceStream
+from megapipe.data.tokenizer import Tokenizer, load_tokenizer
 from megapipe.errors import DataError
 from tests.data.samples import ByteTokenizer, document, jsonl, texts_of, write
+from tests.data.tokenizer_samples import sentencepiece_model
 
 STREAMS = 3
 
@@ -26,7 +28,12 @@ def every(file: int, row: int) -> bool:
 
 
 def build(
-    *paths: Path, stream: int = 0, keeps: Keeps = every, limit: int = 1000, block_rows: int = 4
+    *paths: Path,
+    stream: int = 0,
+    keeps: Keeps = every,
+    limit: int = 1000,
+    block_rows: int = 4,
+    tokenizer: Tokenizer | None = None,
 ) -> DocumentStream:
     bad = BadRows(limit, lambda _: None)
     parts = []
@@ -39,8 +46,8 @@ def build(
             hosted=frozenset({stream}),
             seed=5,
         )
-        tokenizer = ByteTokenizer()
-        parts.append(SourceStream(reader, stream, tokenizer=tokenizer, keeps=keeps, bad_rows=bad))
+        encoder = tokenizer or ByteTokenizer()
+        parts.append(SourceStream(reader, stream, tokenizer=encoder, keeps=keeps, bad_rows=bad))
     return DocumentStream(parts, Blend([1.0] * len(paths), stream))
 
 
@@ -87,6 +94,28 @@ def test_pieces_go_on_with_the_same_document(
         flags.append(begins)
     assert texts_of(tokens) == [text]
     assert flags == [True] + [False] * (len(flags) - 1)
+
+
+def test_pieces_get_no_space_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that puts a space before a text does so before the document only."""
+    text = "the quick fox\n" * 20 + "runsawayandaway" * 20
+    path = write(tmp_path / "a.jsonl", jsonl([text]))
+    tokenizer = load_tokenizer(
+        sentencepiece_model(
+            tmp_path / "t.model",
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+        )
+    )
+    monkeypatch.setattr(streams, "PIECE", 64)
+    whole = take(build(path, tokenizer=tokenizer), 600)
+    end = whole.index(tokenizer.end_of_document)
+    assert tokenizer.decode(whole[:end]) == text
+    for before in (1, 17, 40, 100):
+        one, other = build(path, tokenizer=tokenizer), build(path, tokenizer=tokenizer)
+        take(one, before)
+        other.load(json.loads(json.dumps(one.state())))
+        assert take(other, 50) == whole[before : before + 50]
 
 
 @settings(

@@ -1,14 +1,17 @@
 """`megapipe tokenizer`: lossless, reproducible, same ids in Hugging Face form; clear refusals."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from megapipe.data.tokenizer import load_tokenizer
 from megapipe.errors import DataError, MegapipeError
+from megapipe.tools import tokenizer as tool
 from megapipe.tools.tokenizer import run
 from tests.corpus import VOCABULARY, write_text, write_tokenizer
+from tests.data.tokenizer_samples import byte_level, save, sentencepiece_model
 
 TRICKY = [
     "def f(x):\n\treturn  x  # two  spaces\n\n\n",
@@ -81,7 +84,7 @@ def test_inspect_says_what_it_is(model: Path, capsys: pytest.CaptureFixture[str]
     assert f"{VOCABULARY} tokens" in out
     assert "sentencepiece bpe" in out
     assert "ids stay the same in Hugging Face form" in out
-    assert "1 of 1 texts come back exactly" in out
+    assert "all of it comes back exactly" in out
 
 
 def test_bad_rows_are_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,8 +121,119 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.model").write_bytes(b"not a model")
     with pytest.raises(DataError, match=r"t\.model.*is not a sentencepiece model"):
         load_tokenizer(tmp_path / "t.model")
-    with pytest.raises(DataError, match="does not exist; train one with"):
+    with pytest.raises(DataError, match="does not exist; train a tokenizer with"):
         load_tokenizer(tmp_path / "none.model")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no tokenizer in it"):
         load_tokenizer(tmp_path / "empty")
+
+
+def test_the_one_character_that_does_not_come_back_is_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("progress \u2581\u2582\u2583 of a run\n" * 40)
+    assert train(tmp_path / "a.txt", "--vocab-size", 290, "--out", tmp_path / "t.model") == 0
+    assert '"\u2581" U+2581 40 times in the text' in capsys.readouterr().out
+
+
+def test_all_other_characters_come_back(model: Path) -> None:
+    tokenizer = load_tokenizer(model)
+    surrogates = range(0xD800, 0xE000)
+    step = 7  # every code point takes 15 s; steps of 7 meet each block
+    for start in range(step):
+        wanted = [
+            chr(code)
+            for code in range(start, 0x3000 if start else 0x110000, step)
+            if code not in surrogates and code != 0x2581
+        ]
+        assert tokenizer.decode(tokenizer.encode("a".join(wanted))) == "a".join(wanted)
+
+
+def test_a_place_that_can_not_be_written_is_refused_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tool, "_train_model", None)  # is not reached
+    (tmp_path / "a.txt").write_text("abc " * 50)
+    (tmp_path / "there.model").mkdir()
+    (tmp_path / "leads.nowhere").symlink_to("gone")
+    cases = {
+        "a.txt/t.model": "a.txt is not a directory",
+        "a.txt/b/t.model": "a.txt is not a directory",
+        "there.model": "is a directory; name a file in it",
+        "leads.nowhere/t.model": "leads.nowhere is not a directory",
+        f"{'x' * 300}.model": "File name too long",
+        f"new/{'x' * 300}/t.model": "has a name of more than 255 bytes",
+        "/proc/t.model": "may not write to /proc",
+    }
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != Path("/proc"))  # root may
+    for out, said in cases.items():
+        with pytest.raises(DataError, match=f"--out {out} .*{said}|--out {out}: .*{said}"):
+            train("a.txt", "--vocab-size", 290, "--out", out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.txt", "leads.nowhere", "there.model"]
+
+
+def test_numbers_that_mean_nothing_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("abc " * 50)
+    for words, said in (
+        (["--vocab-size", "0"], "--vocab-size 0 has to be from 1"),
+        (["--vocab-size", "-5"], "--vocab-size -5 has to be from 1"),
+        (["--vocab-size", "9" * 30], "has to be from 1 to 10,000,000"),
+        (["--vocab-size", "290", "--sample-bytes", "0"], "--sample-bytes 0 has to be above 0"),
+    ):
+        with pytest.raises(DataError, match=said):
+            train(tmp_path / "a.txt", *words, "--out", tmp_path / "t.model")
+
+
+def test_a_tokenizer_that_is_replaced_is_spoken_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("some text to learn from\n" * 40)
+    words = (tmp_path / "a.txt", "--vocab-size", 280, "--out", tmp_path / "new" / "t.model")
+    assert train(*words) == 0
+    assert "replaced" not in capsys.readouterr().out
+    assert train(*words) == 0
+    assert "replaced    the tokenizer that had this name" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["t.model"]
+
+
+def test_an_interrupted_training_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> bytes:
+        raise KeyboardInterrupt
+
+    (tmp_path / "a.txt").write_text("some text to learn from\n" * 40)
+    monkeypatch.setattr(tool, "_train_model", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "a.txt", "--vocab-size", 280, "--out", tmp_path / "new" / "t.model")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_files_without_usable_text_are_refused_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"other": 1}\n' * 8)
+    with pytest.raises(DataError, match="there is no usable text in any of the files"):
+        train(tmp_path / "a.jsonl", "--vocab-size", 280, "--out", tmp_path / "t.model")
+    assert "row 1: missing field 'text'" in capsys.readouterr().out
+
+
+def test_inspect_names_the_file_and_what_is_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = byte_level(("<|endoftext|>",))
+    save(tmp_path / "tokenizer.json", engine, tokenizer_config={"eos_token": "<|endoftext|>"})
+    sentencepiece_model(tmp_path / "tokenizer.model", byte_fallback=False, size=40)
+    assert run(["inspect", str(tmp_path), "--text", "the fox"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{tmp_path}/tokenizer.json\n")
+    assert f"0 ('<|endoftext|>', eos_token of {tmp_path}/tokenizer_config.json)" in out
+    assert "not used    tokenizer.model" in out
+    assert (
+        run(["inspect", str(tmp_path / "tokenizer.model"), "--text", "the fox \u0416\u0416"]) == 0
+    )
+    out = capsys.readouterr().out
+    assert '25.0% of its characters are unknown to the tokenizer and lost ("\u0416" U+0416' in out
+    with pytest.raises(MegapipeError, match=r"--text is not UTF-8 text \(character 4 is byte 0xe9"):
+        run(["inspect", str(tmp_path), "--text", "caf\udce9"])

@@ -1,6 +1,7 @@
 """The learning rate over a run."""
 
 import math
+import tomllib
 from itertools import pairwise
 from typing import Any
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapipe.config.optimizer import OptimizerConfig
-from megapipe.train.learning_rate import learning_rate
+from megapipe.train.learning_rate import Course, course_change, keys_to_keep, learning_rate
 
 rates = st.floats(1e-9, 10.0)
 
@@ -112,3 +113,82 @@ def test_wsd_decays_over_the_last_tenth() -> None:
 def test_decay_steps_end_the_decay_early() -> None:
     rate = curve(optimizer(schedule="linear", warmup_steps=1, decay_steps=3), 7)
     assert rate == pytest.approx([1, 0.7, 0.4, 0.1, 0.1, 0.1, 0.1])
+
+
+# --- A resume that changes the course ------------------------------------------------------------
+
+
+def course(steps: int, **fields: Any) -> Course:
+    return Course(optimizer(**fields), steps)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "step", "said"),
+    [
+        (
+            course(20),
+            course(40),
+            20,
+            "step 21 gets 5.15e-01, and by the checkpoint's config it was 1.00e-01, after the "
+            "last of its 20 steps. To keep that, set optimizer.decay_steps = 20.",
+        ),
+        (
+            course(20, schedule="linear"),
+            course(40, schedule="linear"),
+            4,
+            "step 5 gets 8.87e-01, and",
+        ),
+        (course(20), course(20, learning_rate=2.0), 4, "set optimizer.learning_rate = 1.0."),
+        (course(20, warmup_steps=2), course(20, warmup_steps=9), 4, "optimizer.warmup_steps = 2"),
+        (course(20), course(20, schedule="wsd"), 4, 'set optimizer.schedule = "cosine".'),
+        (course(20), course(20, decay_steps=5), 4, "set optimizer.decay_steps = 20."),
+        (
+            course(20, schedule="wsd"),
+            course(40, schedule="wsd"),
+            10,
+            "step 19 gets 1.00e+00, and by the checkpoint's config it was 5.50e-01. To keep that, "
+            "set train.steps = 20.",
+        ),
+        (
+            course(20, schedule="wsd"),
+            course(40, schedule="wsd"),
+            20,
+            "set train.steps = 20. Its decay began after step 18: to train longer at the peak, go",
+        ),
+        (course(20, schedule="constant"), course(20), 4, 'optimizer.schedule = "constant"'),
+    ],
+)
+def test_a_changed_course_is_announced(then: Course, now: Course, step: int, said: str) -> None:
+    line = course_change(then, now, step)
+    assert line is not None
+    assert said in line
+
+
+def test_a_course_that_stays_is_not_spoken_of() -> None:
+    plain = course(20, warmup_steps=3)
+    assert course_change(plain, plain, 5) is None
+    assert course_change(course(20, decay_steps=30), course(40, decay_steps=30), 20) is None
+    assert course_change(plain, course(20, warmup_steps=3, decay_steps=17), 5) is None
+    assert course_change(course(20, warmup_steps=9), course(20, warmup_steps=2), 20) is None
+    flat = course(20, schedule="constant")
+    assert course_change(flat, course(40, schedule="constant"), 20) is None
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    runs("constant", "linear", "cosine", "wsd"),
+    runs("constant", "linear", "cosine", "wsd"),
+    st.integers(0, 300),
+)
+def test_what_is_advised_keeps_the_course(
+    old: tuple[OptimizerConfig, int], new: tuple[OptimizerConfig, int], step: int
+) -> None:
+    then, now = Course(*old), Course(*new)
+    values = {key: tomllib.loads(f"x = {v}")["x"] for key, v in keys_to_keep(then, now).items()}
+    steps = values.pop("train.steps", now.steps)
+    fields = {key.removeprefix("optimizer."): value for key, value in values.items()}
+    kept = Course(OptimizerConfig(**(now.optimizer.model_dump() | fields)), steps)
+    assert course_change(then, kept, step) is None
+    assert [kept.rate(place) for place in range(steps)] == pytest.approx(
+        [then.rate(place) for place in range(steps)]
+    )

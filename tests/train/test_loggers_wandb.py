@@ -191,6 +191,37 @@ def test_unreachable_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not holds(tmp_path, KEY)
 
 
+def test_a_variable_that_w_and_b_can_not_use_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing goes to another server than the one that was meant; the run has its file."""
+    monkeypatch.setenv("WANDB_BASE_URL", "wandb.example")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "soon")
+    monkeypatch.setenv("WANDB_SERVICE", "of another process")
+    monkeypatch.setenv("WANDB_API_KEY", KEY)
+    said: list[str] = []
+    run(tmp_path, range(1, 4), "online", said)
+    first, second, third = about_wandb(said)
+    assert first.startswith('W&B can\'t use WANDB_BASE_URL = "wandb.example" (base_url ')
+    assert second.startswith('W&B can\'t use WANDB_INIT_TIMEOUT = "soon" (init_timeout ')
+    assert third.startswith("W&B, offline: ")
+    assert logged(offline_runs(tmp_path)) == [1, 2, 3]
+
+
+def test_the_environment_decides_where_the_config_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    run(tmp_path / "none", range(1, 3), "auto", said)
+    assert about_wandb(said) == []
+    assert not (tmp_path / "none" / "wandb-id").exists()
+    monkeypatch.setenv("WANDB_MODE", "nonsense")
+    run(tmp_path / "some", range(1, 3), "auto", said)
+    assert about_wandb(said)[0].startswith('WANDB_MODE = "nonsense" is not online, offline or ')
+    assert logged(offline_runs(tmp_path / "some")) == [1, 2]
+
+
 def test_a_server_that_never_answers_is_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ metrics.jsonl always exists and is the truth; the others show it. None of them c
 it has begun: one that fails is closed, and that is said once.
 """
 
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from megapipe.config import Config
 from megapipe.train.loggers.console import open_console
 from megapipe.train.loggers.jsonl import MetricsFile
 from megapipe.train.loggers.tensorboard import TensorBoard
+from megapipe.train.loggers.wandb_environment import choose
 from megapipe.train.loggers.weights_and_biases import WeightsAndBiases
 from megapipe.train.metrics import Metrics
 
@@ -55,9 +57,14 @@ class Loggers:
         self.event(f"Run directory {run_dir}, a line for each step in {file.path}")
         if tensorboard:
             self._sinks["TensorBoard"] = tensorboard
-        if config.logging.wandb != "off":
+        choice = choose(config.logging, run_dir, os.environ)
+        for line in choice.trouble:
+            self.event(line)
+        if choice.mode != "off":
             try:
-                self._sinks["W&B"] = WeightsAndBiases(config, run_dir, start, file, self.event)
+                self._sinks["W&B"] = WeightsAndBiases(
+                    config, choice, run_dir, start, file, self.event
+                )
             except OSError as error:
                 self.event(f"W&B could not be started ({error}); the run goes on without it.")
 

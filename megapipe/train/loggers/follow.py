@@ -65,8 +65,10 @@ def main() -> int:
         signal.signal(number, signal.SIG_IGN)  # meant for the training; the end of stdin ends us
     order: Order = json.loads(sys.stdin.readline())
     end = End()
-    set_environment(Path(order["run_dir"], "wandb", "cache").resolve())
+    set_environment(order)
     try:
+        if wrong_variables():
+            order["mode"] = "offline"
         with open(order["metrics"], "rb") as file:
             run, first = start(order)
             for step, values in rows(file, first, order["series"], end):
@@ -186,11 +188,39 @@ def announced(first: int, order: Order) -> int:
     return first
 
 
-def set_environment(cache: Path) -> None:
+def set_environment(order: Order) -> None:
     """What W&B has no other setting for. The user's own choice wins."""
+    cache = Path(order["run_dir"], "wandb", "cache").resolve()
+    # The user's own were heeded, or said to be wrong, when the order was made.
+    os.environ |= {"WANDB_MODE": order["mode"], "WANDB_PROJECT": order["project"]}
+    # How to reach the service of another process of W&B's that started the training: this one ends
+    # its own service where online fails.
+    os.environ.pop("WANDB_SERVICE", None)
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # its telemetry delays exits by 20 s
     os.environ.setdefault("WANDB_CACHE_DIR", str(cache))  # nothing is written outside run_dir
     os.environ.setdefault("WANDB_DATA_DIR", str(cache))
+
+
+def wrong_variables() -> list[str]:
+    """Say which variables W&B can't use, and take them away: one alone would stop it.
+
+    Their run is written offline: an address that is wrong must not lead to another server.
+    """
+    import wandb
+
+    wrong = []
+    for name, value in sorted(os.environ.items()):
+        if not name.startswith("WANDB_"):
+            continue
+        try:
+            wandb.Settings().update_from_env_vars({name: value})
+        except Exception as error:
+            wrong.append(name)
+            del os.environ[name]
+            secret = any(part in name for part in ("KEY", "TOKEN", "PASSWORD", "SECRET"))
+            what = name if secret else f'{name} = "{value}" ({brief(error)})'
+            say(f"W&B can't use {what} and writes offline without it. Correct it.")
+    return wrong
 
 
 def init(wandb: Any, order: Order, mode: str) -> Any:
@@ -262,7 +292,13 @@ def say(text: str) -> None:
 
 
 def brief(error: Exception) -> str:
-    """The first line, not too long."""
+    """The first line, not too long; what is wrong where W&B's settings are checked."""
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        details = error.errors(include_url=False, include_input=False)
+        text = "; ".join(" ".join([*map(str, detail["loc"]), detail["msg"]]) for detail in details)
+        return text.strip()[:200]
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0].strip().rstrip(".")[:200]
 

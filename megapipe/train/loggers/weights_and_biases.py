@@ -23,6 +23,7 @@ from megapipe.config import Config
 from megapipe.files import replace_durably
 from megapipe.train.loggers import follow
 from megapipe.train.loggers.jsonl import MetricsFile
+from megapipe.train.loggers.wandb_environment import Choice
 from megapipe.train.metrics import SERIES, Metrics
 
 INIT_SECONDS = 8.0
@@ -39,6 +40,7 @@ class WeightsAndBiases:
     def __init__(
         self,
         config: Config,
+        choice: Choice,
         run_dir: Path,
         step: int,
         file: MetricsFile,
@@ -48,7 +50,7 @@ class WeightsAndBiases:
         self._text = b""
         self._dead = False
         with file.path.open("rb") as lines:
-            order = _order(config, run_dir, step, file.kept.last_step, lines.fileno())
+            order = _order(config, choice, run_dir, step, file.kept.last_step, lines.fileno())
             self._process = subprocess.Popen(
                 [sys.executable, "-P", follow.__file__],
                 stdin=subprocess.PIPE,
@@ -105,15 +107,15 @@ class WeightsAndBiases:
 
 
 def _order(
-    config: Config, run_dir: Path, step: int, last_step: int, descriptor: int
+    config: Config, choice: Choice, run_dir: Path, step: int, last_step: int, descriptor: int
 ) -> follow.Order:
     anew = step == 0 and config.checkpoint.resume == "never"
     id_, known = _run_id(run_dir / "wandb-id", anew)
     return {
-        "mode": config.logging.wandb,
+        "mode": choice.mode,
         "id": id_,
-        "project": config.logging.wandb_project,
-        "name": config.logging.wandb_name or run_dir.resolve().name,
+        "project": choice.project,
+        "name": choice.name,
         "run_dir": str(run_dir),
         "metrics": descriptor,
         "config": config.model_dump(mode="json"),

@@ -1,0 +1,122 @@
+"""A small sample of a source, read before training begins: how much text it is, and what text.
+
+The reading is its own: it changes nothing of what a feed reads. A few files, evenly chosen, are
+read at their beginning, so the same files give the same sample, and its cost does not grow with
+the corpus.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megapipe.data.formats import RowFile
+from megapipe.data.rows import BadRowError, row_text
+from megapipe.data.sources import COMPRESSED, HUB, Source, file_format
+from megapipe.data.text_check import TextCheck, check_texts
+from megapipe.data.tokenizer import Tokenizer
+
+SAMPLE_BYTES = 256 << 10
+"""Of all sources together."""
+LEAST_BYTES = 4 << 10
+"""Of one source, however many there are."""
+FILES = 4
+"""Opened per source: each costs a few milliseconds, more on a network disk."""
+
+
+@dataclass(frozen=True)
+class SourceSample:
+    """`check` is of the sampled text; `stored` is the size of the files in bytes, None on the hub;
+    `tokens` is an estimate for the whole source, None where that can't be told; `assumption` says
+    what the estimate takes for granted."""
+
+    source: Source
+    check: TextCheck
+    stored: int | None
+    tokens: float | None
+    assumption: str = ""
+
+
+def sample_sources(sources: Sequence[Source], tokenizer: Tokenizer) -> list[SourceSample]:
+    """One sample each. Raises DataError where a file can't be opened."""
+    size = max(LEAST_BYTES, SAMPLE_BYTES // max(len(sources), 1))
+    return [sample_source(source, tokenizer, size) for source in sources]
+
+
+def sample_source(source: Source, tokenizer: Tokenizer, size: int) -> SourceSample:
+    """Reads about `size` bytes of text out of up to FILES files."""
+    if source.config.path.startswith(HUB):  # would be downloaded once more
+        return SourceSample(source, TextCheck(), None, None)
+    chosen = [source.files[index] for index in evenly(len(source.files), FILES)]
+    read = [part for file in chosen for part in _parts(source, file, size // len(chosen))]
+    check = check_texts(tokenizer, [part.text for part in read])
+    documents = sum(part.share for part in read)
+    stored = sum(os.path.getsize(file.name) for file in source.files)
+    if source.total_bytes is None or not documents:
+        return SourceSample(source, check, stored, None)
+    tokens = check.tokens + documents  # each whole document gets an end token
+    forms = {_form(source, Path(file.name)) for file in chosen}
+    if forms == {"parquet"}:
+        looked_at = sum(os.path.getsize(file.name) for file in chosen)
+        per_byte = tokens / documents * sum(map(_row_count, chosen)) / max(looked_at, 1)
+        return SourceSample(source, check, stored, per_byte * stored)
+    per_byte = tokens / sum(part.share * part.stored for part in read)
+    assumption = ""
+    if forms & {"arrow", "parquet"}:
+        assumption = "if the tables hold nothing but text"
+    elif any(Path(file.name).suffix in COMPRESSED for file in chosen):
+        assumption = "if files unfold to 4 times their size"
+    return SourceSample(source, check, stored, per_byte * source.total_bytes, assumption)
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """Up to `most` of range(count), the first among them, at equal distances."""
+    chosen = min(count, most)
+    return [place * count // chosen for place in range(chosen)]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """`share` of a document's text, whose row has `stored` bytes in its file."""
+
+    text: str
+    share: float
+    stored: int
+
+
+def _parts(source: Source, file: RowFile, size: int) -> list[_Part]:
+    """Texts of the first rows, about `size` bytes in all. A long one is represented by two parts,
+    its beginning and what follows its middle."""
+    found: list[_Part] = []
+    for raw, _ in file.rows(0, 0):
+        try:
+            text = row_text(file, raw, source.config.text_field)
+        except BadRowError:  # the feed counts and reports it
+            continue
+        if not text:
+            continue
+        length = len(text.encode())
+        stored = len(raw) if isinstance(raw, bytes) else length
+        half = max(1, size * len(text) // length // 2)
+        middle = len(text) // 2
+        texts = [text] if length <= size else [text[:half], text[middle : middle + half]]
+        found += [_Part(part, len(part.encode()) / length, stored) for part in texts]
+        size -= length
+        if size <= 0:
+            break
+    return found
+
+
+def _form(source: Source, path: Path) -> str | None:
+    return file_format(path) if source.config.format == "auto" else source.config.format
+
+
+def _row_count(file: RowFile) -> int:
+    from pyarrow import ArrowException
+    from pyarrow.parquet import read_metadata
+
+    try:
+        rows: int = read_metadata(file.name).num_rows
+    except (OSError, ArrowException):  # the feed reports it
+        return 0
+    return rows

@@ -1,0 +1,42 @@
+"""What a start says about its environment: what is used, in one line, and no secret."""
+
+from megapipe.config import Config, parse_config
+from megapipe.tools.environment import environment_lines
+from tests.config.examples import TEXT
+
+NETWORK = {
+    "HF_HOME": "/data/hf",
+    "HF_TOKEN": "hf_secret",
+    "https_proxy": "http://me:secret@proxy:3128/",
+    "HTTP_PROXY": "proxy:3128",
+}
+
+
+def config(extra: str = "", path: str = "a/*.txt") -> Config:
+    return parse_config(f"{TEXT}\n{extra}".replace("a/*.txt", path), "run.toml")
+
+
+def test_nothing_is_said_where_nothing_is_set() -> None:
+    assert list(environment_lines(config(), {"PATH": "/bin", **NETWORK})) == []
+
+
+def test_the_network_is_spoken_of_where_it_is_used() -> None:
+    (line,) = environment_lines(config(path="hf://org/name"), NETWORK)
+    assert line == (
+        "From the environment: HF_HOME=/data/hf, HF_TOKEN (set), HTTP_PROXY=proxy:3128, "
+        "https_proxy=proxy:3128"
+    )
+    (online,) = environment_lines(config('[logging]\nwandb = "online"'), NETWORK)
+    assert online == "From the environment: HTTP_PROXY=proxy:3128, https_proxy=proxy:3128"
+
+
+def test_what_is_used_and_what_is_not() -> None:
+    environ = {"WANDB_MODE": "offline", "WANDB_API_KEY": "secret", "WANDB_RUN_ID": "x"}
+    assert list(environment_lines(config(), environ)) == [
+        "From the environment: WANDB_API_KEY (set), WANDB_MODE=offline",
+        "Not used from the environment: WANDB_RUN_ID (the config decides; a run's id and files in "
+        "W&B are its own)",
+    ]
+    disabled = {"WANDB_MODE": "disabled", "WANDB_PROJECT": "x"}
+    (line,) = environment_lines(config(), disabled)
+    assert line == "From the environment: WANDB_MODE=disabled"

@@ -1,0 +1,60 @@
+"""Who decides how a run is shown in Weights & Biases: the config, else the environment."""
+
+from pathlib import Path
+
+import pytest
+
+from megapipe.train.loggers.wandb_environment import choose, unheeded
+from tests.train.samples import config
+
+RUN = Path("runs/first")
+
+
+@pytest.mark.parametrize(
+    ("logging", "environ", "mode"),
+    [
+        ("", {}, "offline"),
+        ("", {"WANDB_MODE": "online"}, "online"),
+        ("", {"WANDB_MODE": " Disabled "}, "off"),
+        ("", {"WANDB_MODE": "dryrun"}, "offline"),
+        ("", {"WANDB_MODE": "", "WANDB_DISABLED": "true"}, "off"),
+        ("", {"WANDB_DISABLED": "false"}, "offline"),
+        ("", {"WANDB_MODE": "online", "WANDB_DISABLED": "true"}, "online"),
+        ('wandb = "offline"', {"WANDB_MODE": "disabled", "WANDB_DISABLED": "1"}, "offline"),
+        ('wandb = "off"', {"WANDB_MODE": "online"}, "off"),
+    ],
+)
+def test_the_environment_decides_what_the_config_leaves_open(
+    logging: str, environ: dict[str, str], mode: str
+) -> None:
+    choice = choose(config(logging).logging, RUN, environ)
+    assert (choice.mode, choice.trouble) == (mode, ())
+
+
+def test_names_come_from_the_config_else_the_environment_else_the_run() -> None:
+    environ = {"WANDB_PROJECT": "theirs", "WANDB_NAME": "night"}
+    open_, named = config("").logging, config('wandb_project = "ours"\nwandb_name = "x"').logging
+    assert choose(open_, RUN, {}).project == "megapipe"
+    assert choose(open_, RUN, {}).name == "first"
+    assert choose(open_, RUN, environ).project == "theirs"
+    assert choose(open_, RUN, environ).name == "night"
+    assert (choose(named, RUN, environ).project, choose(named, RUN, environ).name) == ("ours", "x")
+
+
+def test_values_that_mean_nothing_are_told_with_their_variable() -> None:
+    logging = config("").logging
+    choice = choose(logging, RUN, {"WANDB_MODE": "nonsense", "WANDB_PROJECT": "a/b"})
+    assert (choice.mode, choice.project) == ("offline", "megapipe")
+    assert [line.split(":")[0] for line in choice.trouble] == [
+        'WANDB_MODE = "nonsense" is not online, offline or disabled',
+        """WANDB_PROJECT = "a/b" has a '/', which W&B allows in no project's name""",
+    ]
+    off = {"WANDB_MODE": "disabled", "WANDB_PROJECT": "a/b"}
+    assert choose(logging, RUN, off).trouble == ()
+
+
+def test_what_is_set_in_vain_is_known() -> None:
+    environ = {"WANDB_MODE": "online", "WANDB_RUN_ID": "x", "WANDB_NAME": "y", "WANDB_DIR": ""}
+    assert unheeded(config("").logging, environ) == ["WANDB_RUN_ID"]
+    whole = config('wandb = "off"\nwandb_name = "z"').logging
+    assert unheeded(whole, environ) == ["WANDB_MODE", "WANDB_NAME", "WANDB_RUN_ID"]
