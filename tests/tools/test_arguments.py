@@ -1,5 +1,6 @@
 """Words of the command line that several commands understand."""
 
+import argparse
 import os
 from pathlib import Path
 
@@ -20,7 +21,9 @@ def test_paths_mean_what_they_mean_in_a_config(monkeypatch: pytest.MonkeyPatch) 
 
 def test_text_has_to_be_utf_8() -> None:
     assert text_argument("café") == "café"
-    with pytest.raises(UsageError, match=r"'caf\\udce9' is not UTF-8"):
+    with pytest.raises(
+        argparse.ArgumentTypeError, match=r"not UTF-8 text: character 4 is byte 0xe9"
+    ):
         text_argument("caf\udce9")
 
 
