@@ -302,8 +302,8 @@ def _notes(sources: Sequence[Source]) -> Iterator[str]:
             continue
         if found.repeats:
             yield (
-                f"{source.key}.path: {len(found.repeats):,} more names, such as "
-                f"{shown(found.repeats[0])}, are links to files that are read already."
+                f"{source.key}.path: passed over {len(found.repeats):,} further name(s) of files "
+                f"that are read already, such as {shown(found.repeats[0])}."
             )
         shared = [file for file in found.files if file.identity in owners]
         if shared:

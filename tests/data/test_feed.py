@@ -357,3 +357,18 @@ def test_no_stream_starves_in_a_small_source(
     if rows >= 4 * streams:  # then the first batch is read within the first epoch
         epochs = {part["sources"][0]["address"][1] for part in batches[0].after.values()}
         assert epochs == {0}
+
+
+def test_files_with_several_names_and_in_several_sources_are_told(tmp_path: Path) -> None:
+    write(tmp_path / "b.jsonl", jsonl(["text"] * 20))
+    (tmp_path / "c.jsonl").symlink_to("b.jsonl")
+    path = f"{tmp_path}/*.jsonl"
+    said: list[str] = []
+    sources = (SourceConfig(path=path), SourceConfig(path=f"{tmp_path}/b.jsonl"))
+    open_feed(DataConfig(tokenizer="bytes", sources=sources, streams=4), say=said.append).close()
+    assert said == [
+        "data.sources[0].path: passed over 1 further name(s) of files that are read already, such "
+        f"as {tmp_path}/c.jsonl.",
+        f"data.sources[1].path: 1 of its files, such as {tmp_path}/b.jsonl, are in data.sources[0] "
+        "too, and are read for both.",
+    ]
