@@ -85,6 +85,12 @@ class Mesh:
     def world_size(self) -> int:
         return self.world.size
 
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Each process group of this rank once."""
+        axes = (self.pipeline, self.data, self.tensor, self.replica, self.world)
+        return list(dict.fromkeys(axis.group for axis in axes if axis.group is not None))
+
     def global_rank(self, pipeline: int, data: int, tensor: int) -> int:
         return (pipeline * self.data.size + data) * self.tensor.size + tensor
 

@@ -77,6 +77,11 @@ class TrainConfig(Section):
         "ends for so long (another rank is gone, say). Saves are never cut short. Default: ten "
         "times the last step, at least 60.",
     )
+    collective_timeout_seconds: PositiveFloat = Field(
+        default=600.0,
+        description="How long ranks wait for one of them in a step, for example for its text, "
+        "before the run fails; the first step and saves have at least 30 minutes.",
+    )
     validation_every: NonNegativeInt = Field(
         default=0, description="Steps between validation losses; 0 for never."
     )

@@ -21,7 +21,7 @@ checks.
 """
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -97,10 +97,19 @@ class BackendChannel:
 
 
 class Channels:
-    """This rank's channels to and from its neighbours on the ring of pipeline ranks."""
+    """This rank's channels to and from its neighbours on the ring of pipeline ranks.
 
-    def __init__(self, rank: int, channels: Mapping[Pair, Channel]) -> None:
+    `groups` are the process groups that were made for them.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        channels: Mapping[Pair, Channel],
+        groups: Sequence[dist.ProcessGroup] = (),
+    ) -> None:
         self.rank = rank
+        self.groups = groups
         self._channels = channels
 
     def __getitem__(self, pair: Pair) -> Channel:
@@ -182,4 +191,5 @@ def _own_ends(mesh: Mesh, groups: Mapping[Pair, dist.ProcessGroup]) -> Channels:
             for (source, destination), group in groups.items()
             if rank in (source, destination)
         },
+        list(dict.fromkeys(groups.values())),
     )

@@ -1,8 +1,10 @@
 """One rank's share of a training step: its stages, buffers, optimizer and pipeline program."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from megapipe.data_parallel.buffer import build_buffers
 from megapipe.data_parallel.reduce import local_squared_norm, reduce_gradients
 from megapipe.errors import MegapipeError
 from megapipe.kernel_choice import wanted_kernels
-from megapipe.mesh import Mesh
+from megapipe.mesh import COLLECTIVE_TIMEOUT, Mesh, set_group_timeout
 from megapipe.microbatch import IGNORED_TARGET, MicroBatch
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import Channels, make_channels
@@ -81,6 +83,7 @@ class Engine:
         self.backend = wanted_kernels(config, on_gpu=mesh.device.type == "cuda").kernels
         self.optimizer = Optimizer(self.buffers, config.optimizer, self.backend)
         self._channels = channels or make_channels(mesh)
+        self._timeout = COLLECTIVE_TIMEOUT
         placement = stage_placement(config)
         self.program = lowered_program(config)
         forwards = lower(forward_program(placement, microbatches(config)))
@@ -147,6 +150,22 @@ class Engine:
             stage.train()
         loss, tokens, _, unready = self._sum_over_world(losses, batches, more=[float(not ready)])
         return None if unready else (loss, int(tokens))
+
+    def wait_at_most(self, timeout: timedelta) -> None:
+        """Have operations between ranks fail, from now on, where one has to wait for longer."""
+        self._timeout = timeout
+        for group in {*self.mesh.groups, *self._channels.groups}:
+            set_group_timeout(group, timeout)
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """For work that may take a rank long, such as a save: as patient as at the start."""
+        before = self._timeout
+        self.wait_at_most(max(before, COLLECTIVE_TIMEOUT))
+        try:
+            yield
+        finally:
+            self.wait_at_most(before)
 
     def zero_gradients(self) -> None:
         for buffer in self.buffers:

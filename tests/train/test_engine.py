@@ -1,16 +1,20 @@
 """One engine step: what torch's own clipping and AdamW make of the same gradients, dropout off in
 validation, and the bfloat16 path."""
 
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megapipe.config import Config, load_config
 from megapipe.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
+from megapipe.pipeline.p2p import gloo_channels
 from megapipe.train.engine import Engine
 from megapipe.train.proof import synthetic_tokens
 from tests.ranks import run_ranks
@@ -122,3 +126,32 @@ def test_bfloat16_gradients_are_those_of_float64(layout: str) -> None:
             assert error < 0.02, (name, float(error))
             seen.add(name)
     assert seen == set(expected)
+
+
+def _waits_for_one_that_is_late() -> list[str]:
+    """What becomes of a reduction over each group to which rank 1 comes a second late: when the
+    engine is patient, and then with a short limit."""
+    given = config("--parallel.pipeline", "2", "--parallel.virtual", "1")
+    mesh = build_mesh(pipeline=2, data=1, tensor=1, device=CPU)
+    engine = Engine(given, mesh, build_stages, gloo_channels(mesh))
+    engine.wait_at_most(timedelta(milliseconds=200))
+    with engine.patient():
+        patient = [_reduce(group, mesh.rank) for group in mesh.groups]
+    return patient + [_reduce(group, mesh.rank) for group in mesh.groups]
+
+
+def _reduce(group: dist.ProcessGroup, late: float) -> str:
+    time.sleep(late)
+    try:
+        dist.all_reduce(torch.zeros(1), group=group)
+    except RuntimeError as error:
+        return "late" if "Timed out" in str(error) else "lost"
+    return "done"
+
+
+def test_a_rank_that_is_late_fails_a_step_but_no_save() -> None:
+    first, second = run_ranks(_waits_for_one_that_is_late, 2)
+    groups = len(first) // 2
+    assert groups > 1
+    assert first == ["done"] * groups + ["late"] * groups
+    assert second == ["done"] * groups + ["lost"] * groups
