@@ -1,4 +1,4 @@
-"""[logging]: what is told to whom besides <train.run_dir>/metrics.jsonl, always written."""
+"""[logging]: where metrics go besides <train.run_dir>/metrics.jsonl, which is always written."""
 
 import re
 from typing import Annotated, Literal

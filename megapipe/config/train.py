@@ -73,12 +73,14 @@ class TrainConfig(Section):
     )
     stop_timeout_seconds: Annotated[PositiveFloat | None, or_none_word(float)] = Field(
         default=None,
-        description="After a signal that asks to stop, a rank leaves without saving where no step "
-        "ends for so long (another rank is gone, say). Saves are never cut short. Default: ten "
-        "times the last step, at least 60.",
+        description="After a signal that asks to stop, a rank waits this long for the end of a "
+        "step, and then leaves without saving (another rank may be gone). Saves are never cut "
+        "short. Default: ten times the duration of the last step, at least 60.",
     )
-    collective_timeout_seconds: PositiveFloat = Field(
+    collective_timeout_seconds: float = Field(
         default=600.0,
+        ge=1.0,
+        le=1e7,
         description="How long ranks wait for one of them in a step, for example for its text, "
         "before the run fails; the first step and saves have at least 30 minutes.",
     )

@@ -43,7 +43,7 @@ class NonFiniteError(MegapipeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step tells, the same on every rank."""
+    """The result of a step, the same on every rank."""
 
     loss: float  # mean over all targets of the global batch
     grad_norm: float  # before clipping

@@ -91,8 +91,9 @@ def train(run: Run) -> Progress:
 
 
 def save(run: Run, progress: Progress, *, last: bool) -> None:
-    """Write a checkpoint. One that can't be written (a full disk) is told, and tried again when the
-    next is due: older checkpoints are whole. The last one has to succeed: CheckpointError."""
+    """Write a checkpoint. One that can't be written (a full disk) is reported, and the next one is
+    tried when it is due: older checkpoints are whole. The last one has to succeed, or this raises
+    CheckpointError."""
     try:
         with run.stop.saving(), run.engine.patient():
             path = run.checkpoints.save(progress, run.feed.state())

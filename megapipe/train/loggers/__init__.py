@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, the console, Weights & Biases, TensorBoard. Rank 0 speaks.
+"""What a run reports: metrics.jsonl, the console, Weights & Biases, TensorBoard. Rank 0 speaks.
 
 metrics.jsonl always exists and is the truth; the others show it. None of them can stop a run once
 it has begun: one that fails is closed, and that is said once.
@@ -21,7 +21,7 @@ from megapipe.train.metrics import Metrics
 
 
 class Sink(Protocol):
-    """One place that is told about each step."""
+    """The one place to which each step is reported."""
 
     def log(self, metrics: Metrics) -> None: ...
 
