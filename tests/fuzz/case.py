@@ -122,11 +122,11 @@ def _quoted(word: str) -> str:
     return f"$'{escaped}'"
 
 
-def script(commands: list[Command], folder: Path, seed: int, number: int) -> str:
-    """A shell script that runs a case's commands again, in the files that it began with."""
+def script(commands: list[Command], folder: Path, again: str) -> str:
+    """A shell script that runs a case's commands again; `again` is the fuzzer's command for it."""
     lines = [
         "#!/usr/bin/env bash",
-        f"# The files: python -m tests.fuzz --seed {seed} --case {number} --files {folder}",
+        f"# For the files as they were at first: {again} --files DIR",
         f"cd {shlex.quote(str(folder))}",
         *(command.shell() for command in commands),
     ]
