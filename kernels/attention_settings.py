@@ -1,9 +1,10 @@
 """How attention's kernels are launched, and the configurations of them compiled ahead of time.
 
 Settings depend on the head's width, the size of an element, the kind of GPU and whether there are
-masks, so that all ranks and runs have the same bits. Each was chosen among those that compile
-without a spill, in `specimens` by Triton 3.6 as by 3.9, for the most work on what is read: larger
-blocks first, then a pipeline of loads, then programs that fit on a multiprocessor. None was timed.
+masks, so that all ranks and runs have the same bits; two also on the version of Triton. Each was
+chosen among those that compile without a spill, in `specimens` by Triton 3.6, 3.8 and 3.9, for the
+most work on what is read: larger blocks first, then a pipeline of loads, then programs that fit on
+a multiprocessor. None was timed.
 """
 
 from collections.abc import Iterator, Mapping
@@ -70,6 +71,15 @@ MASKED: dict[tuple[Architecture, Kernel, int], Settings] = {
     ("gfx942", "keys", 256): Settings(16, 32, 8, 1),
 }
 """With masks, where some bytes would spill."""
+
+TRITON_3_8: dict[tuple[Architecture, Kernel, int], Settings] = {
+    ("sm_90", "keys", 64): Settings(32, 128, 8, 3),
+    ("gfx942", "queries", 256): Settings(64, 16, 4, 1),
+}
+"""With masks, where some bytes would spill by this version alone."""
+
+if triton.__version__.startswith("3.8."):
+    MASKED |= TRITON_3_8
 
 NVIDIA_SINGLE: dict[Kernel, Settings] = {
     "forward": Settings(32, 32, 16, 1),

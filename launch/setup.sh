@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it. `set_up` leaves a virtual environment in the clone, .venv, with
-# megapipe installed in it and first on PATH; `set_up test` adds what the tests need.
+# megapipe installed in it and first on PATH; `set_up test` adds what the tests need. Installed are
+# the releases in constraints.txt; MEGAPIPE_CONSTRAINTS names another such file, or is "none".
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 
@@ -25,6 +26,9 @@ find_python() {
 
 set_up() {
     local extra=${1:-} venv=$root/.venv python wanted
+    local constraints=${MEGAPIPE_CONSTRAINTS:-$root/launch/constraints.txt}
+    [[ $constraints == none ]] && constraints=/dev/null
+    [[ -r $constraints ]] || fail "MEGAPIPE_CONSTRAINTS=$constraints is no file that can be read."
     if [[ ! -e $venv ]]; then
         python=$(find_python) || exit 1
         echo "Making .venv with $("$python" --version)"
@@ -33,15 +37,18 @@ set_up() {
     "$venv/bin/python" -c '' 2>/dev/null ||
         fail "$venv is no working virtual environment. Remove it and start again."
     export PATH=$venv/bin:$PATH
-    # Once for each content of pyproject.toml and place of the clone.
+    # Once for each content of pyproject.toml and the constraints, and place of the clone.
     wanted=$(python -c 'import hashlib, sys
-print(hashlib.sha256(open(sys.argv[1], "rb").read() + sys.argv[1].encode()).hexdigest())' \
-        "$root/pyproject.toml") || exit 1
+text = b"".join(open(path, "rb").read() for path in sys.argv[1:])
+print(hashlib.sha256(text + sys.argv[1].encode()).hexdigest())' \
+        "$root/pyproject.toml" "$constraints") || exit 1
     [[ $wanted == "$(cat "$venv/.megapipe-test" 2>/dev/null)" ]] && return
     [[ -z $extra && $wanted == "$(cat "$venv/.megapipe" 2>/dev/null)" ]] && return
     echo "Installing megapipe${extra:+ and what its tests need} into .venv; the first time pip" \
         "downloads torch and others"
-    python -m pip install --quiet --disable-pip-version-check --editable "$root${extra:+[$extra]}" ||
-        fail "pip could not install megapipe (above)."
+    python -m pip install --quiet --disable-pip-version-check --constraint "$constraints" \
+        --editable "$root${extra:+[$extra]}" ||
+        fail "pip could not install megapipe (above). With MEGAPIPE_CONSTRAINTS=none it may take" \
+            "other releases than those in launch/constraints.txt."
     echo "$wanted" >"$venv/.megapipe${extra:+-$extra}"
 }

@@ -114,7 +114,7 @@ def build_mesh(*, pipeline: int, data: int, tensor: int, device: torch.device) -
         ranks = tuple(part.mesh.tolist())
         group = part.get_group() if len(ranks) > 1 else None
         if group is not None:  # init_device_mesh takes no timeout and has its backend's, 10 minutes
-            distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
+            set_group_timeout(group, COLLECTIVE_TIMEOUT)
         return Axis(name, ranks, part.get_local_rank(), group)
 
     replicas = [
@@ -130,6 +130,13 @@ def build_mesh(*, pipeline: int, data: int, tensor: int, device: torch.device) -
         world=Axis("world", tuple(range(world_size)), dist.get_rank(), dist.group.WORLD),
         device_mesh=device_mesh,
     )
+
+
+def set_group_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """How long an operation of the group may take, from now on. Local: no rank waits for others."""
+    # torch 2.14 has made it public, and warns of the old name.
+    setter = vars(dist).get("set_timeout", distributed_c10d._set_pg_timeout)
+    setter(timeout, group)
 
 
 def _share_memory(axis: Axis, device: torch.device) -> Axis:

@@ -73,7 +73,19 @@ def _run(words: Sequence[str]) -> int:
     if words[0] in ("--version", "-V"):
         print(f"megapipe {__version__}")
         return 0
+    _check_current_directory()
     return _command(words[0])(words[1:])
+
+
+def _check_current_directory() -> None:
+    """Paths start there, and libraries end the process without it."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise MegapipeError(
+            f"the current directory can't be used ({error.strerror}): it was removed, or is closed "
+            "to this user. Change to another one, for example with cd ~."
+        ) from error
 
 
 def _tell(text: str) -> int:

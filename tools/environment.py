@@ -23,14 +23,17 @@ SECRETS = ("KEY", "TOKEN", "PASSWORD", "SECRET")
 
 def environment_lines(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
     """One line where a variable is heeded, another where one is set and is not; no secrets."""
-    mode = choose(config.logging, Path(config.train.run_dir), environ).mode
+    choice = choose(config.logging, Path(config.train.run_dir), environ)
+    mode = choice.mode
+    wrong = {line.split()[0] for line in choice.trouble}  # told of when W&B begins
     sources = (*config.data.sources, *config.data.validation_sources)
     hub = any(source.path.startswith(HUB) for source in sources)
     ignored = unheeded(config.logging, environ)
+    passed_over = wrong | set(ignored)
     heeded = [
         name
         for name in sorted(environ)
-        if name.startswith("WANDB_") and environ[name] and name not in ignored
+        if name.startswith("WANDB_") and environ[name] and name not in passed_over
         if mode != "off" or name in ("WANDB_MODE", "WANDB_DISABLED")
     ]
     if hub:

@@ -20,7 +20,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,7 +67,8 @@ def launch_local(
 
 @dataclass
 class Rank:
-    """A forked process. `status` is an exit status, or minus the signal that ended it."""
+    """A forked process. `status` is an exit status, or minus the signal that ended it; `sent` are
+    the signals that the launcher gave it, its own and those it passed on."""
 
     number: int
     pid: int
@@ -75,6 +76,7 @@ class Rank:
     status: int | None = None
     ended: float = math.inf
     report: dict[str, Any] | None = None
+    sent: set[int] = field(default_factory=set)
 
     def reap(self) -> None:
         """Note the end of the process, if it has ended."""
@@ -101,6 +103,12 @@ class Rank:
     def failed(self) -> bool:
         return self.status is not None and self.kind not in ("returned", "interrupted")
 
+    def send(self, number: int) -> None:
+        """Give a signal to the process, if it has not been seen to end."""
+        if self.status is None:
+            self.sent.add(number)
+            os.kill(self.pid, number)
+
 
 class Crew:
     """The ranks of one run, and the signals that this process gets while they live."""
@@ -109,7 +117,6 @@ class Crew:
         self.ranks: list[Rank] = []
         self._arrived: list[int] = []
         self._passed_on: set[int] = set()
-        self._ending = False
         self._previous: dict[int, Any] = {}
 
     def start(self, rank_main: RankMain, size: int, file: Path) -> None:
@@ -154,7 +161,6 @@ class Crew:
                 self._passed_on.add(number)
                 self._signal(number)
             if now >= end_at and kill_at == math.inf:
-                self._ending = True
                 kill_at = now + PATIENCE
                 self._signal(signal.SIGTERM)
             if now >= kill_at:
@@ -172,8 +178,7 @@ class Crew:
 
     def _signal(self, number: int) -> None:
         for rank in self.ranks:
-            if rank.status is None:
-                os.kill(rank.pid, number)
+            rank.send(number)
 
     def verdict(self, describe: Callable[[int], str]) -> int:
         """The exit status; raises or prints the first cause of a failure."""
@@ -192,12 +197,15 @@ class Crew:
         return min(failed, key=lambda rank: (rank.kind == "connection", rank.ended), default=None)
 
     def _is_ours(self, rank: Rank) -> bool:
-        """The rank ended because it was told to."""
-        ended_by = -(rank.status or 0)
-        left = (rank.status or 0) - 128 in self._passed_on and rank.kind == "died"
-        if left or ended_by in self._passed_on or (self._passed_on and rank.kind == "connection"):
+        """The rank ended because the launcher, or an interrupted rank, stopped the run. One that
+        another process killed did not, though the launcher may have sent the same signal to those
+        that it left waiting."""
+        stopped = self._passed_on or any(other.kind == "interrupted" for other in self.ranks)
+        if stopped and rank.kind == "connection":
             return True
-        return self._ending and ended_by in (signal.SIGTERM, signal.SIGKILL)
+        status = rank.status or 0
+        left = rank.kind == "died" and status - 128 in self._passed_on  # it waited in vain
+        return left or -status in rank.sent
 
 
 def _tell(cause: Rank, name: str) -> int:

@@ -6,35 +6,40 @@ they meet at MASTER_ADDR:MASTER_PORT. The variables of both are read here and no
 
 import hashlib
 import os
-import re
 import socket
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megapipe.errors import MegapipeError
 from megapipe.mesh import COLLECTIVE_TIMEOUT
-
-JOIN_TIMEOUT = timedelta(minutes=10)
-"""For all processes of a job to arrive: nodes start apart, and read torch from one file system."""
+from megapipe.tools.job_store import ALL_GIVE_UP, Address, connect, join_address, open_store
+from megapipe.tools.meeting import (
+    FAREWELL,
+    Meeting,
+    RefusedError,
+    RendezvousError,
+    watch_connecting,
+)
+from megapipe.tools.node_list import expand_counts, expand_nodes, place_tasks
 
 SLURM_PORTS = range(10_000, 30_000)  # below the ports that Linux gives to outgoing connections
 
 
-class RendezvousError(MegapipeError):
-    """The processes of a job could not meet."""
-
-
 @dataclass(frozen=True)
 class Rendezvous:
-    """One rank's place, and where it meets the others: a `file`, or an `address` (host:port).
+    """One rank's place, and where it meets the others: a `file`, or an `address`.
 
     `local_rank` of `local_size` counts the processes on this machine; with `own_gpu` each of them
-    sees one GPU, its own. One rank alone needs no place to meet.
+    sees one GPU, its own. `served`: torchrun serves the address, rather than rank 0. `hosts` names
+    each rank's machine where that is known from the start; otherwise, where `grouped`, each
+    machine has `local_size` consecutive ranks. One rank alone needs no place to meet.
     """
 
     rank: int = 0
@@ -42,31 +47,31 @@ class Rendezvous:
     local_rank: int = 0
     local_size: int = 1
     file: Path | None = None
-    address: str | None = None
+    address: Address | None = None
     own_gpu: bool = False
+    served: bool = False
+    hosts: tuple[str, ...] = ()
+    grouped: bool = False
 
 
 def init_process_group(rendezvous: Rendezvous, device: torch.device) -> dist.Store | None:
     """Join the other ranks: NCCL between GPUs, gloo between CPUs. Nothing to do for one rank.
 
-    Returns the store in which they met. Raises RendezvousError when the port is taken, or not all
-    processes come.
+    Returns the store in which they met. Says who is missing while it waits. Raises RendezvousError
+    when the port is taken, not all processes come, or their numbers don't fit together; ends
+    the process with status 1 where another rank raises what all of them know.
     """
     if rendezvous.world_size == 1:
         return None
-    rank, size = rendezvous.rank, rendezvous.world_size
-    store: dist.Store
-    if rendezvous.file is not None:
-        store = dist.FileStore(str(rendezvous.file), size)
-    else:
-        store = _join(rendezvous)
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        store=store,
-        rank=rank,
-        world_size=size,
-        timeout=COLLECTIVE_TIMEOUT,
-    )
+    store = _meet(rendezvous)
+    with _connecting(rendezvous, store):
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rendezvous.rank,
+            world_size=rendezvous.world_size,
+            timeout=COLLECTIVE_TIMEOUT,
+        )
     return store
 
 
@@ -81,28 +86,52 @@ def first_to_tell(store: dist.Store, text: str) -> bool:
         return True
 
 
-def _join(rendezvous: Rendezvous) -> dist.Store:
-    """The key-value store of the job; rank 0 serves it, or torchrun does."""
+def _meet(rendezvous: Rendezvous) -> dist.Store:
+    """The store, once all ranks have come to it."""
     rank, size, address = rendezvous.rank, rendezvous.world_size, rendezvous.address
+    store: dist.Store | None = None
     try:
-        # Not `TCPStore`: this knows whether torchrun's agent serves the port already.
-        handshake = dist.rendezvous(f"tcp://{address}", rank, size, timeout=JOIN_TIMEOUT)
-        store: dist.Store = next(handshake)[0]
-        return store
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        text = str(error).splitlines()[0]
-        if "EADDRINUSE" in text:
-            assert address is not None
-            port = address.rpartition(":")[2]
-            raise RendezvousError(
-                f"MASTER_PORT={port} is in use on {socket.gethostname()}, so the ranks can't "
-                "meet there. Set MASTER_PORT to a free port, for all processes of the job alike "
-                "(torchrun --master-port, or --standalone on one machine)."
-            ) from error
+        if address is None:
+            store, place = dist.FileStore(str(rendezvous.file), size), "this machine"
+        else:
+            store, place = (
+                open_store(rank, size, address, served=rendezvous.served),
+                (f"{join_address(address)} (MASTER_ADDR:MASTER_PORT)"),
+            )
+        group_size = rendezvous.local_size if rendezvous.grouped else None
+        return Meeting(
+            store, rank, size, place, rendezvous.hosts, group_size, kept=rendezvous.served
+        ).attend()
+    except RefusedError as error:
+        # Not the first to leave, which has the others ended, unless this one tells why.
+        if store is not None and (address is None or first_to_tell(store, str(error))):
+            time.sleep(FAREWELL if rank == 0 else 0)  # the store ends with the process
+            raise
+        time.sleep(2 * ALL_GIVE_UP if store is None else 2 * FAREWELL)
+        sys.exit(1)
+    except dist.DistError as error:
         raise RendezvousError(
-            f"rank {rank} of {size} waited at MASTER_ADDR:MASTER_PORT={address} for the other "
-            f"processes, and gave up ({text}). See that all {size} were started and can reach that "
-            "address."
+            f"rank {rank} of {size} lost the connection to {place} while it waited for other "
+            "ranks. See what ended rank 0."
+        ) from error
+
+
+@contextmanager
+def _connecting(rendezvous: Rendezvous, store: dist.Store) -> Iterator[None]:
+    """Watch over ranks that have met; what local ranks lack, the launcher sees."""
+    rank, size, address = rendezvous.rank, rendezvous.world_size, rendezvous.address
+    if address is None:
+        yield
+        return
+    try:
+        with watch_connecting(partial(connect, address), store, rank, size):
+            yield
+    except RuntimeError as error:
+        raise RendezvousError(
+            f"rank {rank} of {size} met the others, and then could not connect to all of them: "
+            f"{str(error).splitlines()[0]} See whether one of them has ended. Between machines "
+            "all ports must be open; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network "
+            "interface to use."
         ) from error
 
 
@@ -110,7 +139,7 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Rendezvous 
     """This process's place in a job of torchrun or srun; None when it was started alone.
 
     A job step of one task (`srun --pty bash`) counts as alone. Raises RendezvousError for variables
-    that are missing or no numbers.
+    that are missing, no numbers, or don't fit together.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return _of_torchrun(environment)
@@ -121,41 +150,53 @@ def from_environment(environment: Mapping[str, str] = os.environ) -> Rendezvous 
 
 
 def _of_torchrun(environment: Mapping[str, str]) -> Rendezvous:
-    rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
+    """Also of processes that were started by hand, which may lack the LOCAL variables."""
+    size = _number(environment, "WORLD_SIZE", least=1)
+    rank = _below(environment, "RANK", "WORLD_SIZE", size)
+    local_size = _number(environment, "LOCAL_WORLD_SIZE", size, least=1)
     return Rendezvous(
         rank=rank,
         world_size=size,
-        local_rank=_number(environment, "LOCAL_RANK", rank),
-        local_size=_number(environment, "LOCAL_WORLD_SIZE", size),
-        address=_address(_text(environment, "MASTER_ADDR"), _number(environment, "MASTER_PORT")),
+        local_rank=_below(environment, "LOCAL_RANK", "LOCAL_WORLD_SIZE", local_size, rank),
+        local_size=local_size,
+        address=(_text(environment, "MASTER_ADDR"), _port(environment)),
+        served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        grouped="LOCAL_WORLD_SIZE" in environment and size % local_size == 0,
     )
 
 
 def _of_srun(environment: Mapping[str, str]) -> Rendezvous | None:
-    tasks = _number(environment, "SLURM_NTASKS", 1)
-    size = _number(environment, "SLURM_STEP_NUM_TASKS", tasks)
+    tasks = _number(environment, "SLURM_NTASKS", 1, least=1)
+    size = _number(environment, "SLURM_STEP_NUM_TASKS", tasks, least=1)
     if size == 1:
         return None
     job = _number(environment, "SLURM_JOB_ID", _number(environment, "SLURM_JOBID", 0))
     step = _number(environment, "SLURM_STEP_ID")
     port = SLURM_PORTS[(job * 16 + step) % len(SLURM_PORTS)]
-    local = _number(environment, "SLURM_LOCALID")
-    counts = environment.get("SLURM_STEP_TASKS_PER_NODE", str(size))
-    host = environment.get("MASTER_ADDR") or _first_host(environment)
+    counts = _task_counts(environment, size)
+    nodes = expand_nodes(environment.get("SLURM_STEP_NODELIST") or _job_nodes(environment))
+    hosts = place_tasks(nodes, counts, environment.get("SLURM_DISTRIBUTION", ""))
+    node = _number(environment, "SLURM_NODEID", 0)
     return Rendezvous(
-        rank=_number(environment, "SLURM_PROCID"),
+        rank=_below(environment, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", size),
         world_size=size,
-        local_rank=local,
-        local_size=_tasks_on_node(counts, _number(environment, "SLURM_NODEID", 0)),
-        address=_address(host, _number(environment, "MASTER_PORT", port)),
+        local_rank=_number(environment, "SLURM_LOCALID"),
+        local_size=counts[min(node, len(counts) - 1)],
+        address=(
+            environment.get("MASTER_ADDR") or _reachable(nodes[0], environment),
+            _port(environment, port),
+        ),
         own_gpu="SLURM_GPUS_PER_TASK" in environment,
+        hosts=hosts if len(hosts) == size else (),
     )
 
 
-def _first_host(environment: Mapping[str, str]) -> str:
-    """The node of task 0; where its name does not resolve, the address from which srun came."""
-    nodes = environment.get("SLURM_STEP_NODELIST") or _text(environment, "SLURM_JOB_NODELIST")
-    host = first_node(nodes)
+def _job_nodes(environment: Mapping[str, str]) -> str:
+    return _text(environment, "SLURM_JOB_NODELIST")
+
+
+def _reachable(host: str, environment: Mapping[str, str]) -> str:
+    """The host; where its name does not resolve, the address from which srun came."""
     try:
         socket.getaddrinfo(host, None)
     except OSError:
@@ -163,27 +204,15 @@ def _first_host(environment: Mapping[str, str]) -> str:
     return host
 
 
-def first_node(nodes: str) -> str:
-    """The first name of a Slurm node list: `gpu007` of `gpu[007-012,020],cpu1`."""
-    first = re.split(r",(?![^\[]*\])", nodes)[0]
-    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first)
-
-
-def _tasks_on_node(counts: str, node: int) -> int:
-    """Entry `node` of a list like `4(x2),3`."""
-    expanded: list[int] = []
-    for part in counts.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if match is None:
-            raise RendezvousError(
-                f"SLURM_STEP_TASKS_PER_NODE={counts} in the environment is not understood."
-            )
-        expanded += [int(match[1])] * int(match[2] or 1)
-    return expanded[min(node, len(expanded) - 1)]
-
-
-def _address(host: str, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def _task_counts(environment: Mapping[str, str], size: int) -> list[int]:
+    """The number of tasks on each node of the step."""
+    counts = environment.get("SLURM_STEP_TASKS_PER_NODE", str(size))
+    try:
+        return expand_counts(counts)
+    except ValueError:
+        raise RendezvousError(
+            f"SLURM_STEP_TASKS_PER_NODE={counts} in the environment is not understood."
+        ) from None
 
 
 def _text(environment: Mapping[str, str], name: str) -> str:
@@ -196,10 +225,36 @@ def _text(environment: Mapping[str, str], name: str) -> str:
     return environment[name]
 
 
-def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+def _number(
+    environment: Mapping[str, str], name: str, default: int | None = None, *, least: int = 0
+) -> int:
     if default is not None and not environment.get(name):
         return default
     text = _text(environment, name)
-    if not text.isdecimal():
-        raise RendezvousError(f"{name}={text} in the environment is not a number.")
+    if not (text.isascii() and text.isdecimal()) or int(text) < least:
+        what = "a number" if least == 0 else f"a number of {least} or more"
+        raise RendezvousError(f"{name}={text} in the environment is not {what}.")
     return int(text)
+
+
+def _below(
+    environment: Mapping[str, str], name: str, of: str, size: int, default: int | None = None
+) -> int:
+    """The number of one of `size` processes, of which the variable `of` says how many they are."""
+    number = _number(environment, name, default)
+    if number >= size:
+        given = (
+            f"{name}={number}" if environment.get(name) else f"{name} is not set, and RANK={number}"
+        )
+        raise RendezvousError(
+            f"{given} with {of}={environment.get(of) or size}: processes are numbered from 0 to "
+            f"{size - 1}. Set {name} for this process, or {of} for all of them."
+        )
+    return number
+
+
+def _port(environment: Mapping[str, str], default: int | None = None) -> int:
+    port = _number(environment, "MASTER_PORT", default, least=1)
+    if port > 65535:
+        raise RendezvousError(f"MASTER_PORT={port}: ports end at 65535. Set it to a free one.")
+    return port

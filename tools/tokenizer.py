@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import os
 import re
 import time
 from collections import Counter
@@ -170,7 +169,7 @@ def _train(arguments: argparse.Namespace) -> int:
     _print_skipped(corpus.skipped)
     seconds = time.perf_counter() - started
     files = sum(len(source.files) for source in corpus.sources)
-    print(f"{_printable(out)}: {tokenizer.vocab_size:,} tokens, trained in {seconds:.1f} s")
+    print(f"{shown(out)}: {tokenizer.vocab_size:,} tokens, trained in {seconds:.1f} s")
     if replaced:
         print("  replaced    the tokenizer that had this name")
     print(f"  text        {files:,} files, {corpus.total_bytes:,} bytes")
@@ -270,7 +269,7 @@ def _trainer_message(error: str, vocab_size: int) -> str:
 
 def _print_skipped(skipped: Sequence[str], shown: int = 5) -> None:
     for line in skipped[:shown]:
-        print(f"skipped {_printable(line)}")
+        print(f"skipped {line}")
     if len(skipped) > shown:
         print(f"skipped {len(skipped) - shown} more rows that are empty, malformed or not UTF-8")
 
@@ -279,11 +278,6 @@ def _measure(tokenizer: Tokenizer, texts: Sequence[str]) -> str:
     """Bytes per token, what is unknown, and whether texts come back as they were."""
     check = check_texts(tokenizer, texts)
     return f"measured    {check.bytes_per_token:.2f} bytes per token; {check.verdict()}"
-
-
-def _printable(path: Path | str) -> str:
-    """A name whose bytes are not UTF-8 can't be printed as it is."""
-    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -301,7 +295,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         if isinstance(tokenizer, SentencePieceTokenizer)
         else _hugging_face_lines(tokenizer)
     )
-    print(_printable(tokenizer.path))
+    print(shown(tokenizer.path))
     for name, value in lines.items():
         print(f"  {name:<12}{value}")
     ids = tokenizer.encode(arguments.text)

@@ -80,8 +80,7 @@ def find_files(pattern: str, key: str) -> Found:
     found = _each_once(sorted(map(Path, names)), named, entered="**" in pattern.split("/"))
     if not found.files:
         raise DataError(
-            f"{named} matches no file (looked from {shown(os.getcwd())}); "
-            "correct the path or quote the glob."
+            f"{named} matches no file (looked from {_here()}); correct the path or quote the glob."
         )
     return found
 
@@ -134,6 +133,13 @@ def _unreadable(path: Path, error: OSError, *, vanished: bool) -> str:
             "from its last checkpoint."
         )
     return message
+
+
+def _here() -> str:
+    try:
+        return shown(os.getcwd())
+    except FileNotFoundError:
+        return "a directory that is gone"
 
 
 def _printable(character: str) -> str:

@@ -5,14 +5,14 @@ read at their beginning, so the same files give the same sample, and its cost do
 the corpus.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megapipe.data.files import COMPRESSED, FoundFile, file_format
 from megapipe.data.formats import RowFile
 from megapipe.data.rows import BadRowError, row_text
-from megapipe.data.sources import COMPRESSED, HUB, Source, file_format
+from megapipe.data.sources import Source
 from megapipe.data.text_check import TextCheck, check_texts
 from megapipe.data.tokenizer import Tokenizer
 
@@ -45,26 +45,31 @@ def sample_sources(sources: Sequence[Source], tokenizer: Tokenizer) -> list[Sour
 
 def sample_source(source: Source, tokenizer: Tokenizer, size: int) -> SourceSample:
     """Reads about `size` bytes of text out of up to FILES files."""
-    if source.config.path.startswith(HUB):  # would be downloaded once more
+    if source.found is None:  # on the hub: it would be downloaded once more
         return SourceSample(source, TextCheck(), None, None)
-    chosen = [source.files[index] for index in evenly(len(source.files), FILES)]
-    read = [part for file in chosen for part in _parts(source, file, size // len(chosen))]
+    places = evenly(len(source.files), FILES)
+    chosen = [source.found.files[place] for place in places]
+    read = [
+        part
+        for place in places
+        for part in _parts(source, source.files[place], size // len(places))
+    ]
     check = check_texts(tokenizer, [part.text for part in read])
     documents = sum(part.share for part in read)
-    stored = sum(os.path.getsize(file.name) for file in source.files)
+    stored = source.found.size
     if source.total_bytes is None or not documents:
         return SourceSample(source, check, stored, None)
     tokens = check.tokens + documents  # each whole document gets an end token
-    forms = {_form(source, Path(file.name)) for file in chosen}
+    forms = {_form(source, file.path) for file in chosen}
     if forms == {"parquet"}:
-        looked_at = sum(os.path.getsize(file.name) for file in chosen)
+        looked_at = sum(file.size for file in chosen)
         per_byte = tokens / documents * sum(map(_row_count, chosen)) / max(looked_at, 1)
         return SourceSample(source, check, stored, per_byte * stored)
     per_byte = tokens / sum(part.share * part.stored for part in read)
     assumption = ""
     if forms & {"arrow", "parquet"}:
         assumption = "if the tables hold nothing but text"
-    elif any(Path(file.name).suffix in COMPRESSED for file in chosen):
+    elif any(file.path.suffix in COMPRESSED for file in chosen):
         assumption = "if files unfold to 4 times their size"
     return SourceSample(source, check, stored, per_byte * source.total_bytes, assumption)
 
@@ -111,12 +116,12 @@ def _form(source: Source, path: Path) -> str | None:
     return file_format(path) if source.config.format == "auto" else source.config.format
 
 
-def _row_count(file: RowFile) -> int:
+def _row_count(file: FoundFile) -> int:
     from pyarrow import ArrowException
     from pyarrow.parquet import read_metadata
 
     try:
-        rows: int = read_metadata(file.name).num_rows
+        rows: int = read_metadata(file.path).num_rows
     except (OSError, ArrowException):  # the feed reports it
         return 0
     return rows

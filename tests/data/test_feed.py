@@ -141,6 +141,20 @@ def test_a_feed_is_opened_again_by_loading_a_state(config: DataConfig, expected:
         next(feed)
 
 
+def test_a_batch_that_is_taken_back_is_given_again(config: DataConfig, expected: list[str]) -> None:
+    feeds = open_all(config, 2)
+    hashes(feeds, 3)
+    before = merge_states([feed.state_dict() for feed in feeds])
+    next(feeds[0])  # the other reader fails, say
+    feeds[0].take_back()
+    state = merge_states([feed.state_dict() for feed in feeds])
+    assert state == before
+    close(feeds)
+    again = open_all(config, 1, state)
+    assert hashes(again, 2) == expected[3:5]
+    close(again)
+
+
 def test_seed_and_streams_choose_the_order(config: DataConfig, expected: list[str]) -> None:
     other = open_feed(config, seed=2)
     fewer = open_feed(config.model_copy(update={"streams": 4}))

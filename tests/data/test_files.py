@@ -159,6 +159,19 @@ def test_a_path_with_a_nul(tmp_path: Path) -> None:
         find_files("a\0b", "k")
 
 
+def test_a_working_directory_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    try:
+        with pytest.raises(
+            DataError, match=r"matches no file \(looked from a directory that is gone"
+        ):
+            find_files("*.txt", "k")
+    finally:
+        monkeypatch.undo()
+
+
 def test_names_are_shown_on_one_line_whatever_they_are() -> None:
     assert shown("data/é漢 [x] %20.txt") == "data/é漢 [x] %20.txt"
     assert (

@@ -91,6 +91,24 @@ def test_damage_ends_the_file_with_a_row_that_says_so(
         assert list(file.rows(row, before[row - 1][1])) == [*before, last][row:]
 
 
+@pytest.mark.parametrize("split", [formats.split_text_lines, formats.split_paragraphs, SEGMENTS])
+def test_a_character_cut_by_damage_is_dropped_the_same_from_every_row_on(
+    tmp_path: Path, split: formats.Splitter
+) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"one\n\ntwo and more\n\nthree " + "漢".encode()[:2])[:-8])
+    file = TextFile(path, split, "line")
+    rows = list(file.rows(0, 0))
+    *_, (text, _), (damage, _) = rows
+    assert isinstance(text, bytes)
+    assert text.endswith(b"three ")
+    assert isinstance(damage, Unreadable)
+    assert damage.text_bytes == 2
+    assert "2 byte(s) of a cut character before it are dropped" in damage.detail
+    for row, (_, offset) in enumerate(rows[:-1], start=1):
+        assert list(file.rows(row, offset)) == rows[row:]
+
+
 def test_a_line_above_the_limit_is_a_bad_row_and_the_next_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = [*sorted((ROOT / "launch").glob("*.s*")), ROOT / ".ci" / "run"]
@@ -87,8 +89,42 @@ def test_syntax(script: Path) -> None:
 # --- test.sh and setup.sh ------------------------------------------------------------------------
 
 
+def installs(clone: Clone, extra: str = "", constraints: Path | None = None) -> str:
+    file = constraints or clone.root / "launch/constraints.txt"
+    words = "-m pip install --quiet --disable-pip-version-check"
+    return f"{words} --constraint {file} --editable {clone.root}{extra} []"
+
+
+def test_constraints_of_ones_own_or_none(clone: Clone, tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("numpy<2.4")
+    set_up = ("-c", "source launch/setup.sh; set_up")
+    clone.run(*set_up, MEGAPIPE_CONSTRAINTS=str(own))
+    clone.run(*set_up, MEGAPIPE_CONSTRAINTS="none")
+    assert clone.logged() == [
+        installs(clone, constraints=own),
+        installs(clone, constraints=Path("/dev/null")),
+    ]
+    status, said = clone.run(*set_up, MEGAPIPE_CONSTRAINTS="missing.txt")
+    assert status == 1
+    assert "MEGAPIPE_CONSTRAINTS=missing.txt is no file that can be read" in said
+
+
+def test_constraints_name_all_that_is_required_within_its_range() -> None:
+    text = (ROOT / "launch/constraints.txt").read_text(encoding="utf-8")
+    pins = [Requirement(line) for line in text.splitlines() if not line.startswith("#")]
+    versions = {pin.name.lower(): next(iter(pin.specifier)) for pin in pins}
+    assert [pin.name for pin in pins if pin.name != "triton" and "==" not in str(pin)] == []
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    required = project["dependencies"] + project["optional-dependencies"]["test"]
+    for requirement in map(Requirement, required):
+        name = requirement.name.lower().replace("-", "_")
+        pin = versions.get(requirement.name.lower()) or versions[name]
+        assert requirement.specifier.contains(pin.version), (str(requirement), str(pin))
+
+
 def test_test_runs_all_checks_and_installs_once(clone: Clone) -> None:
-    install = f"-m pip install --quiet --disable-pip-version-check --editable {clone.root}[test] []"
+    install = installs(clone, "[test]")
     checks = ["-m ruff check . []", "-m ruff format --check . []", "-m mypy []"]
     status, said = clone.run("launch/test.sh")
     assert status == 0, said
@@ -100,9 +136,12 @@ def test_test_runs_all_checks_and_installs_once(clone: Clone) -> None:
     assert status == 0, said
     assert sorted(clone.logged()) == sorted([*checks, "-m pytest tests/data -k a b [1]"])
     assert "== pytest: 0 s" in said
-    (clone.root / "pyproject.toml").write_text("changed")
-    clone.run("launch/test.sh")
-    assert clone.logged()[0] == install
+    for changed in ("pyproject.toml", "launch/constraints.txt"):
+        (clone.root / changed).write_text("changed")
+        clone.run("launch/test.sh")
+        assert clone.logged()[0] == install, changed
+        clone.run("launch/test.sh")
+        assert install not in clone.logged(), changed
 
 
 @pytest.mark.parametrize("fails", ["-m pip", "-m ruff check", "-m ruff format"])
@@ -133,10 +172,7 @@ def test_ci_fails_when_tests_fail(clone: Clone) -> None:
 
 def test_an_installation_with_tests_serves_without(clone: Clone) -> None:
     clone.run("-c", "source launch/setup.sh; set_up; set_up; set_up test; set_up; set_up test")
-    assert [line.split("--editable ")[1] for line in clone.logged()] == [
-        f"{clone.root} []",
-        f"{clone.root}[test] []",
-    ]
+    assert clone.logged() == [installs(clone), installs(clone, "[test]")]
 
 
 def test_an_environment_is_made_by_the_first_python_that_can(clone: Clone) -> None:

@@ -59,6 +59,14 @@ def test_a_training_goes_on_without_a_console(
     assert (tmp_path / "run" / "checkpoints" / "step-00000002" / "manifest.json").exists()
 
 
+def test_a_current_directory_that_was_removed(tmp_path: Path) -> None:
+    program = f"{sys.executable} -P -m megapipe train x.toml"
+    done = shell(f"mkdir gone; cd gone; rmdir ../gone; {program}", tmp_path)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("megapipe: the current directory can't be used (No such file")
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_a_console_that_can_not_say_everything(tmp_path: Path, encoding: str) -> None:
     for word, shown in (("漢.toml", r"\u6f22.toml"), ("caf\udce9.toml", r"\udce9.toml")):

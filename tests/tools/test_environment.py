@@ -40,3 +40,6 @@ def test_what_is_used_and_what_is_not() -> None:
     disabled = {"WANDB_MODE": "disabled", "WANDB_PROJECT": "x"}
     (line,) = environment_lines(config(), disabled)
     assert line == "From the environment: WANDB_MODE=disabled"
+    nonsense = {"WANDB_MODE": "nonsense", "WANDB_NAME": "night"}
+    (line,) = environment_lines(config(), nonsense)
+    assert line == "From the environment: WANDB_NAME=night", "the other is told to be wrong later"

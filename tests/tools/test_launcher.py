@@ -152,6 +152,34 @@ def test_a_rank_that_a_signal_ended_is_named(name: str, capfd: pytest.CaptureFix
     assert "Traceback" not in captured.out + captured.err
 
 
+def _dies_in_a_start(number: int, meeting: Rendezvous) -> int:
+    """Ends before the others have met it; they neither fail nor return by themselves."""
+    if meeting.rank == 1:
+        os.kill(os.getpid(), number)
+    sleep()
+    return 0
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_a_rank_that_died_while_others_wait_is_named(name: str) -> None:
+    """The others are then ended by the same signals, which must not look like the cause."""
+    with pytest.raises(MegapipeError, match=rf"^rank 1 was ended by {name}"):
+        launch_local(partial(_dies_in_a_start, signal.Signals[name]), 3)
+
+
+def _dies_while_deaf_ranks_wait(meeting: Rendezvous) -> int:
+    if meeting.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sleep()
+    return 0
+
+
+def test_a_killed_rank_is_named_though_others_had_to_be_killed() -> None:
+    with pytest.raises(MegapipeError, match=r"^rank 1 was ended by SIGKILL"):
+        launch_local(_dies_while_deaf_ranks_wait, 3)
+
+
 def _leaves(meeting: Rendezvous) -> int:
     if meeting.rank == 1:
         os._exit(3)
@@ -279,6 +307,18 @@ def test_an_interrupted_rank_does_not_leave_the_others_waiting() -> None:
     """Ctrl-C in a start: some ranks hear it before they can hold on to it, others after."""
     with pytest.raises(KeyboardInterrupt):
         launch_local(_one_is_interrupted, 2)
+
+
+def _loses_an_interrupted_rank(meeting: Rendezvous) -> int:
+    if meeting.rank == 0:
+        raise KeyboardInterrupt
+    sleep(0.2)
+    raise RuntimeError("Gloo connectFullMesh failed with Connection closed by peer")
+
+
+def test_an_interrupted_rank_is_the_cause_of_a_lost_connection() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        launch_local(_loses_an_interrupted_rank, 2)
 
 
 def test_a_second_interrupt_waits_no_longer(tmp_path: Path) -> None:

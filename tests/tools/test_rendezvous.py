@@ -1,19 +1,26 @@
 """A process's place in a job, by the variables of torchrun and Slurm, and meeting the others."""
 
+import io
 import multiprocessing
 import os
+import re
 import socket
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from datetime import timedelta
+from multiprocessing import connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megapipe.tools import rendezvous
+from megapipe.tools import job_store, meeting
+from megapipe.tools.meeting import RendezvousError
 from megapipe.tools.rendezvous import (
     Rendezvous,
-    RendezvousError,
-    first_node,
     first_to_tell,
     from_environment,
     init_process_group,
@@ -38,6 +45,7 @@ SRUN = {
     "SLURM_STEP_TASKS_PER_NODE": "4,3",
     "SLURM_NODEID": "1",
     "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "localhost,n1",
     "SLURM_JOB_NODELIST": "localhost,n[1-3]",
 }
 
@@ -47,10 +55,12 @@ def test_started_alone() -> None:
 
 
 def test_torchrun() -> None:
-    assert from_environment(TORCHRUN) == Rendezvous(5, 8, 1, 4, address="node0:29500")
-    ipv6 = from_environment(TORCHRUN | {"MASTER_ADDR": "fe80::1"})
-    assert ipv6 is not None
-    assert ipv6.address == "[fe80::1]:29500"
+    own = Rendezvous(5, 8, 1, 4, address=("node0", 29500), grouped=True)
+    assert from_environment(TORCHRUN) == own
+    served = from_environment(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
+    assert served == replace(own, served=True)
+    by_hand = {name: text for name, text in TORCHRUN.items() if not name.startswith("LOCAL")}
+    assert from_environment(by_hand) == Rendezvous(5, 8, 5, 8, address=("node0", 29500))
 
 
 def test_srun() -> None:
@@ -58,10 +68,15 @@ def test_srun() -> None:
     while port >= 30_000:
         port -= 20_000
     place = from_environment(SRUN)
-    assert place == Rendezvous(5, 7, 1, 3, address=f"localhost:{port}")
+    hosts = ("localhost",) * 4 + ("n1",) * 3
+    own = Rendezvous(5, 7, 1, 3, address=("localhost", port), hosts=hosts)
+    assert place == own
     given = SRUN | {"MASTER_ADDR": "head", "MASTER_PORT": "1234", "SLURM_GPUS_PER_TASK": "1"}
     place = from_environment(given)
-    assert place == Rendezvous(5, 7, 1, 3, address="head:1234", own_gpu=True)
+    assert place == replace(own, address=("head", 1234), own_gpu=True)
+    dealt = from_environment(SRUN | {"SLURM_DISTRIBUTION": "cyclic"})
+    assert dealt is not None
+    assert dealt.hosts == ("localhost", "n1", "localhost", "n1", "localhost", "n1", "localhost")
 
 
 def test_srun_at_a_node_whose_name_does_not_resolve(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,7 +87,7 @@ def test_srun_at_a_node_whose_name_does_not_resolve(monkeypatch: pytest.MonkeyPa
     place = from_environment(SRUN | {"SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"})
     assert place is not None
     assert place.address is not None
-    assert place.address.startswith("10.0.0.1:")
+    assert place.address[0] == "10.0.0.1"
 
 
 def test_a_batch_script_and_a_step_of_one_task_are_alone() -> None:
@@ -83,29 +98,41 @@ def test_a_batch_script_and_a_step_of_one_task_are_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"),
-    [
-        ("n1", "n1"),
-        ("n1,n2", "n1"),
-        ("gpu[007-012,020],cpu1", "gpu007"),
-        ("n[3,5]", "n3"),
-        ("rack[0-1]node[01-04]-ib", "rack0node01-ib"),
-    ],
-)
-def test_first_node_of_a_list(nodes: str, first: str) -> None:
-    assert first_node(nodes) == first
-
-
-@pytest.mark.parametrize(
     ("changed", "said"),
     [
         ({"MASTER_PORT": ""}, "MASTER_PORT is not set"),
         ({"RANK": "first"}, "RANK=first in the environment is not a number"),
+        ({"RANK": "-1"}, "RANK=-1 in the environment is not a number"),
+        ({"RANK": "٣"}, "RANK=٣ in the environment is not a number"),
+        ({"RANK": "8"}, "^RANK=8 with WORLD_SIZE=8: processes are numbered from 0 to 7"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment is not a number of 1 or more"),
+        ({"LOCAL_RANK": "4"}, "^LOCAL_RANK=4 with LOCAL_WORLD_SIZE=4: .* from 0 to 3"),
+        ({"LOCAL_RANK": ""}, "^LOCAL_RANK is not set, and RANK=5 with LOCAL_WORLD_SIZE=4"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0 in the environment is not a number of 1 or more"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536: ports end at 65535"),
     ],
 )
 def test_variables_that_are_missing_or_wrong(changed: dict[str, str], said: str) -> None:
     with pytest.raises(RendezvousError, match=said):
         from_environment(TORCHRUN | changed)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"SLURM_PROCID": "7"}, "^SLURM_PROCID=7 with SLURM_STEP_NUM_TASKS=7: .* from 0 to 6"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4,x"}, "SLURM_STEP_TASKS_PER_NODE=4,x .* not understood"),
+    ],
+)
+def test_variables_of_slurm_that_are_wrong(changed: dict[str, str], said: str) -> None:
+    with pytest.raises(RendezvousError, match=said):
+        from_environment(SRUN | changed)
+
+
+def test_a_list_of_nodes_that_does_not_fit_names_no_hosts() -> None:
+    place = from_environment(SRUN | {"SLURM_STEP_NODELIST": "localhost"})
+    assert place is not None
+    assert place.hosts == ()
 
 
 def free_port() -> int:
@@ -114,8 +141,24 @@ def free_port() -> int:
         return port
 
 
+def start(rank_main: Callable[[int, int], None], rank: int, port: int) -> BaseProcess:
+    process = multiprocessing.get_context("fork").Process(target=rank_main, args=(rank, port))
+    process.start()
+    return process
+
+
+def finish(processes: Iterable[BaseProcess]) -> list[int | None]:
+    """Their statuses."""
+    running = list(processes)
+    for process in running:
+        process.join(120)
+        process.kill()
+    return [process.exitcode for process in running]
+
+
 def _joins(rank: int, port: int) -> None:
-    store = init_process_group(Rendezvous(rank, 2, rank, 2, address=f"localhost:{port}"), CPU)
+    address = ("localhost", port)
+    store = init_process_group(Rendezvous(rank, 2, rank, 2, address=address), CPU)
     assert store is not None
     total = torch.tensor(rank + 1)
     dist.all_reduce(total)
@@ -125,29 +168,102 @@ def _joins(rank: int, port: int) -> None:
 
 def test_ranks_of_a_job_meet_at_the_port() -> None:
     port = free_port()
-    fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=_joins, args=(rank, port)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join()
-    assert [rank.exitcode for rank in ranks] == [3, 3]
+    assert finish(start(_joins, rank, port) for rank in range(2)) == [3, 3]
 
 
-def test_a_port_in_use_is_named() -> None:
-    with socket.create_server(("localhost", 0)) as other:
-        port = other.getsockname()[1]
-        with pytest.raises(
-            RendezvousError, match=rf"MASTER_PORT={port} is in use .* --master-port"
-        ):
-            init_process_group(Rendezvous(0, 2, address=f"localhost:{port}"), CPU)
+def _restarts(rank: int, port: int) -> None:
+    """Under torchrun, which serves the store and keeps it: twice, as two generations of ranks."""
+    place = Rendezvous(rank, 2, rank, 2, address=("localhost", port), served=True)
+    for generation in range(2):
+        init_process_group(place, CPU)
+        total = torch.tensor(rank + generation)
+        dist.all_reduce(total)
+        assert int(total) == 1 + 2 * generation
+        dist.destroy_process_group()
+    os._exit(3)
 
 
-def test_a_rank_that_waits_in_vain_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendezvous, "JOIN_TIMEOUT", rendezvous.JOIN_TIMEOUT / 600)
-    address = f"localhost:{free_port()}"
-    with pytest.raises(RendezvousError, match=f"rank 0 of 2 waited .*{address}"):
-        init_process_group(Rendezvous(0, 2, address=address), CPU)
+def test_ranks_that_torchrun_restarts_meet_again_in_the_same_store() -> None:
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    assert finish(start(_restarts, rank, store.port) for rank in range(2)) == [3, 3]
+
+
+def _waits_in_vain(rank: int, port: int) -> None:
+    meeting.PATIENCE = job_store.PATIENCE = timedelta(seconds=1)
+    place = Rendezvous(rank, 4, rank, 4, address=("localhost", port))
+    try:
+        init_process_group(place, CPU)
+    except RendezvousError as error:
+        said = str(error)
+        assert f"2 of 4 ranks have not come to localhost:{port}" in said
+        assert "(MASTER_ADDR:MASTER_PORT): 2-3. See that all 4" in said
+        os._exit(3)
+
+
+def test_what_all_ranks_know_is_raised_by_one() -> None:
+    """The others end with status 1, and after it."""
+    port = free_port()
+    ranks = [start(_waits_in_vain, rank, port) for rank in range(2)]
+    assert set(finish(ranks)) == {1, 3}
+
+
+class Tripwire(io.StringIO):
+    """Ends the process with status 3 once it is given these words."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__()
+        self.words = words
+
+    def write(self, text: str) -> int:
+        if self.words in text:
+            os._exit(3)
+        return super().write(text)
+
+
+def _connects(rank: int, port: int) -> None:
+    """Rank 2 ends when all have come, before it has connected to the others."""
+    meeting.FIRST_NOTICE = 0.5
+    sys.stderr = Tripwire("3 of them have not connected to all others: 0-2.")
+    if rank == 2:
+        dist.init_process_group = lambda *_, **__: os._exit(0)
+    init_process_group(Rendezvous(rank, 3, rank, 3, address=("localhost", port)), CPU)
+
+
+def test_ranks_that_end_after_the_meeting_are_missed() -> None:
+    port = free_port()
+    ranks = [start(_connects, rank, port) for rank in range(3)]
+    try:
+        tells = {ranks[0].sentinel, ranks[1].sentinel}
+        connection.wait(tells, timeout=60)
+        assert 3 in (ranks[0].exitcode, ranks[1].exitcode)
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.join()
+
+
+def _loses_another(rank: int, port: int) -> None:
+    dist.init_process_group = _fails_to_connect if rank == 0 else _leaves
+    try:
+        init_process_group(Rendezvous(rank, 2, rank, 2, address=("localhost", port)), CPU)
+    except RendezvousError as error:
+        start = "rank 0 of 2 met the others, and then could not connect to all of them: Gloo: "
+        os._exit(3 if re.match(f"{start}Connection closed by peer\\. .*$", str(error)) else 4)
+
+
+def _leaves(*_: Any, store: dist.Store, **__: Any) -> None:
+    store.set("left", "")
+    os._exit(0)
+
+
+def _fails_to_connect(*_: Any, store: dist.Store, **__: Any) -> None:
+    store.wait(["left"])
+    raise RuntimeError("Gloo: Connection closed by peer.\nframe #0")
+
+
+def test_a_failure_to_connect_is_one_line() -> None:
+    port = free_port()
+    assert finish(start(_loses_another, rank, port) for rank in range(2)) == [3, 0]
 
 
 def _tells() -> list[bool]:
