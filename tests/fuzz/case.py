@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MEGAPIPE = "megapipe.tools.cli:main"
+NAMES = (
+    *("train", "verify", "plan", "inspect", "generate", "schema"),
+    *("tokenizer", "tokenizer train", "tokenizer inspect"),
+    *("bench", "bench kernels", "bench pipeline", "bench train"),
+)
 FEED = "tests.fuzz.feed_ids:main"
 
 
@@ -45,9 +50,8 @@ class Command:
             return "(feed)"
         if any(word in ("--help", "-h") for word in self.words):
             return "--help"
-        two = ("tokenizer", "bench")
-        words = self.words[: 2 if self.words and self.words[0] in two else 1]
-        return " ".join(words) or "no word"
+        found = [name for name in NAMES if self.words[: name.count(" ") + 1] == (*name.split(),)]
+        return max(found, key=len, default="(no command)")
 
     @property
     def trains(self) -> bool:

@@ -39,7 +39,7 @@ def account(world: World) -> None:
         packed = suffix.removeprefix(".txt")
         data = compress(data, packed, random) if packed else data
         (world.folder / f"part-9{suffix}").write_bytes(data)
-        streams, length = 1, 4000
+        streams, length = 1, 31
     check_account(world, f"part-*{suffix}", documents, streams, length)
 
 
