@@ -30,8 +30,8 @@ if interpreting and numpy_is_new and triton.__version__.startswith("3.6."):
     )
 make_faster()
 
-# A shell that starts the tests in the background has some signals ignored, and so has nohup. What the
-# tests start would go on ignoring them.
+# A shell that starts the tests in the background has some signals ignored, and so has nohup. What
+# the tests start would go on ignoring them.
 for number in (signal.SIGHUP, signal.SIGQUIT):
     signal.signal(number, signal.SIG_DFL)
 signal.signal(signal.SIGINT, signal.default_int_handler)
