@@ -146,7 +146,7 @@ class Meeting:
             return ""
         node = rank // self.group_size
         known = [host for other, host in came.items() if other // self.group_size == node]
-        return f" ({known[0] if known else f'node {node}'})"
+        return f" ({known[0] if known else f'node rank {node}'})"
 
     def _answer(self) -> bool:
         """Answer rank 0's call if there is one; whether this rank has done so."""

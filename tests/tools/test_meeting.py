@@ -211,7 +211,7 @@ def test_hosts_of_missing_ranks() -> None:
     by_four = Meeting(store, 0, 12, "h:1", group_size=4)
     came(store, by_four, (0, 1, 2, 5))
     assert by_four.missing() == (
-        "8 of 12 ranks have not come to h:1: 3 (gpu0), 4 (gpu1), 6-7 (gpu1), 8-11 (node 2)"
+        "8 of 12 ranks have not come to h:1: 3 (gpu0), 4 (gpu1), 6-7 (gpu1), 8-11 (node rank 2)"
     )
     others = dist.HashStore()
     alone = Meeting(others, 0, 4, "h:1")
