@@ -7,6 +7,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
+def shown(text: str | os.PathLike[str]) -> str:
+    """A path or other text of a user's for messages: on one line, and printable where its bytes
+    aren't UTF-8."""
+    return "".join(map(_printable, os.fspath(text)))
+
+
 def write_durably(path: Path, parts: Iterable[bytes | memoryview], mode: int = 0o640) -> None:
     """Create `path` (it must not exist) with `parts` and return when they are on the disk."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -65,3 +71,11 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _printable(character: str) -> str:
+    if character.isprintable():
+        return character
+    if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8, as Python has it
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.checkpoint.retention import newest_valid
-from megapipe.checkpoint.steps import MANIFEST_NAME, check_names, committed
+from megapipe.checkpoint.steps import check_names, committed, has_manifest
 from megapipe.config import ModelConfig
 from megapipe.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from megapipe.errors import CheckpointError
@@ -83,7 +83,7 @@ def load_kept_tokenizer(path: str | Path) -> Tokenizer:
 
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that the user means by a path: itself, or the newest whole one of a run."""
-    if (path / MANIFEST_NAME).exists():
+    if has_manifest(path):
         return path
     for root in (path / "checkpoints", path):
         if root.is_dir() or root.is_symlink():

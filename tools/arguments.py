@@ -65,7 +65,9 @@ class Parser(argparse.ArgumentParser):
 
     def _unknown(self, word: str) -> str:
         if not word.startswith("-"):
-            return f"{word!r} is one word too many. Type `{self.prog} --help`."
+            return (
+                f"{word!r} is one word too many (a glob needs quotes). Type `{self.prog} --help`."
+            )
         name = word.partition("=")[0].lstrip("-").replace("-", "_")
         keys = [key for key in config_keys() if key.endswith(f".{name}")]
         options = [*self._option_string_actions, *(f"--{key}" for key in config_keys())]

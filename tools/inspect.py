@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from megapipe.checkpoint.manifest import Manifest
-from megapipe.checkpoint.steps import MANIFEST_NAME, check_names, committed
+from megapipe.checkpoint.steps import check_names, committed, has_manifest
 from megapipe.checkpoint.storage import checksum, format_bytes, read_small
 from megapipe.checkpoint.verify import damage, read_manifest
 from megapipe.errors import CheckpointError, MegapipeError
@@ -27,11 +27,12 @@ def run(argv: Sequence[str]) -> int:
     arguments, _ = _parser().parse(argv)
     console = Console(highlight=False, soft_wrap=True)
     path: Path = arguments.path
+    whole = has_manifest(path)
     for root in (path / "checkpoints", path):
         if root.is_dir() or root.is_symlink():
             check_names(root)
     roots = [one for one in (path / "checkpoints", path) if committed(one)]
-    if not (path / MANIFEST_NAME).exists() and roots:
+    if roots and not whole:
         if arguments.tensors:
             newest = next(iter(committed(roots[0]).values()))
             raise CheckpointError(f"--tensors lists those of one checkpoint, such as {newest}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from megapipe.config import SourceConfig
 from megapipe.config.paths import escape_path
-from megapipe.data.files import COMPRESSED, Found, files_below, find_files, shown
+from megapipe.data.files import COMPRESSED, Found, files_below, find_files
 from megapipe.data.rows import BadRowError
 from megapipe.data.sentencepiece_tokenizer import META_SPACE
 from megapipe.data.sources import Source, open_found
@@ -25,7 +25,7 @@ from megapipe.data.tokenizer import (
     not_used_beside,
 )
 from megapipe.errors import DataError
-from megapipe.files import replace_durably
+from megapipe.files import replace_durably, shown
 from megapipe.tools.arguments import Parser, check_output, path_argument, text_argument
 
 SENTENCE_CHARACTERS = 4000

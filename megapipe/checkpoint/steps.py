@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megapipe.checkpoint.storage import remove_tree
 from megapipe.errors import CheckpointError
-from megapipe.files import sync_directory
+from megapipe.files import shown, sync_directory
 
 MANIFEST_NAME = "manifest.json"
 COMMITTED = re.compile(r"(?P<name>step-(?P<step>\d{8,18}))")
@@ -53,6 +53,14 @@ def committed(root: Path) -> dict[int, Path]:
             if entry.is_dir() and not (pattern is REPLACED and entry.is_symlink()):
                 found[int(match["step"])] = entry
     return dict(sorted(found.items(), reverse=True))
+
+
+def has_manifest(directory: Path) -> bool:
+    """It is a checkpoint. Raises CheckpointError where this user may not see that."""
+    try:
+        return (directory / MANIFEST_NAME).exists()
+    except OSError as error:
+        raise _unreadable(directory, error) from error
 
 
 def check_names(root: Path) -> None:
@@ -94,10 +102,13 @@ def _entries(root: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
-        raise CheckpointError(
-            f"{root} can't be read: {os.strerror(error.errno or 0)}. Make it readable and "
-            "searchable for this user."
-        ) from error
+        raise _unreadable(root, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    closed = isinstance(error, PermissionError)
+    advice = " Make it readable and searchable for this user." if closed else ""
+    return CheckpointError(f"{shown(path)} can't be read: {os.strerror(error.errno or 0)}.{advice}")
 
 
 def latest(root: Path) -> Path | None:

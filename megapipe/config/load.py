@@ -18,6 +18,7 @@ from megapipe.config.source import (
     read_source,
 )
 from megapipe.errors import ConfigError
+from megapipe.files import shown
 
 Presets = Mapping[str, Mapping[str, object]]
 
@@ -111,4 +112,4 @@ def _follows(detail: ErrorDetails, error: ValidationError) -> bool:
 def _unknown_section(name: str, source: Source, names: list[str]) -> str:
     close = nearest(name, names)
     meant = f"did you mean [{close}]?" if close else f"the sections are {', '.join(names)}"
-    return sentence(source.where((name,)), f"{name} is not a section; {meant}")
+    return sentence(source.where((name,)), f"{shown(name)} is not a section; {meant}")

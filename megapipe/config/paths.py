@@ -13,6 +13,8 @@ from typing import Annotated
 from pydantic import AfterValidator, PlainSerializer
 from pydantic_core import PydanticCustomError
 
+from megapipe.files import shown
+
 HUB = "hf://"
 _VARIABLE = re.compile(r"\$(?:(\$)|(\w+)|\{([^}]*)\})")
 
@@ -35,8 +37,8 @@ def expand_path(text: str, environment: Mapping[str, str] = os.environ) -> str:
         if not environment.get(name):
             state = "empty" if name in environment else "not set"
             raise ValueError(
-                f"names the variable {name}, which is {state}: set it, or write $$ for a dollar "
-                "sign"
+                f"names the variable {shown(name)}, which is {state}: set it, or write $$ "
+                "for a dollar sign"
             )
         return environment[name]
 
@@ -62,7 +64,9 @@ def _home(text: str, environment: Mapping[str, str]) -> tuple[str, str]:
     else:
         home = os.path.expanduser(user)
     if home.startswith("~"):
-        raise ValueError(f"names a home directory that is not known; write ./{text} for a file")
+        raise ValueError(
+            f"names a home directory that is not known; write ./{shown(text)} for a file"
+        )
     return home.rstrip("/"), slash + rest
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from megapipe.config.source import KeyPath, Source, dotted
+from megapipe.files import shown
 
 _EXPECTED = {
     "int_type": "must be a whole number",
@@ -23,17 +24,19 @@ _EXPECTED = {
 
 
 def show(value: Any) -> str:
-    """A value as TOML writes it, shortened when long."""
+    """A value as TOML writes it, on one line, shortened when long."""
     if isinstance(value, bool):
         text = "true" if value else "false"
     elif value is None:
         text = "none"
     elif isinstance(value, str):
-        text = f'"{value}"'
+        text = f'"{shown(value)}"'
     elif isinstance(value, list | tuple):
         text = "[" + ", ".join(show(entry) for entry in value) + "]"
     elif isinstance(value, dict):
-        text = "{" + ", ".join(f"{key} = {show(entry)}" for key, entry in value.items()) + "}"
+        text = (
+            "{" + ", ".join(f"{shown(key)} = {show(entry)}" for key, entry in value.items()) + "}"
+        )
     elif isinstance(value, BaseModel):
         text = show({key: entry for key, entry in value if entry is not None})
     else:

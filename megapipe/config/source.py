@@ -11,6 +11,7 @@ from typing import Any
 
 from megapipe.config.paths import is_unicode
 from megapipe.errors import ConfigError
+from megapipe.files import shown
 
 KeyPath = tuple[str | int, ...]
 
@@ -19,8 +20,8 @@ _KEY = re.compile(r"^\s*([\w.\-]+)\s*=")
 
 
 def dotted(path: KeyPath) -> str:
-    """`data.sources.0.path`."""
-    return ".".join(str(part) for part in path)
+    """`data.sources.0.path`, for messages."""
+    return ".".join(shown(str(part)) for part in path)
 
 
 @dataclass
@@ -74,7 +75,7 @@ class Source:
 
 def read_source(path: Path) -> Source:
     """The TOML file as it is written. Raises ConfigError when it can't be read."""
-    name = str(path)
+    name = shown(path)
     try:
         text = decode_toml(path.read_bytes())
     except FileNotFoundError:
@@ -116,21 +117,21 @@ def _syntax_problem(text: str, name: str, error: str) -> str:
         return f"{name}: is not valid TOML: {error}."
     number, column = int(place[1]), int(place[2])
     lines = text.splitlines()
-    shown = lines[number - 1] if number <= len(lines) else ""
+    line = lines[number - 1] if number <= len(lines) else ""
     message = error[: place.start()]
     hint = " Text values need quotes, and true and false are lower case."
     return (
         f"{name}:{number}: is not valid TOML: {message} at column {column}."
-        f"{hint if 'value' in message.lower() else ''}\n    {shown}"
+        f"{hint if 'value' in message.lower() else ''}\n    {shown(line)}"
     )
 
 
 def _similar_file(path: Path) -> str:
     if not path.parent.is_dir():
-        return f" Neither is there a directory {path.parent}."
+        return f" Neither is there a directory {shown(path.parent)}."
     names = [entry.name for entry in path.parent.iterdir() if entry.suffix == ".toml"]
     close = difflib.get_close_matches(path.name, names, n=1)
-    return f" Did you mean {path.parent / close[0]}?" if close else ""
+    return f" Did you mean {shown(path.parent / close[0])}?" if close else ""
 
 
 def parse_value(text: str) -> Any:
@@ -161,11 +162,15 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[KeyPath, Any]]:
             continue
         if not equals:
             if not remaining or re.match(r"--[a-z]", remaining[0]):
-                problems.append(f"command line: --{key} needs a value, as in --{key} VALUE.")
+                name = shown(key)
+                problems.append(f"command line: --{name} needs a value, as in --{name} VALUE.")
                 continue
             text = remaining.pop(0)
         if not is_unicode(argument + text):
-            problems.append(f"command line: --{key}: the value is not UTF-8.")
+            problems.append(
+                f"command line: --{shown(key)} {shown(text)} is not UTF-8, as all of a config has "
+                "to be. Rename the file or convert the text; in a glob, ? stands for such a byte."
+            )
             continue
         parts = key.replace("-", "_").split(".")
         path = tuple(int(part) if part.isdecimal() else part for part in parts)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from megapipe.data.compressed import Decompressed, codec
-from megapipe.data.files import COMPRESSED, open_unchanged, shown
+from megapipe.data.files import COMPRESSED, open_unchanged
 from megapipe.errors import DataError
+from megapipe.files import shown
 
 HEAD = 1024
 UTF8_MARK = b"\xef\xbb\xbf"

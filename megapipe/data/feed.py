@@ -20,13 +20,13 @@ import xxhash
 from megapipe.config import DataConfig
 from megapipe.data.blend import Blend
 from megapipe.data.blocks import BlockReader
-from megapipe.data.files import shown
 from megapipe.data.packing import Packer, Tokens
 from megapipe.data.rows import Account, BadRows
 from megapipe.data.sources import Keeps, Source, check_source, open_source
 from megapipe.data.streams import DocumentStream, SourceStream
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.errors import DataError
+from megapipe.files import shown
 
 State = dict[str, Any]
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from megapipe.errors import DataError
+from megapipe.files import shown
 
 FORMATS = {
     ".txt": "text",
@@ -95,11 +96,6 @@ def files_below(directory: Path, key: str) -> Found:
     return _each_once(paths, named, entered=True)
 
 
-def shown(path: str | os.PathLike[str]) -> str:
-    """A path for messages: on one line, and printable where its bytes aren't text."""
-    return "".join(map(_printable, os.fspath(path)))
-
-
 def open_unchanged(path: Path, size: int | None) -> BinaryIO:
     """Opens a file. Raises DataError where its size isn't that found at the start, if given."""
     try:
@@ -140,14 +136,6 @@ def _here() -> str:
         return shown(os.getcwd())
     except FileNotFoundError:
         return "a directory that is gone"
-
-
-def _printable(character: str) -> str:
-    if character.isprintable():
-        return character
-    if "\udc80" <= character <= "\udcff":  # a byte that is not UTF-8, as Python has it
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()
 
 
 # --- Patterns ------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from megapipe.data.compressed import Damage, Decompressed, codec
-from megapipe.data.files import COMPRESSED, check_unchanged, open_unchanged, shown
+from megapipe.data.files import COMPRESSED, check_unchanged, open_unchanged
 from megapipe.errors import DataError
+from megapipe.files import shown
 
 BLOCK_BYTES = 4 << 20
 """A document longer than this is cut, so that memory does not depend on the corpus."""

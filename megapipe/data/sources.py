@@ -9,7 +9,7 @@ import xxhash
 
 from megapipe.config import SourceConfig
 from megapipe.data.contents import check_content
-from megapipe.data.files import COMPRESSED, TABLES, Found, FoundFile, file_format, find_files, shown
+from megapipe.data.files import COMPRESSED, TABLES, Found, FoundFile, file_format, find_files
 from megapipe.data.formats import (
     BLOCK_BYTES,
     RowFile,
@@ -22,6 +22,7 @@ from megapipe.data.formats import (
 from megapipe.data.rows import BadRowError, BadRows, row_text
 from megapipe.data.tables import HubShard, LocalTable
 from megapipe.errors import DataError
+from megapipe.files import shown
 
 HUB = "hf://"
 SEGMENTS_PER_STREAM = 4

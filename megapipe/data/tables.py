@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megapipe.data.files import check_unchanged, open_unchanged, shown
+from megapipe.data.files import check_unchanged, open_unchanged
 from megapipe.data.formats import DAMAGED, Kind, NoRows, Raw, Unreadable
 from megapipe.errors import DataError
+from megapipe.files import shown
 
 BATCH_ROWS = 256
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megapipe.checkpoint.exchange import Peers
-from megapipe.checkpoint.steps import MANIFEST_NAME, check_names, committed
+from megapipe.checkpoint.steps import check_names, committed, has_manifest
 from megapipe.config import Config, difference, dump_config, parse_config, section_types
 from megapipe.config.save import write_text
 from megapipe.errors import CheckpointError, ConfigError, MegapipeError, explained
@@ -165,7 +165,7 @@ def _plan(config: Config) -> Plan:
 
 def _config_at(place: Path, notes: list[str]) -> Config | None:
     """The config of a checkpoint, or of the run whose directory `place` is."""
-    if (place / MANIFEST_NAME).exists():
+    if has_manifest(place):
         return _in_checkpoint(place)
     newest = next(iter(committed(place / "checkpoints").values()), None)
     return _resolved(place / NAME, notes) or (_in_checkpoint(newest) if newest else None)
@@ -179,8 +179,13 @@ def _resolved(path: Path, notes: list[str]) -> Config | None:
     """
     try:
         text = path.read_bytes().decode(errors="replace")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise MegapipeError(
+            f"{path} can't be read: {error.strerror}. Make it a file that this user may read, or "
+            "move it away."
+        ) from error
     if not (text.startswith(HEADER) or HEADER.startswith(text) or not text.strip("\0")):
         raise MegapipeError(
             f"{path} was not written by megapipe, which keeps the config of each start under that "

@@ -246,3 +246,44 @@ def test_a_missing_file_names_a_near_one(tmp_path: Path) -> None:
     (tmp_path / "bytes.toml").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="not UTF-8"):
         load_config(tmp_path / "bytes.toml")
+
+
+ODD = "no\nbreak\r\x1b[31m\u2028"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"--train.validation_every={ODD}",
+        f"--model.preset={ODD}",
+        f"--train.{ODD}=1",
+        f"--{ODD}.steps=1",
+        f"--train.steps.{ODD}=1",
+        f"--{ODD}",
+        ODD,
+        f"--train.run_dir=${{{ODD}}}",
+        f"--logging.timeline={ODD}",
+        f"--data.sources.0={ODD}",
+        '--optimizer.betas=["no\\nbreak", {"no\\nbreak" = 1}]',
+    ],
+)
+def test_each_problem_is_one_line(tmp_path: Path, override: str) -> None:
+    said = problems(tmp_path, override)
+    assert r"no\nbreak" in said[0]
+    for problem in said:
+        assert problem.isprintable(), problem
+
+
+def test_a_file_whose_name_has_line_ends_is_told_in_one_line(tmp_path: Path) -> None:
+    folder = tmp_path / ODD
+    with pytest.raises(ConfigError, match=r"no\\nbreak.*x\\ny\.toml: there is no such") as missing:
+        load_config(folder / "x\ny.toml")
+    assert str(missing.value).isprintable()
+    folder.mkdir()
+    (folder / "x\ny.toml").write_text("[train]\nsteps = 1x")
+    with pytest.raises(ConfigError, match=r"x\\ny\.toml:2: is not valid TOML") as syntax:
+        load_config(folder / "x\ny.toml")
+    assert str(syntax.value).count("\n") == 1, "the line with the fault follows"
+    with pytest.raises(ConfigError, match=r"Did you mean .*x\\ny\.toml\?") as near:
+        load_config(folder / "x\nz.toml")
+    assert str(near.value).isprintable()

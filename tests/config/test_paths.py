@@ -97,8 +97,15 @@ def test_every_key_that_is_a_path(
 
 
 def test_a_value_that_is_not_utf_8(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--logging\.wandb_name: the value is not UTF-8"):
-        load_config(write(tmp_path, TEXT), ["--logging.wandb_name", "caf\udce9"])
+    words = ["--logging.wandb_name", "caf\udce9", "--data.sources.0.path=d\udce9/x.txt"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, TEXT), words)
+    name, path = caught.value.problems
+    assert name.startswith(r"command line: --logging.wandb_name caf\xe9 is not UTF-8")
+    assert path.startswith(r"command line: --data.sources.0.path d\xe9/x.txt is not UTF-8")
+    assert path.endswith(
+        "Rename the file or convert the text; in a glob, ? stands for such a byte."
+    )
 
 
 def test_a_byte_order_mark_and_line_ends_of_windows(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapipe.data.files import Found, files_below, find_files, shown
+from megapipe.data.files import Found, files_below, find_files
 from megapipe.errors import DataError
+from megapipe.files import shown
 from tests.data.samples import write
 
 

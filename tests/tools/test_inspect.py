@@ -125,6 +125,7 @@ def test_needs_no_torch() -> None:
         (lambda path: (path / "checkpoints").mkdir(parents=True), "nothing was saved yet"),
         (lambda path: path.symlink_to("gone"), "is a symbolic link to gone, which is not there"),
         (lambda path: (path / "Step-00000003").mkdir(parents=True), "rename it to step-00000003"),
+        (lambda path: path.symlink_to("x" * 300), "it can't be read: File name too long."),
     ],
 )
 @pytest.mark.parametrize("command", ["inspect", "generate"])

@@ -130,8 +130,10 @@ def test_what_looks_like_a_checkpoint_and_is_none_stops_the_start(make: Make) ->
 
 def test_a_directory_that_can_not_be_made(make: Make, tmp_path: Path) -> None:
     (tmp_path / "run").write_text("a file")
-    with pytest.raises(MegapipeError, match=r"train\.run_dir = .*run.* can't be made"):
-        lock_and_write(make())
+    for config in (make(), make(f"--train.run_dir={tmp_path}/run/below")):
+        plan_start(config)
+        with pytest.raises(MegapipeError, match=r"train\.run_dir = .*run.* can't be made"):
+            lock_and_write(config)
 
 
 def test_going_on(make: Make) -> None:
@@ -211,7 +213,7 @@ def test_what_the_system_refuses_reaches_all_ranks(make: Make, tmp_path: Path) -
     (tmp_path / "run" / "resolved-config.toml").mkdir()
     answers = run_ranks(_refused_on_a_rank, 2, make())
     assert len(set(answers)) == 1
-    assert "resolved-config.toml: Is a directory" in answers[0]
+    assert "resolved-config.toml can't be read: Is a directory" in answers[0]
 
 
 def _refused_on_a_rank(config: Config) -> str:
