@@ -13,6 +13,14 @@ def shown(text: str | os.PathLike[str]) -> str:
     return "".join(map(_printable, os.fspath(text)))
 
 
+def reason(error: OSError) -> str:
+    """Why a file can't be read, in a sentence, and what to do where that is known."""
+    text = f"{error.strerror or error}."
+    if isinstance(error, PermissionError):
+        text += " Give this user the right to read it and to enter the directories above it."
+    return text
+
+
 def write_durably(path: Path, parts: Iterable[bytes | memoryview], mode: int = 0o640) -> None:
     """Create `path` (it must not exist) with `parts` and return when they are on the disk."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megapipe.files import append_durably, replace_durably
+from megapipe.files import append_durably, reason, replace_durably
 
 
 def test_a_file_is_replaced_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -79,3 +79,10 @@ def test_appending(tmp_path: Path) -> None:
     append_durably(tmp_path / "log", [b"a", b"b"])
     append_durably(tmp_path / "log", [b"c"])
     assert (tmp_path / "log").read_bytes() == b"abc"
+
+
+def test_reasons_say_what_to_do_where_that_is_known() -> None:
+    closed = PermissionError(errno.EACCES, "Permission denied", "a")
+    assert reason(closed).startswith("Permission denied. Give this user the right to read it")
+    assert reason(OSError(errno.EIO, "Input/output error")) == "Input/output error."
+    assert reason(OSError("no number")) == "no number."

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from megapipe.checkpoint.storage import remove_tree
 from megapipe.errors import CheckpointError
-from megapipe.files import shown, sync_directory
+from megapipe.files import reason, shown, sync_directory
 
 MANIFEST_NAME = "manifest.json"
 COMMITTED = re.compile(r"(?P<name>step-(?P<step>\d{8,18}))")
@@ -106,9 +106,7 @@ def _entries(root: Path) -> list[Path]:
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    closed = isinstance(error, PermissionError)
-    advice = " Make it readable and searchable for this user." if closed else ""
-    return CheckpointError(f"{shown(path)} can't be read: {os.strerror(error.errno or 0)}.{advice}")
+    return CheckpointError(f"{shown(path)} can't be read: {reason(error)}")
 
 
 def latest(root: Path) -> Path | None:

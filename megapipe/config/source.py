@@ -11,7 +11,7 @@ from typing import Any
 
 from megapipe.config.paths import is_unicode
 from megapipe.errors import ConfigError
-from megapipe.files import shown
+from megapipe.files import reason, shown
 
 KeyPath = tuple[str | int, ...]
 
@@ -87,7 +87,7 @@ def read_source(path: Path) -> Source:
             [f"{name}: is not UTF-8 text (byte {error.start}): {error.reason}. Save it as UTF-8."]
         ) from None
     except OSError as error:
-        raise ConfigError([f"{name}: can't be read: {error.strerror}."]) from None
+        raise ConfigError([f"{name}: can't be read: {reason(error)}"]) from None
     return parse_source(text, name)
 
 

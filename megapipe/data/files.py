@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from megapipe.errors import DataError
-from megapipe.files import shown
+from megapipe.files import reason, shown
 
 FORMATS = {
     ".txt": "text",
@@ -80,8 +80,10 @@ def find_files(pattern: str, key: str) -> Found:
     names = {pattern} if os.path.lexists(pattern) else set(_match(pattern, named))
     found = _each_once(sorted(map(Path, names)), named, entered="**" in pattern.split("/"))
     if not found.files:
+        hint = " In a glob, a [ that is part of a name is written [[]." if "[" in pattern else ""
         raise DataError(
             f"{named} matches no file (looked from {_here()}); correct the path or quote the glob."
+            f"{hint}"
         )
     return found
 
@@ -122,7 +124,7 @@ def check_unchanged(file: BinaryIO, path: Path, size: int | None) -> None:
 
 
 def _unreadable(path: Path, error: OSError, *, vanished: bool) -> str:
-    message = f"{shown(path)}: can't be read: {error.strerror or error}."
+    message = f"{shown(path)}: can't be read: {reason(error)}"
     if isinstance(error, FileNotFoundError) and vanished:
         message += (
             " It was there when this run started: put it back and start again; the run goes on "
@@ -220,7 +222,7 @@ def _lexists(path: str, named: str) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise DataError(f"{named}: {shown(path)} can't be read: {error.strerror}.") from error
+        raise DataError(f"{named}: {shown(path)} can't be read: {reason(error)}") from error
     return True
 
 
@@ -264,7 +266,7 @@ def _stat(path: Path, named: str) -> os.stat_result:
                 f"{named}: {shown(path)} is a link to {shown(path.readlink())}, which leads to no "
                 "file. Mend or remove it."
             ) from error
-        raise DataError(f"{named}: {shown(path)} can't be read: {error.strerror}.") from error
+        raise DataError(f"{named}: {shown(path)} can't be read: {reason(error)}") from error
 
 
 def _kind(mode: int) -> str:

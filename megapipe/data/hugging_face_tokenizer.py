@@ -9,6 +9,7 @@ from typing import Any
 from megapipe.data.sentencepiece_tokenizer import META_SPACE
 from megapipe.data.text_ends import changes_ends, puts_space_before_words, without_ends
 from megapipe.errors import DataError
+from megapipe.files import reason
 
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 BY_TOKEN = ("tokenizer_config.json", "special_tokens_map.json")
@@ -206,7 +207,7 @@ def _read(beside: Mapping[str, Path], name: str) -> Mapping[str, Any]:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}.") from error
+        raise DataError(f"{path} can't be read: {reason(error)}") from error
     return _json_object(path, _decode(path, content))
 
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from megapipe.data.files import check_unchanged, open_unchanged
 from megapipe.data.formats import DAMAGED, Kind, NoRows, Raw, Unreadable
 from megapipe.errors import DataError
-from megapipe.files import shown
+from megapipe.files import reason, shown
 
 BATCH_ROWS = 256
 
@@ -124,7 +124,7 @@ def first_line(error: BaseException) -> str:
 def _raise_failure(name: str, error: Exception) -> None:
     """Raises DataError for a failure of the disk. pyarrow's OSErrors of damage have no number."""
     if isinstance(error, OSError) and error.errno is not None:
-        raise DataError(f"{name}: can't be read: {error.strerror or error}.") from error
+        raise DataError(f"{name}: can't be read: {reason(error)}") from error
 
 
 def _damage(error: Exception, number: int, total: int | None, size: int) -> Unreadable:

@@ -8,6 +8,7 @@ from typing import Protocol
 from megapipe.data.hugging_face_tokenizer import HuggingFaceTokenizer
 from megapipe.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megapipe.errors import DataError
+from megapipe.files import reason
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 """Under one of these names a copy of the tokenizer lies in each checkpoint."""
@@ -100,7 +101,7 @@ def _find(path: Path) -> Path:
             f"`megapipe tokenizer train FILES --vocab-size N --out {path.with_suffix('.model')}`."
         ) from None
     except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}.") from error
+        raise DataError(f"{path} can't be read: {reason(error)}") from error
     except ValueError as error:  # a NUL in it
         raise DataError(f"{str(path)!r} is not a path ({error}).") from None
 
@@ -141,7 +142,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} can't be read: {error.strerror}.") from error
+        raise DataError(f"{path} can't be read: {reason(error)}") from error
 
 
 def _is_json(path: Path, content: bytes) -> bool:

@@ -24,6 +24,7 @@ from megapipe.checkpoint.steps import check_names, committed, has_manifest
 from megapipe.config import Config, difference, dump_config, parse_config, section_types
 from megapipe.config.save import write_text
 from megapipe.errors import CheckpointError, ConfigError, MegapipeError, explained
+from megapipe.files import reason
 
 NAME = "resolved-config.toml"
 HEADER = "# Written by megapipe at every start. To change the config, edit a copy of this file.\n"
@@ -182,10 +183,7 @@ def _resolved(path: Path, notes: list[str]) -> Config | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise MegapipeError(
-            f"{path} can't be read: {error.strerror}. Make it a file that this user may read, or "
-            "move it away."
-        ) from error
+        raise MegapipeError(f"{path} can't be read: {reason(error)} Or move it away.") from error
     if not (text.startswith(HEADER) or HEADER.startswith(text) or not text.strip("\0")):
         raise MegapipeError(
             f"{path} was not written by megapipe, which keeps the config of each start under that "

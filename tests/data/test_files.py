@@ -178,3 +178,10 @@ def test_names_are_shown_on_one_line_whatever_they_are() -> None:
     assert (
         shown(b"caf\xe9\n\x1b[1m.txt".decode("utf-8", "surrogateescape")) == r"caf\xe9\n\x1b[1m.txt"
     )
+
+
+def test_a_glob_that_a_bracket_in_a_name_keeps_from_matching(tmp_path: Path) -> None:
+    write(tmp_path / "[en] web" / "a.txt", b"text")
+    with pytest.raises(DataError, match=r"a \[ that is part of a name is written \[\[\]\.$"):
+        find_files(f"{tmp_path}/[en] web/*.txt", "k")
+    assert len(find_files(f"{tmp_path}/[[]en] web/*.txt", "k").files) == 1
