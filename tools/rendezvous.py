@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -63,8 +62,9 @@ def init_process_group(rendezvous: Rendezvous, device: torch.device) -> dist.Sto
     """
     if rendezvous.world_size == 1:
         return None
-    store = _meet(rendezvous)
-    with _connecting(rendezvous, store):
+    meeting = _meet(rendezvous)
+    store = meeting.part_of(meeting.store)
+    with _connecting(rendezvous, meeting):
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -86,8 +86,8 @@ def first_to_tell(store: dist.Store, text: str) -> bool:
         return True
 
 
-def _meet(rendezvous: Rendezvous) -> dist.Store:
-    """The store, once all ranks have come to it."""
+def _meet(rendezvous: Rendezvous) -> Meeting:
+    """The meeting, once all ranks have come to it."""
     rank, size, address = rendezvous.rank, rendezvous.world_size, rendezvous.address
     store: dist.Store | None = None
     try:
@@ -99,9 +99,11 @@ def _meet(rendezvous: Rendezvous) -> dist.Store:
                 (f"{join_address(address)} (MASTER_ADDR:MASTER_PORT)"),
             )
         group_size = rendezvous.local_size if rendezvous.grouped else None
-        return Meeting(
+        meeting = Meeting(
             store, rank, size, place, rendezvous.hosts, group_size, kept=rendezvous.served
-        ).attend()
+        )
+        meeting.attend()
+        return meeting
     except RefusedError as error:
         # Not the first to leave, which has the others ended, unless this one tells why.
         if store is not None and (address is None or first_to_tell(store, str(error))):
@@ -117,14 +119,18 @@ def _meet(rendezvous: Rendezvous) -> dist.Store:
 
 
 @contextmanager
-def _connecting(rendezvous: Rendezvous, store: dist.Store) -> Iterator[None]:
+def _connecting(rendezvous: Rendezvous, meeting: Meeting) -> Iterator[None]:
     """Watch over ranks that have met; what local ranks lack, the launcher sees."""
     rank, size, address = rendezvous.rank, rendezvous.world_size, rendezvous.address
     if address is None:
         yield
         return
+
+    def connect_again() -> dist.Store:
+        return meeting.part_of(connect(address))
+
     try:
-        with watch_connecting(partial(connect, address), store, rank, size):
+        with watch_connecting(connect_again, meeting.part_of(meeting.store), rank, size):
             yield
     except RuntimeError as error:
         raise RendezvousError(

@@ -10,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from megapipe.tools import job_store, meeting
-from megapipe.tools.job_store import HostVoice, join_address, open_store
+from megapipe.tools.job_store import HostVoice, connect, join_address, open_store
 from megapipe.tools.meeting import RefusedError, RendezvousError
 
 
@@ -46,6 +46,11 @@ def test_rank_0_serves_nothing_where_torchrun_does() -> None:
     agent = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     open_store(0, 2, ("localhost", agent.port), served=True).set("key", "value")
     assert agent.get("key") == b"value"
+
+
+def test_a_store_that_is_gone_is_not_waited_for(port: int) -> None:
+    with pytest.raises(RendezvousError, match="can't be reached any more: connection refused"):
+        connect(("localhost", port))
 
 
 def test_a_port_in_use_is_named(taken: int) -> None:

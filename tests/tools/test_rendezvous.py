@@ -233,13 +233,31 @@ def test_ranks_that_end_after_the_meeting_are_missed() -> None:
     port = free_port()
     ranks = [start(_connects, rank, port) for rank in range(3)]
     try:
-        tells = {ranks[0].sentinel, ranks[1].sentinel}
-        connection.wait(tells, timeout=60)
-        assert 3 in (ranks[0].exitcode, ranks[1].exitcode)
+        tells = {rank.sentinel: rank for rank in ranks[:2]}
+        ended = [tells[sentinel] for sentinel in connection.wait(list(tells), timeout=60)]
+        assert 3 in finish(ended)
     finally:
         for rank in ranks:
             rank.kill()
             rank.join()
+
+
+def _one_connects(rank: int, port: int) -> None:
+    """Rank 1 has connected, as it believes, and rank 0 waits for what no other rank does."""
+    meeting.FIRST_NOTICE = 0.5
+    sys.stderr = Tripwire("1 of them has not connected to all others: 0.")
+    if rank == 1:
+        dist.init_process_group = lambda *_, **__: None
+    place = Rendezvous(rank, 2, rank, 2, address=("localhost", port), served=True)
+    init_process_group(place, CPU)
+    os._exit(0)
+
+
+def test_a_rank_that_has_connected_is_not_missed() -> None:
+    """Nor does it matter what earlier ranks have said in a store that torchrun keeps."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for _ in range(2):
+        assert finish(start(_one_connects, rank, store.port) for rank in range(2)) == [3, 0]
 
 
 def _loses_another(rank: int, port: int) -> None:
