@@ -5,6 +5,7 @@ a trace of its stack when that fails, so here it connects to a port that is know
 """
 
 import errno
+import hashlib
 import os
 import socket
 import sys
@@ -151,11 +152,12 @@ class HostVoice:
     """One process of each machine speaks of a subject: the first that has something to say.
 
     It holds a name that Linux gives to one socket at a time, and frees when the process ends.
-    Elsewhere all speak.
+    Elsewhere, and where no such name can be had, all speak.
     """
 
     def __init__(self, subject: str) -> None:
-        self._name = f"\0megapipe/{os.getuid()}/{subject}"
+        digest = hashlib.sha256(subject.encode()).hexdigest()  # names end at 107 bytes
+        self._name = f"\0megapipe/{os.getuid()}/{digest}"
         self._socket: socket.socket | None = None
 
     def speaks(self) -> bool:
@@ -164,8 +166,8 @@ class HostVoice:
         holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             holder.bind(self._name)
-        except OSError:
+        except OSError as error:
             holder.close()
-            return False
+            return error.errno != errno.EADDRINUSE
         self._socket = holder
         return True
