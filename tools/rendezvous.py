@@ -28,6 +28,8 @@ from megapipe.tools.meeting import (
 )
 from megapipe.tools.node_list import expand_counts, expand_nodes, place_tasks
 
+MOST_DIGITS = 18  # of a number in the environment
+
 SLURM_PORTS = range(10_000, 30_000)  # below the ports that Linux gives to outgoing connections
 
 
@@ -180,7 +182,7 @@ def _of_srun(environment: Mapping[str, str]) -> Rendezvous | None:
     step = _number(environment, "SLURM_STEP_ID")
     port = SLURM_PORTS[(job * 16 + step) % len(SLURM_PORTS)]
     counts = _task_counts(environment, size)
-    nodes = expand_nodes(environment.get("SLURM_STEP_NODELIST") or _job_nodes(environment))
+    nodes = _nodes(environment)
     hosts = place_tasks(nodes, counts, environment.get("SLURM_DISTRIBUTION", ""))
     node = _number(environment, "SLURM_NODEID", 0)
     return Rendezvous(
@@ -197,8 +199,15 @@ def _of_srun(environment: Mapping[str, str]) -> Rendezvous | None:
     )
 
 
-def _job_nodes(environment: Mapping[str, str]) -> str:
-    return _text(environment, "SLURM_JOB_NODELIST")
+def _nodes(environment: Mapping[str, str]) -> list[str]:
+    """The names of the step's nodes, or else of the job's."""
+    step = "SLURM_STEP_NODELIST"
+    name = step if environment.get(step) else "SLURM_JOB_NODELIST"
+    nodes = _text(environment, name)
+    try:
+        return expand_nodes(nodes)
+    except ValueError:
+        raise RendezvousError(f"{name}={nodes} in the environment is not understood.") from None
 
 
 def _reachable(host: str, environment: Mapping[str, str]) -> str:
@@ -237,6 +246,10 @@ def _number(
     if default is not None and not environment.get(name):
         return default
     text = _text(environment, name)
+    if len(text) > MOST_DIGITS:
+        raise RendezvousError(
+            f"{name}={text[:MOST_DIGITS]}... in the environment is too long for a number."
+        )
     if not (text.isascii() and text.isdecimal()) or int(text) < least:
         what = "a number" if least == 0 else f"a number of {least} or more"
         raise RendezvousError(f"{name}={text} in the environment is not {what}.")
