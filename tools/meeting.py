@@ -98,8 +98,8 @@ class Meeting:
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     answered: str = ""
 
-    def attend(self) -> dist.Store:
-        """Return when all ranks have come: the part of the store that is this meeting's own.
+    def attend(self) -> None:
+        """Return when all ranks have come.
 
         Raises RefusedError when the ranks do not fit together or some have not come within
         PATIENCE, RendezvousError when another process has taken this one's place.
@@ -118,7 +118,11 @@ class Meeting:
                 say(f"waiting for {notices.waited:.0f} s: {self.missing()}.")
             time.sleep(pause)
             pause = min(1.5 * pause, POLL * max(1, self.size / 1024))
-        return dist.PrefixStore(self.answered, self.store)
+
+    def part_of(self, store: dist.Store) -> dist.Store:
+        """The meeting's own part of the store, for those who have met; `store` may be any
+        connection to it."""
+        return dist.PrefixStore(self.answered, store)
 
     def missing(self) -> str:
         """`4 of 8 ranks have not come to node1:29500: 3 (node1), 5-7 (node2)`."""
@@ -235,7 +239,8 @@ def watch_connecting(
 ) -> Iterator[None]:
     """While ranks that have met connect to each other, say who has not got through.
 
-    In a thread, with a connection of its own to the store by `connect`: this one's is busy.
+    In a thread, with a connection of its own to the same part of the store by `connect`: this
+    one's is busy. Ends in silence where the store is gone, since then it counts what rank 0 says.
     """
     done = threading.Event()
 
@@ -248,13 +253,14 @@ def watch_connecting(
                 if other.add(f"connecting/{notices.spoken}", 1) > 1:
                     continue
                 absent = [r for r in range(size) if not other.check([f"connected/{r}"])]
-            except dist.DistError:  # rank 0 has left, and what it says counts
+            except (dist.DistError, RendezvousError):
                 return
-            say(
-                f"waiting for {notices.waited:.0f} s: all {size} ranks have come, and "
-                f"{len(absent)} of them have not connected to all others: "
-                f"{spans(absent, lambda _: '')}."
-            )
+            if not done.is_set():
+                say(
+                    f"waiting for {notices.waited:.0f} s: all {size} ranks have come, and "
+                    f"{len(absent)} of them {'has' if len(absent) == 1 else 'have'} not connected "
+                    f"to all others: {spans(absent, lambda _: '')}."
+                )
 
     thread = threading.Thread(target=look, name="connecting", daemon=True)
     thread.start()
@@ -263,4 +269,4 @@ def watch_connecting(
         store.set(f"connected/{rank}", "")
     finally:
         done.set()
-        thread.join()
+        thread.join(POLL)  # no longer: it may be waiting for a store that is gone

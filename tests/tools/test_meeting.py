@@ -11,7 +11,13 @@ import pytest
 import torch.distributed as dist
 
 from megapipe.tools import meeting
-from megapipe.tools.meeting import Meeting, RefusedError, RendezvousError, spans
+from megapipe.tools.meeting import (
+    Meeting,
+    RefusedError,
+    RendezvousError,
+    spans,
+    watch_connecting,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -217,6 +223,47 @@ def test_hosts_of_missing_ranks() -> None:
     alone = Meeting(others, 0, 4, "h:1")
     came(others, alone, (0, 1, 3))
     assert alone.missing() == "rank 2 of 4 has not come to h:1"
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_lost_store_ends_the_watch_in_silence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(meeting, "FIRST_NOTICE", 0.0)
+    watches = []
+
+    def connect() -> dist.Store:
+        watches.append(threading.current_thread())
+        raise RendezvousError("it is gone")
+
+    with watch_connecting(connect, dist.HashStore(), 0, 2):
+        wait_until(lambda: bool(watches) and not watches[0].is_alive())
+    assert len(watches) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_a_rank_that_fails_does_not_wait_for_the_watch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(meeting, "FIRST_NOTICE", 0.0)
+    watches, release, store = [], threading.Event(), dist.HashStore()
+
+    def connect() -> dist.Store:
+        watches.append(threading.current_thread())
+        release.wait(60)
+        return store
+
+    def fail() -> None:
+        with watch_connecting(connect, store, 0, 2):
+            wait_until(lambda: bool(watches))
+            raise ValueError("of the rank")
+
+    with pytest.raises(ValueError, match="of the rank"):
+        fail()
+    assert watches[0].is_alive()
+    release.set()
+    watches[0].join(60)
+    assert capsys.readouterr().err == "", "too late to say anything"
 
 
 def test_many_spans_are_cut() -> None:
