@@ -120,13 +120,14 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        for number in ASKING:
-            # None: not Python's; a profiler's timer, say.
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                self._previous[number] = signal.signal(number, self._ask)
+        handlers = {number: signal.getsignal(number) for number in ASKING}
+        # None: not Python's; a profiler's timer, say.
+        self._previous = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
+        for number in self._previous:  # last: whatever they get, the thread hears
+            signal.signal(number, self._ask)
         return self
 
     def __exit__(

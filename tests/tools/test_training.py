@@ -17,19 +17,24 @@ import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from megapipe.checkpoint.exchange import Peers
 from megapipe.checkpoint.load import open_checkpoint
-from megapipe.config import dump_config, load_config, parse_config
-from megapipe.errors import ConfigError
+from megapipe.config import Config, dump_config, load_config, parse_config
+from megapipe.errors import ConfigError, DataError, MegapipeError
 from megapipe.mesh import build_mesh
 from megapipe.models.presets import PRESETS
+from megapipe.tools import training
 from megapipe.tools.rendezvous import Rendezvous
-from megapipe.tools.training import choose_device, describe_rank
+from megapipe.tools.training import _kept_files, choose_device, describe_rank, run_rank
+from megapipe.train.loop import Run
 from megapipe.train.run_directory import HEADER, RunLock
+from megapipe.train.signals import StopRequest
 from tests.ranks import run_ranks
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -318,6 +323,28 @@ def test_a_job_tells_what_all_its_ranks_find_once(corpus: Path, tmp_path: Path, 
     assert len(re.findall("^megapipe: ", said, re.MULTILINE)) == 1
 
 
+def test_metrics_that_only_the_first_rank_can_not_write(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    words = (f"--train.run_dir={tmp_path}/run", "--parallel.data=2")
+    said = "".join(command.finish(1) for command in start_job(corpus, *words))
+    (line,) = re.findall("^megapipe: .*", said, re.MULTILINE)
+    assert "metrics.jsonl" in line
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_job_that_has_lost_a_rank_ends_in_one_line(
+    corpus: Path, tmp_path: Path, gone: int
+) -> None:
+    words = (f"--train.run_dir={tmp_path}/run", "--parallel.data=2", "--train.steps=100000")
+    ranks = start_job(corpus, *words)
+    ranks[gone].signal_after_step(tmp_path / "run", 2, signal.SIGKILL)
+    said = ranks[1 - gone].finish(1)
+    (line,) = re.findall("^megapipe: .*", said, re.MULTILINE)
+    assert line == said.splitlines()[-1]
+    assert line.startswith(f"megapipe: rank {1 - gone} of 2 lost its connection to other ranks (")
+    assert line.endswith("the same command goes on from the newest checkpoint.")
+
+
 # --- Parts ---------------------------------------------------------------------------------------
 
 
@@ -375,3 +402,38 @@ def test_no_gpu_for_a_rank_is_an_error(gpus: Callable[[int], list[int]]) -> None
     for wanted in ("auto", "cuda"):
         with pytest.raises(ConfigError, match=r"4 ranks were started .* has 2 GPUs"):
             choose_device(wanted, Rendezvous(3, 4, local_rank=3, local_size=4))
+
+
+def _kept_on_a_rank(config: Config) -> str:
+    peers = Peers(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+    with pytest.raises(MegapipeError) as caught:
+        _kept_files(config, peers)
+    return str(caught.value)
+
+
+def test_a_tokenizer_that_only_the_first_rank_can_not_read(corpus: Path) -> None:
+    words = ("--data.tokenizer=/none.model",)
+    config = load_config(corpus / "run.toml", words, PRESETS)
+    first, second = run_ranks(_kept_on_a_rank, 2, config)
+    assert first == second
+    assert "/none.model" in first
+
+
+def test_after_an_error_no_clock_runs(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request to stop that came before it must not end the process without its message."""
+    ended: list[StopRequest] = []
+
+    def fail(run: Run) -> NoReturn:
+        assert not ended
+        raise DataError("of the text")
+
+    monkeypatch.chdir(corpus)
+    monkeypatch.setattr(StopRequest, "end", lambda stop: ended.append(stop))
+    monkeypatch.setattr(training, "train", fail)
+    words = (f"--train.run_dir={tmp_path}/run", "--parallel.data=1")
+    config = load_config(corpus / "run.toml", words, PRESETS)
+    with pytest.raises(DataError, match="of the text"):
+        run_rank(config, "", 0.0, Rendezvous())
+    assert len(ended) == 1
