@@ -221,7 +221,8 @@ class Engine:
                 totals[1] += (batch.targets_BS != IGNORED_TARGET).sum()
         if squared_norm is not None and self.mesh.data.is_first:
             totals[2] = squared_norm
-        # The one place in a step where the host waits for the device.
+        # The one place where a step reads from the device. The host has waited once before it, in
+        # BubbleMeter.values, until the last action of the pipeline was done.
         sums: list[float] = all_reduce_(totals, self.mesh.world).tolist()
         self._bubble.synchronized()
         return sums
