@@ -154,7 +154,7 @@ class Engine:
     def wait_at_most(self, timeout: timedelta) -> None:
         """Have operations between ranks fail, from now on, where one has to wait for longer."""
         self._timeout = timeout
-        for group in {*self.mesh.groups, *self._channels.groups}:
+        for group in self.mesh.groups:
             set_group_timeout(group, timeout)
 
     @contextmanager
