@@ -6,7 +6,7 @@ says so in the step's own reduction. At the start, and when a state is loaded, a
 the reader failed; a second broadcast carries its message, and every rank of the replica raises it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megapipe.config import Config
 from megapipe.data.feed import Batch, BatchFeed, State, merge_states
+from megapipe.data.sources import Source
 from megapipe.data.tokenizer import check_vocabulary, load_tokenizer
 from megapipe.errors import DataError, MegapipeError, explained
 from megapipe.exchange import all_gather_json
@@ -44,7 +45,8 @@ class ReplicaFeed:
     call `take_back` and `shared_failure`. Any other error, such as that of a broadcast, is raised.
 
     With `validation` it gives the validation batches; `restart` begins with the first again. Those
-    given before are kept in host memory, 4 bytes a token, and not read twice.
+    given before are kept in host memory, 4 bytes a token, and not read twice. `other` is a feed of
+    the same config and mesh: the sources that it has opened are not opened again.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class ReplicaFeed:
         hosts_first: bool,
         hosts_last: bool,
         validation: bool = False,
+        other: "ReplicaFeed | None" = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self._config = config
@@ -65,7 +68,9 @@ class ReplicaFeed:
         self._step = 0
         self._given: list[Tensor] = []
         self._failure: Exception | None = None
-        self._feed = self._read(lambda: self._open(say))
+        reader = other.reader if other else None
+        opened = reader.sources if reader else []
+        self._feed = self._read(lambda: self._open(opened, say))
 
     def next(self) -> list[MicroBatch]:
         """The microbatches of the next step, in order."""
@@ -168,7 +173,7 @@ class ReplicaFeed:
     def _masked(self) -> bool:
         return self._config.data.mask_documents
 
-    def _open(self, say: Callable[[str], None] | None) -> BatchFeed:
+    def _open(self, opened: Sequence[Source], say: Callable[[str], None] | None) -> BatchFeed:
         config = self._config
         tokenizer = load_tokenizer(config.data.tokenizer)
         assert config.model.vocab_size is not None
@@ -182,6 +187,7 @@ class ReplicaFeed:
             global_batch_size=config.train.global_batch_size,
             sequence_length=config.train.sequence_length,
             validation=self._validation,
+            opened=opened,
             say=say,
         )
 

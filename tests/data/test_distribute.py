@@ -28,13 +28,16 @@ def configured(corpus: Path, *overrides: str) -> Config:
     return load_config(corpus / "run.toml", words, PRESETS)
 
 
-def open_feed(config: Config, mesh: Mesh, *, validation: bool = False) -> ReplicaFeed:
+def open_feed(
+    config: Config, mesh: Mesh, *, validation: bool = False, other: ReplicaFeed | None = None
+) -> ReplicaFeed:
     return ReplicaFeed(
         config,
         mesh,
         hosts_first=mesh.pipeline.is_first,
         hosts_last=mesh.pipeline.is_last,
         validation=validation,
+        other=other,
     )
 
 
@@ -214,3 +217,17 @@ def test_an_error_of_the_device_is_not_one_of_the_text(
         feed.next()
     assert not feed.failed
     feed.close()
+
+
+def test_validation_rows_of_the_same_files_open_them_once(corpus: Path) -> None:
+    config = configured(corpus, "--data.validation_fraction=0.2")
+    feed = open_feed(config, _mesh((1, 1, 1)))
+    validation = open_feed(config, _mesh((1, 1, 1)), validation=True, other=feed)
+    assert feed.reader is not None
+    assert validation.reader is not None
+    for own, others in zip(validation.reader.sources, feed.reader.sources, strict=True):
+        assert own is others
+    _, alone = _validation(config, (1, 1, 1))
+    assert [hashes(validation.next()) for _ in range(2)] == alone
+    feed.close()
+    validation.close()
