@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megapipe.config import Config, load_config
-from megapipe.data.distribute import _share
+from megapipe.data.distribute import _broadcast, _share
 from megapipe.errors import DataError
 from megapipe.exchange import all_gather_json, gather_json
 from megapipe.mesh import Mesh, build_mesh
@@ -125,29 +125,32 @@ def test_json_reaches_all_ranks_or_the_first(device: str, size: int) -> None:
 # --- Tokens --------------------------------------------------------------------------------------
 
 
-def broadcast(device: str, fails: bool) -> tuple[list[int], str]:
+def replica_mesh(device: str) -> Mesh:
+    """All ranks are one replica."""
+    return build_mesh(pipeline=dist.get_world_size(), data=1, tensor=1, device=device_of(device))
+
+
+def broadcast(device: str) -> tuple[list[int], str]:
     """What a rank of one replica gets of its reader's words, and on which device."""
-    mesh = build_mesh(pipeline=dist.get_world_size(), data=1, tensor=1, device=device_of(device))
+    mesh = replica_mesh(device)
     wire = torch.zeros(1000, dtype=torch.int32)
-
-    def read() -> None:
-        if fails:
-            raise DataError("no text in corpus.jsonl: é")
-        wire[2:] = torch.arange(998, dtype=torch.int32)
-
-    _, got = _share(mesh, read, wire)
+    if mesh.replica.is_first:
+        wire.copy_(torch.arange(1000, dtype=torch.int32))
+    got = _broadcast(mesh, wire)
     return got.tolist(), got.device.type
 
 
 @DEVICES
 def test_every_rank_of_a_replica_gets_the_tokens(device: str, size: int) -> None:
-    expected = ([0, 0, *range(998)], device)
-    assert run(broadcast, device, size, device, False) == [expected] * size
+    assert run(broadcast, device, size, device) == [(list(range(1000)), device)] * size
 
 
 def told_error(device: str) -> str:
+    def read() -> None:
+        raise DataError("no text in corpus.jsonl: é")
+
     try:
-        broadcast(device, fails=True)
+        _share(replica_mesh(device), read)
     except DataError as error:
         return str(error)
     return "nothing"

@@ -270,7 +270,8 @@ def _open_feeds(config: Config, mesh: Mesh, voice: Voice) -> tuple[ReplicaFeed, 
         say=voice.warn,
     )
     feed = open_feed()
-    return feed, open_feed(validation=True) if config.train.validation_every else None
+    validates = config.train.validation_every > 0
+    return feed, open_feed(validation=True, other=feed) if validates else None
 
 
 def _timeline(

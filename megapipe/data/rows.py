@@ -48,6 +48,13 @@ class Account:
         self.unreadable_bytes += other.unreadable_bytes
         self.empty_rows += other.empty_rows
 
+    def subtract(self, other: "Account") -> None:
+        """Undo `update`."""
+        self.skipped.subtract(other.skipped)
+        self.skipped_bytes -= other.skipped_bytes
+        self.unreadable_bytes -= other.unreadable_bytes
+        self.empty_rows -= other.empty_rows
+
     def state(self) -> dict[str, Any]:
         """JSON, from which Account(**state) is the same again."""
         return vars(self) | {"skipped": dict(self.skipped)}

@@ -1,7 +1,8 @@
 """A source of the blend: its files in order, and what one row of it is."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +28,8 @@ from megapipe.files import shown
 HUB = "hf://"
 SEGMENTS_PER_STREAM = 4
 MIN_SEGMENT_BYTES = 8 << 10
+LOOKERS = 16
+"""Threads that look into files at the start."""
 
 Keeps = Callable[[int, int], bool]
 """Whether row (file, row number) belongs to the split that is read."""
@@ -71,12 +74,24 @@ def open_found(found: Found, config: SourceConfig, key: str, streams: int) -> So
     digest = xxhash.xxh3_64(f"{config.text_field} {config.documents} {segment}".encode())
     for path, size, _ in found.files:
         digest.update(f"\n{path.name} {size}".encode(errors="surrogateescape"))
-    files = tuple(_row_file(file, config, key, segment) for file in found.files)
+    files = tuple(_row_files(found.files, partial(_row_file, config, key, segment)))
     fingerprint = f"{len(files)} file(s) of {found.size:,} bytes ({digest.hexdigest()})"
     return Source(key, config, files, fingerprint, unfolded, found)
 
 
-def _row_file(file: FoundFile, config: SourceConfig, key: str, segment: int) -> RowFile:
+def _row_files(
+    files: Sequence[FoundFile], look: Callable[[FoundFile], RowFile]
+) -> Iterator[RowFile]:
+    """Looks into several files at a time, since a network disk may take long for each. Of several
+    errors it raises that of the first file."""
+    share = 1 + len(files) // (4 * LOOKERS)
+    parts = [files[first : first + share] for first in range(0, len(files), share)]
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        for part in pool.map(lambda part: list(map(look, part)), parts):
+            yield from part
+
+
+def _row_file(config: SourceConfig, key: str, segment: int, file: FoundFile) -> RowFile:
     """How a file is read, once its first bytes have been looked at."""
     path, size, _ = file
     form = file_format(path) if config.format == "auto" else config.format

@@ -21,14 +21,14 @@ checks.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Protocol, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapipe.mesh import COLLECTIVE_TIMEOUT, Mesh, split_world
+from megapipe.mesh import COLLECTIVE_TIMEOUT, Mesh
 from megapipe.shared_memory.connect import Pair, connect_pairs
 
 UNDER_WAY = 2
@@ -97,19 +97,10 @@ class BackendChannel:
 
 
 class Channels:
-    """This rank's channels to and from its neighbours on the ring of pipeline ranks.
+    """This rank's channels to and from its neighbours on the ring of pipeline ranks."""
 
-    `groups` are the process groups that were made for them.
-    """
-
-    def __init__(
-        self,
-        rank: int,
-        channels: Mapping[Pair, Channel],
-        groups: Sequence[dist.ProcessGroup] = (),
-    ) -> None:
+    def __init__(self, rank: int, channels: Mapping[Pair, Channel]) -> None:
         self.rank = rank
-        self.groups = groups
         self._channels = channels
 
     def __getitem__(self, pair: Pair) -> Channel:
@@ -158,7 +149,7 @@ def pair_groups(mesh: Mesh) -> dict[Pair, dist.ProcessGroup]:
             for data in range(mesh.data.size)
             for tensor in range(mesh.tensor.size)
         ]
-        group = split_world(f"pipeline_{source}_to_{destination}", pairs).group
+        group = mesh.split(f"pipeline_{source}_to_{destination}", pairs).group
         if group is not None:
             groups[source, destination] = group
     return groups
@@ -191,5 +182,4 @@ def _own_ends(mesh: Mesh, groups: Mapping[Pair, dist.ProcessGroup]) -> Channels:
             for (source, destination), group in groups.items()
             if rank in (source, destination)
         },
-        list(dict.fromkeys(groups.values())),
     )

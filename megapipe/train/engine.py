@@ -154,7 +154,7 @@ class Engine:
     def wait_at_most(self, timeout: timedelta) -> None:
         """Have operations between ranks fail, from now on, where one has to wait for longer."""
         self._timeout = timeout
-        for group in {*self.mesh.groups, *self._channels.groups}:
+        for group in self.mesh.groups:
             set_group_timeout(group, timeout)
 
     @contextmanager
@@ -221,7 +221,8 @@ class Engine:
                 totals[1] += (batch.targets_BS != IGNORED_TARGET).sum()
         if squared_norm is not None and self.mesh.data.is_first:
             totals[2] = squared_norm
-        # The one place in a step where the host waits for the device.
+        # The one place where a step reads from the device. The host has waited once before it, in
+        # BubbleMeter.values, until the last action of the pipeline was done.
         sums: list[float] = all_reduce_(totals, self.mesh.world).tolist()
         self._bubble.synchronized()
         return sums
