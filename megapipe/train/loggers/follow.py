@@ -218,7 +218,9 @@ def wrong_variables() -> list[str]:
             wrong.append(name)
             del os.environ[name]
             secret = any(part in name for part in ("KEY", "TOKEN", "PASSWORD", "SECRET"))
-            what = name if secret or "@" in value else f"{name} = {value!r} ({brief(error)})"
+            what = (
+                name if secret or "@" in value else f"{name} = {json.dumps(value)} ({brief(error)})"
+            )
             say(f"W&B can't use {what} and writes offline without it. Correct it.")
     return wrong
 
