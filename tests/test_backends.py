@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megapipe.config import Config, load_config
+from megapipe.config import Config, dump_config, load_config
 from megapipe.data.distribute import _broadcast, _share
 from megapipe.errors import DataError
 from megapipe.exchange import all_gather_json, gather_json
@@ -228,7 +228,9 @@ def saved_and_loaded(given: Config, device: str) -> tuple[list[float], list[floa
 
     def fresh() -> tuple[Engine, Checkpoints]:
         engine = Engine(given, mesh, build_stages)
-        return engine, Checkpoints(given, mesh, engine, {"config.toml": b""}, say=str)
+        return engine, Checkpoints(
+            given, mesh, engine, {"config.toml": dump_config(given).encode()}, say=str
+        )
 
     engine, checkpoints = fresh()
     first = engine.train_step(tokens(0), 1e-2)

@@ -9,7 +9,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,12 +21,11 @@ from megapipe.data.blend import Blend
 from megapipe.data.blocks import BlockReader
 from megapipe.data.packing import Packer, Tokens
 from megapipe.data.rows import Account, BadRows
-from megapipe.data.sources import Keeps, Source, check_source, open_source
+from megapipe.data.sources import Keeps, Source, check_source, open_source, repeated_files
 from megapipe.data.streams import DocumentStream, SourceStream
 from megapipe.data.taken import State, Taken
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.errors import DataError
-from megapipe.files import shown
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class BatchFeed:
         self._say = say or logging.getLogger("megapipe.data").warning
         self._sources, self._keeps = self._open_sources({source.key: source for source in opened})
         if data_rank == 0:
-            for note in _notes(self._sources):
+            for note in repeated_files(self._sources):
                 self._say(note)
         self._block_rows = [
             check_source(
@@ -284,30 +283,6 @@ def merge_states(states: Sequence[State]) -> State:
     streams = {stream: part for state in states for stream, part in state["streams"].items()}
     assert len(streams) == first["identity"]["data.streams"], sorted(streams)
     return first | {"streams": dict(sorted(streams.items(), key=lambda item: int(item[0])))}
-
-
-def _notes(sources: Sequence[Source]) -> Iterator[str]:
-    """Files with several names, and files that are in several sources."""
-    owners: dict[tuple[int, int], Source] = {}
-    for source in sources:
-        found = source.found
-        if found is None:
-            continue
-        if found.repeats:
-            yield (
-                f"{source.key}.path: {len(found.repeats):,} more names, such as "
-                f"{shown(found.repeats[0])}, are links to files that are read already."
-            )
-        shared = [file for file in found.files if file.identity in owners]
-        if shared:
-            other = owners[shared[0].identity]
-            yield (
-                f"{source.key}.path: {len(shared):,} of its files, such as "
-                f"{shown(shared[0].path)}, are in {other.key} too, and are read for both."
-            )
-        owners.update(
-            {file.identity: source for file in found.files if file.identity not in owners}
-        )
 
 
 def _every_row(file: int, row: int) -> bool:

@@ -152,6 +152,35 @@ def _hub_source(config: SourceConfig, key: str) -> Source:
     return Source(key, config, files, f"{shards} shard(s) ({digest.hexdigest()})", None)
 
 
+def repeated_files(
+    sources: Sequence[Source], name: Callable[[Source], str] = lambda source: f"{source.key}.path"
+) -> Iterator[str]:
+    """Lines about files with several names, and about files that are in several sources.
+
+    `name` is what people know a source by.
+    """
+    owners: dict[tuple[int, int], Source] = {}
+    for source in sources:
+        found = source.found
+        if found is None:
+            continue
+        if found.repeats:
+            yield (
+                f"{name(source)}: {len(found.repeats):,} more names, such as "
+                f"{shown(found.repeats[0])}, are links to files that are read already."
+            )
+        shared = [file for file in found.files if file.identity in owners]
+        if shared:
+            other = owners[shared[0].identity]
+            yield (
+                f"{name(source)}: {len(shared):,} of its files, such as "
+                f"{shown(shared[0].path)}, are in {name(other)} too, and are read for both."
+            )
+        owners.update(
+            {file.identity: source for file in found.files if file.identity not in owners}
+        )
+
+
 def check_source(
     source: Source, keeps: Keeps, *, streams: int, shuffle_block: int, max_bad_rows: int
 ) -> int:

@@ -14,6 +14,7 @@ optimizer.decay_steps ends the decay earlier or warm-up fills the whole run.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megapipe.config.optimizer import OptimizerConfig
 from megapipe.config.problems import show
@@ -76,8 +77,7 @@ def course_change(then: Course, now: Course, step: int) -> str | None:
     `then` is the course of the checkpoint's run. The line names the first step that was found to
     differ, both rates, and what to set to keep the course.
     """
-    later = {turn for course in (then, now) for turn in course.turns if turn > step}
-    for place in [place for place in (step, *sorted(later)) if place < now.steps]:
+    for place in _places(then, now, step):
         before, after = then.rate(place), now.rate(place)
         if not math.isclose(before, after, rel_tol=1e-3):
             break
@@ -96,6 +96,19 @@ def course_change(then: Course, now: Course, step: int) -> str | None:
             "checkpoint before that (checkpoint.resume)."
         )
     return line
+
+
+def _places(then: Course, now: Course, step: int) -> list[int]:
+    """`step`, later turns of both courses, and the quarters between neighbours, in order.
+
+    Between turns a rate is constant, a line or half a cosine: where two courses differ there, they
+    differ at a quarter too, though they may agree at both ends and (line and cosine) in the middle.
+    """
+    turns = {step, *(turn for course in (then, now) for turn in course.turns if turn > step)}
+    places = set(turns)
+    for one, other in pairwise(sorted(turns)):
+        places |= {one + (other - one) * quarter // 4 for quarter in (1, 2, 3)}
+    return sorted(place for place in places if place < now.steps)
 
 
 def keys_to_keep(then: Course, now: Course) -> dict[str, str]:

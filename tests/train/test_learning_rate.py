@@ -164,7 +164,7 @@ def test_a_changed_course_is_announced(then: Course, now: Course, step: int, sai
     assert said in line
 
 
-def test_a_course_that_stays_is_not_spoken_of() -> None:
+def test_a_course_that_stays_is_not_announced() -> None:
     plain = course(20, warmup_steps=3)
     assert course_change(plain, plain, 5) is None
     assert course_change(course(20, decay_steps=30), course(40, decay_steps=30), 20) is None
@@ -172,6 +172,17 @@ def test_a_course_that_stays_is_not_spoken_of() -> None:
     assert course_change(course(20, warmup_steps=9), course(20, warmup_steps=2), 20) is None
     flat = course(20, schedule="constant")
     assert course_change(flat, course(40, schedule="constant"), 20) is None
+
+
+@pytest.mark.parametrize("step", [0, 50, 99, 100, 101, 5050, 9000])
+@pytest.mark.parametrize("kinds", [("linear", "cosine"), ("cosine", "linear")])
+def test_a_change_between_two_turns_is_announced(step: int, kinds: tuple[str, str]) -> None:
+    """Line and cosine begin and end at the same rates, and cross in the middle."""
+    rates = {"learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_steps": 100}
+    then, now = (course(10_000, schedule=kind, **rates) for kind in kinds)
+    line = course_change(then, now, step)
+    assert line is not None
+    assert f'set optimizer.schedule = "{kinds[0]}".' in line
 
 
 @settings(deadline=None, max_examples=60)

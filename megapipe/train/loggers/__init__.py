@@ -58,7 +58,7 @@ class Loggers:
         if tensorboard:
             self._sinks["TensorBoard"] = tensorboard
         choice = choose(config.logging, run_dir, os.environ)
-        for line in choice.trouble:
+        for line in choice.trouble.values():
             self.event(line)
         if choice.mode != "off":
             try:
