@@ -85,7 +85,7 @@ class Meeting:
 
     `hosts` names the machine of each rank where that is known before they come. Otherwise, with
     `group_size`, that many consecutive ranks share a machine. `kept`: the store outlives the ranks,
-    so it may hold meetings of earlier ones.
+    so it may hold meetings of earlier ones, and `start` differs between the starts of ranks in it.
     """
 
     store: dist.Store
@@ -95,6 +95,7 @@ class Meeting:
     hosts: Sequence[str] = ()
     group_size: int | None = None
     kept: bool = False
+    start: str = ""
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     answered: str = ""
 
@@ -114,7 +115,7 @@ class Meeting:
                     f"Gave up after {PATIENCE.total_seconds():.0f} s: {self.missing()}. See that "
                     f"all {self.size} processes were started and can reach that address."
                 )
-            if notices.due() and self.store.add(f"notice/{self.answered}/{notices.spoken}", 1) == 1:
+            if notices.due() and self._first_to_say(notices.spoken):
                 say(f"waiting for {notices.waited:.0f} s: {self.missing()}.")
             time.sleep(pause)
             pause = min(1.5 * pause, POLL * max(1, self.size / 1024))
@@ -123,6 +124,10 @@ class Meeting:
         """The meeting's own part of the store, for those who have met; `store` may be any
         connection to it."""
         return dist.PrefixStore(self.answered, store)
+
+    def _first_to_say(self, number: int) -> bool:
+        """Whether no other rank of this start has said this notice."""
+        return self.store.add(f"notice/{self.start}/{self.answered}/{number}", 1) == 1
 
     def missing(self) -> str:
         """`4 of 8 ranks have not come to node1:29500: 3 (node1), 5-7 (node2)`."""

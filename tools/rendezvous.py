@@ -38,9 +38,10 @@ class Rendezvous:
     """One rank's place, and where it meets the others: a `file`, or an `address`.
 
     `local_rank` of `local_size` counts the processes on this machine; with `own_gpu` each of them
-    sees one GPU, its own. `served`: torchrun serves the address, rather than rank 0. `hosts` names
-    each rank's machine where that is known from the start; otherwise, where `grouped`, each
-    machine has `local_size` consecutive ranks. One rank alone needs no place to meet.
+    sees one GPU, its own. `served`: torchrun serves the address, rather than rank 0, and `start`
+    counts its restarts. `hosts` names each rank's machine where that is known from the start;
+    otherwise, where `grouped`, each machine has `local_size` consecutive ranks. One rank alone
+    needs no place to meet.
     """
 
     rank: int = 0
@@ -51,6 +52,7 @@ class Rendezvous:
     address: Address | None = None
     own_gpu: bool = False
     served: bool = False
+    start: str = ""
     hosts: tuple[str, ...] = ()
     grouped: bool = False
 
@@ -102,7 +104,14 @@ def _meet(rendezvous: Rendezvous) -> Meeting:
             )
         group_size = rendezvous.local_size if rendezvous.grouped else None
         meeting = Meeting(
-            store, rank, size, place, rendezvous.hosts, group_size, kept=rendezvous.served
+            store,
+            rank,
+            size,
+            place,
+            rendezvous.hosts,
+            group_size,
+            kept=rendezvous.served,
+            start=rendezvous.start,
         )
         meeting.attend()
         return meeting
@@ -135,12 +144,23 @@ def _connecting(rendezvous: Rendezvous, meeting: Meeting) -> Iterator[None]:
         with watch_connecting(connect_again, meeting.part_of(meeting.store), rank, size):
             yield
     except RuntimeError as error:
+        if not _is_of_network(error):
+            raise
         raise RendezvousError(
             f"rank {rank} of {size} met the others, and then could not connect to all of them: "
             f"{str(error).splitlines()[0]} See whether one of them has ended. Between machines "
             "all ports must be open; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network "
             "interface to use."
         ) from error
+
+
+def _is_of_network(error: RuntimeError) -> bool:
+    """Whether torch could not reach others or the store, rather than use this rank's own GPU.
+
+    Gloo's errors have no type of their own; each names gloo, if only in the path of its source.
+    """
+    kinds = (dist.DistNetworkError, dist.DistStoreError)
+    return isinstance(error, kinds) or "gloo" in str(error).lower()
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Rendezvous | None:
@@ -169,6 +189,7 @@ def _of_torchrun(environment: Mapping[str, str]) -> Rendezvous:
         local_size=local_size,
         address=(_text(environment, "MASTER_ADDR"), _port(environment)),
         served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        start=environment.get("TORCHELASTIC_RESTART_COUNT", ""),
         grouped="LOCAL_WORLD_SIZE" in environment and size % local_size == 0,
     )
 

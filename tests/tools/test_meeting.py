@@ -191,6 +191,17 @@ def test_rank_0_is_missed_where_another_serves_the_store(
     assert len(capsys.readouterr().err.splitlines()) <= 2
 
 
+@pytest.mark.usefixtures("_soon")
+def test_rank_0_is_missed_at_each_start_in_a_store_that_is_kept(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store = dist.HashStore()
+    for start in ("0", "1"):
+        with pytest.raises(RefusedError):
+            Meeting(store, 1, 2, "node1:29500", kept=True, start=start).attend()
+        assert "rank 0 has not come to node1:29500." in capsys.readouterr().err
+
+
 def test_notices_are_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

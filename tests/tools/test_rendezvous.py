@@ -59,6 +59,8 @@ def test_torchrun() -> None:
     assert from_environment(TORCHRUN) == own
     served = from_environment(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
     assert served == replace(own, served=True)
+    again = from_environment(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "2"})
+    assert again == replace(own, start="2")
     by_hand = {name: text for name, text in TORCHRUN.items() if not name.startswith("LOCAL")}
     assert from_environment(by_hand) == Rendezvous(5, 8, 5, 8, address=("node0", 29500))
 
@@ -291,6 +293,23 @@ def _fails_to_connect(*_: Any, store: dist.Store, **__: Any) -> None:
 def test_a_failure_to_connect_is_one_line() -> None:
     port = free_port()
     assert finish(start(_loses_another, rank, port) for rank in range(2)) == [3, 0]
+
+
+def _fails_on_its_gpu(rank: int, port: int) -> None:
+    def fails(*_: Any, store: dist.Store, **__: Any) -> None:
+        store.wait(["left"])
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    dist.init_process_group = fails if rank == 0 else _leaves
+    try:
+        init_process_group(Rendezvous(rank, 2, rank, 2, address=("localhost", port)), CPU)
+    except torch.AcceleratorError as error:
+        os._exit(3 if str(error) == "CUDA error: out of memory" else 4)
+
+
+def test_a_failure_of_the_own_gpu_is_not_one_to_connect() -> None:
+    port = free_port()
+    assert finish(start(_fails_on_its_gpu, rank, port) for rank in range(2)) == [3, 0]
 
 
 def _tells() -> list[bool]:
