@@ -63,7 +63,7 @@ def _home(text: str, environment: Mapping[str, str]) -> tuple[str, str]:
         home = os.path.expanduser(user)
     if home.startswith("~"):
         raise ValueError(f"names a home directory that is not known; write ./{text} for a file")
-    return home.rstrip("/"), slash + rest
+    return home.rstrip("/") or ("" if slash else "/"), slash + rest
 
 
 def is_unicode(text: str) -> bool:
