@@ -1,6 +1,7 @@
 """Words of the command line that several commands understand."""
 
 import os
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def test_paths_mean_what_they_mean_in_a_config(monkeypatch: pytest.MonkeyPatch) 
 
 def test_text_has_to_be_utf_8() -> None:
     assert text_argument("café") == "café"
-    with pytest.raises(UsageError, match=r"'caf\\udce9' is not UTF-8"):
+    with pytest.raises(ArgumentTypeError, match="not UTF-8 text: character 4 is byte 0xe9"):
         text_argument("caf\udce9")
 
 
