@@ -118,6 +118,16 @@ def test_a_resolved_config_that_a_crash_has_damaged(make: Make, left: bytes) -> 
             plan_start(make("--model.num_layers=6"))
 
 
+def test_a_resolved_config_of_another_version(make: Make) -> None:
+    root = begin(make(), 5)
+    file = root.parent / "resolved-config.toml"
+    file.write_text(file.read_text() + "\n[future]\nkey = 1\n")
+    (note,) = plan_start(make()).notes
+    assert "resolved-config.toml can't be used: " in note
+    assert "future" in note
+    assert "damaged" not in note
+
+
 def test_what_looks_like_a_checkpoint_and_is_none_stops_the_start(make: Make) -> None:
     root = begin(make(), 5)
     (root / "step-00000010").symlink_to(root / "gone")
