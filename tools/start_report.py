@@ -36,7 +36,7 @@ def _source_lines(config: Config, samples: Sequence[SourceSample]) -> Iterator[s
     train = config.train
     budget = train.steps * train.global_batch_size * train.sequence_length
     weights = sum(sample.source.config.weight for sample in samples)
-    yield f"Data: {config.data.streams} streams, {scaled(budget)} tokens in the whole run"
+    yield f"Data: the whole run reads {scaled(budget)} tokens, in {config.data.streams} streams"
     for sample in samples[:SHOWN]:
         wanted = budget * sample.source.config.weight / weights
         yield f"  {_source_line(config, sample, wanted)}"
@@ -45,18 +45,18 @@ def _source_lines(config: Config, samples: Sequence[SourceSample]) -> Iterator[s
 
 
 def _source_line(config: Config, sample: SourceSample, wanted: float) -> str:
-    """`text/*.txt: 8 files, 1.2 MiB, about 410 thousand tokens; 0.62 epochs in the whole run`."""
+    """`text/*.txt: 8 files, 1.2 MiB, about 410 thousand tokens; 0.62 epochs`."""
     source = sample.source
     files = len(source.files)
     line = f"{source.config.path}: {files:,} file{'s'[: files != 1]}"
     if sample.stored is not None:
         line += f", {format_bytes(sample.stored)}"
     if sample.tokens is None:
-        return f"{line}; how many tokens is not known beforehand"
+        return f"{line}; the number of tokens is not known beforehand"
     tokens = sample.tokens * (1 - config.data.validation_fraction)
     assumed = f" ({sample.assumption})" if sample.assumption else ""
     epochs = wanted / max(tokens, 1)
-    return f"{line}, about {scaled(tokens)} tokens{assumed}; {epochs:.2g} epochs in the whole run"
+    return f"{line}, about {scaled(tokens)} tokens{assumed}; {epochs:.2g} epochs"
 
 
 def _tokenizer_lines(
@@ -64,8 +64,8 @@ def _tokenizer_lines(
 ) -> Iterator[str]:
     end = tokenizer.end_of_document
     yield (
-        f"Tokenizer: {tokenizer.path}, {len(tokenizer.ids):,} tokens; documents end with id {end} "
-        f"({tokenizer.end_of_document_from})"
+        f"Tokenizer: {tokenizer.path}, {len(tokenizer.ids):,} tokens; documents end with token "
+        f"{end} ({tokenizer.end_of_document_from})"
     )
     if others := not_used_beside(tokenizer, config.data.tokenizer):
         yield f"  not used: {', '.join(others)} in the same directory; name the file to use it"

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megapipe.checkpoint.storage import format_bytes
 from megapipe.config import SourceConfig
 from megapipe.config.paths import escape_path
 from megapipe.data.files import COMPRESSED, Found, files_below, find_files, shown
@@ -58,14 +59,14 @@ def run(argv: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser("tokenizer", "Train a sentencepiece tokenizer, or look into one.")
-    actions = parser.add_subparsers(dest="action", required=True)
+    actions = parser.add_subparsers(dest="action", metavar="train|inspect", required=True)
     train = actions.add_parser(
         "train",
         command="tokenizer train",
         help="train a byte-pair tokenizer on text files",
-        description="Train a sentencepiece BPE tokenizer that knows every byte: text comes back as "
-        "it was, except for the character U+2581, which sentencepiece writes for a space and which "
-        "comes back as one. The same files give the same model.",
+        description="Train a sentencepiece BPE tokenizer that knows every byte: tokens decode to\n"
+        "the same text, except that the character U+2581, which sentencepiece writes for a space,\n"
+        "becomes one. The same files give the same model.",
     )
     train.add_argument(
         "files",
@@ -172,13 +173,13 @@ def _train(arguments: argparse.Namespace) -> int:
     print(f"{shown(out)}: {tokenizer.vocab_size:,} tokens, trained in {seconds:.1f} s")
     if replaced:
         print("  replaced    the tokenizer that had this name")
-    print(f"  text        {files:,} files, {corpus.total_bytes:,} bytes")
+    print(f"  text        {files:,} file{'s'[: files != 1]}, {format_bytes(corpus.total_bytes)}")
     print(f"  end token   {tokenizer.end_of_document}")
     print(f"  {_measure(tokenizer, corpus.sample)}")
     if corpus.meta_spaces:
         print(
             f"  changed     {name_characters(Counter({META_SPACE: corpus.meta_spaces}))} in the "
-            "text: sentencepiece writes it for a space, and it comes back as one"
+            "text: sentencepiece writes it for a space, and it becomes one"
         )
     return 0
 

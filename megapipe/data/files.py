@@ -79,9 +79,7 @@ def find_files(pattern: str, key: str) -> Found:
     names = {pattern} if os.path.lexists(pattern) else set(_match(pattern, named))
     found = _each_once(sorted(map(Path, names)), named, entered="**" in pattern.split("/"))
     if not found.files:
-        raise DataError(
-            f"{named} matches no file (looked from {_here()}); correct the path or quote the glob."
-        )
+        raise DataError(f"{named} matches no file (looked from {_here()}); correct the path.")
     return found
 
 
@@ -274,7 +272,7 @@ def _stat(path: Path, named: str) -> os.stat_result:
         if path.is_symlink():
             raise DataError(
                 f"{named}: {shown(path)} is a link to {shown(path.readlink())}, which leads to no "
-                "file. Mend or remove it."
+                "file. Repair or remove the link."
             ) from error
         raise DataError(f"{named}: {shown(path)} can't be read: {error.strerror}.") from error
 
