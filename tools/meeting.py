@@ -116,7 +116,8 @@ class Meeting:
                     f"all {self.size} processes were started and can reach that address."
                 )
             if notices.due() and self._first_to_say(notices.spoken):
-                say(f"waiting for {notices.waited:.0f} s: {self.missing()}.")
+                limit = PATIENCE.total_seconds()
+                say(f"waiting for {notices.waited:.0f} of {limit:.0f} s: {self.missing()}.")
             time.sleep(pause)
             pause = min(1.5 * pause, POLL * max(1, self.size / 1024))
 
@@ -130,22 +131,22 @@ class Meeting:
         return self.store.add(f"notice/{self.start}/{self.answered}/{number}", 1) == 1
 
     def missing(self) -> str:
-        """`4 of 8 ranks have not come to node1:29500: 3 (node1), 5-7 (node2)`."""
+        """`4 of 8 ranks have not connected to node1:29500: 3 (node1), 5-7 (node2)`."""
         came: dict[int, str] = {}
         for rank in range(self.size):
             key = f"answer/{self.answered}/{rank}"
             if self.answered and self.store.check([key]):
                 came[rank] = json.loads(self.store.get(key))["host"]
         if not self.answered:  # nobody answers before rank 0 has called
-            return f"rank 0{self._host_of(0, came)} has not come to {self.place}"
+            return f"rank 0{self._host_of(0, came)} has not connected to {self.place}"
         return self._tell_missing(came)
 
     def _tell_missing(self, came: Mapping[int, str]) -> str:
         absent = [rank for rank in range(self.size) if rank not in came]
         ranks = spans(absent, lambda rank: self._host_of(rank, came))
         if len(absent) == 1:
-            return f"rank {ranks} of {self.size} has not come to {self.place}"
-        return f"{len(absent)} of {self.size} ranks have not come to {self.place}: {ranks}"
+            return f"rank {ranks} of {self.size} has not connected to {self.place}"
+        return f"{len(absent)} of {self.size} ranks have not connected to {self.place}: {ranks}"
 
     def _host_of(self, rank: int, came: Mapping[int, str]) -> str:
         """` (node1)`, or nothing where no host is known."""
@@ -262,7 +263,7 @@ def watch_connecting(
                 return
             if not done.is_set():
                 say(
-                    f"waiting for {notices.waited:.0f} s: all {size} ranks have come, and "
+                    f"waiting for {notices.waited:.0f} s: all {size} ranks have met, and "
                     f"{len(absent)} of them {'has' if len(absent) == 1 else 'have'} not connected "
                     f"to all others: {spans(absent, lambda _: '')}."
                 )

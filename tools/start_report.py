@@ -37,7 +37,7 @@ def text_lines(config: Config, feeds: Sequence[BatchFeed]) -> list[str]:
 def _source_lines(config: Config, samples: Sequence[SourceSample]) -> Iterator[str]:
     train = config.train
     budget = train.steps * train.global_batch_size * train.sequence_length
-    yield f"Data: {config.data.streams} streams, {scaled(budget)} tokens in the whole run"
+    yield f"Data: the whole run reads {scaled(budget)} tokens, in {config.data.streams} streams"
     yield from _each_or_sum(config, samples, budget)
 
 
@@ -74,20 +74,20 @@ def _sum_line(config: Config, samples: Sequence[SourceSample], *, training: bool
 
 
 def _source_line(config: Config, sample: SourceSample, wanted: float | None) -> str:
-    """`text/*.txt: 8 files, 1.2 MiB, about 410 thousand tokens; 0.62 epochs in the whole run`."""
+    """`text/*.txt: 8 files, 1.2 MiB, about 410 thousand tokens; 0.62 epochs`."""
     source = sample.source
     files = len(source.files)
     line = f"{source.config.path}: {files:,} file{'s'[: files != 1]}"
     if sample.stored is not None:
         line += f", {format_bytes(sample.stored)}"
     if sample.tokens is None:
-        return f"{line}; how many tokens is not known beforehand"
+        return f"{line}; the number of tokens is not known beforehand"
     assumed = f" ({sample.assumption})" if sample.assumption else ""
     if wanted is None:
         return f"{line}, about {scaled(sample.tokens)} tokens{assumed}"
     tokens = sample.tokens * (1 - config.data.validation_fraction)
     epochs = wanted / max(tokens, 1)
-    return f"{line}, about {scaled(tokens)} tokens{assumed}; {epochs:.2g} epochs in the whole run"
+    return f"{line}, about {scaled(tokens)} tokens{assumed}; {epochs:.2g} epochs"
 
 
 def _tokenizer_lines(
@@ -95,8 +95,8 @@ def _tokenizer_lines(
 ) -> Iterator[str]:
     end = tokenizer.end_of_document
     yield (
-        f"Tokenizer: {tokenizer.path}, {len(tokenizer.ids):,} tokens; documents end with id {end} "
-        f"({tokenizer.end_of_document_from})"
+        f"Tokenizer: {tokenizer.path}, {len(tokenizer.ids):,} tokens; documents end with token "
+        f"{end} ({tokenizer.end_of_document_from})"
     )
     if others := not_used_beside(tokenizer, config.data.tokenizer):
         yield f"  not used: {', '.join(others)} in the same directory; name the file to use it"

@@ -52,14 +52,14 @@ def run(argv: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser("tokenizer", "Train a sentencepiece tokenizer, or look into one.")
-    actions = parser.add_subparsers(dest="action", required=True)
+    actions = parser.add_subparsers(dest="action", metavar="train|inspect", required=True)
     train = actions.add_parser(
         "train",
         command="tokenizer train",
         help="train a byte-pair tokenizer on text files",
-        description="Train a sentencepiece BPE tokenizer that knows every byte: text comes back as "
-        "it was, except for the character U+2581, which sentencepiece writes for a space and which "
-        "comes back as one. The same files give the same model.",
+        description="Train a sentencepiece BPE tokenizer that knows every byte: tokens decode to\n"
+        "the same text, except that the character U+2581, which sentencepiece writes for a space,\n"
+        "becomes one. The same files give the same model.",
     )
     train.add_argument(
         "files",
@@ -117,7 +117,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if corpus.meta_spaces:
         print(
             f"  changed     {name_characters(Counter({META_SPACE: corpus.meta_spaces}))} in the "
-            "text: sentencepiece writes it for a space, and it comes back as one"
+            "text: sentencepiece writes it for a space, and it becomes one"
         )
     return 0
 

@@ -243,7 +243,7 @@ def _start_or_resume(
     lock.take()
     write_config(config, peers)
     with _open_loggers(config, peers, progress.step) as loggers, voice.through(loggers.event):
-        voice.say(f"Start-up: {time.perf_counter() - began:.1f} s after imports")
+        voice.say(f"Ready after {time.perf_counter() - began:.1f} s (imports not counted)")
         flops = flops_per_token(config.model, config.train.sequence_length)
         run = Run(config, engine, feed, validation, checkpoints, loggers, stop, progress, flops)
         run.timeline = _timeline(config, engine, loggers, progress.step)
@@ -361,6 +361,6 @@ def _farewell(
     number = stop.signal or signal.SIGTERM
     voice.say(
         f"Stopped by {number.name} after step {progress.step} of {steps}. Checkpoint: {path}\n"
-        f"To go on:\n    {command}"
+        f"To continue:\n    {command}"
     )
     return 128 + number

@@ -73,9 +73,9 @@ class TrainConfig(Section):
     )
     stop_timeout_seconds: Annotated[PositiveFloat | None, or_none_word(float)] = Field(
         default=None,
-        description="After a signal that asks to stop, a rank waits this long for the end of a "
-        "step, and then leaves without saving (another rank may be gone). Saves are never cut "
-        "short. Default: ten times the duration of the last step, at least 60.",
+        description="Seconds that a rank waits for a step to end after a signal that asks to stop; "
+        "then it leaves without saving (another rank may be gone). Saves are never cut short. "
+        "Default: ten times the last step, at least 60.",
     )
     collective_timeout_seconds: float = Field(
         default=600.0,

@@ -7,6 +7,7 @@ stream depends on D: so the state of all streams, merged, can be dealt out to an
 
 import logging
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -265,14 +266,20 @@ class BatchFeed:
             changed = [key for key in changed if "sources[" not in key]
         if changed:
             details = "; ".join(
-                f"{key} was {saved.get(key, 'not there')} and is {own.get(key, 'not there')}"
+                f"{key} was {_readable(key, saved)} and is now {_readable(key, own)}"
                 for key in changed
             )
             raise DataError(
-                f"the data is not that of the checkpoint: {details}. (In brackets: a hash of the "
-                "names and sizes of a source's files, of a tokenizer's content.) Restore it, or "
-                "begin a new run with another train.run_dir."
+                f"the checkpoint was trained on other data: {details}. Restore that, or start a "
+                "new run with another train.run_dir."
             )
+
+
+def _readable(key: str, identity: State) -> str:
+    """A value for people: of a hash its beginning, and what it is of."""
+    subject = "the content" if key == "data.tokenizer" else "names and sizes"
+    value = str(identity.get(key, "not there"))
+    return re.sub(r"\(([0-9a-f]{12})[0-9a-f]+\)", rf"(hash of {subject}: \1)", value)
 
 
 def merge_states(states: Sequence[State]) -> State:

@@ -81,10 +81,7 @@ def find_files(pattern: str, key: str) -> Found:
     found = _each_once(sorted(map(Path, names)), named, entered="**" in pattern.split("/"))
     if not found.files:
         hint = " In a glob, a [ that is part of a name is written [[]." if "[" in pattern else ""
-        raise DataError(
-            f"{named} matches no file (looked from {_here()}); correct the path or quote the glob."
-            f"{hint}"
-        )
+        raise DataError(f"{named} matches no file (looked from {_here()}); correct the path.{hint}")
     return found
 
 
@@ -264,7 +261,7 @@ def _stat(path: Path, named: str) -> os.stat_result:
         if path.is_symlink():
             raise DataError(
                 f"{named}: {shown(path)} is a link to {shown(path.readlink())}, which leads to no "
-                "file. Mend or remove it."
+                "file. Repair or remove the link."
             ) from error
         raise DataError(f"{named}: {shown(path)} can't be read: {reason(error)}") from error
 

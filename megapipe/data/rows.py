@@ -127,7 +127,7 @@ def too_many_bad_rows(skipped: int, limit: int) -> DataError | None:
     if skipped <= limit:
         return None
     return DataError(
-        f"{skipped} bad rows were met, more than data.max_bad_rows = {limit} allows. Mend the "
+        f"{skipped} bad rows were met, more than data.max_bad_rows = {limit} allows. Repair the "
         "files that the messages above name, or raise data.max_bad_rows."
     )
 
@@ -155,7 +155,7 @@ class BadRows:
             others = f" ({self.summary()})" if self.total > 1 else ""
             raise DataError(
                 f"{file}, row {row}: {error}. That is more than data.max_bad_rows = {self.limit} "
-                f"allows{others}. Mend {key}.path, or raise data.max_bad_rows to skip such rows."
+                f"allows{others}. Repair {key}.path, or raise data.max_bad_rows to skip such rows."
             )
         if self.total <= SHOWN or reason == DAMAGED:
             self._say(f"{file}, row {row}: skipped: {error}")

@@ -48,8 +48,9 @@ class LocalTable:
         names = schema.names.count(self.column)
         if names == 0:
             raise DataError(
-                f"{self.name}: there is no column {self.column!r}; set text_field of this source "
-                f"to one of {', '.join(schema.names)}, or take the file out of it."
+                f"{self.name}: there is no column {self.column!r}. Set text_field of this source "
+                f"to the column with the text (there are: {', '.join(schema.names)}), or take the "
+                "file out of it."
             )
         if names > 1:
             raise DataError(f"{self.name}: {names} columns are called {self.column!r}; rename one.")

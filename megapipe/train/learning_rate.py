@@ -83,11 +83,11 @@ def course_change(then: Course, now: Course, step: int) -> str | None:
             break
     else:
         return None
-    beyond = f", after the last of its {then.steps} steps" if place >= then.steps else ""
+    beyond = f" (its rate after its last step, {then.steps})" if place >= then.steps else ""
     keys = ", ".join(f"{key} = {value}" for key, value in keys_to_keep(then, now).items())
     line = (
-        f"The learning rate changes: step {place + 1} gets {after:.2e}, and by the checkpoint's "
-        f"config it was {before:.2e}{beyond}. To keep that, set {keys}."
+        f"The learning rate differs from the checkpoint's config: step {place + 1} gets "
+        f"{after:.2e} instead of {before:.2e}{beyond}. To keep that, set {keys}."
     )
     begin, _ = _decay(then.optimizer, then.steps)
     if then.optimizer.schedule == "wsd" and begin < step and now.steps > then.steps:

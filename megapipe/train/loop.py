@@ -99,6 +99,10 @@ def save(run: Run, progress: Progress, *, last: bool) -> None:
             path = run.checkpoints.save(progress, run.feed.state())
     except CheckpointError as error:
         if last:
+            error.add_note(
+                f"The steps after step {run.saved_step} are not saved. Remove the cause, then "
+                "start the same command again."
+            )
             raise
         run.loggers.event(f"NOT SAVED at step {progress.step}, training goes on: {error}")
     else:

@@ -249,4 +249,4 @@ def _notes_on_path(resume: str, newest: Path, run_dir: Path, last: Config | None
 
 def _notes_on_changes(last: Config, config: Config) -> list[str]:
     changed = difference(last, config, [name for name in section_types() if name != "model"])
-    return [f"Changed since the last start: {'; '.join(changed)}."] if changed else []
+    return ["\n  ".join(["Changed since the last start:", *changed])] if changed else []

@@ -176,8 +176,8 @@ class StopRequest:
         elif not self._told and not self._ended:
             self._told = True
             self.alive()
-            again = " Ctrl-C again leaves at once, without saving." * (number == signal.SIGINT)
-            self._say(f"{self.reason}: saving and leaving after this step.{again}")
+            again = " Ctrl-C again stops at once, without saving." * (number == signal.SIGINT)
+            self._say(f"{self.reason}: saving and stopping after the current step.{again}")
 
     def _look_at_the_clock(self, interrupted: float) -> None:
         now = time.monotonic()

@@ -321,10 +321,10 @@ def test_validation_without_text_and_a_fraction_that_picks_nothing(config: DataC
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"streams": 16}, "data.streams was 8 and is 16"),
-        ({"shuffle_block": 9}, "data.shuffle_block was 8 and is 9"),
-        ({"validation_fraction": 0.5}, "data.validation_fraction was 0.0 and is 0.5"),
-        ({"sources": 1}, "data.sources[1] was"),
+        ({"streams": 16}, "data.streams was 8 and is now 16"),
+        ({"shuffle_block": 9}, "data.shuffle_block was 8 and is now 9"),
+        ({"validation_fraction": 0.5}, "data.validation_fraction was 0.0 and is now 0.5"),
+        ({"sources": 1}, "names and sizes: "),
     ],
 )
 def test_a_state_of_other_data_is_refused(

@@ -129,7 +129,7 @@ def test_what_changes_is_named(tmp_path: Path) -> None:
     check = check_texts(load_tokenizer(path), [f"{TEXT} \u2581\u2581", "a \ufb01"])
     assert (check.texts, check.exact, check.unknown) == (2, 0, Counter())
     assert check.verdict() == (
-        '2 of 2 texts come back changed ("\u2581" U+2581 2 times, "\ufb01" U+FB01 once)'
+        '2 of 2 texts decode to something else ("\u2581" U+2581 2 times, "\ufb01" U+FB01 once)'
     )
     assert name_characters(Counter("\x00")) == "U+0000 once"
     assert name_characters(Counter("abcdefgg")) == (

@@ -172,12 +172,12 @@ def test_missing_ranks_are_named_by_one_and_sparsely(
     for number in (0, 1, 4):
         ranks.begin(f"{number}", number, 6)
     (said,) = refusals(ranks)
-    missing = "3 of 6 ranks have not come to node1:29500: 2-3, 5"
+    missing = "3 of 6 ranks have not connected to node1:29500: 2-3, 5"
     assert said.startswith(f"Gave up after 1 s: {missing}. See that all 6 processes were started")
     lines = capsys.readouterr().err.splitlines()
     assert 1 <= len(lines) <= 2, "after 0.2 and 0.6 s"
     for line in lines:
-        assert re.fullmatch(rf"megapipe: waiting for \d s: {missing}\.", line)
+        assert re.fullmatch(rf"megapipe: waiting for \d of 1 s: {missing}\.", line)
 
 
 @pytest.mark.usefixtures("_soon")
@@ -187,7 +187,7 @@ def test_rank_0_is_missed_where_another_serves_the_store(
     for number in (1, 2):
         ranks.begin(f"{number}", number, 3)
     (said,) = refusals(ranks)
-    assert "rank 0 has not come to node1:29500. See" in said
+    assert "rank 0 has not connected to node1:29500. See" in said
     assert len(capsys.readouterr().err.splitlines()) <= 2
 
 
@@ -199,7 +199,7 @@ def test_rank_0_is_missed_at_each_start_in_a_store_that_is_kept(
     for start in ("0", "1"):
         with pytest.raises(RefusedError):
             Meeting(store, 1, 2, "node1:29500", kept=True, start=start).attend()
-        assert "rank 0 has not come to node1:29500." in capsys.readouterr().err
+        assert "rank 0 has not connected to node1:29500." in capsys.readouterr().err
 
 
 def test_notices_are_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,16 +224,17 @@ def test_hosts_of_missing_ranks() -> None:
     store = dist.HashStore()
     slurm = Meeting(store, 0, 4, "h:1", hosts=("a", "a", "b", "b"))
     came(store, slurm, (0,))
-    assert slurm.missing() == "3 of 4 ranks have not come to h:1: 1 (a), 2-3 (b)"
+    assert slurm.missing() == "3 of 4 ranks have not connected to h:1: 1 (a), 2-3 (b)"
     by_four = Meeting(store, 0, 12, "h:1", group_size=4)
     came(store, by_four, (0, 1, 2, 5))
     assert by_four.missing() == (
-        "8 of 12 ranks have not come to h:1: 3 (gpu0), 4 (gpu1), 6-7 (gpu1), 8-11 (node rank 2)"
+        "8 of 12 ranks have not connected to h:1: "
+        "3 (gpu0), 4 (gpu1), 6-7 (gpu1), 8-11 (node rank 2)"
     )
     others = dist.HashStore()
     alone = Meeting(others, 0, 4, "h:1")
     came(others, alone, (0, 1, 3))
-    assert alone.missing() == "rank 2 of 4 has not come to h:1"
+    assert alone.missing() == "rank 2 of 4 has not connected to h:1"
 
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")

@@ -207,7 +207,7 @@ def _waits_in_vain(rank: int, port: int) -> None:
         init_process_group(place, CPU)
     except RendezvousError as error:
         said = str(error)
-        assert f"2 of 4 ranks have not come to localhost:{port}" in said
+        assert f"2 of 4 ranks have not connected to localhost:{port}" in said
         assert "(MASTER_ADDR:MASTER_PORT): 2-3. See that all 4" in said
         os._exit(3)
 

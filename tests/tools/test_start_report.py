@@ -62,18 +62,18 @@ def test_files_bytes_tokens_and_epochs_of_each_source(tmp_path: Path) -> None:
     loaded = load_tokenizer(tokenizer)
     per_text = len(loaded.encode(ENGLISH[0])) + 1
     found = lines(tokenizer, one, other)
-    assert found[0] == "Data: 16 streams, 102 thousand tokens in the whole run"
+    assert found[0] == "Data: the whole run reads 102 thousand tokens, in 16 streams"
     epochs = 102_400 * 0.75 / (800 * per_text)
     assert found[1] == (
         f"  {tmp_path}/?.jsonl: 2 files, 43.8 KiB, about {scaled(800 * per_text)} tokens; "
-        f"{epochs:.2g} epochs in the whole run"
+        f"{epochs:.2g} epochs"
     )
     assert "c.txt: 1 file, 17.2 KiB, about" in found[2]
     assert found[3] == (
-        f"Tokenizer: {tokenizer}, {len(loaded.ids)} tokens; documents end with id 0 "
+        f"Tokenizer: {tokenizer}, {len(loaded.ids)} tokens; documents end with token 0 "
         "('</s>', by its name)"
     )
-    assert found[4].endswith("bytes per token; all of it comes back exactly")
+    assert found[4].endswith("bytes per token; all of it decodes to the same text")
     assert len(found) == 5
 
 
@@ -170,9 +170,9 @@ def test_a_resume_that_changes_the_learning_rate_says_so(
 ) -> None:
     words = ["train", str(corpus / "run.toml"), f"--train.run_dir={tmp_path / 'run'}"]
     assert main([*words, "--train.steps=4"]) == 0
-    assert "learning rate changes" not in capfd.readouterr().out
+    assert "learning rate differs" not in capfd.readouterr().out
     assert main([*words, "--train.steps=8"]) == 0
     said = capfd.readouterr().out
-    (line,) = (line for line in said.splitlines() if "learning rate changes" in line)
-    assert "step 5 gets 1.65e-03, and by the checkpoint's config it was 3.00e-04" in line
-    assert "after the last of its 4 steps. To keep that, set optimizer.decay_steps = 2." in line
+    (line,) = (line for line in said.splitlines() if "learning rate differs" in line)
+    assert "config: step 5 gets 1.65e-03 instead of 3.00e-04" in line
+    assert "(its rate after its last step, 4). To keep that, set optimizer.decay_steps = 2." in line

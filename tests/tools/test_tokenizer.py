@@ -90,7 +90,7 @@ def test_inspect_says_what_it_is(model: Path, capsys: pytest.CaptureFixture[str]
     assert f"{VOCABULARY} tokens" in out
     assert "sentencepiece bpe" in out
     assert "ids stay the same in Hugging Face form" in out
-    assert "all of it comes back exactly" in out
+    assert "all of it decodes to the same text" in out
 
 
 def test_bad_rows_are_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

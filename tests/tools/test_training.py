@@ -130,7 +130,7 @@ def test_a_whole_run_as_a_user_starts_it(corpus: Path, tmp_path: Path) -> None:
         "Device: cpu, fp32, 1 thread per rank",
     ):
         assert f"\n{line}\n" in done.stdout
-    assert re.search(r"\nStart-up: \d+\.\d s after imports\n", done.stdout)
+    assert re.search(r"\nReady after \d+\.\d s \(imports not counted\)\n", done.stdout)
     assert "\nDone: step 8, 2,048 tokens. Checkpoint: " in done.stdout
 
     run_dir = tmp_path / "run"
@@ -200,7 +200,7 @@ def test_stopped_by_sigterm_it_goes_on_with_the_very_same_losses(
     step = len(read_rows(run_dir))
     assert 1 <= step < 30
     assert f"Stopped by SIGTERM after step {step} of 30. Checkpoint: {run_dir}" in said
-    assert f"To go on:\n    megapipe train run.toml {' '.join(words)}\n" in said
+    assert f"To continue:\n    megapipe train run.toml {' '.join(words)}\n" in said
 
     said = Command(corpus, *words).finish()
     assert f"Resumed from {run_dir}/checkpoints/step-{step:08d} at step {step}." in said
@@ -242,8 +242,9 @@ def test_a_full_disk_is_told_and_at_the_end_an_error(corpus: Path, tmp_path: Pat
     words = (PP2, f"--train.run_dir={run_dir}", "--train.steps=4", "--checkpoint.every=2")
     said = Command(corpus, *words, largest_file=100_000).finish(1)
     assert said.count("NOT SAVED at step 2, training goes on: ") == 1
-    last = said.splitlines()[-1]
-    assert re.match(r"megapipe: cannot save checkpoint .*step-00000004: .*file too large", last)
+    error, advice = said.splitlines()[-2:]
+    assert re.match(r"megapipe: cannot save checkpoint .*step-00000004: .*file too large", error)
+    assert advice.startswith("The steps after step 0 are not saved. Remove the cause, then start")
     assert column(run_dir, "step") == [1, 2, 3, 4]
     assert list((run_dir / "checkpoints").iterdir()) == []
 

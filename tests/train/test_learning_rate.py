@@ -129,14 +129,14 @@ def course(steps: int, **fields: Any) -> Course:
             course(20),
             course(40),
             20,
-            "step 21 gets 5.15e-01, and by the checkpoint's config it was 1.00e-01, after the "
-            "last of its 20 steps. To keep that, set optimizer.decay_steps = 20.",
+            "config: step 21 gets 5.15e-01 instead of 1.00e-01 (its rate after its last step, 20). "
+            "To keep that, set optimizer.decay_steps = 20.",
         ),
         (
             course(20, schedule="linear"),
             course(40, schedule="linear"),
             4,
-            "step 5 gets 8.87e-01, and",
+            "step 5 gets 8.87e-01 instead of ",
         ),
         (course(20), course(20, learning_rate=2.0), 4, "set optimizer.learning_rate = 1.0."),
         (course(20, warmup_steps=2), course(20, warmup_steps=9), 4, "optimizer.warmup_steps = 2"),
@@ -146,7 +146,7 @@ def course(steps: int, **fields: Any) -> Course:
             course(20, schedule="wsd"),
             course(40, schedule="wsd"),
             10,
-            "step 19 gets 1.00e+00, and by the checkpoint's config it was 5.50e-01. To keep that, "
+            "config: step 19 gets 1.00e+00 instead of 5.50e-01. To keep that, "
             "set train.steps = 20.",
         ),
         (

@@ -113,7 +113,7 @@ def test_a_resolved_config_that_a_crash_has_damaged(make: Make, left: bytes) -> 
         plan = plan_start(make("--train.steps=200"))
         assert len(plan.notes) == 2
         assert "is empty or damaged, as after a crash" in plan.notes[0]
-        assert plan.notes[1] == "Changed since the last start: train.steps: 100 -> 200."
+        assert plan.notes[1] == "Changed since the last start:\n  train.steps: 100 -> 200"
         with pytest.raises(CheckpointError, match=r"model\.num_layers: 8 -> 6"):
             plan_start(make("--model.num_layers=6"))
 
@@ -171,7 +171,7 @@ def test_other_changes_are_told_in_one_line(make: Make) -> None:
     plan = plan_start(make("--parallel.pipeline=4", "--train.steps=200"))
     assert plan == Plan(
         "auto",
-        ["Changed since the last start: parallel.pipeline: 2 -> 4; train.steps: 100 -> 200."],
+        ["Changed since the last start:\n  parallel.pipeline: 2 -> 4\n  train.steps: 100 -> 200"],
     )
 
 

@@ -60,7 +60,7 @@ def test_the_request_is_told_once() -> None:
         stop.begin()
         send(signal.SIGTERM, signal.SIGTERM)
         wait_for(lambda: said)
-    assert said == ["SIGTERM: saving and leaving after this step."]
+    assert said == ["SIGTERM: saving and stopping after the current step."]
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:

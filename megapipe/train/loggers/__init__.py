@@ -54,7 +54,7 @@ class Loggers:
         tensorboard = TensorBoard(run_dir, start) if config.logging.tensorboard else None
         file = MetricsFile(run_dir / "metrics.jsonl", start, self.event)
         self._sinks = {"metrics.jsonl": file, "The console": console}
-        self.event(f"Run directory {run_dir}, a line for each step in {file.path}")
+        self.event(f"Run directory: {run_dir}, with a line for each step in metrics.jsonl")
         if tensorboard:
             self._sinks["TensorBoard"] = tensorboard
         choice = choose(config.logging, run_dir, os.environ)
