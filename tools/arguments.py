@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 from megapipe.config import section_types
 from megapipe.config.paths import expand_path, is_unicode
 from megapipe.errors import MegapipeError
+from megapipe.files import shown
 
 
 class UsageError(MegapipeError):
@@ -86,7 +87,7 @@ def path_argument(text: str) -> Path:
     try:
         return Path(expand_path(text))
     except ValueError as error:
-        raise UsageError(f"{text} {error}.") from None
+        raise UsageError(f"{shown(text)} {error}.") from None
 
 
 def text_argument(text: str) -> str:
@@ -110,33 +111,34 @@ def check_output(option: str, path: Path) -> None:
 
     Directories that are missing count as made.
     """
+    named = f"{option} {shown(path)}"
     if os.path.isdir(path):  # unlike Path's, this is False where a name is too long
-        raise UsageError(f"{option} {path} is a directory: name a file in it.")
+        raise UsageError(f"{named} is a directory: name a file in it.")
     if os.path.exists(path) and not os.path.isfile(path):
-        raise UsageError(f"{option} {path} is not a regular file.")
+        raise UsageError(f"{named} is not a regular file.")
     target = _link_target(option, path) if os.path.islink(path) else path.absolute()
     folder = next(parent for parent in target.parents if os.path.lexists(parent))
     if not folder.is_dir():
-        raise UsageError(f"{option} {path} can't be made: {folder} is not a directory.")
+        raise UsageError(f"{named} can't be made: {shown(folder)} is not a directory.")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UsageError(f"{option} {path} can't be written: no permission to write to {folder}.")
+        raise UsageError(f"{named} can't be written: no permission to write to {shown(folder)}.")
     longest = max(len(os.fsencode(part)) for part in target.parts)
     if longest > os.pathconf(folder, "PC_NAME_MAX"):
-        raise UsageError(f"{option} {path} can't be made: a name of {longest} bytes is too long.")
+        raise UsageError(f"{named} can't be made: a name of {longest} bytes is too long.")
     whole = len(os.fsencode(target))
     if whole >= os.pathconf(folder, "PC_PATH_MAX"):  # which counts the byte that ends it
-        raise UsageError(f"{option} {path} can't be made: a path of {whole} bytes is too long.")
+        raise UsageError(f"{named} can't be made: a path of {whole} bytes is too long.")
 
 
 def _link_target(option: str, link: Path) -> Path:
     """The file that a link leads to. Raises UsageError where none can be there."""
     target = Path(os.path.realpath(link))
     if os.path.islink(target):
-        raise UsageError(f"{option} {link} can't be written: it is a link to itself.")
+        raise UsageError(f"{option} {shown(link)} can't be written: it is a link to itself.")
     if not target.parent.is_dir():
         raise UsageError(
-            f"{option} {link} can't be written: it is a link to {target}, and there is no "
-            f"directory {target.parent}."
+            f"{option} {shown(link)} can't be written: it is a link to {shown(target)}, and there is no "
+            f"directory {shown(target.parent)}."
         )
     return target
 

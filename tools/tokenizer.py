@@ -135,7 +135,8 @@ def _check(arguments: argparse.Namespace) -> None:
     """Raises DataError for what would fail only after the training."""
     if arguments.out.suffix != ".model":
         raise DataError(
-            f"--out {arguments.out} has to end with .model, by which a config knows its kind."
+            f"--out {shown(arguments.out)} has to end with .model, by which a config knows its "
+            "kind."
         )
     if arguments.sample_bytes <= 0:
         raise DataError(f"--sample-bytes {arguments.sample_bytes} has to be above 0.")

@@ -16,6 +16,7 @@ from megapipe.checkpoint.storage import (
     read_small,
 )
 from megapipe.errors import CheckpointError
+from megapipe.files import shown
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not path.exists() and not path.is_symlink():
         hint = f"it holds no {MANIFEST_NAME} and no checkpoints"
         if directory.is_symlink() and not directory.exists():
-            hint = f"it is a symbolic link to {directory.readlink()}, which is not there"
+            hint = f"it is a symbolic link to {shown(directory.readlink())}, which is not there"
         elif not directory.exists():
             hint = "it is not there"
         elif (directory / "checkpoints").is_dir():
@@ -44,14 +45,14 @@ def read_manifest(directory: Path) -> Manifest:
         elif not directory.is_dir():
             hint = "it is a file"
         raise CheckpointError(
-            f"{directory} is not a checkpoint: {hint}. Name a run directory (train.run_dir), "
+            f"{shown(directory)} is not a checkpoint: {hint}. Name a run directory (train.run_dir), "
             "or a checkpoint such as RUN_DIR/checkpoints/step-00000100."
         )
     data = read_small(path, MAX_MANIFEST_BYTES)
     try:
         return decode(data)
     except CheckpointError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{shown(path)} is damaged: {error}") from error
 
 
 def spans(manifest: Manifest) -> Iterator[Span]:

@@ -10,7 +10,7 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def _tenth_of_peak(earlier: dict[str, Any]) -> float:
-    return float(f"{earlier['learning_rate'] / 10:.15g}")  # 3e-05, not 2.9999999999999997e-05
+    return float(earlier["learning_rate"]) / 10
 
 
 class OptimizerConfig(Section):

@@ -8,7 +8,7 @@ from typing import Protocol
 from megapipe.data.hugging_face_tokenizer import HuggingFaceTokenizer
 from megapipe.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megapipe.errors import DataError
-from megapipe.files import reason
+from megapipe.files import reason, shown
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 """Under one of these names a copy of the tokenizer lies in each checkpoint."""
@@ -97,11 +97,11 @@ def _find(path: Path) -> Path:
         return _find_in(path) if path.is_dir() else path
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
-            f"{path} does not exist; train a tokenizer with "
-            f"`megapipe tokenizer train FILES --vocab-size N --out {path.with_suffix('.model')}`."
+            f"{shown(path)} does not exist; train a tokenizer with `megapipe tokenizer train FILES "
+            f"--vocab-size N --out {shown(path.with_suffix('.model'))}`."
         ) from None
     except OSError as error:
-        raise DataError(f"{path} can't be read: {reason(error)}") from error
+        raise DataError(f"{shown(path)} can't be read: {reason(error)}") from error
     except ValueError as error:  # a NUL in it
         raise DataError(f"{str(path)!r} is not a path ({error}).") from None
 
@@ -116,7 +116,7 @@ def _find_in(directory: Path) -> Path:
     if models:
         names = ", ".join(model.name for model in models)
         raise DataError(
-            f"{directory} has {len(models)} .model files ({names}); name the one to use."
+            f"{shown(directory)} has {len(models)} .model files ({names}); name the one to use."
         )
     others = sorted(one.name for one in directory.iterdir() if one.suffix.lower() == ".json")
     advice = (
@@ -125,8 +125,8 @@ def _find_in(directory: Path) -> Path:
         else "name another, or the file itself"
     )
     raise DataError(
-        f"the directory {directory} has no tokenizer in it, neither a tokenizer.json nor a .model "
-        f"file; {advice}."
+        f"the directory {shown(directory)} has no tokenizer in it, neither a tokenizer.json nor "
+        f"a .model file; {advice}."
     )
 
 
@@ -136,13 +136,15 @@ def _models(directory: Path) -> list[Path]:
 
 def _read(path: Path) -> bytes:
     if path.is_symlink() and not path.exists():
-        raise DataError(f"{path} is a link to {os.readlink(path)}, which does not exist.")
+        raise DataError(
+            f"{shown(path)} is a link to {shown(os.readlink(path))}, which does not exist."
+        )
     if not path.is_file():
-        raise DataError(f"{path} is not a file.")
+        raise DataError(f"{shown(path)} is not a file.")
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path} can't be read: {reason(error)}") from error
+        raise DataError(f"{shown(path)} can't be read: {reason(error)}") from error
 
 
 def _is_json(path: Path, content: bytes) -> bool:

@@ -25,7 +25,7 @@ from megapipe.config import Config, difference, dump_config, parse_config, secti
 from megapipe.config.save import write_text
 from megapipe.config.source import parse_source
 from megapipe.errors import CheckpointError, ConfigError, MegapipeError, explained
-from megapipe.files import reason
+from megapipe.files import reason, shown
 
 NAME = "resolved-config.toml"
 HEADER = "# Written by megapipe at every start. To change the config, edit a copy of this file.\n"
@@ -92,8 +92,9 @@ class RunLock:
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise MegapipeError(
-                f'train.run_dir = "{run_dir}" can\'t be made or written to: {error.strerror} '
-                f"({error.filename}). Choose a directory that can be written."
+                f'train.run_dir = "{shown(run_dir)}" can\'t be made or written to: '
+                f"{error.strerror} ({shown(error.filename)}). Choose a directory that can "
+                "be written."
             ) from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

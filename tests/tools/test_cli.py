@@ -249,3 +249,35 @@ def test_a_fault_of_the_program_keeps_its_traceback(
     assert "Traceback" in shown
     assert "KeyError: 'of ours'" in shown
     assert shown.splitlines()[-1].startswith("megapipe: this is a fault of megapipe")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train", "WORD"],
+        ["plan", "WORD"],
+        ["verify", "WORD"],
+        ["inspect", "WORD"],
+        ["generate", "WORD"],
+        ["tokenizer", "inspect", "WORD"],
+        ["tokenizer", "train", "WORD", "--vocab-size", "400", "--out", "x.model"],
+        ["tokenizer", "train", "x.txt", "--vocab-size", "400", "--out", "WORD"],
+        ["tokenizer", "inspect", "${WORD}"],
+        ["train", "x.toml", "WORD"],
+        ["WORD"],
+    ],
+)
+def test_a_line_break_in_a_word_breaks_no_message(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "--out" in words and words[-1] == "WORD":
+        Path("no\nsuch").mkdir()
+        Path("x.txt").write_text("text\n")
+    assert cli.main([word.replace("WORD", "no\nsuch") for word in words]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("megapipe: ")
+    assert r"no\nsuch" in line
