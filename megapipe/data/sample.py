@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megapipe.data.files import COMPRESSED, FoundFile, file_format
+from megapipe.data.files import COMPRESSED, FoundFile, file_format, open_unchanged
 from megapipe.data.formats import RowFile
 from megapipe.data.rows import BadRowError, row_text
 from megapipe.data.sources import Source
@@ -121,7 +121,8 @@ def _row_count(file: FoundFile) -> int:
     from pyarrow.parquet import read_metadata
 
     try:
-        rows: int = read_metadata(file.path).num_rows
+        with open_unchanged(file.path, file.size) as opened:
+            rows: int = read_metadata(opened).num_rows
     except (OSError, ArrowException):  # the feed reports it
         return 0
     return rows
