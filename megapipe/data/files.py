@@ -200,11 +200,11 @@ def _may_be_hidden(name: str, part: str) -> bool:
 
 def _directories(base: str, named: str, hidden: bool) -> Iterator[str]:
     """`base` and the directories below it; each real one once, so that links can't make loops."""
-    entered: set[tuple[int, int]] = set()
+    entered: set[str] = set()
     waiting = [base]
     while waiting:
         directory = waiting.pop()
-        identity = _directory_identity(directory or ".", named)
+        identity = _real_directory(directory or ".", named)
         if identity is None or identity in entered:
             continue
         entered.add(identity)
@@ -222,11 +222,12 @@ def _is_directory(path: str, named: str) -> bool:
     return stat.S_ISDIR(_stat(Path(path), named).st_mode)
 
 
-def _directory_identity(path: str, named: str) -> tuple[int, int] | None:
+def _real_directory(path: str, named: str) -> str | None:
+    """The path without links. Inode numbers would not do: some network disks give them twice."""
     if not _lexists(path, named):
         return None
     found = _stat(Path(path), named)
-    return (found.st_dev, found.st_ino) if stat.S_ISDIR(found.st_mode) else None
+    return os.path.realpath(path) if stat.S_ISDIR(found.st_mode) else None
 
 
 def _list(directory: str, named: str) -> list[str]:
@@ -261,7 +262,7 @@ def _each_once(paths: list[Path], named: str) -> Found:
     entered = {parent for path in paths for parent in path.parents}
     files: list[FoundFile] = []
     repeats: list[Path] = []
-    known: set[tuple[int, int]] = set()
+    known: dict[tuple[int, int], Path] = {}
     for path in paths:
         found = _stat(path, named)
         if stat.S_ISDIR(found.st_mode):
@@ -277,10 +278,11 @@ def _each_once(paths: list[Path], named: str) -> Found:
                 "its data more than once: write it to a file, or match only files."
             )
         identity = (found.st_dev, found.st_ino)
-        if identity in known:
+        first = known.setdefault(identity, path)
+        # Some network disks give an inode number twice: it alone does not make a repeat.
+        if first is not path and (found.st_nlink > 1 or path.resolve() == first.resolve()):
             repeats.append(path)
             continue
-        known.add(identity)
         files.append(FoundFile(path, found.st_size, identity))
     return Found(tuple(files), tuple(repeats))
 

@@ -71,6 +71,23 @@ def test_each_real_file_is_found_once_and_loops_end(tmp_path: Path) -> None:
     assert names(files_below(data, "FILES"), data) == names(found, data)
 
 
+def test_files_of_a_disk_that_gives_an_inode_number_twice_are_all_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/1.txt", "a/2.txt", "b/3.txt"):
+        write(tmp_path / name, b"x")
+    look = os.stat
+
+    def same_number(path: os.PathLike[str] | str, **flags: bool) -> os.stat_result:
+        found = look(path, **flags)
+        return os.stat_result((found.st_mode, 7, 7, *found[3:]))
+
+    monkeypatch.setattr(os, "stat", same_number)
+    found = find_files(f"{tmp_path}/**/*.txt", "k")
+    assert names(found, tmp_path) == ["a/1.txt", "a/2.txt", "b/3.txt"]
+    assert not found.repeats
+
+
 def test_a_linked_directory_of_files_is_read(tmp_path: Path) -> None:
     write(tmp_path / "store" / "a.txt", b"x")
     (tmp_path / "data").mkdir()
