@@ -137,8 +137,8 @@ def _link_target(option: str, link: Path) -> Path:
         raise UsageError(f"{option} {shown(link)} can't be written: it is a link to itself.")
     if not target.parent.is_dir():
         raise UsageError(
-            f"{option} {shown(link)} can't be written: it is a link to {shown(target)}, and there is no "
-            f"directory {shown(target.parent)}."
+            f"{option} {shown(link)} can't be written: it is a link to {shown(target)}, and there "
+            f"is no directory {shown(target.parent)}."
         )
     return target
 

@@ -45,8 +45,8 @@ def read_manifest(directory: Path) -> Manifest:
         elif not directory.is_dir():
             hint = "it is a file"
         raise CheckpointError(
-            f"{shown(directory)} is not a checkpoint: {hint}. Name a run directory (train.run_dir), "
-            "or a checkpoint such as RUN_DIR/checkpoints/step-00000100."
+            f"{shown(directory)} is not a checkpoint: {hint}. Name a run directory "
+            "(train.run_dir), or a checkpoint such as RUN_DIR/checkpoints/step-00000100."
         )
     data = read_small(path, MAX_MANIFEST_BYTES)
     try:
