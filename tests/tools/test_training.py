@@ -375,24 +375,29 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     return pretend
 
 
-NARROW_SUMS = "allow_bf16_reduced_precision_reduction"
-
-
-def test_a_rank_takes_its_gpu_or_the_cpu(
-    gpus: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_takes_its_gpu_or_the_cpu(gpus: Callable[[int], list[int]]) -> None:
     second = Rendezvous(5, 8, local_rank=1, local_size=4)
     chosen = gpus(0)
     assert choose_device("auto", second) == torch.device("cpu")
     gpus(4)
     assert choose_device("cpu", second) == torch.device("cpu")
-    monkeypatch.setattr(torch.backends.cuda.matmul, NARROW_SUMS, True)
     assert choose_device("auto", second) == torch.device("cuda", 1)
-    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     gpus(1)
     bound = Rendezvous(5, 8, local_rank=1, local_size=4, own_gpu=True)
     assert choose_device("cuda", bound) == torch.device("cuda", 0)
     assert chosen == [1, 0]
+
+
+def test_sums_on_a_gpu_are_wide(gpus: Callable[[int], list[int]]) -> None:
+    products = torch.backends.cuda.matmul
+    before = products.allow_bf16_reduced_precision_reduction
+    try:
+        products.allow_bf16_reduced_precision_reduction = True
+        gpus(1)
+        choose_device("cuda", Rendezvous())
+        assert not products.allow_bf16_reduced_precision_reduction
+    finally:
+        products.allow_bf16_reduced_precision_reduction = before
 
 
 def test_no_gpu_for_a_rank_is_an_error(gpus: Callable[[int], list[int]]) -> None:
