@@ -26,7 +26,9 @@ MOST_ROWS = 4096
 MOST_STORED = 64
 """How many times the size of its sample is read of a file, but at least one row."""
 FILES = 4
-"""Opened per source: each costs a few milliseconds, more on a network disk."""
+"""With text, per source: opening each costs a few milliseconds, more on a network disk."""
+TRIES = 16
+"""Files opened per source while fewer than FILES have given text."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +51,10 @@ def sample_sources(sources: Sequence[Source], tokenizer: Tokenizer) -> list[Sour
 
 
 def sample_source(source: Source, tokenizer: Tokenizer, size: int) -> SourceSample:
-    """Reads about `size` bytes of text out of up to FILES files."""
+    """Reads about `size` bytes of text out of FILES files that have some."""
     if source.found is None:  # on the hub: it would be downloaded once more
         return SourceSample(source, TextCheck(), None, None)
-    places = evenly(len(source.files), FILES)
-    chosen = [source.found.files[place] for place in places]
-    read = [
-        part
-        for place in places
-        for part in _parts(source, source.files[place], size // len(places))
-    ]
+    chosen, read = _read(source, source.found.files, size)
     check = check_texts(tokenizer, [part.text for part in read])
     documents = sum(part.share for part in read)
     stored = source.found.size
@@ -77,6 +73,25 @@ def sample_source(source: Source, tokenizer: Tokenizer, size: int) -> SourceSamp
     elif any(file.path.suffix in COMPRESSED for file in chosen):
         assumption = "if files unfold to 4 times their size"
     return SourceSample(source, check, stored, per_byte * source.total_bytes, assumption)
+
+
+def _read(
+    source: Source, files: Sequence[FoundFile], size: int
+) -> tuple[list[FoundFile], list["_Part"]]:
+    """The files that were opened, and what they gave. Many may be without text, as __init__.py
+    often is."""
+    filled = [place for place, file in enumerate(files) if file.size]
+    first = evenly(len(filled), FILES)
+    others = [number for number in evenly(len(filled), TRIES) if number not in first]
+    opened: list[FoundFile] = []
+    found: list[list[_Part]] = []
+    for number in first + others:
+        place = filled[number]
+        opened.append(files[place])
+        found.append(_parts(source, source.files[place], size // len(first)))
+        if sum(map(bool, found)) == FILES:
+            break
+    return opened, [part for parts in found for part in parts]
 
 
 def evenly(count: int, most: int) -> list[int]:

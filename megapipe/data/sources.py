@@ -13,6 +13,7 @@ from megapipe.data.contents import check_content
 from megapipe.data.files import COMPRESSED, TABLES, Found, FoundFile, file_format, find_files
 from megapipe.data.formats import (
     BLOCK_BYTES,
+    NoRows,
     RowFile,
     TextFile,
     split_lines,
@@ -204,7 +205,9 @@ def check_source(
                 try:
                     text = source.text(index, raw)
                     usable = bool(text)
-                    if text == "":
+                    if isinstance(raw, NoRows):
+                        bad["file(s) without rows"] += 1
+                    elif text == "":
                         bad["empty"] += 1
                 except BadRowError as error:
                     bad[error.reason] += 1
@@ -224,6 +227,6 @@ def check_source(
     reasons = f": {reasons}{example}" if reasons else ""
     raise DataError(
         f'{source.key}.path = "{shown(source.config.path)}" yields no usable row in '
-        f"{len(source.files)} file(s) with {rows} row(s){reasons}. "
+        f"{len(source.files)} file(s) with {rows - bad['file(s) without rows']} row(s){reasons}. "
         "Name files with text, or take the source out."
     )

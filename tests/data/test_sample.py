@@ -72,6 +72,17 @@ def test_few_files_are_opened_and_evenly_chosen() -> None:
     assert evenly(5, 4) == [0, 1, 2, 3]
 
 
+def test_files_without_text_are_passed_over(tmp_path: Path) -> None:
+    """Every other file is empty or blank: even distances alone would hit only those."""
+    for part in range(16):
+        write(tmp_path / f"{part:02}.jsonl", (b"", b"\n" * 9)[part % 4 // 2])
+        write(tmp_path / f"{part:02}x.jsonl", jsonl(TEXTS))
+    found = sample(tmp_path / "*.jsonl")
+    assert found.check.texts > 400
+    assert found.tokens == pytest.approx(16 * TOKENS, rel=0.02)
+    assert sample(tmp_path / "*0.jsonl").check.texts == 0
+
+
 def test_bad_rows_are_passed_over(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", b'{broken\n{"text": "\xff"}\n\n' + jsonl(["", *TEXTS]))
     assert sample(tmp_path / "a.jsonl").check.texts == len(TEXTS)

@@ -89,7 +89,9 @@ def test_a_single_large_text_file_is_cut_for_the_streams(tmp_path: Path) -> None
 
 def test_a_source_without_text_is_an_error_that_names_its_key(tmp_path: Path) -> None:
     source = opened(write(tmp_path / "a.txt", b""))
-    with pytest.raises(DataError, match=r"data\.sources\[0\]\.path = .* no usable row.*1 empty"):
+    with pytest.raises(
+        DataError, match=r"data\.sources\[0\]\.path = .* no usable row.*0 row.*1 file"
+    ):
         block_rows(source)
     source = opened(write(tmp_path / "a.jsonl", jsonl(["", "", ""])))
     with pytest.raises(DataError, match=r"no usable row in 1 file.*3 row.*3 empty"):
@@ -101,7 +103,7 @@ def test_a_source_without_text_is_an_error_that_names_its_key(tmp_path: Path) ->
 
 def test_a_table_without_rows_is_an_error(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="no usable row"):
+    with pytest.raises(DataError, match=r"1 file\(s\) with 0 row\(s\): 1 file\(s\) without rows\."):
         block_rows(opened(tmp_path / "a.parquet"))
 
 
