@@ -22,6 +22,9 @@ if [[ ${NNODES:-1} -gt 1 ]]; then
         fail "NNODES=$NNODES needs NODE_RANK (0 to $((NNODES - 1))) and MASTER_ADDR (of node 0)."
     nodes=(--nnodes "$NNODES" --node-rank "$NODE_RANK"
         --master-addr "$MASTER_ADDR" --master-port "${MASTER_PORT:-29500}")
+    # torchrun says nothing until it has been started on every node, and gives up after 10 minutes.
+    echo "torchrun.sh: node $NODE_RANK of $NNODES meets the others at" \
+        "$MASTER_ADDR:${MASTER_PORT:-29500}; nothing starts before all of them are there" >&2
 else
     nodes=(--standalone)
 fi

@@ -1,5 +1,10 @@
 """What a user can cause. The command line prints these as one message, without a traceback."""
 
+import re
+
+COMMUNICATION = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
+"""In what torch's communication says when it fails."""
+
 
 class MegapipeError(Exception):
     """A failure that the user can mend; its text names the key or file, the value, and the fix."""
@@ -33,8 +38,8 @@ class CheckpointError(MegapipeError):
 def explained(error: Exception) -> MegapipeError | None:
     """The error as one that the user can mend, where it is one; None for a fault of the program.
 
-    Files that can't be read or written, disks that are full and text that can't be encoded are
-    the user's to mend, wherever they turn up.
+    Files that can't be read or written, disks and memory that are full, and text that can't be
+    encoded are the user's to mend, wherever they turn up.
     """
     if isinstance(error, MegapipeError):
         return error
@@ -43,4 +48,50 @@ def explained(error: Exception) -> MegapipeError | None:
         return MegapipeError(f"{what}{error.strerror}.")
     if isinstance(error, UnicodeError):
         return MegapipeError(f"text that can't be read or written: {error}.")
+    if _is_out_of_memory(error):
+        said = str(error).split(" Of the allocated memory")[0].splitlines()
+        what = f" ({said[0].rstrip('. ')})" if said else ""
+        return MegapipeError(
+            f"out of memory{what}. In a training, lower train.micro_batch_size, set "
+            'train.recompute = "full", or spread the model over more ranks: raise tensor or '
+            "pipeline of [parallel]."
+        )
     return None
+
+
+def lost_connection(error: BaseException | None) -> str | None:
+    """What the error says where it, or one that led to it, is what a rank gets when another one is
+    gone; None for any other error."""
+    while error is not None:
+        text = str(error)
+        lost = _comes_from(error, "torch.distributed", "DistError") or (
+            isinstance(error, RuntimeError)
+            and any(word in text for word in COMMUNICATION)
+            and "enforce fail" not in text  # calls that don't fit together: a fault of the program
+        )
+        if lost or isinstance(error, ConnectionError):
+            # gloo begins with the line of its source: [/gloo/transport/tcp/pair.cc:534]
+            return re.sub(r"^\[\S*:\d+\] ", "", text).split("\n")[0].rstrip(". ")
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def rank_lost(name: str, said: str) -> MegapipeError:
+    """The error of a rank whose connection to others is gone; `said` is from `lost_connection`."""
+    return MegapipeError(
+        f"{name} lost its connection to other ranks ({said}). See what ended them; the same "
+        "command goes on from the newest checkpoint."
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return (
+        isinstance(error, MemoryError)
+        or _comes_from(error, "torch", "OutOfMemoryError")
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error))
+    )
+
+
+def _comes_from(error: BaseException, module: str, name: str) -> bool:
+    """The error is of this class, which is looked for without importing its module."""
+    return any((kind.__module__, kind.__name__) == (module, name) for kind in type(error).__mro__)

@@ -3,7 +3,10 @@
 import errno
 import os
 import secrets
-from collections.abc import Iterable
+import select
+import stat
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -24,19 +27,15 @@ def reason(error: OSError) -> str:
 def write_durably(path: Path, parts: Iterable[bytes | memoryview], mode: int = 0o640) -> None:
     """Create `path` (it must not exist) with `parts` and return when they are on the disk."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    descriptor = os.open(path, flags, mode)
-    try:
-        write_all(descriptor, parts)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with _errors_name(path):
+        _write(os.open(path, flags, mode), parts)
 
 
 def replace_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write `path` with `parts`: after a crash it has all of the old content or all of the new.
 
-    A link is followed, and the file that it leads to is replaced. Raises OSError, also where
-    `path` is a device or a pipe.
+    A link is followed, and the file that it leads to is replaced; its mode stays. Raises OSError
+    with the file's name, also where `path` is a device or a pipe.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
@@ -44,9 +43,13 @@ def replace_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         raise OSError(kind, "is not a regular file", str(path))
     # A random name: a process that was killed may have left one under this process's number.
     scratch = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}")
+    mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
     try:
-        write_durably(scratch, parts, mode=0o666)
-        os.replace(scratch, path)
+        with _errors_name(path, scratch):
+            write_durably(scratch, parts, mode=0o666 if mode is None else mode)
+            if mode is not None and mode != stat.S_IMODE(scratch.stat().st_mode):
+                scratch.chmod(mode)  # what the umask took
+            os.replace(scratch, path)
         sync_directory(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
@@ -55,13 +58,30 @@ def replace_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 def append_durably(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Add `parts` at the end of `path`, which is made where it does not exist."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    descriptor = os.open(path, flags, 0o666)
+    with _errors_name(path):
+        _write(os.open(path, flags, 0o666), parts)
+    sync_directory(path.parent)
+
+
+def _write(descriptor: int, parts: Iterable[bytes | memoryview]) -> None:
+    """Write, wait for the disk, and close."""
     try:
         write_all(descriptor, parts)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-    sync_directory(path.parent)
+
+
+@contextmanager
+def _errors_name(path: Path, scratch: Path | None = None) -> Iterator[None]:
+    """Put the file's name into errors: those of a descriptor lack it, and that of `scratch` says
+    nothing. What was read elsewhere meanwhile keeps its name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or str(error.filename) == str(scratch):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def write_all(descriptor: int, parts: Iterable[bytes | memoryview]) -> None:
@@ -69,14 +89,23 @@ def write_all(descriptor: int, parts: Iterable[bytes | memoryview]) -> None:
     for part in parts:
         rest = memoryview(part)
         while rest:
-            rest = rest[os.write(descriptor, rest) :]
+            try:
+                rest = rest[os.write(descriptor, rest) :]
+            except BlockingIOError:  # a full pipe or terminal that another process set so
+                room = select.poll()
+                room.register(descriptor, select.POLLOUT)
+                room.poll()
 
 
 def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
+    """Make the names in a directory durable, on file systems that can be asked for it."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some of FUSE and CIFS can't
+            error.filename = str(path)
+            raise
     finally:
         os.close(descriptor)
 

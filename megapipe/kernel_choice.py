@@ -152,7 +152,10 @@ def _check_triton(choice: KernelChoice, trials: Trials) -> None:
     try:
         trials.start_triton()
     except (RuntimeError, OSError, AssertionError, subprocess.CalledProcessError) as error:
-        without = 'train.kernels = "torch" and train.attention = "sdpa" do without Triton.'
+        without = (
+            'train.kernels = "torch", train.attention = "sdpa" and train.weight_gradients = "auto" '
+            "together do without Triton."
+        )
         raise MegapipeError(
             f"{_triton_key(choice)} takes Triton, which compiles a small driver at its first use, "
             f"and {_why_triton_fails(error)}. {without}"

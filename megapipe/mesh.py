@@ -64,6 +64,8 @@ class Mesh:
     replica: Axis
     world: Axis
     device_mesh: DeviceMesh | None = None
+    split_groups: list[dist.ProcessGroup] = field(default_factory=list, compare=False, repr=False)
+    """This rank's groups that `split` has made."""
 
     @staticmethod
     def single(device: torch.device) -> "Mesh":
@@ -84,6 +86,20 @@ class Mesh:
     @property
     def world_size(self) -> int:
         return self.world.size
+
+    @property
+    def groups(self) -> list[dist.ProcessGroup]:
+        """Each process group of this rank once."""
+        axes = (self.pipeline, self.data, self.tensor, self.replica, self.world)
+        own = [axis.group for axis in axes if axis.group is not None]
+        return list(dict.fromkeys([*own, *self.split_groups]))
+
+    def split(self, name: str, groups: Sequence[Sequence[int]]) -> Axis:
+        """As `split_world`; the caller's group is one of the mesh's from then on."""
+        axis = split_world(name, groups)
+        if axis.group is not None:
+            self.split_groups.append(axis.group)
+        return axis
 
     def global_rank(self, pipeline: int, data: int, tensor: int) -> int:
         return (pipeline * self.data.size + data) * self.tensor.size + tensor

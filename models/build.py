@@ -8,7 +8,7 @@ import torch
 from megapipe import kernels
 from megapipe.config import Config
 from megapipe.kernel_choice import choose_kernels
-from megapipe.mesh import Axis, Mesh, split_world
+from megapipe.mesh import Axis, Mesh
 from megapipe.models.gpt import GPTStage
 from megapipe.models.parameters import ParameterSpec, parameter_table
 from megapipe.models.partition import Stage, stages
@@ -103,7 +103,7 @@ def _key_value_copies(config: Config, mesh: Mesh) -> Axis:
     if copies == 1:
         return Axis("key_value_copies", (mesh.rank,))
     blocks = [range(first, first + copies) for first in range(0, mesh.world_size, copies)]
-    return split_world("key_value_copies", blocks)
+    return mesh.split("key_value_copies", blocks)
 
 
 def _tied_ranks(config: Config, mesh: Mesh, placed: list[Stage]) -> Axis | None:
@@ -116,7 +116,7 @@ def _tied_ranks(config: Config, mesh: Mesh, placed: list[Stage]) -> Axis | None:
         for data in range(mesh.data.size)
         for tensor in range(mesh.tensor.size)
     ]
-    return split_world("tied_embedding", pairs)
+    return mesh.split("tied_embedding", pairs)
 
 
 def _tie_across_ranks(built: dict[int, GPTStage], tied: Axis) -> None:

@@ -81,6 +81,20 @@ def load_kept_tokenizer(path: str | Path) -> Tokenizer:
     return load_tokenizer(reader.path / name, key=None)
 
 
+def check_kept_vocabulary(path: str | Path, tokenizer: Tokenizer) -> None:
+    """Raises CheckpointError if the tokenizer has ids that the model's embedding has not; reads
+    no weights. `path` as above."""
+    reader = open_checkpoint(find_checkpoint(Path(path)))
+    size = model_config(reader).vocab_size
+    if tokenizer.vocab_size > size:
+        raise CheckpointError(
+            f"{reader.path}: its tokenizer {tokenizer.path.name} numbers tokens up to "
+            f"{tokenizer.vocab_size - 1:,}, and its model has only {size:,} "
+            "(model.vocab_size in its config.toml), so they don't belong together. Take another "
+            "checkpoint of the run."
+        )
+
+
 def find_checkpoint(path: Path) -> Path:
     """The checkpoint that the user means by a path: itself, or the newest whole one of a run."""
     if has_manifest(path):

@@ -1,6 +1,7 @@
 """Set up before any test module is imported."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,12 @@ if interpreting and numpy_is_new and triton.__version__.startswith("3.6."):
         "pip install 'numpy<2.4'"
     )
 make_faster()
+
+# A shell that starts the tests in the background has some signals ignored, and so has nohup. What
+# the tests start would go on ignoring them.
+for number in (signal.SIGHUP, signal.SIGQUIT):
+    signal.signal(number, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run: a bound on rounding errors that holds for all but a few draws in a
 # thousand must not make a change look guilty. `--hypothesis-profile=default` draws others.

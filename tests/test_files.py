@@ -2,12 +2,23 @@
 
 import errno
 import os
-from collections.abc import Iterator
+import stat
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from megapipe.files import append_durably, reason, replace_durably
+from megapipe.files import (
+    append_durably,
+    reason,
+    replace_durably,
+    sync_directory,
+    write_all,
+    write_durably,
+)
 
 
 def test_a_file_is_replaced_and_nothing_else_stays(tmp_path: Path) -> None:
@@ -86,3 +97,84 @@ def test_reasons_say_what_to_do_where_that_is_known() -> None:
     assert reason(closed).startswith("Permission denied. Give this user the right to read it")
     assert reason(OSError(errno.EIO, "Input/output error")) == "Input/output error."
     assert reason(OSError("no number")) == "no number."
+
+
+def refuse(number: int) -> Callable[..., NoReturn]:
+    def refused(*_: object) -> NoReturn:
+        raise OSError(number, os.strerror(number))
+
+    return refused
+
+
+@pytest.mark.parametrize("write", [append_durably, replace_durably, write_durably])
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_errors_name_the_file(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    write: Callable[[Path, list[bytes]], None],
+    call: str,
+) -> None:
+    path = tmp_path / "file"
+    monkeypatch.setattr(os, call, refuse(errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left") as caught:
+        write(path, [b"x"])
+    assert caught.value.filename == str(path)
+
+
+def test_an_error_of_what_is_read_meanwhile_keeps_its_name(tmp_path: Path) -> None:
+    def parts() -> Iterator[bytes]:
+        yield (tmp_path / "source").read_bytes()
+
+    with pytest.raises(FileNotFoundError) as caught:
+        replace_durably(tmp_path / "copy", parts())
+    assert str(caught.value.filename) == str(tmp_path / "source")
+
+
+def test_a_file_in_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        replace_durably(tmp_path / "none" / "file", [b"x"])
+    assert caught.value.filename == str(tmp_path / "none" / "file")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_file_systems_that_sync_no_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "fsync", refuse(number))
+    sync_directory(tmp_path)
+    monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        sync_directory(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o666, 0o755])
+def test_a_replaced_file_keeps_its_mode(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    path.chmod(mode)
+    replace_durably(path, [b"new"])
+    assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_writing_waits_where_a_pipe_is_full_and_does_not_block() -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    content = bytes(range(256)) * 1024  # four times what a pipe holds
+    read = bytearray()
+
+    def drain() -> None:
+        while part := os.read(reader, 1 << 16):
+            read.extend(part)
+
+    thread = threading.Thread(target=drain)
+    try:
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writer, b"full")
+        thread.start()
+        write_all(writer, [content])
+    finally:
+        os.close(writer)
+        thread.join()
+        os.close(reader)
+    assert read.endswith(content)

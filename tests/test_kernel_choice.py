@@ -1,5 +1,6 @@
 """What computes a run's kernels, by config and device."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,9 @@ def test_triton_that_cannot_start_is_told(tmp_path: Path, words: tuple[str, ...]
     assert str(caught.value).startswith(f"{key} takes Triton")
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert f"apt install gcc python{version}-dev" in str(caught.value)
+    advice = re.findall(r'(train\.\w+) = "(\w+)"', str(caught.value))
+    advised = config(tmp_path, *words, *(f"--{key}={value}" for key, value in advice))
+    assert not choose_kernels(advised, GPU, trials(fails=compiler)).uses_triton
     with pytest.raises(MegapipeError, match="that failed: libcuda"):
         choose_kernels(given, GPU, trials(fails=AssertionError("libcuda.so cannot found!")))
 

@@ -1,6 +1,8 @@
 """The mesh: who stands where, and groups that join the ranks they say."""
 
 import time
+import warnings
+from datetime import timedelta
 from itertools import product
 from typing import Any
 
@@ -8,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megapipe.mesh import Axis, Mesh, build_mesh, split_world
+from megapipe.mesh import Axis, Mesh, build_mesh, set_group_timeout, split_world
 from megapipe.tensor_parallel.collectives import all_gather
 from tests.ranks import run_ranks
 
@@ -55,6 +57,24 @@ def test_one_process_is_a_mesh_of_ones_without_a_process_group() -> None:
     axes = (mesh.pipeline, mesh.data, mesh.tensor, mesh.replica, mesh.world)
     assert all(axis.size == 1 and axis.group is None and axis.is_first for axis in axes)
     assert torch.equal(all_gather(torch.arange(3), mesh.tensor), torch.arange(3))
+
+
+def _waits_in_vain() -> None:
+    """A sum that the other rank does not take part in fails once the group has a short timeout."""
+    world = dist.group.WORLD
+    assert world is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch 2.14 warns of the name that older ones have
+        set_group_timeout(world, timedelta(seconds=0.3))
+    if dist.get_rank() == 1:
+        time.sleep(3)  # with its connections open
+        return
+    with pytest.raises(RuntimeError, match=r"(?i)timed out"):
+        dist.all_reduce(torch.zeros(1))
+
+
+def test_a_group_has_the_timeout_that_it_is_given() -> None:
+    run_ranks(_waits_in_vain, 2)
 
 
 def _two_meshes() -> tuple[int, int]:

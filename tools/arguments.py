@@ -116,14 +116,31 @@ def check_output(option: str, path: Path) -> None:
         raise UsageError(f"{named} is a directory: name a file in it.")
     if os.path.exists(path) and not os.path.isfile(path):
         raise UsageError(f"{named} is not a regular file.")
-    folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    target = _link_target(option, path) if os.path.islink(path) else path.absolute()
+    folder = next(parent for parent in target.parents if os.path.lexists(parent))
     if not folder.is_dir():
         raise UsageError(f"{named} can't be made: {shown(folder)} is not a directory.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UsageError(f"{named} can't be written: no permission to write to {shown(folder)}.")
-    longest = max(len(os.fsencode(part)) for part in path.absolute().parts)
+    longest = max(len(os.fsencode(part)) for part in target.parts)
     if longest > os.pathconf(folder, "PC_NAME_MAX"):
         raise UsageError(f"{named} can't be made: a name of {longest} bytes is too long.")
+    whole = len(os.fsencode(target))
+    if whole >= os.pathconf(folder, "PC_PATH_MAX"):  # which counts the byte that ends it
+        raise UsageError(f"{named} can't be made: a path of {whole} bytes is too long.")
+
+
+def _link_target(option: str, link: Path) -> Path:
+    """The file that a link leads to. Raises UsageError where none can be there."""
+    target = Path(os.path.realpath(link))
+    if os.path.islink(target):
+        raise UsageError(f"{option} {shown(link)} can't be written: it is a link to itself.")
+    if not target.parent.is_dir():
+        raise UsageError(
+            f"{option} {shown(link)} can't be written: it is a link to {shown(target)}, and there "
+            f"is no directory {shown(target.parent)}."
+        )
+    return target
 
 
 def json_argument(text: str) -> Path:

@@ -55,10 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if told is not None:
                 return _tell(render(told))
             traceback.print_exc()
-            return _tell(
-                f"megapipe: this is a fault of megapipe {__version__}, not of yours: please report "
-                "it with the lines above."
-            )
+            return _tell(program_fault())
 
 
 def _trains(words: Sequence[str]) -> bool:
@@ -92,6 +89,14 @@ def _tell(text: str) -> int:
     """Say why the command ends; returns the exit status for that."""
     print(text, file=sys.stderr, flush=True)
     return 1
+
+
+def program_fault() -> str:
+    """The line that follows a traceback."""
+    return (
+        f"megapipe: this is a fault of megapipe {__version__}, not of yours: please report it with "
+        "the lines above."
+    )
 
 
 def _settle_allocator() -> None:

@@ -8,6 +8,7 @@ it, and any other command ends with one line, since its output is all that it is
 import errno
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, TextIO
@@ -19,7 +20,7 @@ PIPE_CLOSED = 141  # 128 + SIGPIPE, as shells report it for `| head`
 
 
 class OutputError(MegapipeError):
-    """Standard output can't be written; `reader_left` where it is a pipe that nobody reads."""
+    """Standard output can't be written; `reader_left` where it is a pipe whose reader has ended."""
 
     def __init__(self, error: OSError) -> None:
         self.reader_left = isinstance(error, BrokenPipeError)
@@ -28,10 +29,17 @@ class OutputError(MegapipeError):
         super().__init__(f"standard output can't be written: {why}.")
 
 
+class _Waiting(threading.local):
+    """What a thread has written of a line that is not whole."""
+
+    text = ""
+
+
 class Stream:
     """Text to a descriptor, a line at a time; a line that can't be written goes to `failed`.
 
-    Later lines are tried again: a disk that was full may have room by then.
+    Later lines are tried again: a disk that was full may have room by then. Threads may share it:
+    the lines of each stay whole.
     """
 
     def __init__(
@@ -41,22 +49,24 @@ class Stream:
         self.encoding = stream.encoding if stream else "utf-8"
         self.errors = "backslashreplace"
         self._stream, self._descriptor, self._failed = stream, descriptor, failed
-        self._waiting = ""
+        self._lock = threading.RLock()  # again by one thread: `failed` may write too
+        self._waiting = _Waiting()
 
     def write(self, text: str) -> int:
-        self._waiting += text
+        self._waiting.text += text
         if "\n" in text:
             self.flush()
         return len(text)
 
     def flush(self) -> None:
-        if not self._waiting:
+        if not self._waiting.text:
             return
-        data, self._waiting = self._waiting.encode(self.encoding, self.errors), ""
-        try:
-            write_all(self._descriptor, [data])
-        except OSError as error:
-            self._failed(error)
+        data, self._waiting.text = self._waiting.text.encode(self.encoding, self.errors), ""
+        with self._lock:
+            try:
+                write_all(self._descriptor, [data])
+            except OSError as error:
+                self._failed(error)
 
     def isatty(self) -> bool:
         return self._stream is not None and self._stream.isatty()
@@ -112,7 +122,7 @@ class _Loss:
         if not self._told:
             self._told = True
             print(
-                f"megapipe: {OutputError(error)} The training goes on, and metrics.jsonl in its "
+                f"warning: {OutputError(error)} The training goes on, and metrics.jsonl in its "
                 "run directory has every step.",
                 file=sys.stderr,
                 flush=True,

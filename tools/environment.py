@@ -1,12 +1,12 @@
-"""What of a process's environment a training run heeds, in a line."""
+"""What of a process's environment a training run uses, in a few lines."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from megapipe.config import Config
 from megapipe.data.sources import HUB
-from megapipe.train.loggers.wandb_environment import choose, unheeded
+from megapipe.files import shown
+from megapipe.train.loggers.wandb_environment import choose, not_used
 
 HUB_NAMES = (
     "HF_HOME",
@@ -17,43 +17,52 @@ HUB_NAMES = (
     "HF_DATASETS_OFFLINE",
     "HF_TOKEN",
 )
+OWN_NAMES = ("WANDB_MODE", "WANDB_DISABLED", "WANDB_PROJECT", "WANDB_NAME")
+"""What megapipe itself reads; of the others W&B decides whether they mean anything."""
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
-SECRETS = ("KEY", "TOKEN", "PASSWORD", "SECRET")
+SECRETS = ("KEY", "TOKEN", "PASSWORD", "SECRET", "HEADER", "AUTH")
 
 
 def environment_lines(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
-    """One line where a variable is heeded, another where one is set and is not; no secrets."""
+    """What is used, what is left to W&B, and what is set in vain: a line each, without secrets.
+
+    Values that can't be used are not listed: they are reported when W&B starts.
+    """
     choice = choose(config.logging, Path(config.train.run_dir), environ)
     mode = choice.mode
-    wrong = {line.split()[0] for line in choice.trouble}  # told of when W&B begins
     sources = (*config.data.sources, *config.data.validation_sources)
     hub = any(source.path.startswith(HUB) for source in sources)
-    ignored = unheeded(config.logging, environ)
-    passed_over = wrong | set(ignored)
-    heeded = [
+    ignored = not_used(config.logging, environ)
+    wandb = [
         name
         for name in sorted(environ)
-        if name.startswith("WANDB_") and environ[name] and name not in passed_over
-        if mode != "off" or name in ("WANDB_MODE", "WANDB_DISABLED")
+        if name.startswith("WANDB_") and environ[name]
+        if name not in choice.trouble and name not in ignored
     ]
+    if mode == "off":
+        wandb = [name for name in wandb if name in ("WANDB_MODE", "WANDB_DISABLED")]
+    used = [name for name in wandb if name in OWN_NAMES]
     if hub:
-        heeded += [name for name in HUB_NAMES if environ.get(name)]
+        used += [name for name in HUB_NAMES if environ.get(name)]
     if hub or mode == "online":
-        heeded += [
-            name for proxy in PROXIES for name in (proxy, proxy.upper()) if environ.get(name)
-        ]
-    if heeded:
-        yield f"From the environment: {', '.join(_shown(name, environ[name]) for name in heeded)}"
+        used += [name for proxy in PROXIES for name in (proxy, proxy.upper()) if environ.get(name)]
+    if used:
+        yield f"From the environment: {_listed(used, environ)}"
+    if left := [name for name in wandb if name not in OWN_NAMES]:
+        yield f"Left to W&B from the environment: {_listed(left, environ)}"
     if ignored:
         yield (
-            f"Not used from the environment: {', '.join(ignored)} (the config decides; a run's "
-            "id and files in W&B are its own)"
+            f"Not used from the environment: {', '.join(ignored)} (the config or megapipe itself "
+            "decides; a run's id and files in W&B are its own)"
         )
 
 
-def _shown(name: str, value: str) -> str:
-    if any(part in name for part in SECRETS):
+def _listed(names: Sequence[str], environ: Mapping[str, str]) -> str:
+    return ", ".join(_with_value(name, environ[name]) for name in names)
+
+
+def _with_value(name: str, value: str) -> str:
+    """Without what stands before an "@", whatever it is: it may be a password."""
+    if any(part in name.upper() for part in SECRETS):
         return f"{name} (set)"
-    if name.lower().endswith("_proxy") and "@" in value:  # it may hold a password
-        value = urlsplit(value if "//" in value else f"//{value}").netloc.rpartition("@")[2]
-    return f"{name}={value}"
+    return f"{name}={shown(value.rpartition('@')[2])}"

@@ -21,19 +21,23 @@ def run(argv: Sequence[str]) -> int:
 
     import torch
 
-    from megapipe.data.tokenizer import check_vocabulary
-    from megapipe.models.pretrained import find_checkpoint, load_kept_tokenizer, load_pretrained
+    from megapipe.models.pretrained import (
+        check_kept_vocabulary,
+        find_checkpoint,
+        load_kept_tokenizer,
+        load_pretrained,
+    )
     from megapipe.models.sampling import sample
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device cuda, and torch {torch.__version__} finds no GPU here.")
     path = find_checkpoint(options.checkpoint)
     tokenizer = load_kept_tokenizer(path)
+    check_kept_vocabulary(path, tokenizer)
     model = load_pretrained(path, device=options.device)
-    check_vocabulary(tokenizer, model.config.vocab_size)
     prompt = _prompt(tokenizer, options.prompt, model.config.max_sequence_length)
     tokens = list(prompt)
-    shown = ""
+    shown = text = ""
     for token in sample(
         model,
         prompt,
@@ -50,7 +54,7 @@ def run(argv: Sequence[str]) -> int:
         if not text.endswith("\ufffd"):  # half of a character that byte tokens spell
             print(text[len(shown) :], end="", flush=True)
             shown = text
-    print()
+    print(text[len(shown) :])  # a character that is not whole to the end
     return 0
 
 

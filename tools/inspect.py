@@ -58,7 +58,7 @@ def _parser() -> Parser:
 
 
 def _print_run(console: Console, root: Path, *, read: bool) -> int:
-    table = Table("step", "tokens", "bytes", "state")
+    table = Table("step", "tokens", "bytes", "whole")
     found: list[str] = []
     for step, path in committed(root).items():
         try:
@@ -143,7 +143,7 @@ def _describe(value: object) -> str:
         return ", ".join(
             f"{len(one)} {key}" if isinstance(one, dict | list) else f"{key} {_number(one)}"
             for key, one in value.items()
-            if one is not None
+            if one is not None and key != "identity"  # hashes of the data
         )
     if isinstance(value, list):
         return f"{len(value)} entries"

@@ -5,11 +5,13 @@ a trace of its stack when that fails, so here it connects to a port that is know
 """
 
 import errno
+import hashlib
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 
 import torch.distributed as dist
@@ -19,7 +21,10 @@ from megapipe.tools.meeting import PATIENCE, Notices, RefusedError, RendezvousEr
 Address = tuple[str, int]
 
 LOOK = 1.0
-"""Seconds between two attempts to reach the store, and 3 for each of them."""
+"""Seconds between two attempts to reach the store."""
+
+ANSWER = timedelta(seconds=3)
+"""For each of these attempts."""
 
 ALL_GIVE_UP = 5 * LOOK
 """Seconds in which all processes of a machine have given up, and left the word to one of them."""
@@ -34,7 +39,7 @@ def open_store(rank: int, size: int, address: Address, *, served: bool) -> dist.
     host, port = address
     if rank != 0 or served:
         _await(partial(_connect, address), rank, size, address)
-        return _client(address)
+        return _client(address, PATIENCE)
     with _listen(port) as listener:  # from now on others reach the port
         _await(partial(_connect, address), rank, size, address)
         return dist.TCPStore(
@@ -48,14 +53,24 @@ def open_store(rank: int, size: int, address: Address, *, served: bool) -> dist.
 
 
 def connect(address: Address) -> dist.Store:
-    """One more connection to a store that this process has reached before."""
-    return _client(address)
+    """One more connection to a store that this process has reached before.
+
+    Raises RendezvousError, after some seconds at most, when it is gone.
+    """
+    try:
+        _connect(address)
+    except OSError as error:
+        raise RendezvousError(
+            f"MASTER_ADDR:MASTER_PORT={join_address(address)} can't be reached any more: "
+            f"{_reason(error)}. See what ended rank 0."
+        ) from error
+    return _client(address, ANSWER)
 
 
-def _client(address: Address) -> dist.Store:
+def _client(address: Address, timeout: timedelta) -> dist.Store:
     host, port = address
     try:
-        return dist.TCPStore(host, port, timeout=PATIENCE, wait_for_workers=False)
+        return dist.TCPStore(host, port, timeout=timeout, wait_for_workers=False)
     except dist.DistError as error:
         raise RendezvousError(
             f"What answers at MASTER_ADDR:MASTER_PORT={join_address(address)} is not rank 0 of "
@@ -116,7 +131,7 @@ def _await(attempt: Callable[[], None], rank: int, size: int, address: Address) 
 
 
 def _connect(address: Address) -> None:
-    socket.create_connection(address, timeout=3 * LOOK).close()
+    socket.create_connection(address, timeout=ANSWER.total_seconds()).close()
 
 
 def _reason(error: OSError) -> str:
@@ -137,11 +152,12 @@ class HostVoice:
     """One process of each machine speaks of a subject: the first that has something to say.
 
     It holds a name that Linux gives to one socket at a time, and frees when the process ends.
-    Elsewhere all speak.
+    Elsewhere, and where no such name can be had, all speak.
     """
 
     def __init__(self, subject: str) -> None:
-        self._name = f"\0megapipe/{os.getuid()}/{subject}"
+        digest = hashlib.sha256(subject.encode()).hexdigest()  # names end at 107 bytes
+        self._name = f"\0megapipe/{os.getuid()}/{digest}"
         self._socket: socket.socket | None = None
 
     def speaks(self) -> bool:
@@ -150,8 +166,8 @@ class HostVoice:
         holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             holder.bind(self._name)
-        except OSError:
+        except OSError as error:
             holder.close()
-            return False
+            return error.errno != errno.EADDRINUSE
         self._socket = holder
         return True

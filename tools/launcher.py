@@ -25,9 +25,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
 
-from megapipe.errors import ConfigError, MegapipeError, explained
+from megapipe.errors import ConfigError, MegapipeError, explained, lost_connection, rank_lost
+from megapipe.tools.cli import program_fault
 from megapipe.tools.rendezvous import Rendezvous
 from megapipe.train.signals import ASKING
 
@@ -39,7 +39,6 @@ PATIENCE = 3.0
 """Seconds from SIGTERM to SIGKILL for ranks that outlive a failed one."""
 POLL = 0.02
 PASSED_ON = ASKING
-COMMUNICATION = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
 REPORT_CHARACTERS = 8000  # as JSON at most six times as many bytes, and a pipe holds 65,536
 PR_SET_PDEATHSIG = 1
 
@@ -217,7 +216,9 @@ def _tell(cause: Rank, name: str) -> int:
         raise ConfigError(report["problems"])
     if report["kind"] == "user":
         raise MegapipeError(report["text"])
-    print(f"{name} failed:\n{report['text']}", file=sys.stderr, end="", flush=True)
+    if report["kind"] == "connection":
+        raise rank_lost(name, report["text"])
+    print(f"{name} failed:\n{report['text']}{program_fault()}", file=sys.stderr, flush=True)
     return 1
 
 
@@ -270,20 +271,11 @@ def _prepare(rendezvous: Rendezvous, parent: int) -> None:
 def _report(error: BaseException) -> dict[str, Any]:
     if isinstance(error, ConfigError):
         return {"kind": "config", "problems": error.problems}
-    lost = not isinstance(error, MegapipeError) and _lost_connection(error)
-    told = explained(error) if isinstance(error, Exception) and not lost else None
+    lost = None if isinstance(error, MegapipeError) else lost_connection(error)
+    if lost is not None:
+        return {"kind": "connection", "text": lost[:REPORT_CHARACTERS]}
+    told = explained(error) if isinstance(error, Exception) else None
     if told is not None:
         return {"kind": "user", "text": told.told[:REPORT_CHARACTERS]}
     text = "".join(traceback.format_exception(error))
-    return {"kind": "connection" if lost else "program", "text": text[-REPORT_CHARACTERS:]}
-
-
-def _lost_connection(error: BaseException | None) -> bool:
-    """The error, or one that led to it, is what a rank gets when another one is gone."""
-    while error is not None:
-        if isinstance(error, dist.DistError | ConnectionError):
-            return True
-        if isinstance(error, RuntimeError) and any(word in str(error) for word in COMMUNICATION):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return {"kind": "program", "text": text[-REPORT_CHARACTERS:]}

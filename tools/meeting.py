@@ -85,7 +85,7 @@ class Meeting:
 
     `hosts` names the machine of each rank where that is known before they come. Otherwise, with
     `group_size`, that many consecutive ranks share a machine. `kept`: the store outlives the ranks,
-    so it may hold meetings of earlier ones.
+    so it may hold meetings of earlier ones, and `start` differs between the starts of ranks in it.
     """
 
     store: dist.Store
@@ -95,11 +95,12 @@ class Meeting:
     hosts: Sequence[str] = ()
     group_size: int | None = None
     kept: bool = False
+    start: str = ""
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     answered: str = ""
 
-    def attend(self) -> dist.Store:
-        """Return when all ranks have come: the part of the store that is this meeting's own.
+    def attend(self) -> None:
+        """Return when all ranks have come.
 
         Raises RefusedError when the ranks do not fit together or some have not come within
         PATIENCE, RendezvousError when another process has taken this one's place.
@@ -114,29 +115,38 @@ class Meeting:
                     f"Gave up after {PATIENCE.total_seconds():.0f} s: {self.missing()}. See that "
                     f"all {self.size} processes were started and can reach that address."
                 )
-            if notices.due() and self.store.add(f"notice/{self.answered}/{notices.spoken}", 1) == 1:
-                say(f"waiting for {notices.waited:.0f} s: {self.missing()}.")
+            if notices.due() and self._first_to_say(notices.spoken):
+                limit = PATIENCE.total_seconds()
+                say(f"waiting for {notices.waited:.0f} of {limit:.0f} s: {self.missing()}.")
             time.sleep(pause)
             pause = min(1.5 * pause, POLL * max(1, self.size / 1024))
-        return dist.PrefixStore(self.answered, self.store)
+
+    def part_of(self, store: dist.Store) -> dist.Store:
+        """The meeting's own part of the store, for those who have met; `store` may be any
+        connection to it."""
+        return dist.PrefixStore(self.answered, store)
+
+    def _first_to_say(self, number: int) -> bool:
+        """Whether no other rank of this start has said this notice."""
+        return self.store.add(f"notice/{self.start}/{self.answered}/{number}", 1) == 1
 
     def missing(self) -> str:
-        """`4 of 8 ranks have not come to node1:29500: 3 (node1), 5-7 (node2)`."""
+        """`4 of 8 ranks have not connected to node1:29500: 3 (node1), 5-7 (node2)`."""
         came: dict[int, str] = {}
         for rank in range(self.size):
             key = f"answer/{self.answered}/{rank}"
             if self.answered and self.store.check([key]):
                 came[rank] = json.loads(self.store.get(key))["host"]
         if not self.answered:  # nobody answers before rank 0 has called
-            return f"rank 0{self._host_of(0, came)} has not come to {self.place}"
+            return f"rank 0{self._host_of(0, came)} has not connected to {self.place}"
         return self._tell_missing(came)
 
     def _tell_missing(self, came: Mapping[int, str]) -> str:
         absent = [rank for rank in range(self.size) if rank not in came]
         ranks = spans(absent, lambda rank: self._host_of(rank, came))
         if len(absent) == 1:
-            return f"rank {ranks} of {self.size} has not come to {self.place}"
-        return f"{len(absent)} of {self.size} ranks have not come to {self.place}: {ranks}"
+            return f"rank {ranks} of {self.size} has not connected to {self.place}"
+        return f"{len(absent)} of {self.size} ranks have not connected to {self.place}: {ranks}"
 
     def _host_of(self, rank: int, came: Mapping[int, str]) -> str:
         """` (node1)`, or nothing where no host is known."""
@@ -146,7 +156,7 @@ class Meeting:
             return ""
         node = rank // self.group_size
         known = [host for other, host in came.items() if other // self.group_size == node]
-        return f" ({known[0] if known else f'node {node}'})"
+        return f" ({known[0] if known else f'node rank {node}'})"
 
     def _answer(self) -> bool:
         """Answer rank 0's call if there is one; whether this rank has done so."""
@@ -235,7 +245,8 @@ def watch_connecting(
 ) -> Iterator[None]:
     """While ranks that have met connect to each other, say who has not got through.
 
-    In a thread, with a connection of its own to the store by `connect`: this one's is busy.
+    In a thread, with a connection of its own to the same part of the store by `connect`: this
+    one's is busy. Ends in silence where the store is gone, since then it counts what rank 0 says.
     """
     done = threading.Event()
 
@@ -248,13 +259,14 @@ def watch_connecting(
                 if other.add(f"connecting/{notices.spoken}", 1) > 1:
                     continue
                 absent = [r for r in range(size) if not other.check([f"connected/{r}"])]
-            except dist.DistError:  # rank 0 has left, and what it says counts
+            except (dist.DistError, RendezvousError):
                 return
-            say(
-                f"waiting for {notices.waited:.0f} s: all {size} ranks have come, and "
-                f"{len(absent)} of them have not connected to all others: "
-                f"{spans(absent, lambda _: '')}."
-            )
+            if not done.is_set():
+                say(
+                    f"waiting for {notices.waited:.0f} s: all {size} ranks have met, and "
+                    f"{len(absent)} of them {'has' if len(absent) == 1 else 'have'} not connected "
+                    f"to all others: {spans(absent, lambda _: '')}."
+                )
 
     thread = threading.Thread(target=look, name="connecting", daemon=True)
     thread.start()
@@ -263,4 +275,4 @@ def watch_connecting(
         store.set(f"connected/{rank}", "")
     finally:
         done.set()
-        thread.join()
+        thread.join(POLL)  # no longer: it may be waiting for a store that is gone

@@ -3,22 +3,38 @@
 import re
 from itertools import chain, zip_longest
 
+MOST_NODES = 1_000_000
+"""In one part of a list; more is a mistake that would fill the memory."""
+
 
 def expand_nodes(nodes: str) -> list[str]:
-    """All names of a list: `gpu007`, `gpu008` and `cpu1` of `gpu[007-008],cpu1`."""
+    """All names of a list: `gpu007`, `gpu008` and `cpu1` of `gpu[007-008],cpu1`.
+
+    Raises ValueError for what is no such list.
+    """
     return [name for part in re.split(r",(?![^\[]*\])", nodes) for name in _expand(part)]
 
 
 def _expand(part: str) -> list[str]:
     head, bracket, rest = part.partition("[")
     if not bracket:
+        if not part:
+            raise ValueError("a node without a name")
         return [part]
-    numbers, _, tail = rest.partition("]")
-    names = []
+    numbers, end, tail = rest.partition("]")
+    if not end:
+        raise ValueError(f"no ] in {part}")
+    tails = _expand(tail) if tail else [""]
+    names: list[str] = []
     for span in numbers.split(","):
-        first, _, last = span.partition("-")
-        for number in range(int(first), int(last or first) + 1):
-            names += [f"{head}{number:0{len(first)}}{end}" for end in _expand(tail)]
+        match = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", span)
+        if match is None:
+            raise ValueError(f"not a span of numbers: {span!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not 0 <= last - first < MOST_NODES:
+            raise ValueError(f"no node or too many: {span!r}")
+        for number in range(first, last + 1):
+            names += [f"{head}{number:0{len(match[1])}}{end}" for end in tails]
     return names
 
 
@@ -27,7 +43,7 @@ def expand_counts(counts: str) -> list[int]:
     expanded: list[int] = []
     for part in counts.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if match is None:
+        if match is None or int(match[2] or 1) > MOST_NODES:
             raise ValueError(counts)
         expanded += [int(match[1])] * int(match[2] or 1)
     return expanded

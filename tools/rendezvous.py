@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +28,8 @@ from megapipe.tools.meeting import (
 )
 from megapipe.tools.node_list import expand_counts, expand_nodes, place_tasks
 
+MOST_DIGITS = 18  # of a number in the environment
+
 SLURM_PORTS = range(10_000, 30_000)  # below the ports that Linux gives to outgoing connections
 
 
@@ -37,9 +38,10 @@ class Rendezvous:
     """One rank's place, and where it meets the others: a `file`, or an `address`.
 
     `local_rank` of `local_size` counts the processes on this machine; with `own_gpu` each of them
-    sees one GPU, its own. `served`: torchrun serves the address, rather than rank 0. `hosts` names
-    each rank's machine where that is known from the start; otherwise, where `grouped`, each
-    machine has `local_size` consecutive ranks. One rank alone needs no place to meet.
+    sees one GPU, its own. `served`: torchrun serves the address, rather than rank 0, and `start`
+    counts its restarts. `hosts` names each rank's machine where that is known from the start;
+    otherwise, where `grouped`, each machine has `local_size` consecutive ranks. One rank alone
+    needs no place to meet.
     """
 
     rank: int = 0
@@ -50,6 +52,7 @@ class Rendezvous:
     address: Address | None = None
     own_gpu: bool = False
     served: bool = False
+    start: str = ""
     hosts: tuple[str, ...] = ()
     grouped: bool = False
 
@@ -63,8 +66,9 @@ def init_process_group(rendezvous: Rendezvous, device: torch.device) -> dist.Sto
     """
     if rendezvous.world_size == 1:
         return None
-    store = _meet(rendezvous)
-    with _connecting(rendezvous, store):
+    meeting = _meet(rendezvous)
+    store = meeting.part_of(meeting.store)
+    with _connecting(rendezvous, meeting):
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
             store=store,
@@ -86,8 +90,8 @@ def first_to_tell(store: dist.Store, text: str) -> bool:
         return True
 
 
-def _meet(rendezvous: Rendezvous) -> dist.Store:
-    """The store, once all ranks have come to it."""
+def _meet(rendezvous: Rendezvous) -> Meeting:
+    """The meeting, once all ranks have come to it."""
     rank, size, address = rendezvous.rank, rendezvous.world_size, rendezvous.address
     store: dist.Store | None = None
     try:
@@ -99,9 +103,18 @@ def _meet(rendezvous: Rendezvous) -> dist.Store:
                 (f"{join_address(address)} (MASTER_ADDR:MASTER_PORT)"),
             )
         group_size = rendezvous.local_size if rendezvous.grouped else None
-        return Meeting(
-            store, rank, size, place, rendezvous.hosts, group_size, kept=rendezvous.served
-        ).attend()
+        meeting = Meeting(
+            store,
+            rank,
+            size,
+            place,
+            rendezvous.hosts,
+            group_size,
+            kept=rendezvous.served,
+            start=rendezvous.start,
+        )
+        meeting.attend()
+        return meeting
     except RefusedError as error:
         # Not the first to leave, which has the others ended, unless this one tells why.
         if store is not None and (address is None or first_to_tell(store, str(error))):
@@ -117,22 +130,37 @@ def _meet(rendezvous: Rendezvous) -> dist.Store:
 
 
 @contextmanager
-def _connecting(rendezvous: Rendezvous, store: dist.Store) -> Iterator[None]:
+def _connecting(rendezvous: Rendezvous, meeting: Meeting) -> Iterator[None]:
     """Watch over ranks that have met; what local ranks lack, the launcher sees."""
     rank, size, address = rendezvous.rank, rendezvous.world_size, rendezvous.address
     if address is None:
         yield
         return
+
+    def connect_again() -> dist.Store:
+        return meeting.part_of(connect(address))
+
     try:
-        with watch_connecting(partial(connect, address), store, rank, size):
+        with watch_connecting(connect_again, meeting.part_of(meeting.store), rank, size):
             yield
     except RuntimeError as error:
+        if not _is_of_network(error):
+            raise
         raise RendezvousError(
             f"rank {rank} of {size} met the others, and then could not connect to all of them: "
             f"{str(error).splitlines()[0]} See whether one of them has ended. Between machines "
             "all ports must be open; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network "
             "interface to use."
         ) from error
+
+
+def _is_of_network(error: RuntimeError) -> bool:
+    """Whether torch could not reach others or the store, rather than use this rank's own GPU.
+
+    Gloo's errors have no type of their own; each names gloo, if only in the path of its source.
+    """
+    kinds = (dist.DistNetworkError, dist.DistStoreError)
+    return isinstance(error, kinds) or "gloo" in str(error).lower()
 
 
 def from_environment(environment: Mapping[str, str] = os.environ) -> Rendezvous | None:
@@ -161,6 +189,7 @@ def _of_torchrun(environment: Mapping[str, str]) -> Rendezvous:
         local_size=local_size,
         address=(_text(environment, "MASTER_ADDR"), _port(environment)),
         served=environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        start=environment.get("TORCHELASTIC_RESTART_COUNT", ""),
         grouped="LOCAL_WORLD_SIZE" in environment and size % local_size == 0,
     )
 
@@ -174,7 +203,7 @@ def _of_srun(environment: Mapping[str, str]) -> Rendezvous | None:
     step = _number(environment, "SLURM_STEP_ID")
     port = SLURM_PORTS[(job * 16 + step) % len(SLURM_PORTS)]
     counts = _task_counts(environment, size)
-    nodes = expand_nodes(environment.get("SLURM_STEP_NODELIST") or _job_nodes(environment))
+    nodes = _nodes(environment)
     hosts = place_tasks(nodes, counts, environment.get("SLURM_DISTRIBUTION", ""))
     node = _number(environment, "SLURM_NODEID", 0)
     return Rendezvous(
@@ -191,8 +220,15 @@ def _of_srun(environment: Mapping[str, str]) -> Rendezvous | None:
     )
 
 
-def _job_nodes(environment: Mapping[str, str]) -> str:
-    return _text(environment, "SLURM_JOB_NODELIST")
+def _nodes(environment: Mapping[str, str]) -> list[str]:
+    """The names of the step's nodes, or else of the job's."""
+    step = "SLURM_STEP_NODELIST"
+    name = step if environment.get(step) else "SLURM_JOB_NODELIST"
+    nodes = _text(environment, name)
+    try:
+        return expand_nodes(nodes)
+    except ValueError:
+        raise RendezvousError(f"{name}={nodes} in the environment is not understood.") from None
 
 
 def _reachable(host: str, environment: Mapping[str, str]) -> str:
@@ -231,6 +267,10 @@ def _number(
     if default is not None and not environment.get(name):
         return default
     text = _text(environment, name)
+    if len(text) > MOST_DIGITS:
+        raise RendezvousError(
+            f"{name}={text[:MOST_DIGITS]}... in the environment is too long for a number."
+        )
     if not (text.isascii() and text.isdecimal()) or int(text) < least:
         what = "a number" if least == 0 else f"a number of {least} or more"
         raise RendezvousError(f"{name}={text} in the environment is not {what}.")

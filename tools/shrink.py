@@ -146,7 +146,11 @@ def _sequence_length(config: Config, tensor: int) -> int:
 def _changes(section: str, old: object, new: object) -> list[str]:
     before, after = dict(old), dict(new)  # type: ignore[call-overload]
     return [
-        f"{section}.{key}: {before[key]} -> {after[key]}"
+        f"{section}.{key}: {_word(before[key])} -> {_word(after[key])}"
         for key in before
         if before[key] != after[key] and key not in ("preset", "validation_every")
     ]
+
+
+def _word(value: object) -> object:
+    return "none" if value is None else value

@@ -24,39 +24,70 @@ def text_lines(config: Config, feeds: Sequence[BatchFeed]) -> list[str]:
     if not feeds:
         return []
     tokenizer = feeds[0].tokenizer
-    samples = [sample_sources(feed.sources, tokenizer) for feed in feeds]
-    lines = [*_source_lines(config, samples[0])]
-    # Validation text that is split from the sources has been looked at.
-    others = [one for more in samples[1:] for one in more if "validation" in one.source.key]
-    lines += _tokenizer_lines(config, tokenizer, [*samples[0], *others])
-    return lines
+    # Validation text that is split from the training sources is looked at with them.
+    own = feeds if config.data.validation_sources else feeds[:1]
+    training, *others = [sample_sources(feed.sources, tokenizer) for feed in own]
+    lines = [*_source_lines(config, training)]
+    for validation in others:
+        lines += ["Validation data:", *_each_or_sum(config, validation, None)]
+    samples = [*training, *(sample for more in others for sample in more)]
+    return [*lines, *_tokenizer_lines(config, tokenizer, samples)]
 
 
 def _source_lines(config: Config, samples: Sequence[SourceSample]) -> Iterator[str]:
     train = config.train
     budget = train.steps * train.global_batch_size * train.sequence_length
+    yield f"Data: the whole run reads {scaled(budget)} tokens, in {config.data.streams} streams"
+    yield from _each_or_sum(config, samples, budget)
+
+
+def _each_or_sum(
+    config: Config, samples: Sequence[SourceSample], budget: float | None
+) -> Iterator[str]:
+    """A line for each of the first sources, and their sum for the others; with epochs where the
+    run reads `budget` tokens of them."""
     weights = sum(sample.source.config.weight for sample in samples)
-    yield f"Data: {config.data.streams} streams, {scaled(budget)} tokens in the whole run"
     for sample in samples[:SHOWN]:
-        wanted = budget * sample.source.config.weight / weights
+        wanted = None if budget is None else budget * sample.source.config.weight / weights
         yield f"  {_source_line(config, sample, wanted)}"
     if len(samples) > SHOWN:
-        yield f"  and {len(samples) - SHOWN} more sources"
+        yield f"  {_sum_line(config, samples[SHOWN:], training=budget is not None)}"
 
 
-def _source_line(config: Config, sample: SourceSample, wanted: float) -> str:
-    """`text/*.txt: 8 files, 1.2 MiB, about 410 thousand tokens; 0.62 epochs in the whole run`."""
+def _sum_line(config: Config, samples: Sequence[SourceSample], *, training: bool) -> str:
+    """`and 3 more sources: 24 files, 3.6 MiB, about 1.2 million tokens`."""
+    files = sum(len(sample.source.files) for sample in samples)
+    line = f"and {len(samples)} more source{'s'[: len(samples) != 1]}: "
+    line += f"{files:,} file{'s'[: files != 1]}"
+    stored = [sample.stored for sample in samples if sample.stored is not None]
+    if stored:
+        line += f", {format_bytes(sum(stored))}"
+    tokens = [sample.tokens for sample in samples if sample.tokens is not None]
+    if tokens:
+        part = 1 - config.data.validation_fraction if training else 1
+        assumptions = dict.fromkeys(sample.assumption for sample in samples if sample.assumption)
+        assumed = f" ({'; '.join(assumptions)})" if assumptions else ""
+        line += f", about {scaled(sum(tokens) * part)} tokens{assumed}"
+    if unknown := len(samples) - len(tokens):
+        line += f"; of {unknown}, the number of tokens is not known beforehand"
+    return line
+
+
+def _source_line(config: Config, sample: SourceSample, wanted: float | None) -> str:
+    """`text/*.txt: 8 files, 1.2 MiB, about 410 thousand tokens; 0.62 epochs`."""
     source = sample.source
     files = len(source.files)
     line = f"{source.config.path}: {files:,} file{'s'[: files != 1]}"
     if sample.stored is not None:
         line += f", {format_bytes(sample.stored)}"
     if sample.tokens is None:
-        return f"{line}; how many tokens is not known beforehand"
-    tokens = sample.tokens * (1 - config.data.validation_fraction)
+        return f"{line}; the number of tokens is not known beforehand"
     assumed = f" ({sample.assumption})" if sample.assumption else ""
+    if wanted is None:
+        return f"{line}, about {scaled(sample.tokens)} tokens{assumed}"
+    tokens = sample.tokens * (1 - config.data.validation_fraction)
     epochs = wanted / max(tokens, 1)
-    return f"{line}, about {scaled(tokens)} tokens{assumed}; {epochs:.2g} epochs in the whole run"
+    return f"{line}, about {scaled(tokens)} tokens{assumed}; {epochs:.2g} epochs"
 
 
 def _tokenizer_lines(
@@ -64,8 +95,8 @@ def _tokenizer_lines(
 ) -> Iterator[str]:
     end = tokenizer.end_of_document
     yield (
-        f"Tokenizer: {tokenizer.path}, {len(tokenizer.ids):,} tokens; documents end with id {end} "
-        f"({tokenizer.end_of_document_from})"
+        f"Tokenizer: {tokenizer.path}, {len(tokenizer.ids):,} tokens; documents end with token "
+        f"{end} ({tokenizer.end_of_document_from})"
     )
     if others := not_used_beside(tokenizer, config.data.tokenizer):
         yield f"  not used: {', '.join(others)} in the same directory; name the file to use it"

@@ -5,17 +5,13 @@ import io
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megapipe.config import SourceConfig
-from megapipe.config.paths import escape_path
-from megapipe.data.files import COMPRESSED, Found, files_below, find_files
-from megapipe.data.rows import BadRowError
+from megapipe.checkpoint.storage import format_bytes
 from megapipe.data.sentencepiece_tokenizer import META_SPACE
-from megapipe.data.sources import Source, open_found
+from megapipe.data.sources import repeated_files
 from megapipe.data.text_check import check_texts, name_characters
 from megapipe.data.tokenizer import (
     HuggingFaceTokenizer,
@@ -27,10 +23,8 @@ from megapipe.data.tokenizer import (
 from megapipe.errors import DataError
 from megapipe.files import replace_durably, shown
 from megapipe.tools.arguments import Parser, check_output, path_argument, text_argument
+from megapipe.tools.tokenizer_corpus import SENTENCE_BYTES, Corpus, open_all
 
-SENTENCE_CHARACTERS = 4000
-SENTENCE_BYTES = 4 * SENTENCE_CHARACTERS  # sentencepiece leaves out what is longer than its limit
-CHECKED_BYTES = 2 << 20
 MAX_VOCABULARY = 10_000_000
 SAMPLE_TEXT = 'def greet(name):\n    print(f"Hello, {name}!")\n'
 
@@ -58,14 +52,14 @@ def run(argv: Sequence[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser("tokenizer", "Train a sentencepiece tokenizer, or look into one.")
-    actions = parser.add_subparsers(dest="action", required=True)
+    actions = parser.add_subparsers(dest="action", metavar="train|inspect", required=True)
     train = actions.add_parser(
         "train",
         command="tokenizer train",
         help="train a byte-pair tokenizer on text files",
-        description="Train a sentencepiece BPE tokenizer that knows every byte: text comes back as "
-        "it was, except for the character U+2581, which sentencepiece writes for a space and which "
-        "comes back as one. The same files give the same model.",
+        description="Train a sentencepiece BPE tokenizer that knows every byte: tokens decode to\n"
+        "the same text, except that the character U+2581, which sentencepiece writes for a space,\n"
+        "becomes one. The same files give the same model.",
     )
     train.add_argument(
         "files",
@@ -99,88 +93,42 @@ def _parser() -> Parser:
     return parser
 
 
-@dataclass
-class Sampler:
-    """Takes `share` of what passes, evenly and without chance."""
-
-    share: float
-    seen: int = 0
-    taken: int = 0
-
-    def takes(self, size: int) -> bool:
-        self.seen += size
-        if self.taken + size > self.share * self.seen:
-            return False
-        self.taken += size
-        return True
-
-
-@dataclass
-class Corpus:
-    """Texts of all sources in order; counts what passes and keeps some to check the result on."""
-
-    sources: list[Source]
-    texts: int = 0
-    sample: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    meta_spaces: int = 0
-
-    @property
-    def total_bytes(self) -> int:
-        return sum(source.total_bytes or 0 for source in self.sources)
-
-    def sentences(self, sample_bytes: int) -> Iterator[str]:
-        """Lines, the long ones cut, of about `sample_bytes` in all."""
-        lines = Sampler(min(1.0, sample_bytes / self.total_bytes))
-        checked = Sampler(min(1.0, CHECKED_BYTES / self.total_bytes))
-        for text in self._texts():
-            self.texts += 1
-            self.meta_spaces += text.count(META_SPACE)
-            if checked.takes(len(text)) or not self.sample:
-                self.sample.append(text[: CHECKED_BYTES // 4])
-            for line in text.split("\n"):
-                for start in range(0, len(line), SENTENCE_CHARACTERS):
-                    part = line[start : start + SENTENCE_CHARACTERS]
-                    if lines.takes(len(part)):
-                        yield part
-
-    def _texts(self) -> Iterator[str]:
-        for source in self.sources:
-            for index, file in enumerate(source.files):
-                for number, (raw, _) in enumerate(file.rows(0, 0)):
-                    try:
-                        text = source.text(index, raw)
-                    except BadRowError as error:
-                        self.skipped.append(f"{file.name}, row {number + 1}: {error}")
-                        continue
-                    if text:
-                        yield text
-
-
 def _train(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
     _check(arguments)
     replaced = out.exists()
-    corpus = Corpus(_open_all(arguments.files, arguments.text_field))
+    corpus = Corpus(open_all(arguments.files, arguments.text_field), say=print)
+    for note in repeated_files(corpus.sources, name=lambda source: source.config.path):
+        print(note)
     started = time.perf_counter()
     content = _train_model(corpus, arguments.vocab_size, arguments.sample_bytes)
     tokenizer = SentencePieceTokenizer(out, content)
     _write(out, content)
-    _print_skipped(corpus.skipped)
     seconds = time.perf_counter() - started
     files = sum(len(source.files) for source in corpus.sources)
     print(f"{shown(out)}: {tokenizer.vocab_size:,} tokens, trained in {seconds:.1f} s")
     if replaced:
         print("  replaced    the tokenizer that had this name")
-    print(f"  text        {files:,} files, {corpus.total_bytes:,} bytes")
+    print(f"  text        {files:,} file{'s'[: files != 1]}, {_size(corpus)}")
+    if left_out := corpus.left_out():
+        print(f"  left out    {left_out}")
     print(f"  end token   {tokenizer.end_of_document}")
     print(f"  {_measure(tokenizer, corpus.sample)}")
     if corpus.meta_spaces:
         print(
             f"  changed     {name_characters(Counter({META_SPACE: corpus.meta_spaces}))} in the "
-            "text: sentencepiece writes it for a space, and it comes back as one"
+            "text: sentencepiece writes it for a space, and it becomes one"
         )
     return 0
+
+
+def _size(corpus: Corpus) -> str:
+    stored, text = corpus.stored_bytes, corpus.total_bytes
+    if text == stored:
+        return format_bytes(stored)
+    return (
+        f"{format_bytes(stored)}; about {format_bytes(text)} if files unfold to 4 times their size"
+    )
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -208,28 +156,6 @@ def _write(out: Path, content: bytes) -> None:
         raise DataError(f"--out {out} can't be written: {error.strerror}.") from error
 
 
-def _open_all(patterns: Sequence[str], text_field: str) -> list[Source]:
-    """One source for each of FILES."""
-    sources = []
-    for pattern in patterns:
-        place = path_argument(pattern)
-        found = _files_under(place) if place.is_dir() else find_files(str(place), "FILES")
-        config = SourceConfig(path=escape_path(shown(str(place))), text_field=text_field)
-        sources.append(open_found(found, config, "FILES", streams=1))
-    return sources
-
-
-def _files_under(directory: Path) -> Found:
-    """Text files of a directory and all below it; what does not look like text is left out."""
-    found = files_below(directory, "FILES")
-    if not found.files:
-        raise DataError(
-            f"FILES: there is no text in the directory {shown(directory)} (txt, md, py, jsonl, "
-            f"parquet, arrow; also {', '.join(COMPRESSED)}); name its files by a glob."
-        )
-    return found
-
-
 def _train_model(corpus: Corpus, vocab_size: int, sample_bytes: int) -> bytes:
     import sentencepiece
 
@@ -247,10 +173,15 @@ def _train_model(corpus: Corpus, vocab_size: int, sample_bytes: int) -> bytes:
             **SETTINGS,
         )
     except RuntimeError as error:
-        if not corpus.texts:
-            _print_skipped(corpus.skipped)
-            raise DataError("FILES: there is no usable text in any of the files.") from None
-        raise DataError(_trainer_message(str(error), vocab_size)) from None
+        if corpus.failure is None and not corpus.texts:
+            left_out = f" Left out: {corpus.left_out()}." if corpus.left_out() else ""
+            raise DataError(
+                f"FILES: there is no usable text in any of the files.{left_out}"
+            ) from None
+        if corpus.failure is None:
+            raise DataError(_trainer_message(str(error), vocab_size)) from None
+    if corpus.failure is not None:
+        raise corpus.failure
     return written.getvalue()
 
 
@@ -266,13 +197,6 @@ def _trainer_message(error: str, vocab_size: int) -> str:
             f"this text take {match[1]}; set more."
         )
     return f"sentencepiece can't train on this text: {error}"
-
-
-def _print_skipped(skipped: Sequence[str], shown: int = 5) -> None:
-    for line in skipped[:shown]:
-        print(f"skipped {line}")
-    if len(skipped) > shown:
-        print(f"skipped {len(skipped) - shown} more rows that are empty, malformed or not UTF-8")
 
 
 def _measure(tokenizer: Tokenizer, texts: Sequence[str]) -> str:

@@ -24,7 +24,7 @@ from megapipe.checkpoint.steps import step_name
 from megapipe.config import Config, ParallelConfig, check_layout, dump_config
 from megapipe.data.distribute import ReplicaFeed
 from megapipe.data.tokenizer import load_tokenizer
-from megapipe.errors import ConfigError, MegapipeError
+from megapipe.errors import ConfigError, MegapipeError, explained, lost_connection, rank_lost
 from megapipe.kernel_choice import choose_kernels
 from megapipe.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
@@ -108,16 +108,27 @@ def _run_rank(
     store = init_process_group(rendezvous, device)
     try:
         status = _train(config, command, began, device, voice, stop)
-    except MegapipeError as error:
+    except Exception as error:
         if store is None or rendezvous.address is None:
+            raise  # for the command line or the launcher to tell
+        told = _told_in_job(error, rendezvous)
+        if told is None:
             raise
-        if first_to_tell(store, str(error)):
-            print(render(error), file=sys.stderr, flush=True)
+        if first_to_tell(store, str(told)):
+            print(render(told), file=sys.stderr, flush=True)
         time.sleep(1)  # till all have asked the store, which this process may serve
         sys.exit(1)
     if store is not None:
         dist.destroy_process_group()
     return status
+
+
+def _told_in_job(error: Exception, rendezvous: Rendezvous) -> MegapipeError | None:
+    """The error as the user sees it; None for a fault of the program."""
+    said = None if isinstance(error, MegapipeError) else lost_connection(error)
+    if said is None:
+        return explained(error)
+    return rank_lost(f"rank {rendezvous.rank} of {rendezvous.world_size}", said)
 
 
 def choose_device(wanted: str, rendezvous: Rendezvous) -> torch.device:
@@ -217,12 +228,12 @@ def _start_or_resume(
     engine = Engine(config, mesh, build_stages, channels)
     check_activation_bytes(config, engine, peers)
     checkpoints = Checkpoints(
-        _with_resume(config, plan.resume), mesh, engine, _kept_files(config, mesh), voice.say
+        _with_resume(config, plan.resume), mesh, engine, _kept_files(config, peers), voice.say
     )
     progress, data_state = checkpoints.restore()
     if data_state is not None:
         feed.load(data_state)
-    run_dir, steps = Path(config.train.run_dir), config.train.steps
+    steps = config.train.steps
     if progress.step >= steps:
         voice.say(
             f"Nothing to do: the checkpoint is of step {progress.step}, and train.steps = {steps}. "
@@ -231,18 +242,15 @@ def _start_or_resume(
         return 0
     lock.take()
     write_config(config, peers)
-    with (
-        Loggers(
-            config, run_dir=run_dir, rank0=mesh.rank == 0, start=progress.step, total_steps=steps
-        ) as loggers,
-        voice.through(loggers.event),
-    ):
-        voice.say(f"Start-up: {time.perf_counter() - began:.1f} s after imports")
+    with _open_loggers(config, peers, progress.step) as loggers, voice.through(loggers.event):
+        voice.say(f"Ready after {time.perf_counter() - began:.1f} s (imports not counted)")
         flops = flops_per_token(config.model, config.train.sequence_length)
         run = Run(config, engine, feed, validation, checkpoints, loggers, stop, progress, flops)
         run.timeline = _timeline(config, engine, loggers, progress.step)
-        progress = train(run)
-        stop.end()
+        try:
+            progress = train(run)
+        finally:
+            stop.end()
     for reader in (feed, validation):
         if reader is not None:
             reader.close()
@@ -262,7 +270,8 @@ def _open_feeds(config: Config, mesh: Mesh, voice: Voice) -> tuple[ReplicaFeed, 
         say=voice.warn,
     )
     feed = open_feed()
-    return feed, open_feed(validation=True) if config.train.validation_every else None
+    validates = config.train.validation_every > 0
+    return feed, open_feed(validation=True, other=feed) if validates else None
 
 
 def _timeline(
@@ -296,13 +305,33 @@ def _with_resume(config: Config, resume: str) -> Config:
     return config.model_copy(update={"checkpoint": checkpoint})
 
 
-def _kept_files(config: Config, mesh: Mesh) -> dict[str, bytes | Path]:
-    """What each checkpoint holds besides tensors, as it is now: config and tokenizer."""
-    if mesh.rank != 0:
-        return {}
-    kept = load_tokenizer(config.data.tokenizer).files
-    files: dict[str, bytes | Path] = {name: path.read_bytes() for name, path in kept.items()}
-    return {"config.toml": dump_config(config).encode(), **files}
+def _kept_files(config: Config, peers: Peers) -> dict[str, bytes | Path]:
+    """What each checkpoint holds besides tensors, as it is now: config and tokenizer. Collective:
+    the first rank reads them, and where it can't, all raise."""
+    files: dict[str, bytes | Path] = {}
+
+    def read() -> None:
+        files["config.toml"] = dump_config(config).encode()
+        for name, path in load_tokenizer(config.data.tokenizer).files.items():
+            files[name] = path.read_bytes()
+
+    from_first(peers, read)
+    return files
+
+
+def _open_loggers(config: Config, peers: Peers, start: int) -> Loggers:
+    """The loggers of a run that goes on after step `start`. Collective: those of the first rank
+    write, and where they can't be opened, all raise."""
+    loggers = partial(
+        Loggers,
+        config,
+        run_dir=Path(config.train.run_dir),
+        start=start,
+        total_steps=config.train.steps,
+    )
+    opened: list[Loggers] = []
+    from_first(peers, lambda: opened.append(loggers(rank0=True)))
+    return opened[0] if opened else loggers(rank0=False)
 
 
 def _introduction(config: Config, device: torch.device) -> Iterator[str]:
@@ -332,6 +361,6 @@ def _farewell(
     number = stop.signal or signal.SIGTERM
     voice.say(
         f"Stopped by {number.name} after step {progress.step} of {steps}. Checkpoint: {path}\n"
-        f"To go on:\n    {command}"
+        f"To continue:\n    {command}"
     )
     return 128 + number

@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
 def _prove(small: Config, changes: list[str], name: str, steps: int) -> int:
     print(f"Proving the layout of {name} against one process, in float64 on the CPU.")
     if changes:
-        print("Reduced, with every feature kept:")
+        print("Changed for the proof, with every feature kept:")
         print("".join(f"  {change}\n" for change in changes), end="")
     sys.stdout.flush()
 

@@ -88,10 +88,11 @@ def prune(
 
 def _candidates(peers: Peers, root: Path) -> list[Path]:
     """The committed checkpoints as the first rank sees them, newest first."""
-    names: list[str] = []
-    if peers.rank == 0:
-        names = [path.name for path in committed(root).values()]
-    return [root / name for name in peers.all_gather(names)[0]]
+    names = peers.from_first(
+        lambda: [path.name for path in committed(root).values()],
+        f"cannot list the checkpoints in {root}",
+    )
+    return [root / name for name in names]
 
 
 def _problems(peers: Peers, path: Path, *, read: bool) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ def read_manifest(directory: Path) -> Manifest:
     """The manifest of a committed checkpoint. Raises CheckpointError naming the file."""
     path = directory / MANIFEST_NAME
     if not path.exists() and not path.is_symlink():
-        hint = f"it holds no {MANIFEST_NAME}"
+        hint = f"it holds no {MANIFEST_NAME} and no checkpoints"
         if directory.is_symlink() and not directory.exists():
             hint = f"it is a symbolic link to {shown(directory.readlink())}, which is not there"
         elif not directory.exists():
@@ -45,8 +45,8 @@ def read_manifest(directory: Path) -> Manifest:
         elif not directory.is_dir():
             hint = "it is a file"
         raise CheckpointError(
-            f"{shown(directory)} is not a checkpoint: {hint}. A checkpoint is a directory such as "
-            "RUN_DIR/checkpoints/step-00000100."
+            f"{shown(directory)} is not a checkpoint: {hint}. Name a run directory "
+            "(train.run_dir), or a checkpoint such as RUN_DIR/checkpoints/step-00000100."
         )
     data = read_small(path, MAX_MANIFEST_BYTES)
     try:

@@ -12,7 +12,7 @@ class CheckpointConfig(Section):
     every: NonNegativeInt = Field(
         default=1000, description="Steps between checkpoints; 0 saves at the end only."
     )
-    keep: PositiveInt = Field(default=3, description="The newest so many are kept.")
+    keep: PositiveInt = Field(default=3, description="How many of the newest checkpoints to keep.")
     resume: PathText = Field(
         default="auto",
         min_length=1,

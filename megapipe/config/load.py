@@ -101,7 +101,7 @@ def _validation_problems(
 
 
 def _follows(detail: ErrorDetails, error: ValidationError) -> bool:
-    """A list counts as too short only because entries of it are wrong, which is told anyway."""
+    """A list counts as too short only because entries of it are wrong, which is reported anyway."""
     place = detail["loc"]
     return detail["type"] == "too_short" and any(
         other["loc"][: len(place)] == place and len(other["loc"]) > len(place)

@@ -1,4 +1,4 @@
-"""[logging]: what is told to whom besides <train.run_dir>/metrics.jsonl, always written."""
+"""[logging]: where metrics go besides <train.run_dir>/metrics.jsonl, which is always written."""
 
 import re
 from typing import Annotated, Literal
@@ -11,7 +11,7 @@ from megapipe.pipeline.schedule.timeline import KEPT_STEPS
 
 def parse_steps(text: str) -> range:
     """The steps of `20` or `20-22`. Raises ValueError that ends "logging.timeline = ... "."""
-    match = re.fullmatch(r"(\d+)(?:\s*-\s*(\d+))?", text.strip())
+    match = re.fullmatch(r"(\d{1,18})(?:\s*-\s*(\d{1,18}))?", text.strip())
     if match is None:
         raise ValueError("must be a step, as in 20, or a few in a row, as in 20-22")
     first, last = int(match[1]), int(match[2] or match[1])

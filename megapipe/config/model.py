@@ -80,7 +80,7 @@ class ModelConfig(Section):
         "swiglu has a gate (three matrices instead of two).",
     )
     position: Literal["learned", "rope"] = Field(
-        default="rope", description="How positions are told: a learned table, or rotary embedding."
+        default="rope", description="Positions: a learned table, or rotary embedding."
     )
     rope_theta: PositiveFloat = Field(default=10000.0, description="Base of rotary frequencies.")
     rope_scaling: Annotated[RopeScaling | None, or_none_word(RopeScaling)] = Field(

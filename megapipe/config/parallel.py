@@ -92,8 +92,8 @@ class ParallelConfig(Section):
     stage_costs: Annotated[PathText | None, or_none_word(str)] = Field(
         default=None,
         description="For schedule auto, a TOML file with the times of stages (forward, "
-        "backward_input, backward_weight) and links (latency, bandwidth), which are else "
-        "measured.",
+        "backward_input, backward_weight) and links (latency, bandwidth); without it "
+        "they are measured.",
     )
     sequence_parallel: bool = Field(
         default=False,

@@ -67,7 +67,7 @@ def _home(text: str, environment: Mapping[str, str]) -> tuple[str, str]:
         raise ValueError(
             f"names a home directory that is not known; write ./{shown(text)} for a file"
         )
-    return home.rstrip("/"), slash + rest
+    return home.rstrip("/") or ("" if slash else "/"), slash + rest
 
 
 def is_unicode(text: str) -> bool:

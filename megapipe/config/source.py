@@ -2,6 +2,7 @@
 
 import difflib
 import re
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,10 @@ from megapipe.errors import ConfigError
 from megapipe.files import reason, shown
 
 KeyPath = tuple[str | int, ...]
+
+BEYOND_PYTHON = (ValueError, RecursionError)
+"""What tomllib raises for numbers of thousands of digits, and for brackets nested as deep."""
+LONGEST_INDEX = 9
 
 _HEADER = re.compile(r"^\s*(\[\[?)\s*([\w.\-]+)\s*\]")
 _KEY = re.compile(r"^\s*([\w.\-]+)\s*=")
@@ -109,6 +114,14 @@ def parse_source(text: str, name: str) -> Source:
         return Source(name, text, tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([_syntax_problem(text, name, str(error))]) from None
+    except BEYOND_PYTHON as error:
+        raise ConfigError([f"{name}: can't be read: {_limit(error)}."]) from None
+
+
+def _limit(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "brackets are nested too deep"
+    return f"a number has more than {sys.get_int_max_str_digits():,} digits"
 
 
 def _syntax_problem(text: str, name: str, error: str) -> str:
@@ -141,7 +154,7 @@ def parse_value(text: str) -> Any:
     """
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except BEYOND_PYTHON:  # TOMLDecodeError is a ValueError
         return text
     value = parsed["value"]
     return text if len(parsed) > 1 or isinstance(value, date | time) else value
@@ -173,11 +186,15 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[KeyPath, Any]]:
             )
             continue
         parts = key.replace("-", "_").split(".")
-        path = tuple(int(part) if part.isdecimal() else part for part in parts)
+        path = tuple(int(part) if _is_index(part) else part for part in parts)
         found.append((path, parse_value(text)))
     if problems:
         raise ConfigError(problems)
     return found
+
+
+def _is_index(part: str) -> bool:
+    return part.isdecimal() and len(part) <= LONGEST_INDEX
 
 
 def apply_overrides(source: Source, overrides: Sequence[tuple[KeyPath, Any]]) -> list[str]:

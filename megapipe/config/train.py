@@ -73,9 +73,16 @@ class TrainConfig(Section):
     )
     stop_timeout_seconds: Annotated[PositiveFloat | None, or_none_word(float)] = Field(
         default=None,
-        description="After a signal that asks to stop, a rank leaves without saving where no step "
-        "ends for so long (another rank is gone, say). Saves are never cut short. Default: ten "
-        "times the last step, at least 60.",
+        description="Seconds that a rank waits for a step to end after a signal that asks to stop; "
+        "then it leaves without saving (another rank may be gone). Saves are never cut short. "
+        "Default: ten times the last step, at least 60.",
+    )
+    collective_timeout_seconds: float = Field(
+        default=600.0,
+        ge=1.0,
+        le=1e7,
+        description="How long ranks wait for one of them in a step, for example for its text, "
+        "before the run fails; the first step and saves have at least 30 minutes.",
     )
     validation_every: NonNegativeInt = Field(
         default=0, description="Steps between validation losses; 0 for never."

@@ -169,7 +169,8 @@ class BlockReader:
         self._passed_over: dict[int, Address] = {}
         self._requested: dict[int, int] = {}
         self._cursors: list[Cursor] = []
-        # So many blocks are sooner read past than a new cursor opened.
+        # Up to this many blocks are read and dropped to reach a later one, before a new cursor is
+        # opened for it.
         self._patience = 0 if all(file.seekable for file in source.files) else streams
 
     def read(self, number: int, near: Address | None) -> Block | None:

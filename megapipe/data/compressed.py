@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from megapipe.data.files import shown
+from megapipe.errors import DataError
+
 MAX_WINDOW = 1 << 31
 """As of zstd --long=31. Where a file asks for it, a decoder holds this much of the last text."""
 
@@ -57,7 +60,7 @@ class Decompressed(io.RawIOBase):
     """All members or frames of a file, one after the other.
 
     Reading ends without an error at damage, behind the last byte that can be had; `damage` then
-    says where and why. Raises MemoryError where a frame's window does not fit.
+    says where and why. Raises DataError where a frame's window is too long or does not fit.
     """
 
     def __init__(self, file: BinaryIO, codec: Codec) -> None:
@@ -102,13 +105,22 @@ class Decompressed(io.RawIOBase):
             output: bytes = self._decoder.decompress(data)
         except self._codec.error as error:
             if "memory" in str(error):  # not the file's fault: it must not count as damaged
-                raise MemoryError(str(error)) from error
+                raise DataError(self._too_large(str(error))) from error
             return self._salvage(data)
         self._member_has_text |= bool(output)
         if self._decoder.eof:
             self._input, self._decoder = self._decoder.unused_data, None
         self._position += len(data) - len(self._input)
         return output
+
+    def _too_large(self, reason: str) -> str:
+        what = "there is not enough memory to decompress it"
+        if "requires too much memory" in reason:
+            what = f"windows above {MAX_WINDOW >> 20:,} MiB are not supported"
+        return (
+            f"{shown(self._file.name)}: {what} ({reason}). Compress it anew with zstd --long=27 or "
+            "less; if it is damaged, take it out of this source."
+        )
 
     def _salvage(self, data: bytes) -> bytes:
         """What `data` gives up to the byte at which decoding fails.

@@ -50,6 +50,8 @@ def check_content(path: Path, form: str, size: int) -> None:
             return
         if form == "parquet":
             _check_parquet(head, path)
+        elif form == "arrow":
+            _check_arrow(head, path, size)
         elif form in ("text", "jsonl"):
             kind, compressed = path.suffix.removeprefix("."), path.suffix in COMPRESSED
             if compressed:
@@ -75,6 +77,15 @@ def _check_parquet(head: bytes, path: Path) -> None:
         raise DataError(f"{shown(path)}: is encrypted Parquet, which can't be read; decrypt it.")
     if not head.startswith(b"PAR1"):
         raise DataError(_not_as_named(path, "Parquet", head))
+
+
+def _check_arrow(head: bytes, path: Path, size: int) -> None:
+    """A file has ARROW1. A stream has ff ff ff ff, or (before Arrow 0.15) the length of its schema,
+    which four bytes of text can't be: read as a number they are above 2**29."""
+    length = int.from_bytes(head[:4], "little")
+    old_stream = 0 < length < min(1 << 29, size)
+    if not (head.startswith((b"ARROW1", b"\xff\xff\xff\xff")) or old_stream):
+        raise DataError(_not_as_named(path, "Arrow", head))
 
 
 def _check_compression(head: bytes, path: Path, name: str) -> None:

@@ -1,11 +1,12 @@
 """One reader per replica: its first rank reads, the others receive the tokens by broadcast.
 
-Each step is one int32 broadcast: two words of header, then tokens, then document numbers where
-attention is masked by them. A reader that failed says so in the header; a second broadcast
-carries its message, and every rank of the replica raises it.
+Each step is one int32 broadcast: tokens, then document numbers where attention is masked by them.
+The host reads none of it, so it need not wait for the device. A reader that failed sends zeros, and
+says so in the step's own reduction. At the start, and when a state is loaded, a header says whether
+the reader failed; a second broadcast carries its message, and every rank of the replica raises it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -14,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapipe.config import Config
-from megapipe.data.feed import BatchFeed, State, merge_states
+from megapipe.data.feed import Batch, BatchFeed, State, merge_states
+from megapipe.data.sources import Source
 from megapipe.data.tokenizer import check_vocabulary, load_tokenizer
 from megapipe.errors import DataError, MegapipeError, explained
 from megapipe.exchange import all_gather_json
@@ -25,7 +27,6 @@ from megapipe.transfer import to_device
 COUNTS = ("skipped_rows", "skipped_bytes", "unreadable_bytes", "empty_rows")
 """What `ReplicaFeed.counts` begins with: fields of a step's metrics."""
 
-HEADER = 2
 OK, USER_ERROR, PROGRAM_ERROR = 0, 1, 2
 
 T = TypeVar("T")
@@ -38,13 +39,14 @@ class ReplicaFeed:
     its ranks; `state` is collective over the data axis. A rank gets
     tokens only if it hosts the first stage, targets only if it hosts the last.
 
-    `next` is collective over the replica and raises nothing: where the reader fails, the replica
-    gets stand-ins (zeros) and `failed` is True, so that it goes through the step with the other
-    replicas. The loop tells them in the step's own reduction; nobody takes that step, and all call
-    `take_back` and `shared_failure`.
+    `next` is collective over the replica. Where the reader fails, `failed` is True on the rank that
+    reads and the replica gets stand-ins (zeros), so that it goes through the step with the other
+    replicas. The loop tells all ranks in the step's own reduction; nobody takes that step, and all
+    call `take_back` and `shared_failure`. Any other error, such as that of a broadcast, is raised.
 
     With `validation` it gives the validation batches; `restart` begins with the first again. Those
-    given before are kept in host memory, 4 bytes a token, and not read twice.
+    given before are kept in host memory, 4 bytes a token, and not read twice. `other` is a feed of
+    the same config and mesh: the sources that it has opened are not opened again.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class ReplicaFeed:
         hosts_first: bool,
         hosts_last: bool,
         validation: bool = False,
+        other: "ReplicaFeed | None" = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self._config = config
@@ -65,19 +68,17 @@ class ReplicaFeed:
         self._step = 0
         self._given: list[Tensor] = []
         self._failure: Exception | None = None
-        self._feed = self._read(lambda: self._open(say))
+        reader = other.reader if other else None
+        opened = reader.sources if reader else []
+        self._feed = self._read(lambda: self._open(opened, say))
 
     def next(self) -> list[MicroBatch]:
         """The microbatches of the next step, in order."""
         if self._step < len(self._given):
             wire = to_device(self._given[self._step], self._mesh.device)
         else:
-            try:
-                wire = self._receive()
-            except Exception as error:  # on all ranks of the replica
-                self._failure = error
-                wire = to_device(self._empty_wire(), self._mesh.device)
-            if self._validation and not self.failed:
+            wire = self._receive()
+            if self._validation:
                 self._given.append(wire.cpu())
         batches = self._split(wire)
         self._step += 1
@@ -90,7 +91,7 @@ class ReplicaFeed:
 
     @property
     def failed(self) -> bool:
-        """The reader of this replica could not give the last batch."""
+        """This rank reads for its replica, and could not give the last batch."""
         return self._failure is not None
 
     def take_back(self) -> None:
@@ -172,7 +173,7 @@ class ReplicaFeed:
     def _masked(self) -> bool:
         return self._config.data.mask_documents
 
-    def _open(self, say: Callable[[str], None] | None) -> BatchFeed:
+    def _open(self, opened: Sequence[Source], say: Callable[[str], None] | None) -> BatchFeed:
         config = self._config
         tokenizer = load_tokenizer(config.data.tokenizer)
         assert config.model.vocab_size is not None
@@ -186,37 +187,44 @@ class ReplicaFeed:
             global_batch_size=config.train.global_batch_size,
             sequence_length=config.train.sequence_length,
             validation=self._validation,
+            opened=opened,
             say=say,
         )
 
     def _read(self, work: Callable[[], T]) -> T | None:
         """Does `work` on the reader; raises its error on every rank of the replica."""
-        return _share(self._mesh, work, torch.zeros(HEADER, dtype=torch.int32))[0]
+        return _share(self._mesh, work)
 
     def _receive(self) -> Tensor:
-        """The next step's wire tensor, header included, on the device."""
+        """The next step's wire tensor, on the device."""
         wire = self._empty_wire()
+        if self._feed is not None:
+            batch = self._next_batch(self._feed)
+            if batch is not None:
+                parts = [batch.tokens, batch.documents] if self._masked else [batch.tokens]
+                content = np.concatenate([part.reshape(-1) for part in parts])
+                wire.copy_(torch.from_numpy(content))
+        return _broadcast(self._mesh, wire)
 
-        def fill() -> None:
-            assert self._feed is not None
-            batch = next(self._feed)
-            parts = [batch.tokens, batch.documents] if self._masked else [batch.tokens]
-            content = np.concatenate([part.reshape(-1) for part in parts])
-            wire[HEADER:] = torch.from_numpy(content)
-
-        return _share(self._mesh, fill, wire)[1]
+    def _next_batch(self, feed: BatchFeed) -> Batch | None:
+        """None where it can't be read; nothing but the reader's own errors counts as that."""
+        try:
+            return next(feed)
+        except Exception as error:
+            self._failure = explained(error) or error
+            return None
 
     def _empty_wire(self) -> Tensor:
-        """Room for a step's header, tokens and documents."""
+        """Room for a step's tokens and documents."""
         count, length = self._samples_per_rank, self._config.train.sequence_length
-        size = HEADER + count * (length + 1) + (count * length if self._masked else 0)
+        size = count * (length + 1) + (count * length if self._masked else 0)
         return torch.zeros(size, dtype=torch.int32)
 
     def _split(self, wire: Tensor) -> list[MicroBatch]:
         train, data = self._config.train, self._mesh.data
         count, length, size = self._samples_per_rank, train.sequence_length, train.micro_batch_size
-        end = HEADER + count * (length + 1)
-        tokens = wire[HEADER:end].view(count, length + 1)
+        end = count * (length + 1)
+        tokens = wire[:end].view(count, length + 1)
         inputs = tokens[:, :-1].long() if self._hosts_first else None
         targets = tokens[:, 1:].long() if self._hosts_last else None
         documents = wire[end:].view(count, length) if self._masked else None
@@ -237,9 +245,10 @@ class ReplicaFeed:
         ]
 
 
-def _share(mesh: Mesh, work: Callable[[], T], wire: Tensor) -> tuple[T | None, Tensor]:
-    """Does `work` on the replica's reader and sends `wire`, or the error, to the others."""
+def _share(mesh: Mesh, work: Callable[[], T]) -> T | None:
+    """Does `work` on the replica's reader; raises its error on all of the replica's ranks."""
     replica = mesh.replica
+    header = torch.zeros(2, dtype=torch.int32)
     result: T | None = None
     error: Exception | None = None
     if replica.is_first:
@@ -247,18 +256,24 @@ def _share(mesh: Mesh, work: Callable[[], T], wire: Tensor) -> tuple[T | None, T
             result = work()
         except Exception as caught:
             error = explained(caught) or caught
-            wire.zero_()
-            wire[0] = USER_ERROR if isinstance(error, MegapipeError) else PROGRAM_ERROR
-            wire[1] = len(_message(error))
+            header[0] = USER_ERROR if isinstance(error, MegapipeError) else PROGRAM_ERROR
+            header[1] = len(_message(error))
+    kind, size = _broadcast(mesh, header).tolist()
+    if kind == OK:
+        return result
+    text = _send_message(mesh, replica, error, size)
+    if error is not None:
+        raise error
+    raise DataError(text) if kind == USER_ERROR else RuntimeError(text)
+
+
+def _broadcast(mesh: Mesh, wire: Tensor) -> Tensor:
+    """The reader's `wire` on every rank of its replica, on the device."""
+    replica = mesh.replica
     wire = to_device(wire, mesh.device)
     if replica.size > 1:
         dist.broadcast(wire, src=replica.ranks[0], group=replica.group)
-    if error is None and (replica.is_first or int(wire[0]) == OK):
-        return result, wire
-    text = _send_message(mesh, replica, error, int(wire[1]))
-    if error is not None:
-        raise error
-    raise DataError(text) if int(wire[0]) == USER_ERROR else RuntimeError(text)
+    return wire
 
 
 def _send_message(mesh: Mesh, replica: Axis, error: Exception | None, size: int) -> str:

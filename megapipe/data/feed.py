@@ -7,12 +7,12 @@ stream depends on D: so the state of all streams, merged, can be dealt out to an
 
 import logging
 import queue
+import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -22,13 +22,11 @@ from megapipe.data.blend import Blend
 from megapipe.data.blocks import BlockReader
 from megapipe.data.packing import Packer, Tokens
 from megapipe.data.rows import Account, BadRows
-from megapipe.data.sources import Keeps, Source, check_source, open_source
+from megapipe.data.sources import Keeps, Source, check_source, open_source, repeated_files
 from megapipe.data.streams import DocumentStream, SourceStream
+from megapipe.data.taken import State, Taken
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.errors import DataError
-from megapipe.files import shown
-
-State = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,8 @@ class BatchFeed:
     `state_dict` speaks of batches that were taken, however many were made. Errors of the thread
     are raised by the `next` that would have returned the batch. With `validation` it reads the
     validation text instead: data.validation_sources, or the rows that data.validation_fraction
-    sets aside. Raises DataError for text that can't be read.
+    sets aside. `opened` are sources of the same config that another feed has opened; those that
+    this feed reads too are not opened again. Raises DataError for text that can't be read.
     """
 
     def __init__(
@@ -65,6 +64,7 @@ class BatchFeed:
         global_batch_size: int,
         sequence_length: int,
         validation: bool = False,
+        opened: Sequence[Source] = (),
         say: Callable[[str], None] | None = None,
     ) -> None:
         assert config.streams % data_size == 0, (config.streams, data_size)
@@ -79,9 +79,9 @@ class BatchFeed:
         self._sequence_length = sequence_length
         self._validation = validation
         self._say = say or logging.getLogger("megapipe.data").warning
-        self._sources, self._keeps = self._open_sources()
+        self._sources, self._keeps = self._open_sources({source.key: source for source in opened})
         if data_rank == 0:
-            for note in _notes(self._sources):
+            for note in repeated_files(self._sources):
                 self._say(note)
         self._block_rows = [
             check_source(
@@ -96,7 +96,6 @@ class BatchFeed:
         self._worker: _Worker | None = None
         self._step = 0
         self._closed = False
-        self._taken: dict[int, State] = {}
         self._before: dict[int, State] | None = None
         self._build_streams()
 
@@ -112,14 +111,15 @@ class BatchFeed:
         self.wait_seconds = time.perf_counter() - started
         assert batch.step == self._step
         self._step += 1
-        self._before, self._taken = self._taken, self._taken | batch.after
+        self._before = self._taken.states
+        self._taken.advance(batch.after)
         return batch
 
     def take_back(self) -> None:
         """Make the state the one before the last batch was taken. No batch can be taken then."""
         assert self._before is not None, "a batch has to be taken first, and only one goes back"
         self._step -= 1
-        self._taken, self._before = self._before, None
+        self._taken, self._before = Taken(self._before), None
         self._closed = True
 
     def state_dict(self) -> State:
@@ -127,7 +127,7 @@ class BatchFeed:
         return {
             "step": self._step,
             "identity": self._identity(),
-            "streams": {str(stream): state for stream, state in sorted(self._taken.items())},
+            "streams": {str(stream): state for stream, state in sorted(self._taken.states.items())},
         }
 
     def load_state_dict(self, state: State) -> None:
@@ -141,8 +141,8 @@ class BatchFeed:
         self._closed = False
         self._step = state["step"]
         self._before = None
-        self._taken = {stream: state["streams"][str(stream)] for stream in self._hosted}
-        for stream, part in self._taken.items():
+        self._taken = Taken({stream: state["streams"][str(stream)] for stream in self._hosted})
+        for stream, part in self._taken.states.items():
             documents, packer = self._streams[stream]
             documents.load(part)
             packer.last = part["last"]
@@ -151,19 +151,12 @@ class BatchFeed:
     @property
     def account(self) -> Account:
         """What the hosted streams met and did not train on, up to the last batch taken."""
-        total = Account()
-        for state in self._taken.values():
-            for source in state["sources"]:
-                total.update(Account(**source["account"]))
-        return total
+        return self._taken.account
 
     @property
     def epoch(self) -> int:
         """The furthest pass that a hosted stream has begun, counted from 0."""
-        addresses = (
-            source["address"] for state in self._taken.values() for source in state["sources"]
-        )
-        return max((address[1] for address in addresses if address), default=0)
+        return self._taken.epoch
 
     @property
     def sources(self) -> list[Source]:
@@ -183,7 +176,7 @@ class BatchFeed:
         for reader in self._readers:
             reader.close()
 
-    def _open_sources(self) -> tuple[list[Source], list[Keeps]]:
+    def _open_sources(self, opened: Mapping[str, Source]) -> tuple[list[Source], list[Keeps]]:
         config, fraction = self._config, self._config.validation_fraction
         own = self._validation and bool(config.validation_sources)
         chosen, section = config.sources, "sources"
@@ -199,7 +192,7 @@ class BatchFeed:
         keeps: list[Keeps] = []
         for index, source in enumerate(chosen):
             key = f"data.{section}[{index}]"
-            sources.append(open_source(source, key, config.streams))
+            sources.append(opened.get(key) or open_source(source, key, config.streams))
             keeps.append(
                 partial(_in_split, f"{self._seed} {key}", fraction, self._validation)
                 if split
@@ -222,7 +215,7 @@ class BatchFeed:
             for source, block_rows in zip(self._sources, self._block_rows, strict=True)
         ]
         self._streams = {stream: self._build_stream(stream) for stream in self._hosted}
-        self._taken = {stream: self._state(stream) for stream in self._hosted}
+        self._taken = Taken({stream: self._state(stream) for stream in self._hosted})
 
     def _build_stream(self, stream: int) -> tuple[DocumentStream, Packer]:
         parts = [
@@ -273,14 +266,20 @@ class BatchFeed:
             changed = [key for key in changed if "sources[" not in key]
         if changed:
             details = "; ".join(
-                f"{key} was {saved.get(key, 'not there')} and is {own.get(key, 'not there')}"
+                f"{key} was {_readable(key, saved)} and is now {_readable(key, own)}"
                 for key in changed
             )
             raise DataError(
-                f"the data is not that of the checkpoint: {details}. (In brackets: a hash of the "
-                "names and sizes of a source's files, of a tokenizer's content.) Restore it, or "
-                "begin a new run with another train.run_dir."
+                f"the checkpoint was trained on other data: {details}. Restore that, or start a "
+                "new run with another train.run_dir."
             )
+
+
+def _readable(key: str, identity: State) -> str:
+    """A value for people: of a hash its beginning, and what it is of."""
+    subject = "the content" if key == "data.tokenizer" else "names and sizes"
+    value = str(identity.get(key, "not there"))
+    return re.sub(r"\(([0-9a-f]{12})[0-9a-f]+\)", rf"(hash of {subject}: \1)", value)
 
 
 def merge_states(states: Sequence[State]) -> State:
@@ -291,30 +290,6 @@ def merge_states(states: Sequence[State]) -> State:
     streams = {stream: part for state in states for stream, part in state["streams"].items()}
     assert len(streams) == first["identity"]["data.streams"], sorted(streams)
     return first | {"streams": dict(sorted(streams.items(), key=lambda item: int(item[0])))}
-
-
-def _notes(sources: Sequence[Source]) -> Iterator[str]:
-    """Files with several names, and files that are in several sources."""
-    owners: dict[tuple[int, int], Source] = {}
-    for source in sources:
-        found = source.found
-        if found is None:
-            continue
-        if found.repeats:
-            yield (
-                f"{source.key}.path: passed over {len(found.repeats):,} further name(s) of files "
-                f"that are read already, such as {shown(found.repeats[0])}."
-            )
-        shared = [file for file in found.files if file.identity in owners]
-        if shared:
-            other = owners[shared[0].identity]
-            yield (
-                f"{source.key}.path: {len(shared):,} of its files, such as "
-                f"{shown(shared[0].path)}, are in {other.key} too, and are read for both."
-            )
-        owners.update(
-            {file.identity: source for file in found.files if file.identity not in owners}
-        )
 
 
 def _every_row(file: int, row: int) -> bool:

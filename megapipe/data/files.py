@@ -4,6 +4,7 @@
 and follows a link to a directory above it 40 times.
 """
 
+import errno
 import fnmatch
 import os
 import re
@@ -53,7 +54,7 @@ class Found:
         return sum(file.size for file in self.files)
 
     def __str__(self) -> str:
-        return f"{len(self.files):,} file{'s'[: len(self.files) > 1]}, {self.size:,} bytes"
+        return f"{len(self.files):,} file{'' if len(self.files) == 1 else 's'}, {self.size:,} bytes"
 
 
 def file_format(path: Path) -> str | None:
@@ -72,19 +73,18 @@ def find_files(pattern: str, key: str) -> Found:
     named = f'{key} = "{shown(pattern)}"'
     if "\0" in pattern:
         raise DataError(f"{named} has a NUL character, which no path can have.")
+    if not pattern:
+        raise DataError(f"{named} is empty; name a file or a glob.")
     if os.path.isdir(pattern):
         raise DataError(
             f"{named} is a directory; name files in it, as in "
             f'"{shown(pattern).rstrip("/")}/**/*.txt".'
         )
     names = {pattern} if os.path.lexists(pattern) else set(_match(pattern, named))
-    found = _each_once(sorted(map(Path, names)), named, entered="**" in pattern.split("/"))
+    found = _each_once(sorted(map(Path, names)), named)
     if not found.files:
         hint = " In a glob, a [ that is part of a name is written [[]." if "[" in pattern else ""
-        raise DataError(
-            f"{named} matches no file (looked from {_here()}); correct the path or quote the glob."
-            f"{hint}"
-        )
+        raise DataError(f"{named} matches no file (looked from {_here()}); correct the path.{hint}")
     return found
 
 
@@ -95,7 +95,7 @@ def files_below(directory: Path, key: str) -> Found:
         entry for d in _directories(str(directory), named, True) for entry in _list(d, named)
     )
     paths = sorted(path for path in map(Path, entries) if file_format(path))
-    return _each_once(paths, named, entered=True)
+    return _each_once([path for path in paths if not path.is_dir()], named)
 
 
 def open_unchanged(path: Path, size: int | None) -> BinaryIO:
@@ -169,38 +169,52 @@ def _expand(base: str, parts: list[str], named: str) -> Iterator[str]:
         found = [
             path
             for path in _list(base, named)
-            if matches(name := os.path.basename(path)) and name.startswith(".") <= (part[0] == ".")
+            if matches(name := os.path.basename(path)) and _may_be_hidden(name, part)
         ]
     for path in found:
+        if rest and os.path.islink(path):
+            _stat(Path(path), named)  # raises where it leads nowhere
         if rest:
             yield from _expand(path, rest, named)
         elif _lexists(path, named):
             yield path
 
 
+def _may_be_hidden(name: str, part: str) -> bool:
+    """Whether `part` of a pattern can match `name`: hidden names only if it has the dot."""
+    return part.startswith(".") or not name.startswith(".")
+
+
 def _directories(base: str, named: str, hidden: bool) -> Iterator[str]:
     """`base` and the directories below it; each real one once, so that links can't make loops."""
-    entered: set[tuple[int, int]] = set()
+    entered: set[str] = set()
     waiting = [base]
     while waiting:
         directory = waiting.pop()
-        identity = _directory_identity(directory or ".")
+        identity = _real_directory(directory or ".", named)
         if identity is None or identity in entered:
             continue
         entered.add(identity)
         yield directory
-        names = [name for name in _list(directory, named) if os.path.isdir(name)]
-        waiting += [
-            name for name in reversed(names) if hidden or not os.path.basename(name).startswith(".")
+        names = [
+            name
+            for name in _list(directory, named)
+            if (hidden or not os.path.basename(name).startswith(".")) and _is_directory(name, named)
         ]
+        waiting += reversed(names)
 
 
-def _directory_identity(path: str) -> tuple[int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
+def _is_directory(path: str, named: str) -> bool:
+    """Raises DataError where that can't be known: a link that leads nowhere, a locked directory."""
+    return stat.S_ISDIR(_stat(Path(path), named).st_mode)
+
+
+def _real_directory(path: str, named: str) -> str | None:
+    """The path without links. Inode numbers would not do: some network disks give them twice."""
+    if not _lexists(path, named):
         return None
-    return (found.st_dev, found.st_ino) if stat.S_ISDIR(found.st_mode) else None
+    found = _stat(Path(path), named)
+    return os.path.realpath(path) if stat.S_ISDIR(found.st_mode) else None
 
 
 def _list(directory: str, named: str) -> list[str]:
@@ -229,15 +243,17 @@ def _lexists(path: str, named: str) -> bool:
 # --- What the names stand for --------------------------------------------------------------------
 
 
-def _each_once(paths: list[Path], named: str, *, entered: bool) -> Found:
-    """The regular files among `paths`. `entered`: what lies in directories is among them too."""
+def _each_once(paths: list[Path], named: str) -> Found:
+    """The regular files among `paths`. A directory with a file's name is an error, unless something
+    in it is among the paths too."""
+    entered = {parent for path in paths for parent in path.parents}
     files: list[FoundFile] = []
     repeats: list[Path] = []
-    known: set[tuple[int, int]] = set()
+    known: dict[tuple[int, int], Path] = {}
     for path in paths:
         found = _stat(path, named)
         if stat.S_ISDIR(found.st_mode):
-            if file_format(path) and not entered:
+            if file_format(path) and path not in entered:
                 raise DataError(
                     f'{named}: {shown(path)} is a directory; name the files in it, as in "'
                     f'{shown(path)}/*", or match only files.'
@@ -249,10 +265,11 @@ def _each_once(paths: list[Path], named: str, *, entered: bool) -> Found:
                 "its data more than once: write it to a file, or match only files."
             )
         identity = (found.st_dev, found.st_ino)
-        if identity in known:
+        first = known.setdefault(identity, path)
+        # Some network disks give an inode number twice: it alone does not make a repeat.
+        if first is not path and (found.st_nlink > 1 or path.resolve() == first.resolve()):
             repeats.append(path)
             continue
-        known.add(identity)
         files.append(FoundFile(path, found.st_size, identity))
     return Found(tuple(files), tuple(repeats))
 
@@ -261,10 +278,10 @@ def _stat(path: Path, named: str) -> os.stat_result:
     try:
         return path.stat()
     except OSError as error:
-        if path.is_symlink():
+        if error.errno in (errno.ENOENT, errno.ELOOP) and path.is_symlink():
             raise DataError(
                 f"{named}: {shown(path)} is a link to {shown(path.readlink())}, which leads to no "
-                "file. Mend or remove it."
+                "file. Repair or remove the link."
             ) from error
         raise DataError(f"{named}: {shown(path)} can't be read: {reason(error)}") from error
 

@@ -120,8 +120,8 @@ class TextFile:
                     yield NoRows(), end
         except MemoryError as error:
             raise DataError(
-                f"{self.name}: there is not enough memory to decompress it ({error}). It was "
-                "compressed with a long window: compress it anew with zstd --long=27 or less."
+                f"{self.name}: there is not enough memory to read it. Use fewer data.streams, or "
+                "a machine with more memory."
             ) from error
         except OSError as error:
             raise DataError(f"{self.name}: can't be read: {error.strerror or error}.") from error

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ class HuggingFaceTokenizer:
         self.ids: Sequence[int] = sorted(ids)
         self.vocab_size: int = self.ids[-1] + 1
         self.end_of_document, self.end_of_document_from, named_by = self._find_end_of_document()
-        kept = _companions(path)
+        kept = {name: file for name, file in _companions(path).items() if file.is_file()}
         if named_by != "config.json":
             kept.pop("config.json", None)  # of a model, and here only for its end token
         self.files: Mapping[str, Path] = {"tokenizer.json": path} | kept
@@ -107,7 +108,8 @@ class HuggingFaceTokenizer:
             number = _read(beside, name).get("eos_token_id")
             if number is not None:
                 id_ = self._checked_id(number, beside[name])
-                return id_, f"{self._named(id_)}, eos_token_id of {beside[name]}", name
+                first = "first " if isinstance(number, list) and len(number) > 1 else ""
+                return id_, f"{self._named(id_)}, {first}eos_token_id of {beside[name]}", name
         for token in END_OF_DOCUMENT_NAMES:
             if (found := self.engine.token_to_id(token)) is not None:
                 return found, f"{self._named(found)}, by its name", ""
@@ -123,7 +125,9 @@ class HuggingFaceTokenizer:
         content = token.get("content") if isinstance(token, dict) else token
         id_ = self.engine.token_to_id(content) if isinstance(content, str) else None
         if id_ is None:
-            known = [one for one in END_OF_DOCUMENT_NAMES if self.engine.token_to_id(one)]
+            known = [
+                one for one in END_OF_DOCUMENT_NAMES if self.engine.token_to_id(one) is not None
+            ]
             such_as = f", such as {known[0]!r}" if known else ""
             raise DataError(
                 f'{where}: "eos_token" is {content!r}, which is not a token of {self.path}; write '
@@ -168,7 +172,7 @@ def _check_exact(path: Path, tree: Mapping[str, Any], engine: Any) -> None:
             raise DataError(
                 f"{path} gives its added token {content!r} the number {number}, and the tokenizers "
                 f"library makes that {given}: added tokens follow the vocabulary without a gap. "
-                "Number it so."
+                f"Give it the number {given}."
             )
 
 
@@ -192,11 +196,15 @@ def _config_beside(path: Path) -> Path:
 
 
 def _companions(path: Path) -> dict[str, Path]:
-    """Files about the tokenizer that are there, by the names they have beside a tokenizer.json."""
+    """Files about the tokenizer that are there, by the names they have beside a tokenizer.json.
+
+    A link that leads nowhere is among them: reading it is an error, and its end token is not
+    replaced by another in silence.
+    """
     beside = {"tokenizer_config.json": _config_beside(path)}
     if path.name == "tokenizer.json":
         beside |= {name: path.with_name(name) for name in (*BY_TOKEN, *BY_NUMBER)}
-    return {name: file for name, file in beside.items() if file.is_file()}
+    return {name: file for name, file in beside.items() if os.path.lexists(file)}
 
 
 def _read(beside: Mapping[str, Path], name: str) -> Mapping[str, Any]:
@@ -204,6 +212,9 @@ def _read(beside: Mapping[str, Path], name: str) -> Mapping[str, Any]:
     if name not in beside:
         return {}
     path = beside[name]
+    if not path.is_file():
+        leads = f"a link to {os.readlink(path)}, which" if path.is_symlink() else "there and"
+        raise DataError(f"{path} is {leads} is not a file; repair or remove it.")
     try:
         content = path.read_bytes()
     except OSError as error:

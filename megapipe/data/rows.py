@@ -10,7 +10,7 @@ from megapipe.data.formats import DAMAGED, NoRows, RowFile, Unreadable
 from megapipe.errors import DataError
 
 SHOWN = 5
-"""So many bad rows are reported one by one; then the count is, each time it has doubled."""
+"""The first bad rows, each of which is reported; then the count is, whenever it has doubled."""
 
 
 MAX_NUL_SHARE = 0.01
@@ -47,6 +47,13 @@ class Account:
         self.skipped_bytes += other.skipped_bytes
         self.unreadable_bytes += other.unreadable_bytes
         self.empty_rows += other.empty_rows
+
+    def subtract(self, other: "Account") -> None:
+        """Undo `update`."""
+        self.skipped.subtract(other.skipped)
+        self.skipped_bytes -= other.skipped_bytes
+        self.unreadable_bytes -= other.unreadable_bytes
+        self.empty_rows -= other.empty_rows
 
     def state(self) -> dict[str, Any]:
         """JSON, from which Account(**state) is the same again."""
@@ -120,15 +127,16 @@ def too_many_bad_rows(skipped: int, limit: int) -> DataError | None:
     if skipped <= limit:
         return None
     return DataError(
-        f"{skipped} bad rows were met, more than data.max_bad_rows = {limit} allows. Mend the "
+        f"{skipped} bad rows were met, more than data.max_bad_rows = {limit} allows. Repair the "
         "files that the messages above name, or raise data.max_bad_rows."
     )
 
 
 class BadRows:
-    """Counts the rows that one reader has skipped, reports them, and stops above the limit."""
+    """Counts the rows that one reader has skipped, reports them, and stops above the limit, if
+    there is one."""
 
-    def __init__(self, limit: int, say: Callable[[str], None]) -> None:
+    def __init__(self, limit: int | None, say: Callable[[str], None]) -> None:
         self.limit = limit
         self.counts: Counter[str] = Counter()
         self._say = say
@@ -143,19 +151,20 @@ class BadRows:
         reported, since much text may be lost with that row."""
         reason = error.reason
         self.counts[reason] += 1
-        if self.total > self.limit:
+        if self.limit is not None and self.total > self.limit:
             others = f" ({self.summary()})" if self.total > 1 else ""
             raise DataError(
                 f"{file}, row {row}: {error}. That is more than data.max_bad_rows = {self.limit} "
-                f"allows{others}. Mend {key}.path, or raise data.max_bad_rows to skip such rows."
+                f"allows{others}. Repair {key}.path, or raise data.max_bad_rows to skip such rows."
             )
         if self.total <= SHOWN or reason == DAMAGED:
             self._say(f"{file}, row {row}: skipped: {error}")
         elif self.total == self._next_summary:
             self._next_summary *= 2
+            limit = "" if self.limit is None else f"; data.max_bad_rows = {self.limit}"
             self._say(
                 f"{self.total} rows skipped so far: {self.summary()}; the newest is {file}, "
-                f"row {row}; data.max_bad_rows = {self.limit}"
+                f"row {row}{limit}"
             )
 
     def restore(self, counts: Counter[str]) -> None:

@@ -7,9 +7,10 @@ the corpus.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-from megapipe.data.files import COMPRESSED, FoundFile, file_format
+from megapipe.data.files import COMPRESSED, FoundFile, file_format, open_unchanged
 from megapipe.data.formats import RowFile
 from megapipe.data.rows import BadRowError, row_text
 from megapipe.data.sources import Source
@@ -20,6 +21,10 @@ SAMPLE_BYTES = 256 << 10
 """Of all sources together."""
 LEAST_BYTES = 4 << 10
 """Of one source, however many there are."""
+MOST_ROWS = 4096
+"""Of one file: rows without text are passed over, and a file may have nothing else."""
+MOST_STORED = 64
+"""How many times the size of its sample is read of a file, but at least one row."""
 FILES = 4
 """With text, per source: opening each costs a few milliseconds, more on a network disk."""
 TRIES = 16
@@ -108,7 +113,11 @@ def _parts(source: Source, file: RowFile, size: int) -> list[_Part]:
     """Texts of the first rows, about `size` bytes in all. A long one is represented by two parts,
     its beginning and what follows its middle."""
     found: list[_Part] = []
-    for raw, _ in file.rows(0, 0):
+    read, most_stored = 0, size * MOST_STORED
+    for raw, end in islice(file.rows(0, 0), MOST_ROWS):
+        if read > most_stored:
+            break
+        read = end
         try:
             text = row_text(file, raw, source.config.text_field)
         except BadRowError:  # the feed counts and reports it
@@ -136,7 +145,8 @@ def _row_count(file: FoundFile) -> int:
     from pyarrow.parquet import read_metadata
 
     try:
-        rows: int = read_metadata(file.path).num_rows
+        with open_unchanged(file.path, file.size) as opened:
+            rows: int = read_metadata(opened).num_rows
     except (OSError, ArrowException):  # the feed reports it
         return 0
     return rows

@@ -24,10 +24,14 @@ class SentencePieceTokenizer:
         self._content = content
         try:
             if not content:
-                raise RuntimeError("it is empty")
+                raise RuntimeError  # sentencepiece takes it for a model
             self.processor = sentencepiece.SentencePieceProcessor(model_proto=content)
-        except RuntimeError as error:
-            raise DataError(f"{path} is not a sentencepiece model ({error}).") from None
+        except RuntimeError:
+            empty = "" if content else " (it is empty)"
+            raise DataError(
+                f"{path} is not a sentencepiece model{empty}. Name a .model file, or a "
+                "tokenizer.json of Hugging Face's tokenizers."
+            ) from None
         self.vocab_size: int = self.processor.vocab_size()
         self.ids: Sequence[int] = range(self.vocab_size)
         self.end_of_document: int = self.processor.eos_id()

@@ -1,7 +1,8 @@
 """A source of the blend: its files in order, and what one row of it is."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,6 +29,8 @@ from megapipe.files import shown
 HUB = "hf://"
 SEGMENTS_PER_STREAM = 4
 MIN_SEGMENT_BYTES = 8 << 10
+LOOKERS = 16
+"""Threads that look into files at the start."""
 
 Keeps = Callable[[int, int], bool]
 """Whether row (file, row number) belongs to the split that is read."""
@@ -72,12 +75,24 @@ def open_found(found: Found, config: SourceConfig, key: str, streams: int) -> So
     digest = xxhash.xxh3_64(f"{config.text_field} {config.documents} {segment}".encode())
     for path, size, _ in found.files:
         digest.update(f"\n{path.name} {size}".encode(errors="surrogateescape"))
-    files = tuple(_row_file(file, config, key, segment) for file in found.files)
+    files = tuple(_row_files(found.files, partial(_row_file, config, key, segment)))
     fingerprint = f"{len(files)} file(s) of {found.size:,} bytes ({digest.hexdigest()})"
     return Source(key, config, files, fingerprint, unfolded, found)
 
 
-def _row_file(file: FoundFile, config: SourceConfig, key: str, segment: int) -> RowFile:
+def _row_files(
+    files: Sequence[FoundFile], look: Callable[[FoundFile], RowFile]
+) -> Iterator[RowFile]:
+    """Looks into several files at a time, since a network disk may take long for each. Of several
+    errors it raises that of the first file."""
+    share = 1 + len(files) // (4 * LOOKERS)
+    parts = [files[first : first + share] for first in range(0, len(files), share)]
+    with ThreadPoolExecutor(LOOKERS) as pool:
+        for part in pool.map(lambda part: list(map(look, part)), parts):
+            yield from part
+
+
+def _row_file(config: SourceConfig, key: str, segment: int, file: FoundFile) -> RowFile:
     """How a file is read, once its first bytes have been looked at."""
     path, size, _ = file
     form = file_format(path) if config.format == "auto" else config.format
@@ -136,6 +151,35 @@ def _hub_source(config: SourceConfig, key: str) -> Source:
     )
     digest = xxhash.xxh3_64(f"{config.path} {config.text_field} {shards}".encode())
     return Source(key, config, files, f"{shards} shard(s) ({digest.hexdigest()})", None)
+
+
+def repeated_files(
+    sources: Sequence[Source], name: Callable[[Source], str] = lambda source: f"{source.key}.path"
+) -> Iterator[str]:
+    """Lines about files with several names, and about files that are in several sources.
+
+    `name` is what people know a source by.
+    """
+    owners: dict[tuple[int, int], Source] = {}
+    for source in sources:
+        found = source.found
+        if found is None:
+            continue
+        if found.repeats:
+            yield (
+                f"{name(source)}: passed over {len(found.repeats):,} further name(s) of files that "
+                f"are read already, such as {shown(found.repeats[0])}."
+            )
+        shared = [file for file in found.files if file.identity in owners]
+        if shared:
+            other = owners[shared[0].identity]
+            yield (
+                f"{name(source)}: {len(shared):,} of its files, such as "
+                f"{shown(shared[0].path)}, are in {name(other)} too, and are read for both."
+            )
+        owners.update(
+            {file.identity: source for file in found.files if file.identity not in owners}
+        )
 
 
 def check_source(

@@ -4,6 +4,8 @@ Local tables are read with pyarrow, from the very file and without any other. `d
 the name for a pattern and ask a server on the network at each opening; it reads the hub.
 """
 
+import gzip
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,14 +44,15 @@ class LocalTable:
         with open_unchanged(self.path, self.size) as file:
             try:
                 schema = _schema(file, self.form)
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
                 _raise_failure(self.name, error)
                 return
         names = schema.names.count(self.column)
         if names == 0:
             raise DataError(
-                f"{self.name}: there is no column {self.column!r}; set text_field of this source "
-                f"to one of {', '.join(schema.names)}, or take the file out of it."
+                f"{self.name}: there is no column {self.column!r}. Set text_field of this source "
+                f"to the column with the text (there are: {', '.join(schema.names)}), or take the "
+                "file out of it."
             )
         if names > 1:
             raise DataError(f"{self.name}: {names} columns are called {self.column!r}; rename one.")
@@ -67,19 +70,17 @@ class LocalTable:
         """
         import pyarrow as pa
 
-        number, total = row, None
+        number, read = row, _Read()
         with open_unchanged(self.path, self.size) as file:
             try:
-                total, batches = _batches(file, self.form, self.column, row)
-                for values in batches:
+                for values in _batches(file, self.form, self.column, row, read):
                     for value in values:
                         number += 1
                         yield value, 0
-            except (pa.ArrowException, OSError) as error:
+            except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
                 check_unchanged(file, self.path, self.size)
                 _raise_failure(self.name, error)
-                size = file.seek(0, 2)
-                yield _damage(error, number, total, size), 0
+                yield _damage(error, number, read, file.seek(0, 2)), 0
                 return
             check_unchanged(file, self.path, self.size)
         if number == 0:
@@ -97,21 +98,26 @@ class HubShard:
     seekable: bool = False
 
     def rows(self, row: int, offset: int) -> Iterator[Raw]:
-        """Rows from `row` on. Raises DataError where the hub or the network fails."""
-        import pyarrow as pa
-        from datasets.exceptions import DatasetsError
+        """Rows from `row` on. Raises DataError where the hub or the network fails.
 
+        Only what decoders raise counts as damage. The rest is a failure, whatever its type: each
+        back end of `datasets` has errors of its own for the network, ValueErrors among them.
+        """
+        import pyarrow as pa
+
+        damage = (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeDecodeError, EOFError, zlib.error)
         try:
             for table in self.open().skip(row).with_format("arrow").iter(batch_size=BATCH_ROWS):
-                for value in _values(table[self.column]):
-                    yield value, 0
-        except (ValueError, pa.ArrowTypeError, EOFError) as error:
+                for chunk in table[self.column].chunks:
+                    for value in _values(chunk):
+                        yield value, 0
+        except (*damage, gzip.BadGzipFile) as error:
             yield Unreadable(DAMAGED, first_line(error)), 0
         except KeyError:
             raise DataError(
                 f"{self.name}: there is no column {self.column!r}; set text_field of this source."
             ) from None
-        except (OSError, DatasetsError) as error:
+        except Exception as error:
             raise DataError(f"{self.name}: can't be read: {first_line(error)}.") from error
 
 
@@ -121,20 +127,49 @@ def first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
+@dataclass
+class _Read:
+    """What is known of a table before it ends or is damaged.
+
+    `rows` it has in all, 0 where its format doesn't say; its `good_bytes` lie in front of damage.
+    """
+
+    opened: bool = False
+    rows: int = 0
+    good_bytes: int = 0
+
+
 def _raise_failure(name: str, error: Exception) -> None:
-    """Raises DataError for a failure of the disk. pyarrow's OSErrors of damage have no number."""
+    """Raises DataError for what is not the file's fault: the disk, memory, limits of pyarrow.
+
+    pyarrow's OSErrors of damage have no number.
+    """
+    import pyarrow as pa
+
     if isinstance(error, OSError) and error.errno is not None:
         raise DataError(f"{name}: can't be read: {reason(error)}") from error
+    if isinstance(error, MemoryError):
+        raise DataError(
+            f"{name}: there is not enough memory to read it ({first_line(error)}). Write it anew "
+            "with smaller batches; if it is damaged, take it out of this source."
+        ) from error
+    if isinstance(error, pa.ArrowNotImplementedError):
+        raise DataError(
+            f"{name}: pyarrow can't read it ({first_line(error)}). Write it anew with plain "
+            "strings; if it is damaged, take it out of this source."
+        ) from error
 
 
-def _damage(error: Exception, number: int, total: int | None, size: int) -> Unreadable:
-    if total is None:
-        lost = f"none of its {size:,} bytes can be read"
-        return Unreadable(DAMAGED, f"{lost} ({first_line(error)})", file_bytes=size)
-    lost = f"its rows from {number + 1:,} on can't be read"
-    if total > 0:
-        lost = f"{total - number:,} of its {total:,} rows can't be read"
-    return Unreadable(DAMAGED, f"{lost} ({first_line(error)})")
+def _damage(error: Exception, number: int, read: _Read, size: int) -> Unreadable:
+    bytes_lost = 0
+    if not read.opened:
+        bytes_lost, lost = size, f"none of its {size:,} bytes can be read"
+    elif read.rows > 0:
+        lost = f"{read.rows - number:,} of its {read.rows:,} rows can't be read"
+    else:
+        bytes_lost = size - read.good_bytes
+        lost = f"{bytes_lost:,} bytes with its rows from {number + 1:,} on can't be read"
+    return Unreadable(DAMAGED, f"{lost} ({first_line(error)})", file_bytes=bytes_lost)
 
 
 def _schema(file: BinaryIO, form: str) -> Any:
@@ -147,15 +182,16 @@ def _schema(file: BinaryIO, form: str) -> Any:
 
 
 def _batches(
-    file: BinaryIO, form: str, column: str, row: int
-) -> tuple[int, Iterator[list[object]]]:
-    """How many rows there are (0: the format doesn't say), and those from `row` on in batches."""
+    file: BinaryIO, form: str, column: str, row: int, read: _Read
+) -> Iterator[list[object]]:
+    """The values of rows from `row` on. Tells `read` what it learns of the file."""
     if form == "parquet":
         from pyarrow.parquet import ParquetFile
 
         table = ParquetFile(file)
-        return table.metadata.num_rows, _parquet_batches(table, column, row)
-    return 0, _arrow_batches(file, column, row)
+        read.opened, read.rows = True, table.metadata.num_rows
+        return _parquet_batches(table, column, row)
+    return _arrow_batches(file, column, row, read)
 
 
 def _parquet_batches(table: Any, column: str, row: int) -> Iterator[list[object]]:
@@ -173,30 +209,56 @@ def _parquet_batches(table: Any, column: str, row: int) -> Iterator[list[object]
             yield _values(batch.column(batch.schema.get_field_index(column)).slice(skipped))
 
 
-def _arrow_batches(file: BinaryIO, column: str, row: int) -> Iterator[list[object]]:
+def _arrow_batches(file: BinaryIO, column: str, row: int, read: _Read) -> Iterator[list[object]]:
     """Of the file format (random access) and the stream format, which `datasets` writes."""
     import pyarrow as pa
 
     index = _schema(file, "arrow").get_field_index(column)
     file.seek(0)
     options = pa.ipc.IpcReadOptions(included_fields=[index], use_threads=False)
-    for batch in _record_batches(file, options):
-        values = batch.column(0)
+    for batch in _record_batches(file, options, read):
+        values = _validated(batch.column(0))
+        read.good_bytes = max(read.good_bytes, file.tell())
         skipped = min(row, len(values))
         row -= skipped
         for start in range(skipped, len(values), BATCH_ROWS):
             yield _values(values.slice(start, BATCH_ROWS))
 
 
-def _record_batches(file: BinaryIO, options: Any) -> Iterator[Any]:
+def _record_batches(file: BinaryIO, options: Any, read: _Read) -> Iterator[Any]:
     import pyarrow as pa
 
     if not _is_ipc_file(file):
-        yield from pa.ipc.open_stream(file, options=options)
+        stream = pa.ipc.open_stream(file, options=options)
+        read.opened = True
+        yield from stream
         return
     reader = pa.ipc.open_file(file, options=options)
+    read.opened = True
     for index in range(reader.num_record_batches):
         yield reader.get_batch(index)
+
+
+def _validated(values: Any) -> Any:
+    """The same values, of type binary where they were strings. Raises ArrowInvalid for damage.
+
+    The reader of Arrow files believes their offsets and indices: those of a damaged file point
+    outside of the memory that holds it. Whether strings are UTF-8 is judged row by row, later.
+    """
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(values.type):
+        words = _words(_validated(values.dictionary))
+        values.indices.validate(full=True)
+        return pa.DictionaryArray.from_arrays(values.indices, words)  # checks their range
+    binary = {
+        pa.string(): pa.binary(),
+        pa.large_string(): pa.large_binary(),
+        pa.string_view(): pa.binary_view(),
+    }
+    values = values.view(binary.get(values.type, values.type))
+    values.validate(full=True)
+    return values
 
 
 def _is_ipc_file(file: BinaryIO) -> bool:
@@ -226,8 +288,15 @@ def _values(values: Any) -> list[object]:
     import pyarrow as pa
 
     if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
+        values = _words(values.dictionary).take(values.indices)
     if _is_text(values.type):
         values = values.cast(pa.large_binary())
     found: list[object] = values.to_pylist()
     return found
+
+
+def _words(dictionary: Any) -> Any:
+    """A dictionary's values in a type that indices can choose from, which views are not."""
+    import pyarrow as pa
+
+    return dictionary.cast(pa.large_binary()) if _is_text(dictionary.type) else dictionary

@@ -55,12 +55,14 @@ class TextCheck:
             )
         if self.changed:
             parts.append(
-                f"{self.texts - self.exact:,} of {self.texts:,} texts come back changed "
+                f"{self.texts - self.exact:,} of {self.texts:,} texts decode to something else "
                 f"({name_characters(self.changed)})"
             )
         elif self.exact < self.texts and not self.unknown:
-            parts.append(f"{self.texts - self.exact:,} of {self.texts:,} texts come back changed")
-        return "; ".join(parts) or "all of it comes back exactly"
+            parts.append(
+                f"{self.texts - self.exact:,} of {self.texts:,} texts decode to something else"
+            )
+        return "; ".join(parts) or "all of it decodes to the same text"
 
 
 def check_texts(tokenizer: Tokenizer, texts: Iterable[str]) -> TextCheck:

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapipe.mesh import COLLECTIVE_TIMEOUT, Mesh, split_world
+from megapipe.mesh import COLLECTIVE_TIMEOUT, Mesh
 from megapipe.shared_memory.connect import Pair, connect_pairs
 
 UNDER_WAY = 2
@@ -149,7 +149,7 @@ def pair_groups(mesh: Mesh) -> dict[Pair, dist.ProcessGroup]:
             for data in range(mesh.data.size)
             for tensor in range(mesh.tensor.size)
         ]
-        group = split_world(f"pipeline_{source}_to_{destination}", pairs).group
+        group = mesh.split(f"pipeline_{source}_to_{destination}", pairs).group
         if group is not None:
             groups[source, destination] = group
     return groups

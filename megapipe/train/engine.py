@@ -1,8 +1,10 @@
 """One rank's share of a training step: its stages, buffers, optimizer and pipeline program."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from megapipe.data_parallel.buffer import build_buffers
 from megapipe.data_parallel.reduce import local_squared_norm, reduce_gradients
 from megapipe.errors import MegapipeError
 from megapipe.kernel_choice import wanted_kernels
-from megapipe.mesh import Mesh
+from megapipe.mesh import COLLECTIVE_TIMEOUT, Mesh, set_group_timeout
 from megapipe.microbatch import IGNORED_TARGET, MicroBatch
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import Channels, make_channels
@@ -41,7 +43,7 @@ class NonFiniteError(MegapipeError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step tells, the same on every rank."""
+    """The result of a step, the same on every rank."""
 
     loss: float  # mean over all targets of the global batch
     grad_norm: float  # before clipping
@@ -81,6 +83,7 @@ class Engine:
         self.backend = wanted_kernels(config, on_gpu=mesh.device.type == "cuda").kernels
         self.optimizer = Optimizer(self.buffers, config.optimizer, self.backend)
         self._channels = channels or make_channels(mesh)
+        self._timeout = COLLECTIVE_TIMEOUT
         placement = stage_placement(config)
         self.program = lowered_program(config)
         forwards = lower(forward_program(placement, microbatches(config)))
@@ -148,6 +151,22 @@ class Engine:
         loss, tokens, _, unready = self._sum_over_world(losses, batches, more=[float(not ready)])
         return None if unready else (loss, int(tokens))
 
+    def wait_at_most(self, timeout: timedelta) -> None:
+        """Have operations between ranks fail, from now on, where one has to wait for longer."""
+        self._timeout = timeout
+        for group in self.mesh.groups:
+            set_group_timeout(group, timeout)
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        """For work that may take a rank long, such as a save: as patient as at the start."""
+        before = self._timeout
+        self.wait_at_most(max(before, COLLECTIVE_TIMEOUT))
+        try:
+            yield
+        finally:
+            self.wait_at_most(before)
+
     def zero_gradients(self) -> None:
         for buffer in self.buffers:
             buffer.gradients.zero_()
@@ -202,7 +221,8 @@ class Engine:
                 totals[1] += (batch.targets_BS != IGNORED_TARGET).sum()
         if squared_norm is not None and self.mesh.data.is_first:
             totals[2] = squared_norm
-        # The one place in a step where the host waits for the device.
+        # The one place where a step reads from the device. The host has waited once before it, in
+        # BubbleMeter.values, until the last action of the pipeline was done.
         sums: list[float] = all_reduce_(totals, self.mesh.world).tolist()
         self._bubble.synchronized()
         return sums

@@ -14,6 +14,7 @@ optimizer.decay_steps ends the decay earlier or warm-up fills the whole run.
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from megapipe.config.optimizer import OptimizerConfig
 from megapipe.config.problems import show
@@ -76,18 +77,17 @@ def course_change(then: Course, now: Course, step: int) -> str | None:
     `then` is the course of the checkpoint's run. The line names the first step that was found to
     differ, both rates, and what to set to keep the course.
     """
-    later = {turn for course in (then, now) for turn in course.turns if turn > step}
-    for place in [place for place in (step, *sorted(later)) if place < now.steps]:
+    for place in _places(then, now, step):
         before, after = then.rate(place), now.rate(place)
         if not math.isclose(before, after, rel_tol=1e-3):
             break
     else:
         return None
-    beyond = f", after the last of its {then.steps} steps" if place >= then.steps else ""
+    beyond = f" (its rate after its last step, {then.steps})" if place >= then.steps else ""
     keys = ", ".join(f"{key} = {value}" for key, value in keys_to_keep(then, now).items())
     line = (
-        f"The learning rate changes: step {place + 1} gets {after:.2e}, and by the checkpoint's "
-        f"config it was {before:.2e}{beyond}. To keep that, set {keys}."
+        f"The learning rate differs from the checkpoint's config: step {place + 1} gets "
+        f"{after:.2e} instead of {before:.2e}{beyond}. To keep that, set {keys}."
     )
     begin, _ = _decay(then.optimizer, then.steps)
     if then.optimizer.schedule == "wsd" and begin < step and now.steps > then.steps:
@@ -96,6 +96,19 @@ def course_change(then: Course, now: Course, step: int) -> str | None:
             "checkpoint before that (checkpoint.resume)."
         )
     return line
+
+
+def _places(then: Course, now: Course, step: int) -> list[int]:
+    """`step`, later turns of both courses, and the quarters between neighbours, in order.
+
+    Between turns a rate is constant, a line or half a cosine: where two courses differ there, they
+    differ at a quarter too, though they may agree at both ends and (line and cosine) in the middle.
+    """
+    turns = {step, *(turn for course in (then, now) for turn in course.turns if turn > step)}
+    places = set(turns)
+    for one, other in pairwise(sorted(turns)):
+        places |= {one + (other - one) * quarter // 4 for quarter in (1, 2, 3)}
+    return sorted(place for place in places if place < now.steps)
 
 
 def keys_to_keep(then: Course, now: Course) -> dict[str, str]:

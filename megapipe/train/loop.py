@@ -7,6 +7,7 @@ inside a step leaves weights that nobody can vouch for: it ends the run without 
 
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import NoReturn
 
 from megapipe.config import Config
@@ -36,6 +37,8 @@ class Run:
     progress: Progress
     flops_per_token: float
     timeline: TimelineWriter | None = None
+    first_step: int = 0
+    """The step from which this start goes on."""
     saved_step: int = 0
     """The step of the newest checkpoint that holds this run."""
 
@@ -46,7 +49,7 @@ def train(run: Run) -> Progress:
     The stop flag travels with the step's own reduction, so all ranks leave after the same step.
     """
     config, progress = run.config, run.progress
-    run.saved_step = progress.step
+    run.first_step = run.saved_step = progress.step
     run.stop.begin()
     while progress.step < config.train.steps:
         began = time.perf_counter()
@@ -66,6 +69,8 @@ def train(run: Run) -> Progress:
         progress = Progress(progress.step + 1, progress.tokens + result.tokens)
         seconds = time.perf_counter() - began
         run.stop.step_ended(seconds)
+        if progress.step == run.first_step + 1:  # which loads kernels, and connects ranks
+            run.engine.wait_at_most(timedelta(seconds=config.train.collective_timeout_seconds))
 
         validation = failure = None
         if _due(progress.step, config.train.validation_every, last=config.train.steps):
@@ -86,13 +91,18 @@ def train(run: Run) -> Progress:
 
 
 def save(run: Run, progress: Progress, *, last: bool) -> None:
-    """Write a checkpoint. One that can't be written (a full disk) is told, and tried again when the
-    next is due: older checkpoints are whole. The last one has to succeed: CheckpointError."""
+    """Write a checkpoint. One that can't be written (a full disk) is reported, and the next one is
+    tried when it is due: older checkpoints are whole. The last one has to succeed, or this raises
+    CheckpointError."""
     try:
-        with run.stop.saving():
+        with run.stop.saving(), run.engine.patient():
             path = run.checkpoints.save(progress, run.feed.state())
     except CheckpointError as error:
         if last:
+            error.add_note(
+                f"The steps after step {run.saved_step} are not saved. Remove the cause, then "
+                "start the same command again."
+            )
             raise
         run.loggers.event(f"NOT SAVED at step {progress.step}, training goes on: {error}")
     else:

@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Metrics:
-    """One optimizer step, as rank 0 tells it. None is a quantity that this step does not have."""
+    """One optimizer step, as rank 0 reports it. None is a quantity that this step does not have."""
 
     step: int  # optimizer steps taken, this one included
     loss: float  # mean over the targets of the global batch

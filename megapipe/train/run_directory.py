@@ -23,6 +23,7 @@ from megapipe.checkpoint.exchange import Peers
 from megapipe.checkpoint.steps import check_names, committed, has_manifest
 from megapipe.config import Config, difference, dump_config, parse_config, section_types
 from megapipe.config.save import write_text
+from megapipe.config.source import parse_source
 from megapipe.errors import CheckpointError, ConfigError, MegapipeError, explained
 from megapipe.files import reason, shown
 
@@ -174,7 +175,8 @@ def _config_at(place: Path, notes: list[str]) -> Config | None:
 
 
 def _resolved(path: Path, notes: list[str]) -> Config | None:
-    """The config that the last start wrote; None, and a note, where a crash has damaged the file.
+    """The config that the last start wrote; None, and a note, where it can't be used: a crash has
+    damaged the file, or its keys are of another version.
 
     That loses nothing: checkpoints hold the config too. Raises MegapipeError for a file that
     somebody else has written.
@@ -192,12 +194,23 @@ def _resolved(path: Path, notes: list[str]) -> Config | None:
         )
     try:
         return parse_config(text, str(path))
+    except ConfigError as error:
+        problem = f"can't be used: {error.problems[0]}"
+    if not text.startswith(HEADER) or not _is_toml(text):
+        problem = "is empty or damaged, as after a crash."
+    notes.append(
+        f"{path} {problem} Nothing is lost: the checkpoints hold the config too, and a start "
+        "writes the file anew."
+    )
+    return None
+
+
+def _is_toml(text: str) -> bool:
+    try:
+        parse_source(text, NAME)
     except ConfigError:
-        notes.append(
-            f"{path} is empty or damaged, as after a crash. Nothing is lost: the checkpoints hold "
-            "the config too, and a start writes the file anew."
-        )
-        return None
+        return False
+    return True
 
 
 def _in_checkpoint(path: Path) -> Config | None:
@@ -237,4 +250,4 @@ def _notes_on_path(resume: str, newest: Path, run_dir: Path, last: Config | None
 
 def _notes_on_changes(last: Config, config: Config) -> list[str]:
     changed = difference(last, config, [name for name in section_types() if name != "model"])
-    return [f"Changed since the last start: {'; '.join(changed)}."] if changed else []
+    return ["\n  ".join(["Changed since the last start:", *changed])] if changed else []

@@ -120,13 +120,14 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        for number in ASKING:
-            # None: not Python's; a profiler's timer, say.
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                self._previous[number] = signal.signal(number, self._ask)
+        handlers = {number: signal.getsignal(number) for number in ASKING}
+        # None: not Python's; a profiler's timer, say.
+        self._previous = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
+        for number in self._previous:  # last: whatever they get, the thread hears
+            signal.signal(number, self._ask)
         return self
 
     def __exit__(
@@ -175,8 +176,8 @@ class StopRequest:
         elif not self._told and not self._ended:
             self._told = True
             self.alive()
-            again = " Ctrl-C again leaves at once, without saving." * (number == signal.SIGINT)
-            self._say(f"{self.reason}: saving and leaving after this step.{again}")
+            again = " Ctrl-C again stops at once, without saving." * (number == signal.SIGINT)
+            self._say(f"{self.reason}: saving and stopping after the current step.{again}")
 
     def _look_at_the_clock(self, interrupted: float) -> None:
         now = time.monotonic()

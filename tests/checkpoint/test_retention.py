@@ -1,11 +1,15 @@
 """Stepping back over damaged checkpoints, and keeping the newest valid ones."""
 
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from megapipe.checkpoint import retention
 from megapipe.checkpoint.retention import newest_valid, prune
 from megapipe.checkpoint.steps import committed
+from megapipe.errors import CheckpointError
 from tests.checkpoint.samples import edit_manifest, leftovers, save_sample
 from tests.ranks import run_ranks
 
@@ -110,3 +114,29 @@ def test_ranks_share_the_reading_and_agree(tmp_path: Path) -> None:
     answers = run_ranks(find_together, 3, tmp_path)
     assert answers == [(alone, [paths[0]])] * 3
     assert list(committed(tmp_path)) == [3, 2]
+
+
+def _refuse(root: Path) -> NoReturn:
+    raise CheckpointError(f"{root} can't be read")
+
+
+def _refused_on_a_rank(root: Path) -> list[str]:
+    """The first rank alone looks, and can't."""
+    import torch.distributed as dist
+
+    where = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "group": None}
+    said = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retention, "committed", _refuse)
+        for look in (newest_valid, partial(prune, keep=1)):
+            with pytest.raises(CheckpointError) as caught:
+                look(root, **where)
+            said.append(str(caught.value))
+    return said
+
+
+def test_a_root_that_can_not_be_listed_is_told_on_all_ranks(tmp_path: Path) -> None:
+    first, second = run_ranks(_refused_on_a_rank, 2, tmp_path)
+    assert first == second
+    assert first[0].startswith("cannot list the checkpoints in ")
+    assert first[0].endswith(f"{tmp_path} can't be read")

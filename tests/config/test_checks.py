@@ -174,3 +174,12 @@ def test_limits_in_microbatches(word: str, value: float | None, tmp_path: Path) 
     config = load_config(write(tmp_path), [f"--parallel.activation_limit={word}"])
     assert config.parallel.activation_limit == value
     assert parse_config(dump_config(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("0.5", "must be 1.0 or more"), ("1e300", "must be 10000000.0 or less")],
+)
+def test_waiting_has_limits(tmp_path: Path, value: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=f"train.collective_timeout_seconds = .* {said}"):
+        load_config(write(tmp_path), ["--train.collective_timeout_seconds", value])

@@ -287,3 +287,23 @@ def test_a_file_whose_name_has_line_ends_is_told_in_one_line(tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"Did you mean .*x\\ny\.toml\?") as near:
         load_config(folder / "x\nz.toml")
     assert str(near.value).isprintable()
+
+
+DIGITS, BRACKETS = "9" * 5000, "[" * 3000 + "]" * 3000
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(DIGITS, "a number has more than 4,300 digits"), (BRACKETS, "brackets are nested too deep")],
+)
+def test_values_that_python_can_not_read(tmp_path: Path, value: str, said: str) -> None:
+    text = TEXT.replace("steps = 100", f"steps = {value}")
+    assert text != TEXT
+    assert problems(tmp_path, text=text) == [f"run.toml: can't be read: {said}."]
+    (problem,) = problems(tmp_path, f"--train.steps={value}")
+    assert "train.steps" in problem
+
+
+def test_an_index_of_thousands_of_digits(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, f"--data.sources.{DIGITS}.path=x")
+    assert "data.sources has no parts that could be set by name" in problem

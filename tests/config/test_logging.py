@@ -37,6 +37,8 @@ def test_a_number_or_text_in_the_file_and_on_the_command_line(tmp_path: Path) ->
         ("20-40", "is 21 steps, and ranks remember their last 8: write 20-27"),
         ("99-101", "is after the last step, train.steps = 100"),
         ("true", "logging.timeline = true must be text"),
+        ("9" * 5000, "must be a step, as in 20"),
+        ("1-" + "9" * 5000, "must be a step, as in 20"),
     ],
 )
 def test_what_it_can_not_be(tmp_path: Path, value: str, said: str) -> None:

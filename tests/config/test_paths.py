@@ -134,3 +134,8 @@ def test_files_in_another_encoding(tmp_path: Path, content: bytes, said: str) ->
     with pytest.raises(ConfigError, match=said) as caught:
         load_config(path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("text", "path"), [("~", "/"), ("~/", "/"), ("~/x", "/x")])
+def test_a_home_that_is_the_root(text: str, path: str) -> None:
+    assert expand_path(text, {"HOME": "/"}) == path

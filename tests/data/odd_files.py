@@ -48,7 +48,8 @@ def table(name: str, column: Any) -> Make:
     def make(folder: Path) -> None:
         whole = pa.table({"text": column})
         if name.endswith(".parquet"):
-            pq.write_table(whole, folder / name, row_group_size=15)
+            with (folder / name).open("wb") as file:  # pyarrow takes only names in UTF-8
+                pq.write_table(whole, file, row_group_size=15)
             return
         kind = pa.ipc.new_stream if "stream" in name else pa.ipc.new_file
         with (folder / name).open("wb") as file, kind(file, whole.schema) as writer:
@@ -249,6 +250,8 @@ ODD_FILES = [
         unreadable_bytes=100,
     ),
     OddFile("html as parquet", holds("a.parquet", b"<html>404</html>"), error="is not Parquet"),
+    OddFile("json as arrow", holds("a.arrow", JSONL), error="is not Arrow"),
+    OddFile("table with a name of other bytes", table("caf\udce9.parquet", TEXTS), documents=TEXTS),
     # --- Names, links and kinds of files ---------------------------------------------------------
     OddFile("name of other bytes", holds("caf\udce9.txt", PLAIN), documents=WHOLE),
     OddFile("name with line end", holds("new\nline %20 [x].txt", PLAIN), documents=WHOLE),
@@ -257,6 +260,12 @@ ODD_FILES = [
         "dangling link",
         all_of(holds("a.txt", PLAIN), lambda folder: (folder / "b.txt").symlink_to("gone")),
         error="b.txt is a link to gone",
+    ),
+    OddFile(
+        "dangling link to a directory",
+        all_of(holds("a.txt", PLAIN), lambda folder: (folder / "b").symlink_to("gone")),
+        path="**/*.txt",
+        error="b is a link to gone",
     ),
     OddFile("pipe", lambda folder: os.mkfifo(folder / "a.txt"), error="is a pipe and not a file"),
     OddFile(

@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapipe.data.compressed import Damage, Decompressed, codec
+from megapipe.data.contents import check_content
+from megapipe.errors import DataError
 from tests.data.samples import write
 
 TEXT = b"".join(b"%d %d of the text\n" % (n, n * n * 7919) for n in range(40_000))
@@ -113,8 +115,10 @@ def test_memory_that_does_not_suffice_is_no_damage(
     compressor = zstandard.ZstdCompressor().compressobj()
     path = tmp_path / "a.zst"
     path.write_bytes(compressor.compress(TEXT) + compressor.flush())
-    with pytest.raises(MemoryError):
+    with pytest.raises(DataError, match=r"a\.zst: windows above 0 MiB are not supported"):
         read(path)
+    with pytest.raises(DataError, match=r"a\.zst: windows above"):
+        check_content(path, "text", path.stat().st_size)  # as at the start, by the head alone
 
 
 def test_an_empty_file_has_no_text(tmp_path: Path) -> None:

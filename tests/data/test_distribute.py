@@ -9,7 +9,9 @@ import torch
 import torch.distributed as dist
 
 from megapipe.config import Config, load_config
+from megapipe.data import distribute
 from megapipe.data.distribute import ReplicaFeed
+from megapipe.data.feed import Batch, BatchFeed
 from megapipe.errors import DataError
 from megapipe.mesh import Mesh, build_mesh
 from megapipe.microbatch import MicroBatch
@@ -26,13 +28,16 @@ def configured(corpus: Path, *overrides: str) -> Config:
     return load_config(corpus / "run.toml", words, PRESETS)
 
 
-def open_feed(config: Config, mesh: Mesh, *, validation: bool = False) -> ReplicaFeed:
+def open_feed(
+    config: Config, mesh: Mesh, *, validation: bool = False, other: ReplicaFeed | None = None
+) -> ReplicaFeed:
     return ReplicaFeed(
         config,
         mesh,
         hosts_first=mesh.pipeline.is_first,
         hosts_last=mesh.pipeline.is_last,
         validation=validation,
+        other=other,
     )
 
 
@@ -165,3 +170,64 @@ def test_the_readers_error_is_raised_on_every_rank_of_its_replica(corpus: Path) 
     said = run_ranks(_fails, 4, config, (2, 1, 2))
     assert len(set(said)) == 1
     assert "matches no file" in said[0]
+
+
+def _fails_in_step_2(config: Config, layout: tuple[int, int, int]) -> tuple[list[bool], str]:
+    """(whether this rank's feed says so in each step, the error), where the readers can't give
+    their third batch."""
+    give = BatchFeed.__next__
+
+    def next_batch(self: BatchFeed) -> Batch:
+        if self.state_dict()["step"] == 2:
+            raise DataError("row 7: malformed")
+        return give(self)
+
+    BatchFeed.__next__ = next_batch  # type: ignore[method-assign]  # in a process of its own
+    mesh = _mesh(layout)
+    feed = open_feed(config, mesh)
+    failed = []
+    for _ in range(3):
+        batches = feed.next()
+        failed.append(feed.failed)
+    assert all(batch.documents_BS is not None for batch in batches)
+    assert not any(batch.documents_BS.any() for batch in batches if batch.documents_BS is not None)
+    feed.take_back()
+    assert feed.state().get("step", 2) == 2
+    error = feed.shared_failure()
+    feed.close()
+    return failed, f"{type(error).__name__}: {error}"
+
+
+def test_a_batch_that_can_not_be_read_is_known_to_the_reader_and_then_told(corpus: Path) -> None:
+    """In the step's own reduction, with `failed`; the other rank goes through the step as well."""
+    reader, other = run_ranks(_fails_in_step_2, 2, configured(corpus), (2, 1, 1))
+    assert reader == ([False, False, True], "DataError: row 7: malformed")
+    assert other == ([False, False, False], "DataError: row 7: malformed")
+
+
+def test_an_error_of_the_device_is_not_one_of_the_text(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(mesh: Mesh, wire: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("CUDA error: out of memory")
+
+    feed = open_feed(configured(corpus), _mesh((1, 1, 1)))
+    monkeypatch.setattr(distribute, "_broadcast", broken)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        feed.next()
+    assert not feed.failed
+    feed.close()
+
+
+def test_validation_rows_of_the_same_files_open_them_once(corpus: Path) -> None:
+    config = configured(corpus, "--data.validation_fraction=0.2")
+    feed = open_feed(config, _mesh((1, 1, 1)))
+    validation = open_feed(config, _mesh((1, 1, 1)), validation=True, other=feed)
+    assert feed.reader is not None
+    assert validation.reader is not None
+    for own, others in zip(validation.reader.sources, feed.reader.sources, strict=True):
+        assert own is others
+    _, alone = _validation(config, (1, 1, 1))
+    assert [hashes(validation.next()) for _ in range(2)] == alone
+    feed.close()
+    validation.close()

@@ -72,6 +72,23 @@ def test_each_real_file_is_found_once_and_loops_end(tmp_path: Path) -> None:
     assert names(files_below(data, "FILES"), data) == names(found, data)
 
 
+def test_files_of_a_disk_that_gives_an_inode_number_twice_are_all_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a/1.txt", "a/2.txt", "b/3.txt"):
+        write(tmp_path / name, b"x")
+    look = os.stat
+
+    def same_number(path: os.PathLike[str] | str, **flags: bool) -> os.stat_result:
+        found = look(path, **flags)
+        return os.stat_result((found.st_mode, 7, 7, *found[3:]))
+
+    monkeypatch.setattr(os, "stat", same_number)
+    found = find_files(f"{tmp_path}/**/*.txt", "k")
+    assert names(found, tmp_path) == ["a/1.txt", "a/2.txt", "b/3.txt"]
+    assert not found.repeats
+
+
 def test_a_linked_directory_of_files_is_read(tmp_path: Path) -> None:
     write(tmp_path / "store" / "a.txt", b"x")
     (tmp_path / "data").mkdir()
@@ -110,6 +127,59 @@ def test_what_is_no_file_is_an_error_that_names_it(
     if kind != "directory":
         with pytest.raises(DataError, match=r"odd\.txt"):
             find_files("odd.txt", "k")
+
+
+@pytest.mark.parametrize("pattern", ["**/*.txt", "*/*.txt", "*/**/*.txt"])
+def test_a_link_to_a_directory_that_is_gone_is_an_error(tmp_path: Path, pattern: str) -> None:
+    write(tmp_path / "there" / "a.txt", b"x")
+    (tmp_path / "web").symlink_to("/nonexistent")
+    with pytest.raises(DataError, match=r"web is a link to /nonexistent, which leads to no file"):
+        find_files(f"{tmp_path}/{pattern}", "k")
+    with pytest.raises(DataError, match=r"web is a link to /nonexistent, which leads to no file"):
+        files_below(tmp_path, "FILES")
+
+
+def test_a_directory_whose_entries_may_not_be_looked_at_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "listed" / "sub" / "a.txt", b"x")
+    look = os.stat
+
+    def refuse(path: os.PathLike[str] | str, **flags: bool) -> os.stat_result:
+        if str(path).startswith(f"{tmp_path}/listed/"):
+            raise PermissionError(13, "Permission denied", path)
+        return look(path, **flags)
+
+    monkeypatch.setattr(os, "stat", refuse)  # tests may run as root, who may look at all
+    with pytest.raises(DataError, match=r"listed/sub can't be read: Permission denied"):
+        find_files(f"{tmp_path}/**/*.txt", "k")
+
+
+def test_a_directory_beside_a_file_that_the_pattern_does_not_go_into_is_an_error(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path / "a" / "train.parquet", b"x")
+    write(tmp_path / "b" / "train.parquet" / "part-0.parquet", b"x")
+    with pytest.raises(DataError, match=r"b/train\.parquet is a directory; name the files in it"):
+        find_files(f"{tmp_path}/**/train.parquet", "k")
+
+
+def test_an_empty_path_is_an_error() -> None:
+    with pytest.raises(DataError, match=r'k = "" is empty'):
+        find_files("", "k")
+
+
+def test_a_link_that_may_not_be_followed_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").symlink_to("b")
+
+    def refuse(path: object, **flags: bool) -> os.stat_result:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+    with pytest.raises(DataError, match=r"a\.txt can't be read: Permission denied"):
+        find_files(f"{tmp_path}/*.txt", "k")
 
 
 def test_directories_that_a_pattern_goes_into_are_no_error(tmp_path: Path) -> None:

@@ -54,6 +54,18 @@ def test_tables_are_counted_by_rows_and_compressed_text_by_a_guess(tmp_path: Pat
     assert found.tokens is not None
 
 
+@pytest.mark.parametrize(
+    "blank", [b"\n" * 5000, (b" " * 100_000 + b"\n") * 200], ids=["rows", "bytes"]
+)
+def test_rows_without_text_are_read_to_a_limit(tmp_path: Path, blank: bytes) -> None:
+    write(tmp_path / "a.jsonl", blank[: len(blank) // 50] + jsonl(TEXTS))
+    assert sample(tmp_path / "a.jsonl").check.texts
+    write(tmp_path / "a.jsonl", blank + jsonl(TEXTS))
+    found = sample(tmp_path / "a.jsonl")
+    assert not found.check.texts
+    assert found.tokens is None
+
+
 def test_few_files_are_opened_and_evenly_chosen() -> None:
     assert evenly(3, 4) == [0, 1, 2]
     assert evenly(100, 4) == [0, 25, 50, 75]
@@ -140,7 +152,7 @@ def test_what_changes_is_named(tmp_path: Path) -> None:
     check = check_texts(load_tokenizer(path), [f"{TEXT} \u2581\u2581", "a \ufb01"])
     assert (check.texts, check.exact, check.unknown) == (2, 0, Counter())
     assert check.verdict() == (
-        '2 of 2 texts come back changed ("\u2581" U+2581 2 times, "\ufb01" U+FB01 once)'
+        '2 of 2 texts decode to something else ("\u2581" U+2581 2 times, "\ufb01" U+FB01 once)'
     )
     assert name_characters(Counter("\x00")) == "U+0000 once"
     assert name_characters(Counter("abcdefgg")) == (

@@ -1,3 +1,4 @@
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -5,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from megapipe.config import SourceConfig
-from megapipe.data.sources import Source, check_source, open_source
+from megapipe.data import sources
+from megapipe.data.sources import Source, check_source, open_source, repeated_files
 from megapipe.errors import DataError
 from tests.data.samples import jsonl, write, write_corpus
 
@@ -169,3 +171,45 @@ def test_a_hub_that_can_not_be_reached_is_said(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(DataError, match=r"data\.sources\[0\]\.path = .*no route.*reachable"):
         opened("hf://org/name")
+
+
+def test_of_several_files_that_can_not_be_read_the_first_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though they are looked into several at a time, and the last error comes first."""
+    for number in range(300):
+        write(tmp_path / f"{number:03}.jsonl", jsonl(["text"]))
+    last = threading.Event()
+
+    def check(path: Path, form: str, size: int) -> None:
+        if path.name == "007.jsonl":
+            assert last.wait(60), "the files are looked into one after the other"
+        if path.name == "299.jsonl":
+            last.set()
+        if path.name in ("007.jsonl", "100.jsonl", "299.jsonl"):
+            raise DataError(f"{path.name} is damaged")
+
+    monkeypatch.setattr(sources, "check_content", check)
+    with pytest.raises(DataError, match=r"^007\.jsonl is damaged"):
+        opened(tmp_path / "*.jsonl")
+
+
+def test_files_are_in_sorted_order(tmp_path: Path) -> None:
+    for number in range(300):
+        write(tmp_path / f"{number:03}.jsonl", jsonl([f"text {number}"]))
+    assert texts(opened(tmp_path / "*.jsonl")) == [f"text {number}" for number in range(300)]
+
+
+def test_files_with_several_names_and_in_several_sources_are_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "b.jsonl", jsonl(["text"]))
+    (tmp_path / "c.jsonl").symlink_to("b.jsonl")
+    sources = [
+        open_source(SourceConfig(path=str(place)), f"data.sources[{index}]", 4)
+        for index, place in enumerate((tmp_path / "*.jsonl", path))
+    ]
+    assert list(repeated_files(sources)) == [
+        "data.sources[0].path: passed over 1 further name(s) of files that are read already, such "
+        f"as {tmp_path}/c.jsonl.",
+        f"data.sources[1].path: 1 of its files, such as {path}, are in data.sources[0].path too, "
+        "and are read for both.",
+    ]

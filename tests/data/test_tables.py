@@ -1,6 +1,11 @@
 """Tables are read from the very file, from any row on, and what is odd is told by name."""
 
+import gzip
+import subprocess
+import sys
+import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ import pytest
 from megapipe.config import SourceConfig
 from megapipe.data.formats import DAMAGED, NoRows, RowFile, Unreadable
 from megapipe.data.sources import open_source
+from megapipe.data.tables import HubShard
 from megapipe.errors import DataError
 
 NAMES = ["a.parquet", "a.arrow", "a.stream.arrow"]
@@ -61,12 +67,17 @@ COLUMNS: dict[str, Any] = {
     "binary": pa.array([text.encode() for text in TEXTS], pa.binary()),
     "large binary": pa.array([text.encode() for text in TEXTS], pa.large_binary()),
     "dictionary": pa.array(TEXTS).dictionary_encode(),
+    "dictionary of views": pa.DictionaryArray.from_arrays(
+        range(1000), pa.array(TEXTS, pa.string_view())
+    ),
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", COLUMNS)
 def test_columns_that_hold_text(tmp_path: Path, name: str, kind: str) -> None:
+    if kind == "dictionary of views" and name == "a.parquet":
+        pytest.skip("pyarrow can't write it")
     path = write_table(tmp_path / name, pa.table({"text": COLUMNS[kind]}), 300)
     assert texts(path) == TEXTS
 
@@ -106,7 +117,7 @@ def test_a_column_of_another_type_is_refused_with_its_file(
 @pytest.mark.parametrize("name", NAMES)
 def test_a_column_that_is_missing_or_there_twice_is_named(tmp_path: Path, name: str) -> None:
     path = write_table(tmp_path / name, pa.table({"text": TEXTS, "id": TEXTS}))
-    with pytest.raises(DataError, match=rf"{name}: there is no column 'body'; .* one of text, id"):
+    with pytest.raises(DataError, match=rf"{name}: there is no column 'body'.*are: text, id"):
         opened(path, field="body")
     twice = pa.Table.from_arrays([pa.array(TEXTS)] * 2, names=["text", "text"])
     with pytest.raises(DataError, match=rf"{name}: 2 columns are called 'text'"):
@@ -147,7 +158,138 @@ def test_rows_in_front_of_damage_are_kept(tmp_path: Path, name: str) -> None:
     assert isinstance(last, Unreadable)
     said = "rows from 501 on" if name.endswith(".arrow") else "500 of its 1,000 rows"
     assert said in last.detail
+    if name.endswith(".arrow"):
+        assert f"{last.file_bytes:,} bytes with its rows" in last.detail
+        assert 0 < last.file_bytes < 0.55 * len(content)
     assert raws(opened(path), 300) == [*before, last][300:]
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "a.stream.arrow"])
+def test_an_arrow_file_that_can_not_be_opened_says_its_size(tmp_path: Path, name: str) -> None:
+    path = write_table(tmp_path / name, pa.table({"text": TEXTS}))
+    content = path.read_bytes()[:100]
+    path.write_bytes(content)
+    (row,) = raws(opened(path))
+    assert isinstance(row, Unreadable)
+    assert "none of its 100 bytes can be read" in row.detail
+    assert row.file_bytes == 100
+
+
+FLIP_BITS = """
+import random, sys
+from pathlib import Path
+from megapipe.data.tables import LocalTable
+from megapipe.errors import DataError
+
+path, odd = Path(sys.argv[1]), Path(sys.argv[2])
+whole = path.read_bytes()
+outcomes = set()
+for seed in range(250):
+    chance, content = random.Random(seed), bytearray(whole)
+    for _ in range(chance.choice([1, 1, 4])):
+        content[chance.randrange(8, len(content))] ^= 1 << chance.randrange(8)
+    odd.write_bytes(content)
+    table = LocalTable(odd, "arrow", chance.choice(["text", "word"]), len(content))
+    try:
+        table.check()
+        rows = [row for row, _ in table.rows(0, 0)]
+        assert rows, seed
+        outcomes.add(type(rows[-1]).__name__)
+    except DataError:
+        outcomes.add("refused")
+print(*sorted(outcomes))
+"""
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "a.stream.arrow"])
+def test_no_flipped_bit_of_an_arrow_file_ends_the_process(tmp_path: Path, name: str) -> None:
+    words = pa.array([f"w{n % 5}" for n in range(1000)]).dictionary_encode()
+    table = pa.table({"text": [text * (n % 7) for n, text in enumerate(TEXTS)], "word": words})
+    path = write_table(tmp_path / name, table, 300)
+    done = subprocess.run(
+        [sys.executable, "-c", FLIP_BITS, path, tmp_path / "odd.arrow"],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"Unreadable", "bytes"} <= set(done.stdout.split())
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "a.stream.arrow"])
+def test_offsets_that_point_outside_are_damage_and_the_rows_before_are_kept(
+    tmp_path: Path, name: str
+) -> None:
+    path = write_table(tmp_path / name, pa.table({"text": TEXTS}), 100)
+    content = bytearray(path.read_bytes())
+    offsets = pa.array(TEXTS[700:800]).buffers()[1].to_pybytes()[:400]
+    place = content.rfind(offsets, 0, content.find(b"row 700"))
+    content[place + 40 : place + 44] = (1 << 30).to_bytes(4, "little")
+    path.write_bytes(content)
+    *before, last = raws(opened(path))
+    assert before == [text.encode() for text in TEXTS[:700]]
+    assert isinstance(last, Unreadable)
+    assert "rows from 701 on can't be read" in last.detail
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "a.stream.arrow"])
+def test_bytes_that_are_not_utf8_are_one_row_and_no_damage(tmp_path: Path, name: str) -> None:
+    path = write_table(tmp_path / name, pa.table({"text": ["one", "caf??", "two"]}))
+    path.write_bytes(path.read_bytes().replace(b"caf??", b"caf\xe9!"))
+    assert raws(opened(path)) == [b"one", b"caf\xe9!", b"two"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (pa.ArrowMemoryError("malloc of size 99"), "not enough memory to read it .malloc of size"),
+        (pa.ArrowNotImplementedError("no such type"), "pyarrow can't read it .no such type"),
+        (MemoryError(), "not enough memory to read it .MemoryError"),
+        (OSError(5, "Input/output error"), "can't be read: Input/output error"),
+    ],
+)
+def test_what_is_not_the_files_fault_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
+    file = opened(write_table(tmp_path / "a.arrow", pa.table({"text": TEXTS})))
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(pa.ipc, "open_file", fail)
+    with pytest.raises(DataError, match=rf"a\.arrow: .*{said}"):
+        raws(file)
+
+
+class BrokenShard:
+    """A shard of `datasets` whose reading raises `error`."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def skip(self, row: int) -> "BrokenShard":
+        return self
+
+    with_format = skip
+
+    def iter(self, batch_size: int) -> Iterator[pa.Table]:
+        yield pa.table({"text": ["one"]})
+        raise self.error
+
+
+def test_only_what_decoders_raise_is_damage_of_a_hub_shard() -> None:
+    from huggingface_hub.errors import HFValidationError
+
+    class ClientError(Exception):
+        """As HTTP clients have them, which are no OSErrors."""
+
+    for damage in (pa.ArrowInvalid("bad"), EOFError("cut"), gzip.BadGzipFile("no"), zlib.error()):
+        one, last = raws(HubShard("hub", partial(BrokenShard, damage), "text"))
+        assert one == b"one"
+        assert isinstance(last, Unreadable)
+    for error in (ClientError("gone"), HFValidationError("x"), ValueError("x")):
+        with pytest.raises(DataError, match="hub: can't be read: "):
+            raws(HubShard("hub", partial(BrokenShard, error), "text"))
 
 
 def find_all(content: bytes, mark: bytes) -> Iterator[int]:

@@ -189,6 +189,47 @@ def test_an_end_token_in_broken_json_is_an_error(tmp_path: Path) -> None:
             load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer_config", "generation_config"])
+def test_an_end_token_behind_a_link_that_leads_nowhere_is_an_error(
+    tmp_path: Path, name: str
+) -> None:
+    path = save(tmp_path / "tokenizer.json", byte_level(("<|endoftext|>",)))
+    (tmp_path / f"{name}.json").symlink_to("gone.json")
+    with pytest.raises(DataError, match=rf"{name}\.json is a link to gone\.json, which is not a"):
+        load_tokenizer(path)
+    (tmp_path / f"{name}.json").unlink()
+    os.mkfifo(tmp_path / f"{name}.json")
+    with pytest.raises(DataError, match=rf"{name}\.json is there and is not a file"):
+        load_tokenizer(path)
+
+
+def test_a_link_that_is_not_asked_is_not_copied(tmp_path: Path) -> None:
+    path = save(tmp_path / "tokenizer.json", byte_level(), tokenizer_config={"eos_token": "</s>"})
+    (tmp_path / "generation_config.json").symlink_to("gone.json")
+    assert set(load_tokenizer(path).files) == {"tokenizer.json", "tokenizer_config.json"}
+
+
+def test_a_token_of_number_0_is_advised_too(tmp_path: Path) -> None:
+    engine = byte_level(("<|endoftext|>",))
+    save(tmp_path / "tokenizer.json", engine, tokenizer_config={"eos_token": "<eos>"})
+    assert load_tokenizer(save(tmp_path / "plain.json", engine)).end_of_document == 0
+    with pytest.raises(DataError, match=r"one that is, such as '<\|endoftext\|>', or add it"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ids", "said"), [([1, 0], "'</s>', first eos_token_id of"), ([1], "'</s>', eos_token_id of")]
+)
+def test_of_several_end_tokens_the_first_is_taken_and_said_to_be(
+    tmp_path: Path, ids: list[int], said: str
+) -> None:
+    engine = byte_level(("<|endoftext|>", "</s>"))
+    save(tmp_path / "tokenizer.json", engine, generation_config={"eos_token_id": ids})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.end_of_document == 1
+    assert tokenizer.end_of_document_from == f"{said} {tmp_path}/generation_config.json"
+
+
 def test_without_any_end_token_it_says_where_to_write_one(tmp_path: Path) -> None:
     save(tmp_path / "german.json", byte_level(()))
     with pytest.raises(DataError, match=r'write \{"eos_token": "\.\.\."\} into .*german_config\.j'):

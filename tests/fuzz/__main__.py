@@ -46,7 +46,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--files", type=Path, metavar="DIR", help="with --case: only make its files"
     )
     parser.add_argument(
-        "--no-signals", action="store_true", help="no signals at random moments: the same each time"
+        "--quick", action="store_true", help="no signals at random moments, few fresh starts"
     )
     parser.add_argument(
         "--megapipe", default=MEGAPIPE, help="the function that stands for megapipe"
@@ -57,6 +57,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if options.files is not None and (options.case is None or options.seed is None):
         parser.error("--files needs --seed and --case")
     options.seed = secrets.randbelow(10**6) if options.seed is None else options.seed
+    is_new = options.work is None or not options.work.exists() or not any(options.work.iterdir())
+    if options.worker is None and not is_new:
+        parser.error(f"--work {options.work} is not empty")
     options.work = options.work or Path(tempfile.mkdtemp(prefix="megapipe-fuzz-"))
     return options
 
@@ -67,7 +70,7 @@ def be_master(options: argparse.Namespace, argv: Sequence[str]) -> int:
     fixed = ["--seed", str(options.seed), "--work", str(options.work), "--jobs", str(jobs)]
     words = [sys.executable, "-m", "tests.fuzz", *argv, *fixed]
     print(f"seed {options.seed}, {jobs} workers, in {options.work}", flush=True)
-    report = Report(options.seed)
+    report = Report()
     workers = [
         subprocess.Popen(
             [*words, "--worker", str(number)], cwd=ROOT, stdout=subprocess.PIPE, text=True
@@ -81,6 +84,8 @@ def be_master(options: argparse.Namespace, argv: Sequence[str]) -> int:
         reader.join()
     failed = [worker for worker in workers if worker.wait() != 0]
     print(report.table(), flush=True)
+    if failed:
+        print(f"{len(failed)} workers failed: see above", flush=True)
     return 1 if report.findings or failed else 0
 
 
@@ -108,7 +113,7 @@ def _open(options: argparse.Namespace, work: Path) -> AbstractContextManager[Wor
         System(options.megapipe, options.feed),
         seed=options.seed,
         only=options.only,
-        signals=not options.no_signals,
+        quick=options.quick,
     )
 
 

@@ -6,6 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 MEGAPIPE = "megapipe.tools.cli:main"
+NAMES = (
+    *("train", "verify", "plan", "inspect", "generate", "schema"),
+    *("tokenizer", "tokenizer train", "tokenizer inspect"),
+    *("bench", "bench kernels", "bench pipeline", "bench train"),
+)
 FEED = "tests.fuzz.feed_ids:main"
 
 
@@ -45,9 +50,8 @@ class Command:
             return "(feed)"
         if any(word in ("--help", "-h") for word in self.words):
             return "--help"
-        two = ("tokenizer", "bench")
-        words = self.words[: 2 if self.words and self.words[0] in two else 1]
-        return " ".join(words) or "no word"
+        found = [name for name in NAMES if self.words[: name.count(" ") + 1] == (*name.split(),)]
+        return max(found, key=len, default="(no command)")
 
     @property
     def trains(self) -> bool:
@@ -122,11 +126,11 @@ def _quoted(word: str) -> str:
     return f"$'{escaped}'"
 
 
-def script(commands: list[Command], folder: Path, seed: int, number: int) -> str:
-    """A shell script that runs a case's commands again, in the files that it began with."""
+def script(commands: list[Command], folder: Path, again: str) -> str:
+    """A shell script that runs a case's commands again; `again` is the fuzzer's command for it."""
     lines = [
         "#!/usr/bin/env bash",
-        f"# The files: python -m tests.fuzz --seed {seed} --case {number} --files {folder}",
+        f"# For the files as they were at first: {again} --files DIR",
         f"cd {shlex.quote(str(folder))}",
         *(command.shell() for command in commands),
     ]

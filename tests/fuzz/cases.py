@@ -55,7 +55,7 @@ def train(world: World) -> None:
     data = as_toml(config)
     _write(world, "run.toml", spoil(data, random) if random.random() < odd / 3 else data)
     words = ["train", "run.toml", *as_words(config, world.stock.keys, random, odd)]
-    around = surroundings(random, odd, signals=world.signals)
+    around = surroundings(random, odd, quick=world.quick)
     command = Command(tuple(words), run_dir=_run_dir(config), **around)
     world.run(command)
     if random.random() < 0.25:
@@ -238,7 +238,7 @@ def _oddness(random: Random) -> float:
 
 
 def _around(world: World, odd: float = 0.2) -> dict[str, Any]:
-    return surroundings(world.random, odd, signals=world.signals)
+    return surroundings(world.random, odd, quick=world.quick)
 
 
 def _config_on_files(world: World, odd: float) -> Table:

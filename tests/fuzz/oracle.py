@@ -66,42 +66,42 @@ def unzip(data: bytes) -> tuple[bytes, bool]:
 
     One byte goes in at a time, so that nothing before the damage is missed.
     """
-    out = b""
+    out = bytearray()
     while data:
         member = zlib.decompressobj(wbits=31)
         for at in range(len(data)):
             try:
                 out += member.decompress(data[at : at + 1])
             except zlib.error:
-                return out, False
+                return bytes(out), False
             if member.eof:
                 break
         if not member.eof:
-            return out + member.flush(), False
+            return bytes(out) + member.flush(), False
         data = data[at + 1 :]
         if not data.strip(b"\0"):  # zeros behind the last member are padding, to gzip as well
             break
-    return out, True
+    return bytes(out), True
 
 
 def unpack_zstd(data: bytes) -> tuple[bytes, bool]:
     """All that can be had from the frames of a zstd file; whether that is all of it."""
     import zstandard
 
-    out = b""
+    out = bytearray()
     while data:
         frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
         for at in range(len(data)):
             try:
                 out += frame.decompress(data[at : at + 1])
             except zstandard.ZstdError:
-                return out, False
+                return bytes(out), False
             if frame.eof:
                 break
         if not frame.eof:
-            return out, False
+            return bytes(out), False
         data = data[at + 1 :]
-    return out, True
+    return bytes(out), True
 
 
 def _cut_character(data: bytes) -> int:

@@ -3,16 +3,14 @@
 import json
 import threading
 from collections import Counter
-from pathlib import Path
 from typing import IO, Any
 
 
 class Report:
     """Gathers the lines of all workers. Findings are printed as they come."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self) -> None:
         self.findings: Counter[str] = Counter()
-        self._seed = seed
         self._cases = 0
         self._commands: Counter[str] = Counter()
         self._unwatched = False
@@ -34,8 +32,7 @@ class Report:
             self.findings[check] += 1
             print(f"{check}: case {answer['case']} ({answer['kind']}): {text}", flush=True)
         if answer["findings"]:
-            again = f"python -m tests.fuzz --seed {self._seed} --case {answer['case']}"
-            print(f"  again: {again}\n{_indented(Path(answer['script']))}", flush=True)
+            print(f"  again: {answer['again']}\n{_indented(answer['script'])}", flush=True)
 
     def table(self) -> str:
         """Commands by name: started as programs, and forked from a warmed process."""
@@ -53,5 +50,5 @@ class Report:
         return "\n".join(lines)
 
 
-def _indented(path: Path) -> str:
-    return "\n".join(f"    {line}" for line in path.read_text(encoding="utf-8").splitlines())
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())

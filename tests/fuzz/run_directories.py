@@ -23,7 +23,7 @@ def go_on(world: World) -> None:
     steps = random.choice(("2", "3", "4"))
     command = Command(
         ("train", "run.toml", f"--train.steps={steps}"),
-        **surroundings(random, 0.1, signals=world.signals),
+        **surroundings(random, 0.1, quick=world.quick),
     )
     world.run(command)
     world.run(Command(command.words))

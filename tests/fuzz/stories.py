@@ -39,7 +39,7 @@ def account(world: World) -> None:
         packed = suffix.removeprefix(".txt")
         data = compress(data, packed, random) if packed else data
         (world.folder / f"part-9{suffix}").write_bytes(data)
-        streams, length = 1, 4000
+        streams, length = 1, 31
     check_account(world, f"part-*{suffix}", documents, streams, length)
 
 
@@ -167,7 +167,7 @@ def killed(world: World) -> None:
     if random.random() < 0.3:
         config["parallel"] = random.choice(({"pipeline": 2}, {"data": 2}, {"tensor": 2}))
     (world.folder / "run.toml").write_bytes(as_toml(config))
-    warm = random.random() < 0.6
+    warm = world.quick or random.random() < 0.6
     usual = Command(("train", "run.toml", "--train.run_dir=usual"), warm=warm, run_dir="usual")
     seconds = world.run(usual).seconds
     expected = _losses(world.folder / "usual")
@@ -190,7 +190,7 @@ def _with_kill(world: World, steps: int, seconds: float, warm: bool) -> Command:
         random.choice((signal.SIGKILL,) * 4 + (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
     )
     words = ("train", "run.toml")
-    if world.signals and random.random() < 0.7:
+    if not world.quick and random.random() < 0.7:
         return Command(words, warm=warm, signals=((number, random.uniform(0, seconds)),))
     return Command(words, warm=warm, signal_at_step=(number, random.randint(1, steps - 1)))
 

@@ -66,9 +66,12 @@ SIGNALS = (
 )
 
 
-def surroundings(random: Random, odd: float, *, signals: bool) -> dict[str, Any]:
-    """Arguments of `Command`. Each part is unusual with chance `odd`."""
-    found: dict[str, Any] = {"warm": random.random() < 0.55}
+def surroundings(random: Random, odd: float, *, quick: bool) -> dict[str, Any]:
+    """Arguments of `Command`. Each part is unusual with chance `odd`.
+
+    With `quick` nearly all are forked, and no signal comes at a moment that a clock chooses.
+    """
+    found: dict[str, Any] = {"warm": random.random() < (0.95 if quick else 0.55)}
     if random.random() < odd:
         found["environment"] = random.choice(ENVIRONMENTS)
     if random.random() < odd:
@@ -89,7 +92,7 @@ def surroundings(random: Random, odd: float, *, signals: bool) -> dict[str, Any]
         )
     if random.random() < odd / 2:
         found["ignored"] = random.choice(((1,), (2,), (1, 2, 15), (13,)))
-    if signals and random.random() < 0.3:
+    if not quick and random.random() < 0.3:
         longest = 1.0 if found["warm"] else 5.0
         moments = [random.uniform(0, longest) for _ in range(random.choice((1, 1, 1, 2)))]
         found["signals"] = tuple((int(random.choice(SIGNALS)), moment) for moment in moments)

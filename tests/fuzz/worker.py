@@ -24,11 +24,11 @@ class Worker:
         *,
         seed: int,
         only: str | None,
-        signals: bool,
+        quick: bool,
     ) -> None:
         self.runner = runner
         self._system = system
-        self._work, self._seed, self._only, self._signals = work, seed, only, signals
+        self._work, self._seed, self._only, self._quick = work, seed, only, quick
         self._stock = make_stock(work / "stock", runner)
 
     def run(self, number: int, *, keep: bool = False) -> dict[str, Any]:
@@ -38,30 +38,42 @@ class Worker:
         kind = choose(world.random, self._only)
         kind.run(world)
         findings = [f for f in world.findings if self._only in (None, f.check)]
-        if findings:
-            (self._work / f"case-{number}.sh").write_text(world.script(), encoding="utf-8")
-        elif not keep:
+        if not findings and not keep:
             world.remove()
         return {
             "case": number,
             "kind": kind.run.__name__,
             "counts": dict(world.counts),
             "findings": [[f.check, f.text] for f in findings],
-            "script": str(self._work / f"case-{number}.sh"),
+            "again": self._again(number),
+            "script": world.script(self._again(number)),
             "seconds": round(time.monotonic() - began, 2),
         }
+
+    def _again(self, number: int) -> str:
+        """The command that runs a case again."""
+        only = f" --only {self._only}" if self._only else ""
+        quick = " --quick" if self._quick else ""
+        return f"python -m tests.fuzz --seed {self._seed} --case {number}{only}{quick}"
 
     def world(self, number: int, system: System) -> World:
         """An empty folder for a case, and what the case needs."""
         folder = self._work / f"case-{number}"
         return World(
-            self._seed, number, folder, self.runner, self._stock, system, signals=self._signals
+            self._seed, number, folder, self.runner, self._stock, system, quick=self._quick
         )
 
     def make_files(self, number: int, folder: Path) -> None:
         """The files of a case as they are before its first command."""
         world = World(
-            self._seed, number, folder, self.runner, self._stock, self._system, files_only=True
+            self._seed,
+            number,
+            folder,
+            self.runner,
+            self._stock,
+            self._system,
+            quick=self._quick,
+            files_only=True,
         )
         with contextlib.suppress(FilesOnly):
             choose(world.random, self._only).run(world)
@@ -69,12 +81,12 @@ class Worker:
 
 @contextlib.contextmanager
 def open_worker(
-    work: Path, system: System, *, seed: int, only: str | None, signals: bool
+    work: Path, system: System, *, seed: int, only: str | None, quick: bool
 ) -> Iterator[Worker]:
     """A worker with a server of its own."""
     work.mkdir(parents=True, exist_ok=True)
     with Runner(work) as runner:
-        yield Worker(work, runner, system, seed=seed, only=only, signals=signals)
+        yield Worker(work, runner, system, seed=seed, only=only, quick=quick)
 
 
 def work_through(worker: Worker, numbers: Iterator[int], end: float) -> None:

@@ -29,13 +29,13 @@ class World:
         stock: Stock,
         system: System,
         *,
-        signals: bool = True,
+        quick: bool = False,
         files_only: bool = False,
     ) -> None:
         self.seed, self.number, self.folder = seed, number, folder
         self.random = Random(f"{seed} {number}")
         self.stock = stock
-        self.signals = signals
+        self.quick = quick
         self.commands: list[Command] = []
         self.findings: list[Finding] = []
         self.counts: Counter[str] = Counter()
@@ -61,8 +61,8 @@ class World:
     def find(self, check: str, text: str) -> None:
         self.findings.append(Finding(check, text))
 
-    def script(self) -> str:
-        return script(self.commands, self.folder, self.seed, self.number)
+    def script(self, again: str) -> str:
+        return script(self.commands, self.folder, again)
 
     def remove(self) -> None:
         make_removable(self.folder)

@@ -264,7 +264,8 @@ def test_torchrun(clone: Clone, variables: dict[str, str], started: str) -> None
     clone.program("bin/torchrun", f'{LOGS}echo "$OMP_NUM_THREADS"; exit 7')
     clone.program("bin/nvidia-smi", "true")
     status, said = clone.run("launch/torchrun.sh", "a.toml", "--train.steps", "3", **variables)
-    assert (status, said) == (7, "1\n")
+    assert (status, said.splitlines()[-1]) == (7, "1")
+    assert ("node 1 of 2 meets the others at h:29500" in said) == ("NNODES" in variables)
     assert clone.logged() == [started]
 
 

@@ -11,6 +11,7 @@ from megapipe.config import ModelConfig
 from megapipe.errors import MegapipeError
 from megapipe.models.flops import flops_per_token
 from megapipe.models.presets import PRESETS
+from megapipe.tools.arguments import UsageError
 from megapipe.tools.bench import gpu, run
 from megapipe.tools.bench.gpu import KERNELS, TESTS, Part, parts
 from megapipe.tools.bench.gpu_table import print_table
@@ -179,3 +180,8 @@ def test_wrong_words_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MegapipeError, match=r"--out .*file/x can't be written: Not a directory"):
         run(["gpu", "--toy", f"--out={tmp_path}/file/x"])
+
+
+def test_a_directory_for_results_is_a_path_as_in_a_config() -> None:
+    with pytest.raises(UsageError, match="NOWHERE"):
+        gpu.run(["--toy", "--minutes=0", "--out=$NOWHERE/figures"])

@@ -203,6 +203,10 @@ def run_failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> int:
         (PermissionError(13, "Permission denied", "/a/b"), "megapipe: /a/b: Permission denied.\n"),
         (FileNotFoundError(2, "No usable temporary directory"), "megapipe: No usable temporary"),
         (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid"), "megapipe: text that can't be"),
+        (
+            MemoryError(),
+            "megapipe: out of memory. In a training, lower train.micro_batch_size, set",
+        ),
     ],
 )
 def test_what_the_system_refuses_is_one_line(
@@ -212,6 +216,29 @@ def test_what_the_system_refuses_is_one_line(
     shown = capsys.readouterr().err
     assert shown.startswith(said)
     assert len(shown.splitlines()) == 1
+
+
+@pytest.mark.parametrize("on", ["cpu", "gpu"])
+def test_memory_that_torch_does_not_get_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], on: str
+) -> None:
+    import torch
+
+    if on == "gpu":
+        error: Exception = torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.00 GiB free. Of the "
+            "allocated memory 70 GiB is by PyTorch."
+        )
+    else:
+        with pytest.raises(RuntimeError) as caught:
+            torch.empty(10**15)
+        error = caught.value
+    assert run_failing(monkeypatch, error) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("megapipe: out of memory (")
+    assert "Of the" not in line
+    for key in ("train.micro_batch_size", 'train.recompute = "full"', "[parallel]"):
+        assert key in line
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(

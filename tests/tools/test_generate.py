@@ -1,6 +1,7 @@
 """From a run's checkpoint, of whatever layout, to text on one process."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megapipe.data.tokenizer import load_tokenizer
 from megapipe.errors import CheckpointError, MegapipeError
 from megapipe.models import load_pretrained
 from megapipe.models.pretrained import load_kept_tokenizer
@@ -132,7 +134,7 @@ def test_only_tokens_of_the_tokenizer_are_sampled(trained: Path) -> None:
     assert len(list(sample(model, [7], ids=few, max_tokens=9, top_k=10**30))) == 9
 
 
-def test_a_model_that_has_diverged_is_told_of(trained: Path) -> None:
+def test_a_model_that_has_diverged_is_an_error(trained: Path) -> None:
     model = load_pretrained(trained)
     next(model.parameters()).data.fill_(torch.nan)
     with pytest.raises(CheckpointError, match="not finite numbers"):
@@ -180,3 +182,28 @@ def test_a_prompt_that_the_tokenizer_does_not_know(
         run([str(tmp_path / "run"), "--prompt", "\u041f\u0440"])
     assert run([str(tmp_path / "run"), "--prompt", "import \u041f", "--max-tokens", "2"]) == 0
     assert "does not know 1 of 8 characters of --prompt: '\u041f'" in capsys.readouterr().err
+
+
+def test_a_character_that_is_not_whole_is_printed_at_the_end(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_kept_tokenizer(trained)
+    half = tokenizer.encode("\U0001f642")[:-1]  # of the bytes that spell it
+    assert tokenizer.decode(half).endswith("\ufffd")
+    monkeypatch.setattr("megapipe.models.sampling.sample", lambda *_, **__: iter(half))
+    said = generate(capsys, trained)
+    assert said.rstrip("\ufffd\n") == PROMPT
+    assert said.endswith("\ufffd\n")
+
+
+def test_a_tokenizer_too_large_for_the_model_is_found_before_weights_are_read(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = load_tokenizer(save(tmp_path / "large.json", byte_level(text="a b", size=VOCABULARY)))
+    monkeypatch.setattr(large, "vocab_size", 5000)
+    monkeypatch.setattr("megapipe.models.pretrained.load_kept_tokenizer", lambda _: large)
+    monkeypatch.setattr("megapipe.models.pretrained.load_pretrained", None)  # is not reached
+    newest = trained / "checkpoints" / "step-00000008"
+    said = f"{newest}: its tokenizer large.json numbers tokens up to 4,999, and its model has only"
+    with pytest.raises(CheckpointError, match=re.escape(said)):
+        run([str(trained)])

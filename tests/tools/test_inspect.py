@@ -90,7 +90,7 @@ def test_a_run_lists_its_checkpoints(
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="gone is not a checkpoint: it is not there"):
         run([str(tmp_path / "gone")])
-    with pytest.raises(CheckpointError, match=r"is not a checkpoint: it holds no manifest\.json"):
+    with pytest.raises(CheckpointError, match=r"it holds no manifest\.json and no checkpoints"):
         run([str(tmp_path)])
 
 

@@ -1,16 +1,19 @@
 """The store of a job: who serves it, how long one waits for it, and what is said meanwhile."""
 
+import errno
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from megapipe.tools import job_store, meeting
-from megapipe.tools.job_store import HostVoice, join_address, open_store
+from megapipe.tools.job_store import HostVoice, connect, join_address, open_store
 from megapipe.tools.meeting import RefusedError, RendezvousError
 
 
@@ -26,6 +29,19 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "FIRST_NOTICE", 0.1)
     monkeypatch.setattr(job_store, "PATIENCE", timedelta(seconds=1))
     monkeypatch.setattr(job_store, "ALL_GIVE_UP", 0.0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time passes only in sleep."""
+    now = 100.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "sleep", sleep)
 
 
 @pytest.fixture
@@ -46,6 +62,11 @@ def test_rank_0_serves_nothing_where_torchrun_does() -> None:
     agent = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     open_store(0, 2, ("localhost", agent.port), served=True).set("key", "value")
     assert agent.get("key") == b"value"
+
+
+def test_a_store_that_is_gone_is_not_waited_for(port: int) -> None:
+    with pytest.raises(RendezvousError, match="can't be reached any more: connection refused"):
+        connect(("localhost", port))
 
 
 def test_a_port_in_use_is_named(taken: int) -> None:
@@ -75,12 +96,26 @@ def test_what_is_no_store_is_named() -> None:
     ],
 )
 def test_an_address_that_nobody_serves_is_named_again_and_again(
-    host: str, rank: int, said: str, port: int, capsys: pytest.CaptureFixture[str]
+    host: str,
+    rank: int,
+    said: str,
+    port: int,
+    clock: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    resolve = socket.getaddrinfo
+
+    def knows_localhost(name: str, *rest: Any) -> Any:
+        if name == "no.invalid":
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return resolve(name, *rest)
+
+    monkeypatch.setattr(socket, "getaddrinfo", knows_localhost)
     with pytest.raises(RendezvousError, match=rf"Gave up after 1 s: .*={host}:{port}\) could not"):
         open_store(rank, 4, (host, port), served=False)
     lines = capsys.readouterr().err.splitlines()
-    assert 1 <= len(lines) <= 3, "after 0.1, 0.3 and 0.7 s"
+    assert len(lines) == 3, "after 0.1, 0.3 and 0.7 s"
     for line in lines:
         assert re.search(rf"^megapipe: waiting for \d+ s: {said}", line)
 
@@ -109,6 +144,23 @@ def test_one_of_a_machine_speaks(port: int, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(RefusedError):
         open_store(1, 2, address, served=False)
     assert capsys.readouterr().err == ""
+
+
+def test_one_speaks_of_a_long_address() -> None:
+    address = "node." * 50 + "example:29500"
+    first = HostVoice(address)
+    assert first.speaks()
+    assert not HostVoice(address).speaks()
+    assert HostVoice(address + "1").speaks()
+
+
+def test_all_speak_where_no_name_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", refuses)
+    assert HostVoice("subject").speaks()
+    assert HostVoice("subject").speaks()
 
 
 def test_addresses() -> None:

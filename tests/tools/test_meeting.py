@@ -11,7 +11,13 @@ import pytest
 import torch.distributed as dist
 
 from megapipe.tools import meeting
-from megapipe.tools.meeting import Meeting, RefusedError, RendezvousError, spans
+from megapipe.tools.meeting import (
+    Meeting,
+    RefusedError,
+    RendezvousError,
+    spans,
+    watch_connecting,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -166,12 +172,12 @@ def test_missing_ranks_are_named_by_one_and_sparsely(
     for number in (0, 1, 4):
         ranks.begin(f"{number}", number, 6)
     (said,) = refusals(ranks)
-    missing = "3 of 6 ranks have not come to node1:29500: 2-3, 5"
+    missing = "3 of 6 ranks have not connected to node1:29500: 2-3, 5"
     assert said.startswith(f"Gave up after 1 s: {missing}. See that all 6 processes were started")
     lines = capsys.readouterr().err.splitlines()
     assert 1 <= len(lines) <= 2, "after 0.2 and 0.6 s"
     for line in lines:
-        assert re.fullmatch(rf"megapipe: waiting for \d s: {missing}\.", line)
+        assert re.fullmatch(rf"megapipe: waiting for \d of 1 s: {missing}\.", line)
 
 
 @pytest.mark.usefixtures("_soon")
@@ -181,8 +187,19 @@ def test_rank_0_is_missed_where_another_serves_the_store(
     for number in (1, 2):
         ranks.begin(f"{number}", number, 3)
     (said,) = refusals(ranks)
-    assert "rank 0 has not come to node1:29500. See" in said
+    assert "rank 0 has not connected to node1:29500. See" in said
     assert len(capsys.readouterr().err.splitlines()) <= 2
+
+
+@pytest.mark.usefixtures("_soon")
+def test_rank_0_is_missed_at_each_start_in_a_store_that_is_kept(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    store = dist.HashStore()
+    for start in ("0", "1"):
+        with pytest.raises(RefusedError):
+            Meeting(store, 1, 2, "node1:29500", kept=True, start=start).attend()
+        assert "rank 0 has not connected to node1:29500." in capsys.readouterr().err
 
 
 def test_notices_are_sparse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,16 +224,58 @@ def test_hosts_of_missing_ranks() -> None:
     store = dist.HashStore()
     slurm = Meeting(store, 0, 4, "h:1", hosts=("a", "a", "b", "b"))
     came(store, slurm, (0,))
-    assert slurm.missing() == "3 of 4 ranks have not come to h:1: 1 (a), 2-3 (b)"
+    assert slurm.missing() == "3 of 4 ranks have not connected to h:1: 1 (a), 2-3 (b)"
     by_four = Meeting(store, 0, 12, "h:1", group_size=4)
     came(store, by_four, (0, 1, 2, 5))
     assert by_four.missing() == (
-        "8 of 12 ranks have not come to h:1: 3 (gpu0), 4 (gpu1), 6-7 (gpu1), 8-11 (node 2)"
+        "8 of 12 ranks have not connected to h:1: "
+        "3 (gpu0), 4 (gpu1), 6-7 (gpu1), 8-11 (node rank 2)"
     )
     others = dist.HashStore()
     alone = Meeting(others, 0, 4, "h:1")
     came(others, alone, (0, 1, 3))
-    assert alone.missing() == "rank 2 of 4 has not come to h:1"
+    assert alone.missing() == "rank 2 of 4 has not connected to h:1"
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_lost_store_ends_the_watch_in_silence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(meeting, "FIRST_NOTICE", 0.0)
+    watches = []
+
+    def connect() -> dist.Store:
+        watches.append(threading.current_thread())
+        raise RendezvousError("it is gone")
+
+    with watch_connecting(connect, dist.HashStore(), 0, 2):
+        wait_until(lambda: bool(watches) and not watches[0].is_alive())
+    assert len(watches) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_a_rank_that_fails_does_not_wait_for_the_watch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(meeting, "FIRST_NOTICE", 0.0)
+    watches, release, store = [], threading.Event(), dist.HashStore()
+
+    def connect() -> dist.Store:
+        watches.append(threading.current_thread())
+        release.wait(60)
+        return store
+
+    def fail() -> None:
+        with watch_connecting(connect, store, 0, 2):
+            wait_until(lambda: bool(watches))
+            raise ValueError("of the rank")
+
+    with pytest.raises(ValueError, match="of the rank"):
+        fail()
+    assert watches[0].is_alive()
+    release.set()
+    watches[0].join(60)
+    assert capsys.readouterr().err == "", "too late to say anything"
 
 
 def test_many_spans_are_cut() -> None:

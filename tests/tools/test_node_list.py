@@ -23,11 +23,34 @@ def test_nodes(nodes: str, names: str) -> None:
     assert expand_nodes(nodes) == names.split()
 
 
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        "",
+        "n1,",
+        "n[1-x]",
+        "n[]",
+        "n[1-3",
+        "n[1-]",
+        "n[3-1]",
+        "n[-1]",
+        "n[٣]",
+        "n[0-9999999]",
+        pytest.param(f"n[{'9' * 5000}]", id="long"),
+    ],
+)
+def test_what_is_no_list_of_nodes(nodes: str) -> None:
+    with pytest.raises(ValueError):
+        expand_nodes(nodes)
+
+
 def test_counts() -> None:
     assert expand_counts("4(x2),3") == [4, 4, 3]
     assert expand_counts("8") == [8]
     with pytest.raises(ValueError, match="4,x"):
         expand_counts("4,x")
+    with pytest.raises(ValueError, match="x99999999"):
+        expand_counts("4(x99999999)")
 
 
 @pytest.mark.parametrize(

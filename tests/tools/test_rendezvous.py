@@ -59,6 +59,8 @@ def test_torchrun() -> None:
     assert from_environment(TORCHRUN) == own
     served = from_environment(TORCHRUN | {"TORCHELASTIC_USE_AGENT_STORE": "True"})
     assert served == replace(own, served=True)
+    again = from_environment(TORCHRUN | {"TORCHELASTIC_RESTART_COUNT": "2"})
+    assert again == replace(own, start="2")
     by_hand = {name: text for name, text in TORCHRUN.items() if not name.startswith("LOCAL")}
     assert from_environment(by_hand) == Rendezvous(5, 8, 5, 8, address=("node0", 29500))
 
@@ -110,6 +112,11 @@ def test_a_batch_script_and_a_step_of_one_task_are_alone() -> None:
         ({"LOCAL_RANK": ""}, "^LOCAL_RANK is not set, and RANK=5 with LOCAL_WORLD_SIZE=4"),
         ({"MASTER_PORT": "0"}, "MASTER_PORT=0 in the environment is not a number of 1 or more"),
         ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536: ports end at 65535"),
+        pytest.param(
+            {"WORLD_SIZE": "1" * 5000},
+            r"^WORLD_SIZE=1{18}\.\.\. .* is too long for a number",
+            id="long",
+        ),
     ],
 )
 def test_variables_that_are_missing_or_wrong(changed: dict[str, str], said: str) -> None:
@@ -122,6 +129,11 @@ def test_variables_that_are_missing_or_wrong(changed: dict[str, str], said: str)
     [
         ({"SLURM_PROCID": "7"}, "^SLURM_PROCID=7 with SLURM_STEP_NUM_TASKS=7: .* from 0 to 6"),
         ({"SLURM_STEP_TASKS_PER_NODE": "4,x"}, "SLURM_STEP_TASKS_PER_NODE=4,x .* not understood"),
+        ({"SLURM_STEP_NODELIST": "gpu[1-x]"}, r"SLURM_STEP_NODELIST=gpu\[1-x\] .* not understood"),
+        (
+            {"SLURM_STEP_NODELIST": "", "SLURM_JOB_NODELIST": "gpu[1-"},
+            r"SLURM_JOB_NODELIST=gpu\[1- .* not understood",
+        ),
     ],
 )
 def test_variables_of_slurm_that_are_wrong(changed: dict[str, str], said: str) -> None:
@@ -195,7 +207,7 @@ def _waits_in_vain(rank: int, port: int) -> None:
         init_process_group(place, CPU)
     except RendezvousError as error:
         said = str(error)
-        assert f"2 of 4 ranks have not come to localhost:{port}" in said
+        assert f"2 of 4 ranks have not connected to localhost:{port}" in said
         assert "(MASTER_ADDR:MASTER_PORT): 2-3. See that all 4" in said
         os._exit(3)
 
@@ -233,13 +245,30 @@ def test_ranks_that_end_after_the_meeting_are_missed() -> None:
     port = free_port()
     ranks = [start(_connects, rank, port) for rank in range(3)]
     try:
-        tells = {ranks[0].sentinel, ranks[1].sentinel}
-        connection.wait(tells, timeout=60)
-        assert 3 in (ranks[0].exitcode, ranks[1].exitcode)
+        ended = connection.wait([rank.sentinel for rank in ranks[:2]], timeout=60)
+        assert 3 in finish(rank for rank in ranks[:2] if rank.sentinel in ended)
     finally:
         for rank in ranks:
             rank.kill()
             rank.join()
+
+
+def _one_connects(rank: int, port: int) -> None:
+    """Rank 1 has connected, as it believes, and rank 0 waits for what no other rank does."""
+    meeting.FIRST_NOTICE = 0.5
+    sys.stderr = Tripwire("1 of them has not connected to all others: 0.")
+    if rank == 1:
+        dist.init_process_group = lambda *_, **__: None
+    place = Rendezvous(rank, 2, rank, 2, address=("localhost", port), served=True)
+    init_process_group(place, CPU)
+    os._exit(0)
+
+
+def test_a_rank_that_has_connected_is_not_missed() -> None:
+    """Nor does it matter what earlier ranks have said in a store that torchrun keeps."""
+    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for _ in range(2):
+        assert finish(start(_one_connects, rank, store.port) for rank in range(2)) == [3, 0]
 
 
 def _loses_another(rank: int, port: int) -> None:
@@ -264,6 +293,23 @@ def _fails_to_connect(*_: Any, store: dist.Store, **__: Any) -> None:
 def test_a_failure_to_connect_is_one_line() -> None:
     port = free_port()
     assert finish(start(_loses_another, rank, port) for rank in range(2)) == [3, 0]
+
+
+def _fails_on_its_gpu(rank: int, port: int) -> None:
+    def fails(*_: Any, store: dist.Store, **__: Any) -> None:
+        store.wait(["left"])
+        raise torch.AcceleratorError("CUDA error: out of memory")
+
+    dist.init_process_group = fails if rank == 0 else _leaves
+    try:
+        init_process_group(Rendezvous(rank, 2, rank, 2, address=("localhost", port)), CPU)
+    except torch.AcceleratorError as error:
+        os._exit(3 if str(error) == "CUDA error: out of memory" else 4)
+
+
+def test_a_failure_of_the_own_gpu_is_not_one_to_connect() -> None:
+    port = free_port()
+    assert finish(start(_fails_on_its_gpu, rank, port) for rank in range(2)) == [3, 0]
 
 
 def _tells() -> list[bool]:

@@ -1,14 +1,19 @@
 """What a start says of its text, and that it stops where too much of it would be lost."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megapipe.checkpoint.storage import format_bytes
 from megapipe.config import Config, SourceConfig, parse_config
 from megapipe.data.feed import BatchFeed
-from megapipe.data.tokenizer import load_tokenizer
+from megapipe.data.sample import SourceSample, sample_sources
+from megapipe.data.sources import Source
+from megapipe.data.tokenizer import Tokenizer, load_tokenizer
 from megapipe.errors import DataError
+from megapipe.tools import start_report
 from megapipe.tools.cli import main
 from megapipe.tools.start_report import scaled, text_lines
 from tests.config.examples import TEXT
@@ -24,6 +29,7 @@ def lines(tokenizer: Path, *sources: SourceConfig, **fields: Any) -> list[str]:
     config = parse_config(TEXT, "run.toml")
     changes = {"tokenizer": str(tokenizer), "sources": sources} | fields
     config = Config(**{**dict(config), "data": config.data.model_copy(update=changes)})
+    validates = bool(config.data.validation_sources) or config.data.validation_fraction > 0
     feeds = [
         BatchFeed(
             config.data,
@@ -35,7 +41,7 @@ def lines(tokenizer: Path, *sources: SourceConfig, **fields: Any) -> list[str]:
             sequence_length=64,
             validation=validation,
         )
-        for validation in (False, *([True] if config.data.validation_sources else []))
+        for validation in (False, *[True] * validates)
     ]
     found = text_lines(config, feeds)
     for feed in feeds:
@@ -56,25 +62,57 @@ def test_files_bytes_tokens_and_epochs_of_each_source(tmp_path: Path) -> None:
     loaded = load_tokenizer(tokenizer)
     per_text = len(loaded.encode(ENGLISH[0])) + 1
     found = lines(tokenizer, one, other)
-    assert found[0] == "Data: 16 streams, 102 thousand tokens in the whole run"
+    assert found[0] == "Data: the whole run reads 102 thousand tokens, in 16 streams"
     epochs = 102_400 * 0.75 / (800 * per_text)
     assert found[1] == (
         f"  {tmp_path}/?.jsonl: 2 files, 43.8 KiB, about {scaled(800 * per_text)} tokens; "
-        f"{epochs:.2g} epochs in the whole run"
+        f"{epochs:.2g} epochs"
     )
     assert "c.txt: 1 file, 17.2 KiB, about" in found[2]
     assert found[3] == (
-        f"Tokenizer: {tokenizer}, {len(loaded.ids)} tokens; documents end with id 0 "
+        f"Tokenizer: {tokenizer}, {len(loaded.ids)} tokens; documents end with token 0 "
         "('</s>', by its name)"
     )
-    assert found[4].endswith("bytes per token; all of it comes back exactly")
+    assert found[4].endswith("bytes per token; all of it decodes to the same text")
     assert len(found) == 5
 
 
 def test_many_sources_are_summed_up(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", jsonl(ENGLISH))
     found = lines(save(tmp_path / "t.json", byte_level()), *[source(path)] * 11)
-    assert found[9] == "  and 3 more sources"
+    per_text = len(load_tokenizer(tmp_path / "t.json").encode(ENGLISH[0])) + 1
+    size = format_bytes(3 * path.stat().st_size)
+    tokens = scaled(3 * 400 * per_text)
+    assert found[9] == f"  and 3 more sources: 3 files, {size}, about {tokens} tokens"
+
+
+def test_validation_sources_get_their_lines(tmp_path: Path) -> None:
+    training = source(write(tmp_path / "a.jsonl", jsonl(ENGLISH)))
+    held_out = source(write(tmp_path / "b.jsonl", jsonl(ENGLISH[:100])))
+    tokenizer = save(tmp_path / "t.json", byte_level())
+    per_text = len(load_tokenizer(tokenizer).encode(ENGLISH[0])) + 1
+    found = lines(tokenizer, training, validation_sources=(held_out,) * 10)
+    size, tokens = format_bytes((tmp_path / "b.jsonl").stat().st_size), scaled(100 * per_text)
+    assert found[2] == "Validation data:"
+    assert found[3] == f"  {tmp_path}/b.jsonl: 1 file, {size}, about {tokens} tokens"
+    assert found[11].startswith("  and 2 more sources: 2 files, ")
+    assert found[12].startswith("Tokenizer: ")
+
+
+def test_text_that_is_split_is_sampled_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = source(write(tmp_path / "a.jsonl", jsonl(ENGLISH)))
+    sampled: list[int] = []
+
+    def count(sources: Sequence[Source], tokenizer: Tokenizer) -> list[SourceSample]:
+        sampled.append(len(sources))
+        return sample_sources(sources, tokenizer)
+
+    monkeypatch.setattr(start_report, "sample_sources", count)
+    found = lines(save(tmp_path / "t.json", byte_level()), training, validation_fraction=0.1)
+    assert sampled == [1]
+    assert "Validation data:" not in found
 
 
 def test_a_source_of_which_too_much_would_be_lost_stops_the_start(tmp_path: Path) -> None:
@@ -100,7 +138,7 @@ def test_a_little_unknown_text_is_a_share_and_no_warning(tmp_path: Path) -> None
     assert not any("Warning" in line for line in found)
 
 
-def test_a_second_tokenizer_in_the_directory_is_spoken_of(tmp_path: Path) -> None:
+def test_a_second_tokenizer_in_the_directory_is_named(tmp_path: Path) -> None:
     path = source(write(tmp_path / "a.jsonl", jsonl(ENGLISH)))
     save(tmp_path / "tok" / "tokenizer.json", byte_level())
     sentencepiece_model(tmp_path / "tok" / "tokenizer.model")
@@ -132,9 +170,9 @@ def test_a_resume_that_changes_the_learning_rate_says_so(
 ) -> None:
     words = ["train", str(corpus / "run.toml"), f"--train.run_dir={tmp_path / 'run'}"]
     assert main([*words, "--train.steps=4"]) == 0
-    assert "learning rate changes" not in capfd.readouterr().out
+    assert "learning rate differs" not in capfd.readouterr().out
     assert main([*words, "--train.steps=8"]) == 0
     said = capfd.readouterr().out
-    (line,) = (line for line in said.splitlines() if "learning rate changes" in line)
-    assert "step 5 gets 1.65e-03, and by the checkpoint's config it was 3.00e-04" in line
-    assert "after the last of its 4 steps. To keep that, set optimizer.decay_steps = 2." in line
+    (line,) = (line for line in said.splitlines() if "learning rate differs" in line)
+    assert "config: step 5 gets 1.65e-03 instead of 3.00e-04" in line
+    assert "(its rate after its last step, 4). To keep that, set optimizer.decay_steps = 2." in line

@@ -1,11 +1,16 @@
 """`megapipe tokenizer`: lossless, reproducible, same ids in Hugging Face form; clear refusals."""
 
+import gzip
 import json
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from megapipe.checkpoint.storage import format_bytes
+from megapipe.data.formats import DAMAGED, Raw, TextFile
 from megapipe.data.tokenizer import load_tokenizer
 from megapipe.errors import DataError, MegapipeError
 from megapipe.tools import tokenizer as tool
@@ -85,7 +90,7 @@ def test_inspect_says_what_it_is(model: Path, capsys: pytest.CaptureFixture[str]
     assert f"{VOCABULARY} tokens" in out
     assert "sentencepiece bpe" in out
     assert "ids stay the same in Hugging Face form" in out
-    assert "all of it comes back exactly" in out
+    assert "all of it decodes to the same text" in out
 
 
 def test_bad_rows_are_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +101,7 @@ def test_bad_rows_are_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     out = tmp_path / "t.model"
     assert train(tmp_path / "a.jsonl", "--vocab-size", 290, "--out", out) == 0
-    assert "a.jsonl, row 4: malformed JSON" in capsys.readouterr().out
+    assert "a.jsonl, row 4: skipped: malformed JSON" in capsys.readouterr().out
     assert out.is_file()
 
 
@@ -186,7 +191,7 @@ def test_numbers_that_mean_nothing_are_refused(tmp_path: Path) -> None:
             train(tmp_path / "a.txt", *words, "--out", tmp_path / "t.model")
 
 
-def test_a_tokenizer_that_is_replaced_is_spoken_of(
+def test_a_tokenizer_that_is_replaced_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "a.txt").write_text("some text to learn from\n" * 40)
@@ -217,7 +222,7 @@ def test_files_without_usable_text_are_refused_with_the_reason(
     (tmp_path / "a.jsonl").write_text('{"other": 1}\n' * 8)
     with pytest.raises(DataError, match="there is no usable text in any of the files"):
         train(tmp_path / "a.jsonl", "--vocab-size", 280, "--out", tmp_path / "t.model")
-    assert "row 1: missing field 'text'" in capsys.readouterr().out
+    assert "row 1: skipped: missing field 'text'" in capsys.readouterr().out
 
 
 def test_inspect_names_the_file_and_what_is_lost(
@@ -238,3 +243,64 @@ def test_inspect_names_the_file_and_what_is_lost(
     assert '25.0% of its characters are unknown to the tokenizer and lost ("\u0416" U+0416' in out
     with pytest.raises(MegapipeError, match=r"--text: not UTF-8 text: character 4 is byte 0xe9"):
         run(["inspect", str(tmp_path), "--text", "caf\udce9"])
+
+
+def test_damage_is_reported_with_its_bytes_behind_many_bad_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [json.dumps({"text": f"text of row {number}"}) for number in range(4000)]
+    (tmp_path / "a.jsonl").write_text("{\n" * 90 + "\n".join(rows))
+    whole = gzip.compress("\n".join(rows).encode(), mtime=0)
+    half = len(whole) // 2
+    (tmp_path / "b.jsonl.gz").write_bytes(whole[:half] + b"\xff" * 500 + whole[half + 500 :])
+    assert train(tmp_path, "--vocab-size", 280, "--out", tmp_path / "t.model") == 0
+    out = capsys.readouterr().out
+    assert "b.jsonl.gz, row " in out
+    assert f": skipped: {DAMAGED}" in out
+    assert out.count(": skipped: malformed JSON") == 5, "the others are counted"
+    (line,) = (line for line in out.splitlines() if line.startswith("  left out    9"))
+    assert f"1 {DAMAGED})" in line
+    assert re.search(r"; [\d,]+ bytes of files can't be read$", line)
+
+
+def test_files_that_are_named_twice_are_announced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("some text to learn from\n" * 40)
+    (tmp_path / "b.txt").symlink_to("a.txt")
+    words = (tmp_path / "a.txt", tmp_path / "*.txt", "--vocab-size", 280)
+    assert train(*words, "--out", tmp_path / "t.model") == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}/*.txt: passed over 1 further name(s)" in out
+    assert f"read already, such as {tmp_path}/b.txt." in out
+    assert f"such as {tmp_path}/a.txt, are in {tmp_path}/a.txt too, and are read for both" in out
+
+
+def test_the_size_of_files_is_measured_and_that_of_text_is_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "".join(f"line {number} to learn from\n" for number in range(400)).encode()
+    (tmp_path / "a.txt.gz").write_bytes(packed := gzip.compress(text, mtime=0))
+    assert train(tmp_path / "*.gz", "--vocab-size", 280, "--out", tmp_path / "t.model") == 0
+    size, guess = format_bytes(len(packed)), format_bytes(4 * len(packed))
+    line = f"  text        1 file, {size}; about {guess} if files unfold to 4 times their size\n"
+    assert line in capsys.readouterr().out
+    (tmp_path / "a.txt").write_bytes(text)
+    assert train(tmp_path / "*.txt", "--vocab-size", 280, "--out", tmp_path / "t.model") == 0
+    assert f"  text        1 file, {format_bytes(len(text))}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("failure", [DataError("a.txt: has changed."), KeyboardInterrupt()])
+def test_what_ends_the_reading_is_raised_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    def rows(*_: object) -> Iterator[Raw]:
+        yield b"some text to learn from\n" * 40, 0
+        raise failure
+
+    (tmp_path / "a.txt").write_text("some text to learn from\n" * 40)
+    monkeypatch.setattr(TextFile, "rows", rows)
+    with pytest.raises(type(failure)) as caught:
+        train(tmp_path / "a.txt", "--vocab-size", 280, "--out", tmp_path / "t.model")
+    assert caught.value is failure
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

@@ -17,19 +17,24 @@ import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
+import torch.distributed as dist
 
+from megapipe.checkpoint.exchange import Peers
 from megapipe.checkpoint.load import open_checkpoint
-from megapipe.config import dump_config, load_config, parse_config
-from megapipe.errors import ConfigError
+from megapipe.config import Config, dump_config, load_config, parse_config
+from megapipe.errors import ConfigError, DataError, MegapipeError
 from megapipe.mesh import build_mesh
 from megapipe.models.presets import PRESETS
+from megapipe.tools import training
 from megapipe.tools.rendezvous import Rendezvous
-from megapipe.tools.training import choose_device, describe_rank
+from megapipe.tools.training import _kept_files, choose_device, describe_rank, run_rank
+from megapipe.train.loop import Run
 from megapipe.train.run_directory import HEADER, RunLock
+from megapipe.train.signals import StopRequest
 from tests.ranks import run_ranks
 
 FORKS = multiprocessing.get_context("forkserver")
@@ -125,7 +130,7 @@ def test_a_whole_run_as_a_user_starts_it(corpus: Path, tmp_path: Path) -> None:
         "Device: cpu, fp32, 1 thread per rank",
     ):
         assert f"\n{line}\n" in done.stdout
-    assert re.search(r"\nStart-up: \d+\.\d s after imports\n", done.stdout)
+    assert re.search(r"\nReady after \d+\.\d s \(imports not counted\)\n", done.stdout)
     assert "\nDone: step 8, 2,048 tokens. Checkpoint: " in done.stdout
 
     run_dir = tmp_path / "run"
@@ -195,7 +200,7 @@ def test_stopped_by_sigterm_it_goes_on_with_the_very_same_losses(
     step = len(read_rows(run_dir))
     assert 1 <= step < 30
     assert f"Stopped by SIGTERM after step {step} of 30. Checkpoint: {run_dir}" in said
-    assert f"To go on:\n    megapipe train run.toml {' '.join(words)}\n" in said
+    assert f"To continue:\n    megapipe train run.toml {' '.join(words)}\n" in said
 
     said = Command(corpus, *words).finish()
     assert f"Resumed from {run_dir}/checkpoints/step-{step:08d} at step {step}." in said
@@ -237,8 +242,9 @@ def test_a_full_disk_is_told_and_at_the_end_an_error(corpus: Path, tmp_path: Pat
     words = (PP2, f"--train.run_dir={run_dir}", "--train.steps=4", "--checkpoint.every=2")
     said = Command(corpus, *words, largest_file=100_000).finish(1)
     assert said.count("NOT SAVED at step 2, training goes on: ") == 1
-    last = said.splitlines()[-1]
-    assert re.match(r"megapipe: cannot save checkpoint .*step-00000004: .*file too large", last)
+    error, advice = said.splitlines()[-2:]
+    assert re.match(r"megapipe: cannot save checkpoint .*step-00000004: .*file too large", error)
+    assert advice.startswith("The steps after step 0 are not saved. Remove the cause, then start")
     assert column(run_dir, "step") == [1, 2, 3, 4]
     assert list((run_dir / "checkpoints").iterdir()) == []
 
@@ -318,6 +324,28 @@ def test_a_job_tells_what_all_its_ranks_find_once(corpus: Path, tmp_path: Path, 
     assert len(re.findall("^megapipe: ", said, re.MULTILINE)) == 1
 
 
+def test_metrics_that_only_the_first_rank_can_not_write(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+    words = (f"--train.run_dir={tmp_path}/run", "--parallel.data=2")
+    said = "".join(command.finish(1) for command in start_job(corpus, *words))
+    (line,) = re.findall("^megapipe: .*", said, re.MULTILINE)
+    assert "metrics.jsonl" in line
+
+
+@pytest.mark.parametrize("gone", [0, 1])
+def test_a_job_that_has_lost_a_rank_ends_in_one_line(
+    corpus: Path, tmp_path: Path, gone: int
+) -> None:
+    words = (f"--train.run_dir={tmp_path}/run", "--parallel.data=2", "--train.steps=100000")
+    ranks = start_job(corpus, *words)
+    ranks[gone].signal_after_step(tmp_path / "run", 2, signal.SIGKILL)
+    said = ranks[1 - gone].finish(1)
+    (line,) = re.findall("^megapipe: .*", said, re.MULTILINE)
+    assert line == said.splitlines()[-1]
+    assert line.startswith(f"megapipe: rank {1 - gone} of 2 lost its connection to other ranks (")
+    assert line.endswith("the same command goes on from the newest checkpoint.")
+
+
 # --- Parts ---------------------------------------------------------------------------------------
 
 
@@ -347,24 +375,29 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
     return pretend
 
 
-NARROW_SUMS = "allow_bf16_reduced_precision_reduction"
-
-
-def test_a_rank_takes_its_gpu_or_the_cpu(
-    gpus: Callable[[int], list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rank_takes_its_gpu_or_the_cpu(gpus: Callable[[int], list[int]]) -> None:
     second = Rendezvous(5, 8, local_rank=1, local_size=4)
     chosen = gpus(0)
     assert choose_device("auto", second) == torch.device("cpu")
     gpus(4)
     assert choose_device("cpu", second) == torch.device("cpu")
-    monkeypatch.setattr(torch.backends.cuda.matmul, NARROW_SUMS, True)
     assert choose_device("auto", second) == torch.device("cuda", 1)
-    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     gpus(1)
     bound = Rendezvous(5, 8, local_rank=1, local_size=4, own_gpu=True)
     assert choose_device("cuda", bound) == torch.device("cuda", 0)
     assert chosen == [1, 0]
+
+
+def test_sums_on_a_gpu_are_wide(gpus: Callable[[int], list[int]]) -> None:
+    products = torch.backends.cuda.matmul
+    before = products.allow_bf16_reduced_precision_reduction
+    try:
+        products.allow_bf16_reduced_precision_reduction = True
+        gpus(1)
+        choose_device("cuda", Rendezvous())
+        assert not products.allow_bf16_reduced_precision_reduction
+    finally:
+        products.allow_bf16_reduced_precision_reduction = before
 
 
 def test_no_gpu_for_a_rank_is_an_error(gpus: Callable[[int], list[int]]) -> None:
@@ -375,3 +408,38 @@ def test_no_gpu_for_a_rank_is_an_error(gpus: Callable[[int], list[int]]) -> None
     for wanted in ("auto", "cuda"):
         with pytest.raises(ConfigError, match=r"4 ranks were started .* has 2 GPUs"):
             choose_device(wanted, Rendezvous(3, 4, local_rank=3, local_size=4))
+
+
+def _kept_on_a_rank(config: Config) -> str:
+    peers = Peers(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+    with pytest.raises(MegapipeError) as caught:
+        _kept_files(config, peers)
+    return str(caught.value)
+
+
+def test_a_tokenizer_that_only_the_first_rank_can_not_read(corpus: Path) -> None:
+    words = ("--data.tokenizer=/none.model",)
+    config = load_config(corpus / "run.toml", words, PRESETS)
+    first, second = run_ranks(_kept_on_a_rank, 2, config)
+    assert first == second
+    assert "/none.model" in first
+
+
+def test_after_an_error_no_clock_runs(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request to stop that came before it must not end the process without its message."""
+    ended: list[StopRequest] = []
+
+    def fail(run: Run) -> NoReturn:
+        assert not ended
+        raise DataError("of the text")
+
+    monkeypatch.chdir(corpus)
+    monkeypatch.setattr(StopRequest, "end", lambda stop: ended.append(stop))
+    monkeypatch.setattr(training, "train", fail)
+    words = (f"--train.run_dir={tmp_path}/run", "--parallel.data=1")
+    config = load_config(corpus / "run.toml", words, PRESETS)
+    with pytest.raises(DataError, match="of the text"):
+        run_rank(config, "", 0.0, Rendezvous())
+    assert len(ended) == 1

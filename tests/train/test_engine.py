@@ -1,16 +1,20 @@
 """One engine step: what torch's own clipping and AdamW make of the same gradients, dropout off in
 validation, and the bfloat16 path."""
 
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megapipe.config import Config, load_config
 from megapipe.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
+from megapipe.pipeline.p2p import gloo_channels
 from megapipe.train.engine import Engine
 from megapipe.train.proof import synthetic_tokens
 from tests.ranks import run_ranks
@@ -122,3 +126,44 @@ def test_bfloat16_gradients_are_those_of_float64(layout: str) -> None:
             assert error < 0.02, (name, float(error))
             seen.add(name)
     assert seen == set(expected)
+
+
+def _waits_for_one_that_is_late() -> list[str]:
+    """What becomes of a reduction over each group to which rank 1 comes late: when the engine is
+    patient, and then with a short limit."""
+    words = ("--parallel.pipeline=2", "--parallel.virtual=1", "--model.tie_embeddings=true")
+    mesh = build_mesh(pipeline=2, data=1, tensor=1, device=CPU)
+    engine = Engine(config(*words), mesh, build_stages, gloo_channels(mesh))
+    engine.wait_at_most(timedelta(milliseconds=200))
+    with engine.patient():
+        patient = []
+        for group in mesh.groups:
+            time.sleep(mesh.rank)
+            patient.append(_reduce(group))
+    return patient + [_reduce_too_late(group, mesh.rank) for group in mesh.groups]
+
+
+def _reduce_too_late(group: dist.ProcessGroup, rank: int) -> str:
+    """Rank 1 comes when rank 0 has given up, however slow the machine is."""
+    store, key = dist.distributed_c10d._get_default_store(), f"rank 0 has left {group.group_name}"
+    if rank == 1:
+        store.wait([key], timedelta(minutes=5))
+    found = _reduce(group)
+    store.set(key, "")
+    return found
+
+
+def _reduce(group: dist.ProcessGroup) -> str:
+    try:
+        dist.all_reduce(torch.zeros(1), group=group)
+    except RuntimeError as error:
+        return "late" if "Timed out" in str(error) else "lost"
+    return "done"
+
+
+def test_a_rank_that_is_late_fails_a_step_but_no_save() -> None:
+    """Over the groups of the mesh's axes, and that of the tied embedding."""
+    first, second = run_ranks(_waits_for_one_that_is_late, 2)
+    assert first == ["done"] * 3 + ["late"] * 3
+    assert second[:3] == ["done"] * 3
+    assert "done" not in second[3:]

@@ -1,7 +1,11 @@
-"""A training step lets the host run ahead of the GPU: it waits once, at the end."""
+"""A training step lets the host run ahead of the GPU: it reads once, at the end.
+
+The wait for CUDA events, once a step before that read, is not seen here (docs/gpu.md).
+"""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -11,7 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megapipe import kernels
 from megapipe.config import Config, load_config
-from megapipe.mesh import build_mesh
+from megapipe.data.distribute import ReplicaFeed
+from megapipe.mesh import Mesh, build_mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.models.attention import RotaryTable
 from megapipe.models.build import build_stages
@@ -23,6 +28,7 @@ from megapipe.transfer import to_device
 from tests.host_sync import DEVICE, HostSyncError, watch_host
 from tests.ranks import run_ranks
 
+T = TypeVar("T")
 CONFIGS = Path(__file__).parents[1] / "configs"
 LAYOUTS = {
     "one process": (),
@@ -72,9 +78,8 @@ def batches(given: Config) -> list[MicroBatch]:
     ]
 
 
-def reads_of_steps(given: Config, rank: int, steps: int = 2) -> list[str]:
-    """Where one rank of the layout reads from the device in these steps. There are no other ranks:
-    tensors have no values, and collectives do nothing."""
+def mesh_of(given: Config, rank: int) -> Mesh:
+    """One rank's. There are no other ranks: tensors have no values, and collectives do nothing."""
     parallel = given.parallel
     assert parallel.data is not None
     size = parallel.pipeline * parallel.tensor * parallel.data
@@ -83,9 +88,14 @@ def reads_of_steps(given: Config, rank: int, steps: int = 2) -> list[str]:
     if size > 1:
         words = {"store": FakeStore(), "rank": rank, "world_size": size}
         dist.init_process_group("cpu:fake,meta:fake", **words)
-    mesh = build_mesh(
+    return build_mesh(
         pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor, device=DEVICE
     )
+
+
+def reads_of_steps(given: Config, rank: int, steps: int = 2) -> list[str]:
+    """Where one rank of the layout reads from the device in these steps."""
+    mesh = mesh_of(given, rank)
     engine, given_batches = Engine(given, mesh, build_stages), batches(given)
     with watch_host(read_in="_sum_over_world") as reads:
         for _ in range(steps):
@@ -117,6 +127,33 @@ def test_the_host_waits_once_a_step_with_each_switch(switch: str, kernels: str) 
     for shape in ("llama", "gpt2"):
         if (shape, switch) != ("gpt2", "window, QK-norm"):
             assert_reads_once_a_step(config(shape, f"--train.kernels={kernels}", *SWITCHES[switch]))
+
+
+def take_batches(given: Config, rank: int) -> int:
+    """Have a rank take batches of text, the way a training step does; gives their number."""
+    mesh = mesh_of(given, rank)
+    feed = _Started(given, mesh, hosts_first=True, hosts_last=True)
+    with watch_host():
+        taken = [feed.next() for _ in range(3)]
+    feed.close()
+    return sum(map(len, taken))
+
+
+class _Started(ReplicaFeed):
+    """Without what ranks tell each other at the start, where the host may wait."""
+
+    def _read(self, work: Callable[[], T]) -> T | None:
+        return work() if self._mesh.replica.is_first else None
+
+
+@pytest.mark.parametrize("words", [(), ("--data.mask_documents=true",)], ids=["plain", "documents"])
+def test_the_host_does_not_wait_for_a_batch(corpus: Path, words: tuple[str, ...]) -> None:
+    """Neither on the rank that reads nor on those that it sends the tokens to."""
+    layout = ("--parallel.pipeline=2", "--parallel.data=1", "--train.global_batch_size=4")
+    given = load_config(corpus / "run.toml", [*layout, *words], PRESETS)
+    count = 3 * microbatches(given)
+    for rank in range(2):
+        assert run_ranks(take_batches, 1, given, rank, timeout=300) == [count]
 
 
 # --- Each kind of wait, planted ------------------------------------------------------------------

@@ -129,14 +129,14 @@ def course(steps: int, **fields: Any) -> Course:
             course(20),
             course(40),
             20,
-            "step 21 gets 5.15e-01, and by the checkpoint's config it was 1.00e-01, after the "
-            "last of its 20 steps. To keep that, set optimizer.decay_steps = 20.",
+            "config: step 21 gets 5.15e-01 instead of 1.00e-01 (its rate after its last step, 20). "
+            "To keep that, set optimizer.decay_steps = 20.",
         ),
         (
             course(20, schedule="linear"),
             course(40, schedule="linear"),
             4,
-            "step 5 gets 8.87e-01, and",
+            "step 5 gets 8.87e-01 instead of ",
         ),
         (course(20), course(20, learning_rate=2.0), 4, "set optimizer.learning_rate = 1.0."),
         (course(20, warmup_steps=2), course(20, warmup_steps=9), 4, "optimizer.warmup_steps = 2"),
@@ -146,7 +146,7 @@ def course(steps: int, **fields: Any) -> Course:
             course(20, schedule="wsd"),
             course(40, schedule="wsd"),
             10,
-            "step 19 gets 1.00e+00, and by the checkpoint's config it was 5.50e-01. To keep that, "
+            "config: step 19 gets 1.00e+00 instead of 5.50e-01. To keep that, "
             "set train.steps = 20.",
         ),
         (
@@ -164,7 +164,7 @@ def test_a_changed_course_is_announced(then: Course, now: Course, step: int, sai
     assert said in line
 
 
-def test_a_course_that_stays_is_not_spoken_of() -> None:
+def test_a_course_that_stays_is_not_announced() -> None:
     plain = course(20, warmup_steps=3)
     assert course_change(plain, plain, 5) is None
     assert course_change(course(20, decay_steps=30), course(40, decay_steps=30), 20) is None
@@ -172,6 +172,17 @@ def test_a_course_that_stays_is_not_spoken_of() -> None:
     assert course_change(course(20, warmup_steps=9), course(20, warmup_steps=2), 20) is None
     flat = course(20, schedule="constant")
     assert course_change(flat, course(40, schedule="constant"), 20) is None
+
+
+@pytest.mark.parametrize("step", [0, 50, 99, 100, 101, 5050, 9000])
+@pytest.mark.parametrize("kinds", [("linear", "cosine"), ("cosine", "linear")])
+def test_a_change_between_two_turns_is_announced(step: int, kinds: tuple[str, str]) -> None:
+    """Line and cosine begin and end at the same rates, and cross in the middle."""
+    rates = {"learning_rate": 1e-3, "min_learning_rate": 1e-4, "warmup_steps": 100}
+    then, now = (course(10_000, schedule=kind, **rates) for kind in kinds)
+    line = course_change(then, now, step)
+    assert line is not None
+    assert f'set optimizer.schedule = "{kinds[0]}".' in line
 
 
 @settings(deadline=None, max_examples=60)

@@ -34,7 +34,7 @@ def test_off_means_the_metrics_file_alone(tmp_path: Path) -> None:
     assert [entry.name for entry in run_dir.iterdir()] == ["metrics.jsonl"]
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     assert [Metrics(**json.loads(line)) for line in lines] == [sample(1), sample(2)]
-    assert said[0] == f"Run directory {run_dir}, a line for each step in {run_dir}/metrics.jsonl"
+    assert said[0] == f"Run directory: {run_dir}, with a line for each step in metrics.jsonl"
     assert said[-1] == "Saved it"
 
 

@@ -36,11 +36,12 @@ def one_second_steps(total_steps: int) -> Eta:
 
 def test_a_plain_line() -> None:
     assert plain_line(sample(4), 20, eta=83) == (
-        "step 4/20  loss 4.6000  grad norm 1.50  rate 3.0e-04  12.3k tokens/s  1.5 GiB  ETA 1:23"
+        "step 4/20  loss 4.6000  grad norm 1.50  rate 3.0e-04  12.3k tokens/s  memory 1.5 GiB  "
+        "ETA 1:23"
     )
     assert plain_line(replace(sample(5), mfu=0.4567), 20, eta=0) == (
-        "step 5/20  loss 4.5000  grad norm 1.50  rate 3.0e-04  12.3k tokens/s  MFU 45.7%  1.5 GiB"
-        "  ETA 0:00  validation loss 4.2500"
+        "step 5/20  loss 4.5000  grad norm 1.50  rate 3.0e-04  12.3k tokens/s  MFU 45.7%  "
+        "memory 1.5 GiB  ETA 0:00  validation loss 4.2500"
     )
 
 
@@ -56,7 +57,7 @@ def test_a_pipe_gets_plain_text_every_few_steps(
     assert err == ""
     assert out.isprintable() or set(out) - {"\n"} <= set(map(chr, range(32, 127)))
     lines = out.splitlines()
-    assert lines[0] == f"Run directory {tmp_path}, a line for each step in {tmp_path}/metrics.jsonl"
+    assert lines[0] == f"Run directory: {tmp_path}, with a line for each step in metrics.jsonl"
     shown = [line.split()[1] for line in lines if line.startswith("step ")]
     assert shown == ["5/20", "8/20", "10/20", "15/20", "16/20", "20/20"]  # validated at 5, 10, ...
     assert lines[-1] == "[bold]Saved[/bold] \\[it]"

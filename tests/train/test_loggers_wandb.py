@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from megapipe.train.loggers import weights_and_biases
+from megapipe.train.loggers import follow, weights_and_biases
 from tests.train.samples import TOTAL, config, open_loggers, sample
 from tests.train.wandb_file import OfflineRun, offline_runs
 from tests.train.wandb_server import wandb_server
@@ -206,6 +206,17 @@ def test_a_variable_that_w_and_b_can_not_use_is_named(
     assert second.startswith('W&B can\'t use WANDB_INIT_TIMEOUT = "soon" (init_timeout ')
     assert third.startswith("W&B, offline: ")
     assert logged(offline_runs(tmp_path)) == [1, 2, 3]
+
+
+def test_a_wrong_variable_is_one_line_without_a_password(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_BASE_URL", "me:secret@wandb.example")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "two\nlines")
+    assert {"WANDB_BASE_URL", "WANDB_INIT_TIMEOUT"} <= set(follow.wrong_variables())
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "W&B can't use WANDB_BASE_URL and writes offline without it. Correct it."
+    assert second.startswith('W&B can\'t use WANDB_INIT_TIMEOUT = "two\\nlines" (init_timeout ')
 
 
 def test_the_environment_decides_where_the_config_does_not(

@@ -1,7 +1,9 @@
 """The loop alone: when it saves, validates, stops, and what it does when a save fails."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +62,7 @@ class Engine:
 
     def __init__(self, stops_at: int | None = None, fails_at: int | None = None) -> None:
         self.rates: list[float] = []
+        self.waits: list[float] = []
         self.stops_at = stops_at
         self.fails_at = fails_at
 
@@ -78,6 +81,15 @@ class Engine:
             taken=ready,
             counts=tuple(counts),
         )
+
+    def wait_at_most(self, timeout: timedelta) -> None:
+        self.waits.append(timeout.total_seconds())
+
+    @contextmanager
+    def patient(self) -> Iterator[None]:
+        self.waits.append(math.inf)
+        yield
+        self.waits.append(-math.inf)
 
     def validation_loss(self, batches: int, *, ready: bool) -> tuple[float, int] | None:
         return (60.0 * batches, 10 + batches) if ready else None  # sum, tokens
@@ -304,3 +316,12 @@ def test_a_request_to_stop_hears_how_the_run_gets_on(tmp_path: Path) -> None:
     run = make_run(make_config(tmp_path, *words))
     train(run)
     assert run.stop.heard == ["begin", "step", "step", "alive", "alive", "save", "saved"]
+
+
+def test_ranks_are_patient_in_the_first_step_and_in_saves(tmp_path: Path) -> None:
+    config = make_config(
+        tmp_path, "--train.collective_timeout_seconds=45", "--checkpoint.every=0", "--train.steps=3"
+    )
+    run = make_run(config, progress=Progress(1, 100))
+    train(run)
+    assert run.engine.waits == [45, math.inf, -math.inf]

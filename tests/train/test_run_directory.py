@@ -113,9 +113,19 @@ def test_a_resolved_config_that_a_crash_has_damaged(make: Make, left: bytes) -> 
         plan = plan_start(make("--train.steps=200"))
         assert len(plan.notes) == 2
         assert "is empty or damaged, as after a crash" in plan.notes[0]
-        assert plan.notes[1] == "Changed since the last start: train.steps: 100 -> 200."
+        assert plan.notes[1] == "Changed since the last start:\n  train.steps: 100 -> 200"
         with pytest.raises(CheckpointError, match=r"model\.num_layers: 8 -> 6"):
             plan_start(make("--model.num_layers=6"))
+
+
+def test_a_resolved_config_of_another_version(make: Make) -> None:
+    root = begin(make(), 5)
+    file = root.parent / "resolved-config.toml"
+    file.write_text(file.read_text() + "\n[future]\nkey = 1\n")
+    (note,) = plan_start(make()).notes
+    assert "resolved-config.toml can't be used: " in note
+    assert "future" in note
+    assert "damaged" not in note
 
 
 def test_what_looks_like_a_checkpoint_and_is_none_stops_the_start(make: Make) -> None:
@@ -161,7 +171,7 @@ def test_other_changes_are_told_in_one_line(make: Make) -> None:
     plan = plan_start(make("--parallel.pipeline=4", "--train.steps=200"))
     assert plan == Plan(
         "auto",
-        ["Changed since the last start: parallel.pipeline: 2 -> 4; train.steps: 100 -> 200."],
+        ["Changed since the last start:\n  parallel.pipeline: 2 -> 4\n  train.steps: 100 -> 200"],
     )
 
 

@@ -60,7 +60,7 @@ def test_the_request_is_told_once() -> None:
         stop.begin()
         send(signal.SIGTERM, signal.SIGTERM)
         wait_for(lambda: said)
-    assert said == ["SIGTERM: saving and leaving after this step."]
+    assert said == ["SIGTERM: saving and stopping after the current step."]
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
@@ -153,3 +153,21 @@ def test_a_main_thread_that_is_stuck_in_a_collective() -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 128 + signal.SIGTERM
         assert b"SIGTERM, and no step has ended" in process.stderr.read()
+
+
+def test_a_signal_that_comes_as_its_handler_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[Left] = []
+    install = signal.signal
+
+    def install_and_send(number: int, handler: object) -> object:
+        before = install(number, handler)
+        if number == signal.SIGTERM and not left:
+            send(number)
+            wait_for(lambda: left)  # the thread hears of it
+        return before
+
+    monkeypatch.setattr(signal, "signal", install_and_send)
+    with StopRequest(leave=lambda *how: left.append(how)) as stop:
+        pass
+    assert stop.reason == "SIGTERM"
+    assert left[0] == ("SIGTERM before the first step: nothing to save.", 128 + signal.SIGTERM)

@@ -1,10 +1,13 @@
 """Who decides how a run is shown in Weights & Biases: the config, else the environment."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from megapipe.train.loggers.wandb_environment import choose, unheeded
+from megapipe.train.loggers import follow
+from megapipe.train.loggers.wandb_environment import NOT_USED, choose, not_used
 from tests.train.samples import config
 
 RUN = Path("runs/first")
@@ -28,7 +31,7 @@ def test_the_environment_decides_what_the_config_leaves_open(
     logging: str, environ: dict[str, str], mode: str
 ) -> None:
     choice = choose(config(logging).logging, RUN, environ)
-    assert (choice.mode, choice.trouble) == (mode, ())
+    assert (choice.mode, choice.trouble) == (mode, {})
 
 
 def test_names_come_from_the_config_else_the_environment_else_the_run() -> None:
@@ -45,16 +48,33 @@ def test_values_that_mean_nothing_are_told_with_their_variable() -> None:
     logging = config("").logging
     choice = choose(logging, RUN, {"WANDB_MODE": "nonsense", "WANDB_PROJECT": "a/b"})
     assert (choice.mode, choice.project) == ("offline", "megapipe")
-    assert [line.split(":")[0] for line in choice.trouble] == [
+    assert [line.split(":")[0] for line in choice.trouble.values()] == [
         'WANDB_MODE = "nonsense" is not online, offline or disabled',
         """WANDB_PROJECT = "a/b" has a '/', which W&B allows in no project's name""",
     ]
+    assert list(choice.trouble) == ["WANDB_MODE", "WANDB_PROJECT"]
+    broken = choose(logging, RUN, {"WANDB_MODE": "two\nlines", "WANDB_PROJECT": "a/\nb"})
+    assert not any("\n" in line for line in broken.trouble.values())
     off = {"WANDB_MODE": "disabled", "WANDB_PROJECT": "a/b"}
-    assert choose(logging, RUN, off).trouble == ()
+    assert choose(logging, RUN, off).trouble == {}
 
 
 def test_what_is_set_in_vain_is_known() -> None:
     environ = {"WANDB_MODE": "online", "WANDB_RUN_ID": "x", "WANDB_NAME": "y", "WANDB_DIR": ""}
-    assert unheeded(config("").logging, environ) == ["WANDB_RUN_ID"]
+    assert not_used(config("").logging, environ) == ["WANDB_RUN_ID"]
     whole = config('wandb = "off"\nwandb_name = "z"').logging
-    assert unheeded(whole, environ) == ["WANDB_MODE", "WANDB_NAME", "WANDB_RUN_ID"]
+    assert not_used(whole, environ) == ["WANDB_MODE", "WANDB_NAME", "WANDB_RUN_ID"]
+
+
+def test_settings_that_a_run_makes_itself_are_known_as_not_used() -> None:
+    class Settings:
+        """Takes every setting, as far as follow.py can see."""
+
+        model_fields = type("All", (), {"__contains__": lambda self, key: True})()
+
+        def __init__(self, **made: object) -> None:
+            self.made = made
+
+    order: Any = {"init_seconds": 1.0, "upload_seconds": 1.0}
+    made = follow.settings(SimpleNamespace(Settings=Settings), order, "offline").made
+    assert {f"WANDB_{name.upper()}" for name in made} - {"WANDB_MODE"} <= set(NOT_USED)

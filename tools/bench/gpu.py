@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megapipe.errors import MegapipeError
-from megapipe.tools.arguments import Parser, UsageError
+from megapipe.tools.arguments import Parser, UsageError, path_argument
 from megapipe.tools.bench.gpu_table import print_table
 from megapipe.tools.bench.machine import describe_machine
 
@@ -103,7 +103,7 @@ def run(argv: Sequence[str]) -> int:
         "--minutes", type=float, default=MINUTES, help=f"for everything (default: {MINUTES:g})"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="(default: tools/bench/results/DEVICE)"
+        "--out", type=path_argument, metavar="DIR", help="(default: tools/bench/results/DEVICE)"
     )
     parser.add_argument(
         "--toy", action="store_true", help="on the CPU, toy sizes: tries the command itself"

@@ -265,7 +265,10 @@ def measure(
             for row in rows:
                 _run(row, case, function, timer, best, Source(device, dtype))
         except Exception as error:  # theirs, of whatever kind: no memory, no such argument, ...
-            rows[-1].problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            for row in rows:
+                if row.share is None:  # the last that is set
+                    row.problem = problem
         results += rows
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -352,9 +355,13 @@ def print_results(case: Case, results: Sequence[Result]) -> None:
         last = group
     console = Console(width=110)
     console.print(table)
-    for result in results:
-        if result.problem:
-            console.print(f"{result.contender}, {result.shape.label}: {result.problem}")
+    problems = [
+        f"{result.contender}, {result.shape.label}: {result.problem}"
+        for result in results
+        if result.problem
+    ]
+    for line in dict.fromkeys(problems):  # once where both passes failed
+        console.print(line)
 
 
 def _row(result: Result) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl, the console, Weights & Biases, TensorBoard. Rank 0 speaks.
+"""What a run reports: metrics.jsonl, the console, Weights & Biases, TensorBoard. Rank 0 speaks.
 
 metrics.jsonl always exists and is the truth; the others show it. None of them can stop a run once
 it has begun: one that fails is closed, and that is said once.
@@ -21,7 +21,7 @@ from megapipe.train.metrics import Metrics
 
 
 class Sink(Protocol):
-    """One place that is told about each step."""
+    """The one place to which each step is reported."""
 
     def log(self, metrics: Metrics) -> None: ...
 
@@ -54,11 +54,11 @@ class Loggers:
         tensorboard = TensorBoard(run_dir, start) if config.logging.tensorboard else None
         file = MetricsFile(run_dir / "metrics.jsonl", start, self.event)
         self._sinks = {"metrics.jsonl": file, "The console": console}
-        self.event(f"Run directory {run_dir}, a line for each step in {file.path}")
+        self.event(f"Run directory: {run_dir}, with a line for each step in metrics.jsonl")
         if tensorboard:
             self._sinks["TensorBoard"] = tensorboard
         choice = choose(config.logging, run_dir, os.environ)
-        for line in choice.trouble:
+        for line in choice.trouble.values():
             self.event(line)
         if choice.mode != "off":
             try:

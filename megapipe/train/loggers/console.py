@@ -113,7 +113,7 @@ def plain_line(metrics: Metrics, total_steps: int, eta: float) -> str:
         f"grad norm {metrics.grad_norm:.2f}",
         f"rate {metrics.learning_rate:.1e}",
         f"{short(metrics.tokens_per_second)} tokens/s",
-        *_machine(metrics, mfu_digits=1),
+        *_machine(metrics, mfu_digits=1, memory="memory "),
         f"ETA {duration(eta)}",
     ]
     if metrics.validation_loss is not None:
@@ -132,10 +132,10 @@ def bar_text(metrics: Metrics, eta: float) -> str:
     return "  ".join(parts)
 
 
-def _machine(metrics: Metrics, mfu_digits: int) -> list[str]:
+def _machine(metrics: Metrics, mfu_digits: int, memory: str = "") -> list[str]:
     mfu = [] if metrics.mfu is None else [f"MFU {metrics.mfu:.{mfu_digits}%}"]
     gib = metrics.memory_bytes / 2**30
-    return [*mfu, f"{gib:.{int(gib < 10)}f} GiB"]
+    return [*mfu, f"{memory}{gib:.{int(gib < 10)}f} GiB"]
 
 
 def short(number: float) -> str:

@@ -191,7 +191,7 @@ def announced(first: int, order: Order) -> int:
 def set_environment(order: Order) -> None:
     """What W&B has no other setting for. The user's own choice wins."""
     cache = Path(order["run_dir"], "wandb", "cache").resolve()
-    # The user's own were heeded, or said to be wrong, when the order was made.
+    # The user's own were used, or reported as wrong, when the order was made.
     os.environ |= {"WANDB_MODE": order["mode"], "WANDB_PROJECT": order["project"]}
     # How to reach the service of another process of W&B's that started the training: this one ends
     # its own service where online fails.
@@ -218,7 +218,9 @@ def wrong_variables() -> list[str]:
             wrong.append(name)
             del os.environ[name]
             secret = any(part in name for part in ("KEY", "TOKEN", "PASSWORD", "SECRET"))
-            what = name if secret else f'{name} = "{value}" ({brief(error)})'
+            what = (
+                name if secret or "@" in value else f"{name} = {json.dumps(value)} ({brief(error)})"
+            )
             say(f"W&B can't use {what} and writes offline without it. Correct it.")
     return wrong
 
