@@ -167,8 +167,8 @@ def repeated_files(
             continue
         if found.repeats:
             yield (
-                f"{name(source)}: {len(found.repeats):,} more names, such as "
-                f"{shown(found.repeats[0])}, are links to files that are read already."
+                f"{name(source)}: passed over {len(found.repeats):,} further name(s) of files that "
+                f"are read already, such as {shown(found.repeats[0])}."
             )
         shared = [file for file in found.files if file.identity in owners]
         if shared:

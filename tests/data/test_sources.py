@@ -7,7 +7,7 @@ import pytest
 
 from megapipe.config import SourceConfig
 from megapipe.data import sources
-from megapipe.data.sources import Source, check_source, open_source
+from megapipe.data.sources import Source, check_source, open_source, repeated_files
 from megapipe.errors import DataError
 from tests.data.samples import jsonl, write, write_corpus
 
@@ -198,3 +198,18 @@ def test_files_are_in_sorted_order(tmp_path: Path) -> None:
     for number in range(300):
         write(tmp_path / f"{number:03}.jsonl", jsonl([f"text {number}"]))
     assert texts(opened(tmp_path / "*.jsonl")) == [f"text {number}" for number in range(300)]
+
+
+def test_files_with_several_names_and_in_several_sources_are_told(tmp_path: Path) -> None:
+    path = write(tmp_path / "b.jsonl", jsonl(["text"]))
+    (tmp_path / "c.jsonl").symlink_to("b.jsonl")
+    sources = [
+        open_source(SourceConfig(path=str(place)), f"data.sources[{index}]", 4)
+        for index, place in enumerate((tmp_path / "*.jsonl", path))
+    ]
+    assert list(repeated_files(sources)) == [
+        "data.sources[0].path: passed over 1 further name(s) of files that are read already, such "
+        f"as {tmp_path}/c.jsonl.",
+        f"data.sources[1].path: 1 of its files, such as {path}, are in data.sources[0].path too, "
+        "and are read for both.",
+    ]

@@ -271,7 +271,8 @@ def test_files_that_are_named_twice_are_announced(
     words = (tmp_path / "a.txt", tmp_path / "*.txt", "--vocab-size", 280)
     assert train(*words, "--out", tmp_path / "t.model") == 0
     out = capsys.readouterr().out
-    assert f"{tmp_path}/*.txt: 1 more names, such as {tmp_path}/b.txt, are links to files" in out
+    assert f"{tmp_path}/*.txt: passed over 1 further name(s)" in out
+    assert f"read already, such as {tmp_path}/b.txt." in out
     assert f"such as {tmp_path}/a.txt, are in {tmp_path}/a.txt too, and are read for both" in out
 
 
