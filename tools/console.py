@@ -80,7 +80,7 @@ class Stream:
 
 @contextmanager
 def console(*, lasting: bool) -> Iterator[None]:
-    """Write to the console through `Stream`s; with `lasting`, the loss of it is told and survived.
+    """Write to the console through `Stream`s; with `lasting`, its loss is reported and survived.
 
     Only in place of the process's own streams: a caller that has redirected them keeps them.
     """
@@ -90,7 +90,7 @@ def console(*, lasting: bool) -> Iterator[None]:
         yield
         return
     output = Stream(sys.stdout, 1, _Loss() if lasting else _refuse)
-    errors = Stream(sys.stderr, 2, lambda error: None)  # nobody is left to be told
+    errors = Stream(sys.stderr, 2, lambda error: None)  # there is nowhere to report it
     sys.stdout, sys.stderr = output, errors
     try:
         yield

@@ -53,7 +53,7 @@ class StopRequest:
     """While it is entered, the signals of ASKING ask for a stop; the first one is remembered.
 
     Before `begin` there is nothing to save, and a signal ends the process at once. After it, `say`
-    is told of the first request, and the loop says by `step_ended`, `alive` and `saving` how it is
+    announces the first request, and the loop says by `step_ended`, `alive` and `saving` how it is
     getting on: where none of that is heard for `timeout` seconds (None: see LEAST_SECONDS) after a
     request, the process ends with status 128 + the signal's number. A second SIGINT raises
     KeyboardInterrupt at once, for whoever does not want to wait for the step and the save. Only the
@@ -208,4 +208,4 @@ def leave_at_once(text: str, status: int) -> None:
 
 
 def _nobody(text: str) -> None:
-    """Where nobody is to be told."""
+    """For requests that nobody has to hear of."""

@@ -1,4 +1,4 @@
-"""Tables are read from the very file, from any row on, and what is odd is told by name."""
+"""Tables are read from the very file, from any row on, and what is odd is reported by name."""
 
 import gzip
 import subprocess

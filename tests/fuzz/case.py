@@ -19,7 +19,7 @@ class Command:
     """One start of the program, as a shell would do it.
 
     `words` may hold bytes that are not UTF-8, as Python's surrogates. `environment` is what differs
-    from the usual one (None: not set). `signals` are sent after so many seconds each;
+    from the usual one (None: not set). `signals`: which are sent, and after how many seconds;
     `signal_at_step`, a signal and a step, when the run's metrics.jsonl has that many lines.
 
     A stream is "file" (read by the fuzzer), "terminal" (of which SIGHUP is the end), "closed",

@@ -92,7 +92,7 @@ def _status(ending: Ending) -> list[str]:
 
 
 def _network(ending: Ending) -> list[str]:
-    """One that is told of a MASTER_ADDR may look for its peers there."""
+    """One that is given a MASTER_ADDR may look for its peers there."""
     if "MASTER_ADDR" in ending.command.environment:
         return []
     return [f"{ending.attempts} attempts to reach a network"] if ending.attempts else []

@@ -3,7 +3,7 @@
 A checkpoint doesn't hold them, so this asks the project's own feed, the part that is under test. It
 prints one JSON object: the ids of each stream in order, what the feed has said, and its account of
 what it has not delivered, as it is in metrics.jsonl; or the error that it ended with. It stops when
-a stream has begun pass number PASSES (counted from 0), or at so many tokens.
+a stream has begun pass number PASSES (counted from 0), or has given a number of tokens.
 """
 
 import json

@@ -161,7 +161,7 @@ class Runner:
         return answer
 
     def _poll(self, seconds: float) -> dict[str, Any] | None:
-        """The next answer, or None when there is none after so many seconds."""
+        """The next answer, or None when there is none within that many seconds."""
         assert self._server.stdout is not None
         descriptor = self._server.stdout.fileno()
         end = time.monotonic() + seconds

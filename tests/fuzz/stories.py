@@ -17,7 +17,7 @@ from tests.fuzz.world import World
 
 UNLIMITED = 10**9
 PASSES = 6
-"""With several streams passes don't end together; in so many, each row must have come."""
+"""With several streams passes don't end together; within this many, each row must have come."""
 
 
 # --- Every byte is delivered or reported ----------------------------------------------------------

@@ -73,7 +73,7 @@ class Device:
 
 
 class Machines:
-    """All ranks of a pipeline. A rank in `held` enqueues up to so many actions, and no more."""
+    """All ranks of a pipeline. A rank in `held` enqueues up to that many actions, and no more."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
