@@ -1,5 +1,5 @@
 """megapipe under a guard: each name that Python looks up, and each address elsewhere that it speaks
-to, is reported on stderr. Python's audit events can't be taken back, so this is a process of its own.
+to, is reported on stderr. Audit hooks of Python can't be removed, so it is a process of its own.
 """
 
 import os
