@@ -114,17 +114,22 @@ class RunLock:
 def from_first(peers: Peers, action: Callable[[], object]) -> Any:
     """What `action` returns on rank 0 (plain JSON), or a MegapipeError, on every rank.
 
-    An OSError is one too: its text names the file.
+    Errors that have an explanation, such as an OSError, become that. After any other error of rank
+    0, a fault of the program, that rank raises it and the others a ConnectionError: none waits.
     """
     answer: dict[str, object] = {}
+    failure: Exception | None = None
     if peers.rank == 0:
         try:
             answer = {"value": action()}
-        except (MegapipeError, OSError) as error:
-            if peers.size == 1 and isinstance(error, MegapipeError):
-                raise
-            answer = {"error": str(explained(error))}
+        except Exception as error:
+            failure, reason = error, explained(error)
+            answer = {"fault": repr(error)} if reason is None else {"error": str(reason)}
     answer = peers.all_gather(answer)[0]
+    if failure is not None and ("fault" in answer or peers.size == 1):
+        raise explained(failure) or failure
+    if "fault" in answer:
+        raise ConnectionError(f"rank 0 has failed: {answer['fault']}")
     if "error" in answer:
         raise MegapipeError(answer["error"])
     return answer["value"]
