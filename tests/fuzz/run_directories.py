@@ -47,7 +47,8 @@ def run_or_damaged(world: World) -> str:
 
 def _change_run(run_dir: Path, random: Random) -> None:
     """What users, disks and backups do to a run directory."""
-    newest = run_dir / "checkpoints" / "step-00000002"
+    checkpoints = run_dir / "checkpoints"
+    newest = checkpoints / "step-00000002"
     match random.randint(0, 9):
         case 0 | 1:
             if newest.is_dir() and not newest.is_symlink():
@@ -58,17 +59,20 @@ def _change_run(run_dir: Path, random: Random) -> None:
             path = random.choice([path for path in run_dir.iterdir() if path.is_file()])
             path.write_bytes(damage(path.read_bytes(), random))
         case 4:
-            (run_dir / "checkpoints").rename(run_dir.parent / "elsewhere")
-            (run_dir / "checkpoints").symlink_to(random.choice(("../elsewhere", "nowhere")))
+            if not checkpoints.is_symlink():  # it has been drawn before
+                checkpoints.rename(run_dir.parent / "elsewhere")
+                checkpoints.symlink_to(random.choice(("../elsewhere", "nowhere")))
         case 5:
             (run_dir / "config.toml").write_text("# my own notes\n")
         case 6:
-            (run_dir / "checkpoints" / ".tmp-step-00000003-0a0a0a0a").mkdir(exist_ok=True)
+            if checkpoints.is_dir():
+                (checkpoints / ".tmp-step-00000003-0a0a0a0a").mkdir(exist_ok=True)
         case 7:
             run_dir.chmod(random.choice((0, 0o500)))
         case 8:
             names = ("Step-00000003", "step-3", "step-00000009", "step-00000002.bak")
-            (run_dir / "checkpoints" / random.choice(names)).touch()
+            if checkpoints.is_dir():
+                (checkpoints / random.choice(names)).touch()
         case 9:
             for path in run_dir.glob("*.jsonl"):
                 path.chmod(0o400)
