@@ -113,7 +113,8 @@ def test_malformed_rows_above_the_limit(folder: Path) -> None:
 def test_missing_field(folder: Path) -> None:
     (folder / "other.jsonl").write_text('{"body": "text"}\n' * 5)
     said = refused(folder, "train", "run.toml", PP2, "--data.sources.0.path=other.jsonl")
-    check_says(said, "other.jsonl", "missing field 'text'")
+    check_says(said, "other.jsonl", "missing field 'text': the row has 'body'")
+    check_says(said, "Set data.sources[0].text_field")
 
 
 def test_tokenizer_with_more_tokens_than_the_model(folder: Path) -> None:

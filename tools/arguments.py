@@ -69,12 +69,21 @@ class Parser(argparse.ArgumentParser):
             return (
                 f"{word!r} is one word too many (a glob needs quotes). Type `{self.prog} --help`."
             )
-        name = word.partition("=")[0].lstrip("-").replace("-", "_")
-        keys = [key for key in config_keys() if key.endswith(f".{name}")]
-        options = [*self._option_string_actions, *(f"--{key}" for key in config_keys())]
-        close = [f"--{key}" for key in keys] or difflib.get_close_matches(word, options, n=1)
-        meant = f"did you mean {close[0]}?" if close else f"type `{self.prog} --help`."
+        close = self._nearest_option(word.partition("=")[0])
+        meant = f"did you mean {close}?" if close else f"type `{self.prog} --help`."
         return f"{word} is not an option of `{self.prog}`; {meant}"
+
+    def _nearest_option(self, word: str) -> str | None:
+        """An option of this command, or `--section.key` of the config, that `word` may stand for:
+        its last part is enough."""
+        options = [name for name in self._option_string_actions if name not in ("-h", "--help")]
+        keys = {key.rpartition(".")[2]: f"--{key}" for key in config_keys()}
+        choices = {**keys, **{option.lstrip("-"): option for option in options}}
+        name = word.lstrip("-")
+        for spelling in (name, name.replace("-", "_"), name.replace("_", "-")):
+            if close := difflib.get_close_matches(spelling, choices, n=1, cutoff=0.75):
+                return choices[close[0]]
+        return None
 
 
 def path_argument(text: str) -> Path:

@@ -105,14 +105,15 @@ def _await(attempt: Callable[[], None], rank: int, size: int, address: Address) 
     """Return once the attempt raises no OSError."""
     place, notices, voice = join_address(address), Notices(), HostVoice(join_address(address))
     whose = "this process's own address" if rank == 0 else "rank 0"
+    limit = PATIENCE.total_seconds()
     while True:
         try:
             return attempt()
         except OSError as error:
             why = _reason(error)
-        if notices.waited > PATIENCE.total_seconds():
+        if notices.waited > limit:
             text = (
-                f"Gave up after {PATIENCE.total_seconds():.0f} s: {whose} "
+                f"Gave up after {limit:.0f} s: {whose} "
                 f"(MASTER_ADDR:MASTER_PORT={place}) could not be reached from "
                 f"{socket.gethostname()}: {why}. See that all {size} processes were started and "
                 "can reach that address, which has to be one of rank 0's machine."
@@ -123,7 +124,7 @@ def _await(attempt: Callable[[], None], rank: int, size: int, address: Address) 
             raise RendezvousError(text)
         if notices.due() and voice.speaks():
             say(
-                f"waiting for {notices.waited:.0f} s: rank {rank} of {size} on "
+                f"waiting for {notices.waited:.0f} of {limit:.0f} s: rank {rank} of {size} on "
                 f"{socket.gethostname()} can't reach {whose} "
                 f"(MASTER_ADDR:MASTER_PORT={place}) yet: {why}."
             )

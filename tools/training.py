@@ -240,6 +240,7 @@ def _start_or_resume(
             "Raise train.steps to go on."
         )
         return 0
+    voice.say(checkpoints.check_space())
     lock.take()
     write_config(config, peers)
     with _open_loggers(config, peers, progress.step) as loggers, voice.through(loggers.event):
@@ -305,10 +306,10 @@ def _with_resume(config: Config, resume: str) -> Config:
     return config.model_copy(update={"checkpoint": checkpoint})
 
 
-def _kept_files(config: Config, peers: Peers) -> dict[str, bytes | Path]:
+def _kept_files(config: Config, peers: Peers) -> dict[str, bytes]:
     """What each checkpoint holds besides tensors, as it is now: config and tokenizer. Collective:
     the first rank reads them, and where it can't, all raise."""
-    files: dict[str, bytes | Path] = {}
+    files: dict[str, bytes] = {}
 
     def read() -> None:
         files["config.toml"] = dump_config(config).encode()

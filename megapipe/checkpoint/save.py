@@ -34,10 +34,9 @@ from megapipe.checkpoint.steps import (
 from megapipe.checkpoint.storage import (
     blocks,
     checksum,
-    format_bytes,
-    free_bytes,
     read_small,
     remove_tree,
+    require_space,
     space_explained,
 )
 from megapipe.errors import CheckpointError
@@ -236,12 +235,7 @@ def _prepare(root: Path, step: int, needed: int) -> str:
     """Clear the way and make the temporary directory; returns its name."""
     root.mkdir(parents=True, exist_ok=True)
     clear_leftovers(root)
-    needed += MANIFEST_ALLOWANCE
-    free = free_bytes(root)
-    if free < needed:
-        raise CheckpointError(
-            f"no space left on device: needs {format_bytes(needed)}, {format_bytes(free)} free"
-        )
+    require_space(needed + MANIFEST_ALLOWANCE, root)
     folder = root / temporary_name(step_name(step))
     folder.mkdir(mode=0o750)
     return folder.name

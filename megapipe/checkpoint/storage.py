@@ -90,6 +90,16 @@ def free_bytes(directory: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
+def require_space(needed: int, directory: Path) -> int:
+    """The bytes free at `directory`. Raises CheckpointError where fewer than `needed` are."""
+    free = free_bytes(directory)
+    if free < needed:
+        raise CheckpointError(
+            f"no space left on device: needs {format_bytes(needed)}, {format_bytes(free)} free"
+        )
+    return free
+
+
 @contextmanager
 def space_explained(needed: int, directory: Path) -> Iterator[None]:
     """Say how much was needed and how much is free when a write finds no room."""

@@ -1,6 +1,7 @@
 """What two configs disagree on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from megapipe.config.config import Config
@@ -11,25 +12,29 @@ _FREE = frozenset({"model.preset", "model.dropout", "model.attention_dropout", "
 
 
 def difference(old: Config, new: Config, sections: Sequence[str] = ("model",)) -> list[str]:
-    """Lines like `model.hidden_size: 256 -> 512`, one for each key that matters.
+    """Lines like `data.sources[0].weight: 1.0 -> 2.0`, one for each key that matters.
 
     Keys that may change within a run (the preset's name, dropout, the spread of initial weights)
     are left out. An empty list says that weights of one config fit the other.
     """
-    before, after = _flat(old.model_dump(), sections), _flat(new.model_dump(), sections)
-    keys = [key for key in {**before, **after} if key not in _FREE]
-    return [
-        f"{key}: {_show(before.get(key))} -> {_show(after.get(key))}"
-        for key in keys
-        if before.get(key) != after.get(key)
-    ]
+    before, after = old.model_dump(), new.model_dump()
+    changes = [change for name in sections for change in _changes(name, before[name], after[name])]
+    return [f"{key}: {show(a)} -> {show(b)}" for key, a, b in changes if key not in _FREE]
 
 
-def _show(value: Any) -> str:
-    return "none" if value is None else show(value)
+def _changes(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(key, old value, new value) wherever the two trees differ; None where one has no value."""
+    if old == new:
+        return
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {**old, **new}:
+            yield from _changes(f"{key}.{name}", old.get(name), new.get(name))
+    elif _is_table_array(old) and _is_table_array(new):
+        for index, (a, b) in enumerate(zip_longest(old, new)):
+            yield from _changes(f"{key}[{index}]", a, b)
+    else:
+        yield key, old, new
 
 
-def _flat(tree: dict[str, Any], sections: Sequence[str]) -> dict[str, Any]:
-    return {
-        f"{section}.{key}": value for section in sections for key, value in tree[section].items()
-    }
+def _is_table_array(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(entry, dict) for entry in value)

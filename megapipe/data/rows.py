@@ -12,6 +12,8 @@ from megapipe.errors import DataError
 SHOWN = 5
 """The first bad rows, each of which is reported; then the count is, whenever it has doubled."""
 
+NAMED = 8
+"""Fields of a row that lacks the one with the text."""
 
 MAX_NUL_SHARE = 0.01
 """Text hardly has NUL characters; UTF-16 read as UTF-8 has many, and so has binary data."""
@@ -111,8 +113,17 @@ def _json_field(text: str, field: str) -> object:
     if not isinstance(value, dict):
         raise BadRowError("not a JSON object")
     if field not in value:
-        raise BadRowError(f"missing field {field!r}")
+        raise BadRowError(f"missing field {field!r}", _names(list(value)))
     return value[field]
+
+
+def _names(fields: list[str]) -> str:
+    """Which fields a row has."""
+    if not fields:
+        return "the row is empty"
+    names = [repr(name if len(name) <= 40 else f"{name[:37]}...") for name in fields[:NAMED]]
+    more = f" and {len(fields) - NAMED} more" if len(fields) > NAMED else ""
+    return f"the row has {', '.join(names)}{more}"
 
 
 def _decode(data: bytes) -> str:

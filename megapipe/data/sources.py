@@ -225,8 +225,11 @@ def check_source(
         )
     reasons = "; ".join(f"{count} {reason}" for reason, count in bad.most_common())
     reasons = f": {reasons}{example}" if reasons else ""
+    advice = "Name files with text, or take the source out."
+    if any("field" in reason for reason in bad):
+        advice = f"Set {source.key}.text_field to the field that holds text, or name other files."
     raise DataError(
         f'{source.key}.path = "{shown(source.config.path)}" yields no usable row in '
         f"{len(source.files)} file(s) with {rows - bad['file(s) without rows']} row(s){reasons}. "
-        "Name files with text, or take the source out."
+        f"{advice}"
     )

@@ -8,14 +8,17 @@ from typing import Any
 from megapipe.checkpoint.exchange import Peers
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.checkpoint.retention import Skipped, newest_valid, prune
-from megapipe.checkpoint.save import save_checkpoint
+from megapipe.checkpoint.save import MANIFEST_ALLOWANCE, save_checkpoint
 from megapipe.checkpoint.shard import Shard
+from megapipe.checkpoint.storage import format_bytes, require_space
 from megapipe.config import Config
 from megapipe.config.optimizer import OptimizerConfig
 from megapipe.errors import CheckpointError
+from megapipe.files import shown
 from megapipe.mesh import Mesh
 from megapipe.train.engine import Engine
 from megapipe.train.learning_rate import Course, course_change
+from megapipe.train.run_directory import from_first
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Checkpoints:
         config: Config,
         mesh: Mesh,
         engine: Engine,
-        files: Mapping[str, bytes | Path],
+        files: Mapping[str, bytes],
         say: Callable[[str], None],
     ) -> None:
         self.config, self.mesh, self.engine = config, mesh, engine
@@ -46,6 +49,33 @@ class Checkpoints:
         self._say = say
         self._peers = Peers(mesh.rank, mesh.world_size, mesh.world.group)
         self._own: list[Path] = []
+
+    def check_space(self) -> str:
+        """How much a checkpoint takes and how much is free, for people; collective.
+
+        Raises CheckpointError where one doesn't fit: before the first step, not after hours.
+        """
+        own = sum(shard.tensor.nbytes for shard in self._shards())
+        tensors = sum(self._peers.all_gather(own))
+
+        def look() -> str:
+            files = sum(map(len, self._files.values()))
+            needed = tensors + files + MANIFEST_ALLOWANCE
+            place = self.root.absolute()
+            directory = next(path for path in (place, *place.parents) if path.is_dir())
+            try:
+                free = require_space(needed, directory)
+            except CheckpointError as error:
+                raise CheckpointError(
+                    f'train.run_dir = "{shown(self.root.parent)}" has no room for a checkpoint: '
+                    f"{error}. Free some space, or choose another train.run_dir."
+                ) from error
+            return (
+                f"Checkpoints: {format_bytes(needed)} each; {format_bytes(free)} free in "
+                f"{shown(self.root.parent)}"
+            )
+
+        return str(from_first(self._peers, look))
 
     def save(self, progress: Progress, data_state: dict[str, Any]) -> Path:
         """Write a checkpoint and remove the ones beyond checkpoint.keep; collective."""

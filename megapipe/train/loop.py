@@ -104,7 +104,11 @@ def save(run: Run, progress: Progress, *, last: bool) -> None:
                 "start the same command again."
             )
             raise
-        run.loggers.event(f"NOT SAVED at step {progress.step}, training goes on: {error}")
+        every, step = run.config.checkpoint.every, progress.step
+        run.loggers.event(
+            f"NOT SAVED at step {step}: {str(error).removesuffix('.')}. Training goes on; the next "
+            f"attempt is after step {min(step + every, run.config.train.steps)}."
+        )
     else:
         run.saved_step = progress.step
         run.loggers.event(f"Saved {path}")

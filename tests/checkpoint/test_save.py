@@ -162,7 +162,7 @@ def test_a_disk_that_fills_up_while_writing(
 ) -> None:
     before = save_floats(small_disk, 1, 100_000)
     with monkeypatch.context() as patch:
-        patch.setattr(save, "free_bytes", lambda directory: 2**40)
+        patch.setattr(save, "require_space", lambda needed, directory: 2**40)
         message = "no space left on device: needs 3.8 MiB in all, 0 bytes free when"
         with pytest.raises(CheckpointError, match=message):
             save_floats(small_disk, 2, 1_000_000)

@@ -93,6 +93,18 @@ def test_difference_names_keys_of_the_shape(tmp_path: Path) -> None:
     assert difference(old, new, sections=("train",)) == ["train.steps: 100 -> 7"]
 
 
+def test_difference_names_the_entry_of_a_list(tmp_path: Path) -> None:
+    old = load_config(write(tmp_path))
+    (source,) = old.data.sources
+    words = ["--data.sources.0.weight=2", "--data.sources.1.path=more.txt"]
+    new = load_config(write(tmp_path), words)
+    added = 'path = "more.txt", weight = 1.0, text_field = "text", documents = "file", fo...'
+    assert difference(old, new, sections=("data",)) == [
+        f"data.sources[0].weight: {source.weight} -> 2.0",
+        f"data.sources[1]: none -> {{{added}",
+    ]
+
+
 def test_every_key_has_a_description() -> None:
     for name, kind in section_types().items():
         for key, field in kind.model_fields.items():

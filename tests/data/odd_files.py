@@ -87,6 +87,16 @@ def cut_gzip() -> bytes:
     return gzip.compress(JSONL + b'{"text": "cut in the mid')[:-8]
 
 
+def cut_arrow() -> bytes:
+    """The file format is read from its end, which is missing here."""
+    whole, sink = pa.table({"text": TEXTS}), pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, whole.schema) as writer:
+        writer.write_table(whole)
+    return sink.getvalue().to_pybytes()[:-10]
+
+
+CUT_ARROW = cut_arrow()
+WORDS = pa.DictionaryArray.from_arrays(range(len(TEXTS)), pa.array(TEXTS, pa.string_view()))
 LINES = {"documents": "line"}
 PARAGRAPHS = {"documents": "blank-line"}
 WHOLE = (PLAIN.decode(),)
@@ -223,6 +233,14 @@ ODD_FILES = [
     # --- Tables ----------------------------------------------------------------------------------
     OddFile("name like a pattern", table("part[0]*?.parquet", TEXTS), documents=TEXTS),
     OddFile("arrow stream", table("x::y.stream.arrow", TEXTS), documents=TEXTS),
+    OddFile("dictionary of views", table("a.arrow", WORDS), documents=TEXTS),
+    OddFile(
+        "arrow without its end",
+        all_of(table("a.arrow", TEXTS), holds("b.arrow", CUT_ARROW)),
+        documents=TEXTS,
+        bad=(DAMAGED,),
+        unreadable_bytes=len(CUT_ARROW),
+    ),
     OddFile("string view", table("a.arrow", pa.array(TEXTS, pa.string_view())), documents=TEXTS),
     OddFile(
         "nulls and empties",

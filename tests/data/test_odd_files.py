@@ -30,10 +30,10 @@ num_layers = 1
 vocab_size = 400
 [train]
 run_dir = "run"
-steps = 1
-global_batch_size = 4
-micro_batch_size = 4
-sequence_length = 16
+steps = 4
+global_batch_size = 16
+micro_batch_size = 16
+sequence_length = 64
 precision = "fp32"
 device = "cpu"
 [optimizer]
@@ -127,9 +127,18 @@ def test_training(
         assert not list(tmp_path.glob("run/checkpoints/*"))
         return
     assert status == 0, said
-    assert "Done: step 1" in said.out
+    assert "Done: step 4" in said.out
     row = json.loads(Path("run/metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    assert {"skipped_rows", "skipped_bytes", "unreadable_bytes", "empty_rows"} <= row.keys()
+    passes = row["epoch"]  # that are over; the next one has begun
+    assert passes >= 1
+    in_a_pass = {
+        "skipped_rows": len(odd.bad),
+        "skipped_bytes": odd.skipped_bytes,
+        "unreadable_bytes": odd.unreadable_bytes,
+        "empty_rows": odd.empty,
+    }
+    for name, count in in_a_pass.items():
+        assert passes * count <= row[name] <= (passes + 1) * count, name
 
 
 @pytest.mark.parametrize("odd", ODD_FILES, ids=NAMES)

@@ -36,6 +36,10 @@ def test_usable_rows(file: TextFile, raw: bytes, text: str | None) -> None:
     assert row_text(file, raw, "text") == text
 
 
+MANY = json.dumps({f"{n}" * 50: n for n in range(10)}).encode()
+MANY_NAMED = ", ".join(f"'{f'{n}' * 37}...'" for n in range(8))
+
+
 @pytest.mark.parametrize(
     ("file", "raw", "reason"),
     [
@@ -43,7 +47,10 @@ def test_usable_rows(file: TextFile, raw: bytes, text: str | None) -> None:
         (JSON, b"[" * 100_000, "malformed JSON"),
         (JSON, b'{"text": ' + b"1" * 5000 + b"}", "malformed JSON"),
         (JSON, b'["a"]', "not a JSON object"),
-        (JSON, b'{"body": "a"}', "missing field 'text'"),
+        (JSON, b'{"body": "a"}', "missing field 'text': the row has 'body'"),
+        (JSON, b'{"a\\nb": 1, "c": 2}', "missing field 'text': the row has 'a\\nb', 'c'"),
+        (JSON, b"{}", "missing field 'text': the row is empty"),
+        (JSON, MANY, f"missing field 'text': the row has {MANY_NAMED} and 2 more"),
         (JSON, b'{"text": null}', "the field 'text' is null, not text"),
         (JSON, b'{"text": 5}', "the field 'text' is int, not text"),
         (JSON, b'{"text": "\\ud800"}', "not UTF-8 (half of a surrogate pair)"),

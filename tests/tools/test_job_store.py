@@ -117,7 +117,7 @@ def test_an_address_that_nobody_serves_is_named_again_and_again(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3, "after 0.1, 0.3 and 0.7 s"
     for line in lines:
-        assert re.search(rf"^megapipe: waiting for \d+ s: {said}", line)
+        assert re.search(rf"^megapipe: waiting for \d+ of \d+ s: {said}", line)
 
 
 def test_a_rank_goes_on_once_rank_0_is_there(port: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megapipe.checkpoint import storage
 from megapipe.checkpoint.exchange import Peers
 from megapipe.checkpoint.load import open_checkpoint
 from megapipe.config import Config, dump_config, load_config, parse_config
@@ -30,6 +31,7 @@ from megapipe.errors import ConfigError, DataError, MegapipeError
 from megapipe.mesh import build_mesh
 from megapipe.models.presets import PRESETS
 from megapipe.tools import training
+from megapipe.tools.cli import main
 from megapipe.tools.rendezvous import Rendezvous
 from megapipe.tools.training import _kept_files, choose_device, describe_rank, run_rank
 from megapipe.train.loop import Run
@@ -241,12 +243,37 @@ def test_a_full_disk_is_told_and_at_the_end_an_error(corpus: Path, tmp_path: Pat
     run_dir = tmp_path / "run"
     words = (PP2, f"--train.run_dir={run_dir}", "--train.steps=4", "--checkpoint.every=2")
     said = Command(corpus, *words, largest_file=100_000).finish(1)
-    assert said.count("NOT SAVED at step 2, training goes on: ") == 1
+    assert said.count("NOT SAVED at step 2: ") == 1
+    assert "Training goes on; the next attempt is after step 4." in said
     error, advice = said.splitlines()[-2:]
     assert re.match(r"megapipe: cannot save checkpoint .*step-00000004: .*file too large", error)
     assert advice.startswith("The steps after step 0 are not saved. Remove the cause, then start")
     assert column(run_dir, "step") == [1, 2, 3, 4]
     assert list((run_dir / "checkpoints").iterdir()) == []
+
+
+def test_a_disk_without_room_for_a_checkpoint_stops_the_start(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(corpus)
+    words = ["train", "run.toml", f"--train.run_dir={tmp_path}/a/run", "--train.steps=2"]
+    monkeypatch.setattr(storage, "free_bytes", lambda directory: 2**20)
+    assert main(words) == 1
+    assert re.search(
+        rf'^megapipe: train\.run_dir = "{tmp_path}/a/run" has no room for a checkpoint: no space '
+        r"left on device: needs \d\.\d MiB, 1\.0 MiB free\. Free some space, or choose",
+        capfd.readouterr().err,
+    )
+    assert not (tmp_path / "a").exists()
+    monkeypatch.setattr(storage, "free_bytes", lambda directory: 2**30)
+    assert main(words) == 0
+    assert re.search(
+        rf"\nCheckpoints: \d\.\d MiB each; 1\.0 GiB free in {tmp_path}/a/run\n",
+        capfd.readouterr().out,
+    )
 
 
 def test_nothing_is_written_before_all_is_known_to_fit(corpus: Path, tmp_path: Path) -> None:

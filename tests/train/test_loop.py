@@ -240,7 +240,8 @@ def test_a_save_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
     assert train(run) == Progress(7, 700)
     assert run.checkpoints.steps == [6, 7]
     assert run.loggers.events[0] == (
-        "NOT SAVED at step 3, training goes on: no space left on device"
+        "NOT SAVED at step 3: no space left on device. Training goes on; the next attempt is "
+        "after step 6."
     )
 
 
