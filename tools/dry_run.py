@@ -2,8 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from megapipe.config import Config, check_layout, dump_config
 from megapipe.models.flops import flops_per_token
@@ -12,6 +10,7 @@ from megapipe.models.parameters import padded_vocab_size, parameter_count
 from megapipe.models.partition import Stage, stage_parameters, stages
 from megapipe.pipeline.program import microbatches
 from megapipe.tools.auto import checked_program, without_auto
+from megapipe.tools.scratch import scratch_directory
 
 _LINE_EACH = 16  # worlds up to this size are shown rank by rank
 
@@ -25,8 +24,8 @@ def dry_run(config: Config, name: str, world_size: int | None = None) -> str:
     parallel = config.parallel
     fewest = parallel.tensor * parallel.pipeline * (parallel.data or 1)
     config = check_layout(config, world_size or fewest)
-    with TemporaryDirectory() as folder:
-        runs, found = without_auto(config, Path(folder))
+    with scratch_directory() as folder:
+        runs, found = without_auto(config, folder)
         placed = stages(runs)
         checked_program(runs)
     blocks = [

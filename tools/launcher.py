@@ -16,7 +16,6 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -29,6 +28,7 @@ import torch
 from megapipe.errors import ConfigError, MegapipeError, explained, lost_connection, rank_lost
 from megapipe.tools.cli import program_fault
 from megapipe.tools.rendezvous import Rendezvous
+from megapipe.tools.scratch import scratch_directory
 from megapipe.train.signals import ASKING
 
 RankMain = Callable[[Rendezvous], int]
@@ -54,10 +54,10 @@ def launch_local(
     """
     if ranks == 1:
         return rank_main(Rendezvous())
-    with tempfile.TemporaryDirectory(prefix="megapipe-") as folder:
+    with scratch_directory() as folder:
         crew = Crew()
         try:
-            crew.start(rank_main, ranks, Path(folder) / "meeting")
+            crew.start(rank_main, ranks, folder / "meeting")
             crew.watch()
         finally:
             crew.close()

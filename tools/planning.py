@@ -9,7 +9,6 @@ from functools import partial
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from rich.console import Console
@@ -26,6 +25,7 @@ from megapipe.pipeline.schedule import SCHEDULES, Kind, Timeline, critical_path,
 from megapipe.tools.arguments import UsageError
 from megapipe.tools.auto import StageTimes, checked_program, estimated_times, without_auto
 from megapipe.tools.dry_run import layout_lines
+from megapipe.tools.scratch import scratch_directory
 
 Line = TypeVar("Line")
 
@@ -186,8 +186,8 @@ def make_plan(config: Config, times: StageTimes) -> Plan:
     """Simulate the config's schedule; parallel.data has to be filled in. Raises ScheduleError for
     one that exceeds parallel.activation_limit."""
     parallel = config.parallel
-    with TemporaryDirectory() as folder:
-        runs, found = without_auto(config, Path(folder), times)
+    with scratch_directory() as folder:
+        runs, found = without_auto(config, folder, times)
     timeline = simulate(checked_program(runs), times.costs)
     sent = _tensors_sent(stage_placement(runs), parallel.pipeline)
     return Plan(

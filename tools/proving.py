@@ -1,5 +1,7 @@
 """`megapipe verify` behind its command line: one rank's part of the proof, and the report."""
 
+from pathlib import Path
+
 import torch
 from rich.console import Console
 from rich.table import Column, Table
@@ -20,8 +22,11 @@ KINDS = {
 }
 
 
-def prove_rank(config: Config, steps: int, rendezvous: Rendezvous) -> int:
-    """Prove with the other ranks; rank 0 prints the report. Returns the exit status."""
+def prove_rank(config: Config, steps: int, folder: Path, rendezvous: Rendezvous) -> int:
+    """Prove with the other ranks; rank 0 prints the report. Returns the exit status.
+
+    `folder`, which all ranks see, holds what they exchange.
+    """
     device = torch.device("cpu")
     init_process_group(rendezvous, device)
     parallel = config.parallel
@@ -29,7 +34,8 @@ def prove_rank(config: Config, steps: int, rendezvous: Rendezvous) -> int:
     mesh = build_mesh(
         pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor, device=device
     )
-    verdict = prove(config, mesh, build_stages, synthetic_tokens(config), steps)
+    tokens = synthetic_tokens(config)
+    verdict = prove(config, mesh, build_stages, tokens, steps, folder)
     return 0 if verdict is None else print_report(verdict, steps)
 
 

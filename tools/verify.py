@@ -4,12 +4,12 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from megapipe.config import Config, load_config
 from megapipe.models.presets import PRESETS
 from megapipe.tools.arguments import Parser, UsageError, path_argument
 from megapipe.tools.auto import without_auto
+from megapipe.tools.scratch import scratch_directory
 from megapipe.tools.shrink import shrink
 
 
@@ -29,12 +29,13 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(f"--steps {arguments.steps} must be 1 or more.")
     config = load_config(arguments.config, overrides, PRESETS)
     small, changes = shrink(config)
-    with TemporaryDirectory() as folder:
-        small, found = without_auto(small, Path(folder))
-        return _prove(small, [*changes, *found], str(arguments.config), arguments.steps)
+    with scratch_directory() as folder:
+        small, found = without_auto(small, folder)
+        name = str(arguments.config)
+        return _prove(small, [*changes, *found], name, arguments.steps, folder)
 
 
-def _prove(small: Config, changes: list[str], name: str, steps: int) -> int:
+def _prove(small: Config, changes: list[str], name: str, steps: int, folder: Path) -> int:
     print(f"Proving the layout of {name} against one process, in float64 on the CPU.")
     if changes:
         print("Changed for the proof, with every feature kept:")
@@ -48,4 +49,4 @@ def _prove(small: Config, changes: list[str], name: str, steps: int) -> int:
     parallel = small.parallel
     assert parallel.data is not None
     ranks = parallel.tensor * parallel.pipeline * parallel.data
-    return launch_local(partial(prove_rank, small, steps), ranks)
+    return launch_local(partial(prove_rank, small, steps, folder), ranks)

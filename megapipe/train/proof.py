@@ -66,18 +66,24 @@ class Verdict:
 
 
 def prove(
-    config: Config, mesh: Mesh, build_stages: BuildStages, tokens: TokenSource, steps: int
+    config: Config,
+    mesh: Mesh,
+    build_stages: BuildStages,
+    tokens: TokenSource,
+    steps: int,
+    folder: Path | None = None,
 ) -> Verdict | None:
     """Step the layout and one process side by side; the verdict is returned on rank 0.
 
-    Collective over the mesh, whose ranks share a file system's temporary directory.
+    Collective over the mesh, whose ranks share `folder` (default: the temporary directory of their
+    machine) for what they compare.
     """
     layout = Engine(config, mesh, build_stages)
     single_mesh = Mesh.single(mesh.device)
     single = Engine(one_process(config), single_mesh, build_stages) if mesh.rank == 0 else None
     losses: list[tuple[float, float]] = []
     found: list[Difference] = []
-    with _shared_directory(mesh) as folder:
+    with _shared_directory(mesh, folder) as folder:
         found += _compare(layout, single, 0, "initial weight", folder)
         for step in range(steps):
             rate = config.optimizer.learning_rate
@@ -175,10 +181,12 @@ def _difference(step: int, kind: str, value: float, expected: float) -> Differen
 
 
 @contextmanager
-def _shared_directory(mesh: Mesh) -> Iterator[Path]:
+def _shared_directory(mesh: Mesh, parent: Path | None) -> Iterator[Path]:
     """A temporary directory that rank 0 makes and removes and all ranks know."""
     with ExitStack() as stack:
-        name = stack.enter_context(tempfile.TemporaryDirectory()) if mesh.rank == 0 else ""
+        name = ""
+        if mesh.rank == 0:
+            name = stack.enter_context(tempfile.TemporaryDirectory(dir=parent))
         yield Path(_peers(mesh).all_gather(name)[0])
 
 

@@ -131,8 +131,8 @@ def _become(request: Request) -> int:
         resource.setrlimit(getattr(resource, name), (limit, limit))
     for number in request["ignored"]:
         signal.signal(number, signal.SIG_IGN)
-    os.umask(request["umask"])
     _enter(request["folder"], gone=request["folder_gone"])
+    os.umask(request["umask"])
     for descriptor, place in enumerate(request["streams"]):
         _connect(descriptor, place)
     if not request["warm"]:

@@ -18,7 +18,8 @@ RUN_FILES = re.compile(
     r"^schedule\.(csv|txt)$|^timeline\.(png|json|txt)$"
 )
 RUN_FOLDERS = {"checkpoints", "wandb", "tensorboard", "tmp"}
-"""What a run writes, and may write again. Whatever else was there stays as it was."""
+"""What a run writes, and may write again, also through a link of that name. Whatever else was there
+stays as it was."""
 
 Snapshot = dict[Path, tuple[int, int]]
 """Each path of a folder, with what changes when it is written: (inode, time of the last change)."""
@@ -64,6 +65,7 @@ def check_files(ending: Ending, folder: Path, before: Snapshot) -> list[Finding]
 def _replaced(ending: Ending, folder: Path, before: Snapshot, after: Snapshot) -> list[str]:
     """Files that were there before the command, and that it had no business with."""
     own = {folder / ending.command.folder / name for name in ending.command.outputs}
+    linked = [path.resolve() for path in before if path.name in RUN_FOLDERS and path.is_symlink()]
     return [
         _name(path, folder)
         for path in before
@@ -72,6 +74,7 @@ def _replaced(ending: Ending, folder: Path, before: Snapshot, after: Snapshot) -
         and path not in own
         and not RUN_FILES.match(path.name)
         and not RUN_FOLDERS & set(path.relative_to(folder).parts)
+        and not any(path.resolve().is_relative_to(target) for target in linked)
     ]
 
 

@@ -7,11 +7,9 @@ same with the same stages, in turn with us.
 """
 
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -21,6 +19,7 @@ from megapipe.tools.arguments import Parser, UsageError, json_argument
 from megapipe.tools.bench.crew import Crew
 from megapipe.tools.bench.machine import write_json
 from megapipe.tools.bench.pipeline_figures import Cell, Row, Steps, measured, print_table
+from megapipe.tools.scratch import scratch_directory
 
 WORKER = "megapipe.tools.bench.pipeline_worker"
 WORK = ("sleep", "compute")
@@ -165,7 +164,7 @@ def _measure(options: Options) -> list[Row]:
 
 def _measure_size(ranks: int, rows: Sequence[Row], options: Options) -> None:
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = stack.enter_context(scratch_directory())
         crews = {}
         for name in options.contenders:
             spec: dict[str, Any] = {"contender": name, "ranks": ranks}

@@ -6,12 +6,10 @@ each repeat compares all of them under the same conditions.
 
 import re
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -36,6 +34,7 @@ from megapipe.tools.arguments import Parser, UsageError, json_argument
 from megapipe.tools.bench.breakdown import Share, print_breakdown
 from megapipe.tools.bench.crew import Crew
 from megapipe.tools.bench.machine import describe_gpu, write_json
+from megapipe.tools.scratch import scratch_directory
 from megapipe.train.metrics import device_peak_flops
 
 LAYOUTS = ("1 process", "tp2", "tp2-sp", "pp2", "pp2-zb-h1", "dp2", "tp2-pp2", "tp2-pp2-zb-h1")
@@ -194,7 +193,7 @@ def _measure(options: Any, tokens: int) -> list[Result]:
     contenders += [("megapipe", layout) for layout in options.layouts.split(",")]
     results, crews = [], []
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = stack.enter_context(scratch_directory())
         for contender, layout in contenders:
             parallel = read_layout(layout)
             assert parallel.data is not None
