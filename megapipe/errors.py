@@ -1,9 +1,15 @@
 """What a user can cause. The command line prints these as one message, without a traceback."""
 
+import errno
+import os
 import re
 
 COMMUNICATION = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
 """In what torch's communication says when it fails."""
+
+
+TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
+RAISE_OPEN_FILES = "Raise the limit on open files (ulimit -n)."
 
 
 class MegapipeError(Exception):
@@ -45,7 +51,10 @@ def explained(error: Exception) -> MegapipeError | None:
         return error
     if isinstance(error, OSError) and error.strerror is not None:
         what = f"{error.filename}: " if error.filename is not None else ""
-        return MegapipeError(f"{what}{error.strerror}.")
+        advice = f" {RAISE_OPEN_FILES}" if error.errno in TOO_MANY_OPEN else ""
+        return MegapipeError(f"{what}{error.strerror}.{advice}")
+    if isinstance(error, RuntimeError) and os.strerror(errno.EMFILE) in str(error):
+        return MegapipeError(f"{os.strerror(errno.EMFILE)}, for torch. {RAISE_OPEN_FILES}")
     if isinstance(error, UnicodeError):
         return MegapipeError(f"text that can't be read or written: {error}.")
     if _is_out_of_memory(error):

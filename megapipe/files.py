@@ -9,6 +9,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megapipe.errors import RAISE_OPEN_FILES, TOO_MANY_OPEN
+
 
 def shown(text: str | os.PathLike[str]) -> str:
     """A path or other text of a user's for messages: on one line, and printable where its bytes
@@ -21,6 +23,22 @@ def reason(error: OSError) -> str:
     text = f"{error.strerror or error}."
     if isinstance(error, PermissionError):
         text += " Give this user the right to read it and to enter the directories above it."
+    if error.errno in TOO_MANY_OPEN:
+        text += f" {RAISE_OPEN_FILES}"
+    return text
+
+
+def write_reason(error: OSError) -> str:
+    """Why a file can't be written, in a sentence, and what to do where that is known."""
+    text = f"{error.strerror or error}."
+    if isinstance(error, PermissionError):
+        text += " Give this user the right to write there."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text += " Free some space there."
+    if error.errno == errno.EFBIG:
+        text += " Raise the limit on the size of files (ulimit -f)."
+    if error.errno in TOO_MANY_OPEN:
+        text += f" {RAISE_OPEN_FILES}"
     return text
 
 

@@ -27,7 +27,7 @@ import torch
 
 from megapipe.errors import ConfigError, MegapipeError, explained, lost_connection, rank_lost
 from megapipe.tools.cli import program_fault
-from megapipe.tools.rendezvous import Rendezvous
+from megapipe.tools.rendezvous import Rendezvous, allow_open_files
 from megapipe.tools.scratch import scratch_directory
 from megapipe.train.signals import ASKING
 
@@ -50,10 +50,12 @@ def launch_local(
 
     One rank runs in this process. When one of several fails, the others are ended and its error is
     raised here (MegapipeError) or its traceback printed. The signals of PASSED_ON are passed on.
-    Raises KeyboardInterrupt when ranks were interrupted. Main thread only.
+    Raises KeyboardInterrupt when ranks were interrupted, RendezvousError where this process may not
+    open as many files as they need. Main thread only.
     """
     if ranks == 1:
         return rank_main(Rendezvous())
+    allow_open_files(ranks)
     with scratch_directory() as folder:
         crew = Crew()
         try:

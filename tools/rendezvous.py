@@ -6,6 +6,7 @@ they meet at MASTER_ADDR:MASTER_PORT. The variables of both are read here and no
 
 import hashlib
 import os
+import resource
 import socket
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from megapipe.errors import RAISE_OPEN_FILES
 from megapipe.mesh import COLLECTIVE_TIMEOUT
 from megapipe.tools.job_store import ALL_GIVE_UP, Address, connect, join_address, open_store
 from megapipe.tools.meeting import (
@@ -29,6 +31,11 @@ from megapipe.tools.meeting import (
 from megapipe.tools.node_list import expand_counts, expand_nodes, place_tasks
 
 MOST_DIGITS = 18  # of a number in the environment
+
+LEAST_FILES = 32
+"""What a rank has open besides a connection to each rank, at the very least."""
+MANY_FILES = 65_536
+"""More than a rank needs."""
 
 SLURM_PORTS = range(10_000, 30_000)  # below the ports that Linux gives to outgoing connections
 
@@ -66,6 +73,7 @@ def init_process_group(rendezvous: Rendezvous, device: torch.device) -> dist.Sto
     """
     if rendezvous.world_size == 1:
         return None
+    allow_open_files(rendezvous.world_size)
     meeting = _meet(rendezvous)
     store = meeting.part_of(meeting.store)
     with _connecting(rendezvous, meeting):
@@ -77,6 +85,23 @@ def init_process_group(rendezvous: Rendezvous, device: torch.device) -> dist.Sto
             timeout=COLLECTIVE_TIMEOUT,
         )
     return store
+
+
+def allow_open_files(ranks: int) -> None:
+    """Raise this process's limit on open files as far as it may, for connections to all ranks.
+
+    Raises RendezvousError where they can't suffice: torch would end the process without a word.
+    """
+    limit, highest = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MANY_FILES if highest == resource.RLIM_INFINITY else min(highest, MANY_FILES)
+    if limit != resource.RLIM_INFINITY and limit < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, highest))
+        limit = wanted
+    if 0 <= limit < LEAST_FILES + ranks:
+        raise RendezvousError(
+            f"A process may have {limit} files open here, and one of {ranks} ranks needs "
+            f"{LEAST_FILES + ranks} or more. {RAISE_OPEN_FILES}"
+        )
 
 
 def first_to_tell(store: dist.Store, text: str) -> bool:

@@ -7,7 +7,7 @@ import tomli_w
 
 from megapipe.config.config import Config
 from megapipe.errors import MegapipeError
-from megapipe.files import replace_durably
+from megapipe.files import replace_durably, write_reason
 
 
 def dump_config(config: Config) -> str:
@@ -40,8 +40,8 @@ def write_text(text: str, path: str | Path) -> None:
         replace_durably(Path(path), [text.encode()])
     except OSError as error:
         raise MegapipeError(
-            f"{path}: can't be written: {error.strerror}. Free some space there, or write to "
-            "another directory (train.run_dir)."
+            f"{path}: can't be written: {write_reason(error)} Or write to another directory "
+            "(train.run_dir)."
         ) from error
 
 

@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import re
+import resource
 import socket
 import sys
 from collections.abc import Callable, Iterable
@@ -11,6 +12,7 @@ from dataclasses import replace
 from datetime import timedelta
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +20,11 @@ import torch
 import torch.distributed as dist
 
 from megapipe.tools import job_store, meeting
+from megapipe.tools.launcher import launch_local
 from megapipe.tools.meeting import RendezvousError
 from megapipe.tools.rendezvous import (
     Rendezvous,
+    allow_open_files,
     first_to_tell,
     from_environment,
     init_process_group,
@@ -321,3 +325,50 @@ def test_what_many_ranks_know_is_told_by_one() -> None:
     told = run_ranks(_tells, 3)
     assert sum(known for known, _ in told) == 1
     assert all(own for _, own in told)
+
+
+# --- Open files ----------------------------------------------------------------------------------
+
+
+def limit_of_open_files(soft: int, hard: int, ranks: int) -> str | tuple[int, int]:
+    """What becomes of such limits in a process of their own."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("fork").Process(
+        target=_allow_open_files, args=(soft, hard, ranks, there)
+    )
+    process.start()
+    answer: str | tuple[int, int] = here.recv()
+    process.join()
+    return answer
+
+
+def _allow_open_files(soft: int, hard: int, ranks: int, answer: connection.Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        allow_open_files(ranks)
+    except RendezvousError as error:
+        answer.send(str(error))
+    else:
+        answer.send(resource.getrlimit(resource.RLIMIT_NOFILE))
+
+
+def test_a_low_limit_on_open_files_is_raised_as_far_as_it_may() -> None:
+    assert limit_of_open_files(256, 500, 400) == (500, 500)
+    assert limit_of_open_files(300, 300, 4) == (300, 300)
+
+
+def test_a_limit_on_open_files_that_can_not_suffice_is_refused() -> None:
+    assert limit_of_open_files(256, 256, 300) == (
+        "A process may have 256 files open here, and one of 300 ranks needs 332 or more. Raise the "
+        "limit on open files (ulimit -n)."
+    )
+
+
+def test_ranks_that_may_not_open_enough_files_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (20, 20))
+    for start in (
+        lambda: launch_local(lambda place: 0, 2),
+        lambda: init_process_group(Rendezvous(0, 2, file=Path("none")), CPU),
+    ):
+        with pytest.raises(RendezvousError, match="may have 20 files open here, and one of 2"):
+            start()

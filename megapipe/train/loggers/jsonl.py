@@ -18,7 +18,7 @@ from itertools import compress
 from pathlib import Path
 
 from megapipe.errors import MegapipeError
-from megapipe.files import append_durably, replace_durably, write_all
+from megapipe.files import append_durably, replace_durably, write_all, write_reason
 from megapipe.train.metrics import Metrics
 
 
@@ -48,8 +48,8 @@ class MetricsFile:
             self._size = os.fstat(self._descriptor).st_size
         except OSError as error:
             raise MegapipeError(
-                f"{path}: can't be written: {error.strerror}. Free some space there, or choose "
-                "another directory (train.run_dir)."
+                f"{path}: can't be written: {write_reason(error)} Or choose another directory "
+                "(train.run_dir)."
             ) from error
         if self.kept.moved:
             lines = "1 line" if self.kept.moved == 1 else f"{self.kept.moved} lines"
