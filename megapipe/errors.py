@@ -7,7 +7,6 @@ import re
 COMMUNICATION = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
 """In what torch's communication says when it fails."""
 
-
 TOO_MANY_OPEN = (errno.EMFILE, errno.ENFILE)
 RAISE_OPEN_FILES = "Raise the limit on open files (ulimit -n)."
 
