@@ -29,6 +29,7 @@ FLOORS = {
     "megapipe.transfer": 4,
     "megapipe.tensor_parallel": 5,
     "megapipe.pipeline": 6,
+    "megapipe.step_sums": 6,
     "megapipe.data_parallel": 6,
     "megapipe.checkpoint": 7,
     "megapipe.data": 7,

@@ -46,6 +46,7 @@ from megapipe.tools.rendezvous import (
 )
 from megapipe.tools.start_report import text_lines
 from megapipe.train.auto import check_activation_bytes, settle_program
+from megapipe.train.bubble import BubbleMeter
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine
 from megapipe.train.loggers import Loggers
@@ -246,7 +247,10 @@ def _start_or_resume(
     with _open_loggers(config, peers, progress.step) as loggers, voice.through(loggers.event):
         voice.say(f"Ready after {time.perf_counter() - began:.1f} s (imports not counted)")
         flops = flops_per_token(config.model, config.train.sequence_length)
-        run = Run(config, engine, feed, validation, checkpoints, loggers, stop, progress, flops)
+        bubble = BubbleMeter(mesh, engine.program, engine.recorder)
+        run = Run(
+            config, engine, feed, validation, checkpoints, loggers, stop, progress, flops, bubble
+        )
         run.timeline = _timeline(config, engine, loggers, progress.step)
         try:
             progress = train(run)

@@ -22,17 +22,18 @@ from megapipe.errors import DataError, MegapipeError, explained
 from megapipe.exchange import all_gather_json
 from megapipe.mesh import Axis, Mesh
 from megapipe.microbatch import MicroBatch
+from megapipe.step_sums import Given, StepPart, StepSums
 from megapipe.transfer import to_device
 
 COUNTS = ("skipped_rows", "skipped_bytes", "unreadable_bytes", "empty_rows")
-"""What `ReplicaFeed.counts` begins with: fields of a step's metrics."""
+"""What a feed gives in each step beside its epoch: fields of a step's metrics."""
 
 OK, USER_ERROR, PROGRAM_ERROR = 0, 1, 2
 
 T = TypeVar("T")
 
 
-class ReplicaFeed:
+class ReplicaFeed(StepPart):
     """Gives every rank its microbatches of step 0, 1, 2, ...
 
     Constructor and `load` are collective over the replica and raise the reader's error on all of
@@ -146,20 +147,23 @@ class ReplicaFeed:
         """How long the last step waited for its batch; 0 on ranks that do not read."""
         return self._feed.wait_seconds if self._feed else 0.0
 
-    def counts(self) -> list[int]:
-        """To be summed over all ranks: COUNTS, then each data rank's epoch, in a place of its
-        own."""
-        counts = [0] * (len(COUNTS) + self._mesh.data.size)
-        if self._feed:
-            account = self._feed.account
-            counts[: len(COUNTS)] = [
-                account.skipped.total(),
-                account.skipped_bytes,
-                account.unreadable_bytes,
-                account.empty_rows,
-            ]
-            counts[len(COUNTS) + self._mesh.data.rank] = self._feed.epoch
-        return counts
+    def register(self, sums: StepSums) -> None:
+        for name in COUNTS:
+            sums.register(name)
+        sums.register_maximum("epoch", self._mesh.data)
+
+    def given(self) -> dict[str, Given]:
+        """What this rank's reader has skipped and how often it has begun anew; {} elsewhere."""
+        if self._feed is None:
+            return {}
+        account = self._feed.account
+        return {
+            "skipped_rows": account.skipped.total(),
+            "skipped_bytes": account.skipped_bytes,
+            "unreadable_bytes": account.unreadable_bytes,
+            "empty_rows": account.empty_rows,
+            "epoch": self._feed.epoch,
+        }
 
     def close(self) -> None:
         if self._feed:

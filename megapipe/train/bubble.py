@@ -12,19 +12,19 @@ the time since it did so last; in between the last result stands.
 
 import math
 import time
-from collections.abc import Sequence
 
 from megapipe.mesh import Mesh
 from megapipe.pipeline.comparison import measured_costs, median_times
 from megapipe.pipeline.recording import Recorder
 from megapipe.pipeline.schedule import Kind, Program, compute_only, simulate
 from megapipe.pipeline.schedule.action import stage_ranks
+from megapipe.step_sums import Given, StepPart, StepSums, Totals
 
 PLAN_SHARE = 0.002
 _KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
 
 
-class BubbleMeter:
+class BubbleMeter(StepPart):
     """One rank's share of measuring; `program` is the lowered one that `recorder` records."""
 
     def __init__(self, mesh: Mesh, program: Program, recorder: Recorder) -> None:
@@ -36,16 +36,19 @@ class BubbleMeter:
         self._planned_at = -math.inf
         self._planned_for = 0.0  # seconds that it took
         self._planned: float | None = None
-        self.slots = 3 * mesh.pipeline.size + len(_KINDS) * self._stages
+        self._slots = 3 * mesh.pipeline.size + len(_KINDS) * self._stages
 
-    def values(self) -> list[float]:
-        """What this rank writes into the slots, to be summed over all ranks; after each step.
+    def register(self, sums: StepSums) -> None:
+        sums.register("bubble", self._slots)
 
-        Reads the last run, so on a GPU it waits until that is done.
+    def given(self) -> dict[str, Given]:
+        """What this rank writes into the slots.
+
+        Reads the last run, so on a GPU it waits until the last action of the pipeline is done.
         """
-        values = [0.0] * self.slots
         if not (self._mesh.data.is_first and self._mesh.tensor.is_first):
-            return values
+            return {}
+        values = [0.0] * self._slots
         spans = [span for span in self._recorder.spans() if span.action.kind.computes]
         first = 3 * self._mesh.pipeline.rank
         values[first : first + 3] = [
@@ -56,28 +59,29 @@ class BubbleMeter:
         base = 3 * self._mesh.pipeline.size
         for (stage, kind), seconds in median_times(spans).items():
             values[base + len(_KINDS) * stage + _KINDS.index(kind)] = seconds
-        return values
+        return {"bubble": values}
 
-    def synchronized(self) -> None:
-        """Call it when the all-reduce of a step (or of a validation) has ended."""
+    def reduced(self) -> None:
         self._common = time.perf_counter()
 
-    def measured(self, totals: Sequence[float]) -> float | None:
-        """Idle time over busy time in the step whose slots were summed to `totals`."""
-        size = self._mesh.pipeline.size
-        begins, ends, busy = (totals[index : 3 * size : 3] for index in range(3))
+    def measured(self, totals: Totals) -> float | None:
+        """Idle time over busy time in the step of these totals; None in the first of a start."""
+        size, sums = self._mesh.pipeline.size, totals.all("bubble")
+        begins, ends, busy = (sums[index : 3 * size : 3] for index in range(3))
         if math.isnan(sum(begins)) or sum(busy) == 0:
             return None
         return size * (max(ends) - min(begins)) / sum(busy) - 1
 
-    def planned(self, totals: Sequence[float]) -> float | None:
-        """The bubble of the simulated program; not the same on all ranks."""
+    def planned(self, totals: Totals) -> float | None:
+        """The bubble of the simulated program; on rank 0 only."""
+        if self._mesh.rank != 0:
+            return None
         now = time.perf_counter()
         if self._planned_for > PLAN_SHARE * (now - self._planned_at):
             return self._planned
         base = 3 * self._mesh.pipeline.size
         medians = {
-            (stage, kind): totals[base + len(_KINDS) * stage + index]
+            (stage, kind): totals.all("bubble")[base + len(_KINDS) * stage + index]
             for stage in range(self._stages)
             for index, kind in enumerate(_KINDS)
         }

@@ -28,10 +28,8 @@ from megapipe.pipeline.program import (
 from megapipe.pipeline.schedule import Program, forward_program, lower, validate
 from megapipe.pipeline.schedule.timeline import KEPT_STEPS
 from megapipe.precision import MAIN_DTYPE, MODEL_DTYPE
-from megapipe.tensor_parallel.collectives import all_reduce_
-from megapipe.train.bubble import BubbleMeter
+from megapipe.step_sums import Given, StepPart, StepSums, Totals
 from megapipe.train.optimizer import Optimizer
-from megapipe.transfer import to_device
 
 BuildStages = Callable[[Config, Mesh], Mapping[int, nn.Module]]
 """Makes this rank's stages, by stage number; the engine knows nothing else of the model."""
@@ -49,11 +47,8 @@ class StepResult:
     grad_norm: float  # before clipping
     clip: float  # what clipping multiplied the gradients by: 1, or optimizer.clip_grad_norm / norm
     tokens: int  # targets that counted
-    stop: bool  # some rank was asked to stop
+    totals: Totals  # what the parts of the run gave, over all ranks
     taken: bool = True  # False: some rank had no batch, and weights are as before
-    counts: tuple[int, ...] = ()  # those given to the step, summed over all ranks
-    bubble: float | None = None  # idle over busy time of the pipeline; None in a start's first step
-    bubble_planned: float | None = None  # as simulated; on rank 0 only
 
 
 class Engine:
@@ -91,8 +86,18 @@ class Engine:
         self._training = self._executor(self.program, kept_runs=KEPT_STEPS)
         self._validating = self._executor(forwards)
         self.recorder = self._training.recorder
-        self._bubble = BubbleMeter(mesh, self.program, self.recorder)
         self.holds_loss = len(placement) - 1 in self.stages
+        self._parts: list[StepPart] = []
+        self._step_sums = StepSums(mesh.device, mesh.world)
+        self._validation_sums = StepSums(mesh.device, mesh.world)
+        for sums in (self._step_sums, self._validation_sums):
+            for name in ("loss", "tokens", "squared_norm", "unready"):
+                sums.register(name)
+
+    def join(self, part: StepPart) -> None:
+        """Have `part` give its quantities in each step; on every rank, in the same order."""
+        part.register(self._step_sums)
+        self._parts.append(part)
 
     def _executor(self, lowered: Program, kept_runs: int = 1) -> PipelineExecutor:
         config = self.config
@@ -111,13 +116,10 @@ class Engine:
         batches: Sequence[MicroBatch],
         learning_rate: float,
         *,
-        stop: bool = False,
-        counts: Sequence[int] = (),
         ready: bool = True,
     ) -> StepResult:
         """One optimizer step on this replica's microbatches.
 
-        `counts`, as many on every rank, are summed over the world in the step's own reduction.
         With `ready` False on any rank (its microbatches are stand-ins) no rank takes the step:
         weights are as before, and the result says so. Raises NonFiniteError, before any weight
         changes, on every rank at once.
@@ -125,7 +127,7 @@ class Engine:
         self.zero_gradients()
         losses = self._training.run(batches)
         reduce_gradients(self.buffers, self.mesh.data)
-        result = self._totals(losses, batches, (stop, not ready), counts)
+        result = self._result(self._reduce_step(losses, batches, ready))
         if not result.taken:
             return result
         if not math.isfinite(result.loss) or not math.isfinite(result.grad_norm):
@@ -148,8 +150,8 @@ class Engine:
         losses = self._validating.run(batches)
         for stage in self.stages.values():
             stage.train()
-        loss, tokens, _, unready = self._sum_over_world(losses, batches, more=[float(not ready)])
-        return None if unready else (loss, int(tokens))
+        totals = self._reduce(self._validation_sums, self._loss_sums(losses, batches), ready)
+        return None if totals["unready"] else (totals["loss"], int(totals["tokens"]))
 
     def wait_at_most(self, timeout: timedelta) -> None:
         """Have operations between ranks fail, from now on, where one has to wait for longer."""
@@ -171,58 +173,45 @@ class Engine:
         for buffer in self.buffers:
             buffer.gradients.zero_()
 
-    def _totals(
-        self,
-        losses: Sequence[Tensor],
-        batches: Sequence[MicroBatch],
-        flags: tuple[bool, bool],
-        counts: Sequence[int],
-    ) -> StepResult:
-        """`flags`: asked to stop, not ready."""
-        squared_norm = local_squared_norm(self.buffers, self.backend)
-        more = [*map(float, flags), *counts, *self._bubble.values()]
-        sums = self._sum_over_world(losses, batches, squared_norm, more)
-        loss, tokens, squared, stops, unready, *sums = sums
-        counted, bubble = sums[: len(counts)], sums[len(counts) :]
+    def _reduce_step(
+        self, losses: Sequence[Tensor], batches: Sequence[MicroBatch], ready: bool
+    ) -> Totals:
+        given = self._loss_sums(losses, batches)
+        norm = local_squared_norm(self.buffers, self.backend)
+        if self.mesh.data.is_first:  # all replicas have the same gradients by now
+            given["squared_norm"] = norm
+        for part in self._parts:
+            given.update(part.given())
+        return self._reduce(self._step_sums, given, ready)
+
+    def _loss_sums(
+        self, losses: Sequence[Tensor], batches: Sequence[MicroBatch]
+    ) -> dict[str, Given]:
+        """Of this rank's microbatches, by tensor rank 0 of the last stage."""
+        if not (self.holds_loss and self.mesh.tensor.is_first):
+            return {}
+        targets = [batch.targets_BS for batch in batches if batch.targets_BS is not None]
+        assert len(targets) == len(batches)
+        tokens = torch.stack([(one != IGNORED_TARGET).sum() for one in targets]).sum()
+        return {"loss": torch.stack(list(losses)).double().sum(), "tokens": tokens}
+
+    def _reduce(self, sums: StepSums, given: Mapping[str, Given], ready: bool) -> Totals:
+        totals = sums.reduce({**given, "unready": float(not ready)})
+        for part in self._parts:
+            part.reduced()
+        return totals
+
+    def _result(self, totals: Totals) -> StepResult:
+        tokens, squared = totals["tokens"], totals["squared_norm"]
         if tokens == 0:
             raise MegapipeError("a global batch has no target that counts towards the loss")
         norm = math.sqrt(squared) / tokens if squared >= 0 else math.nan
         limit = self.config.optimizer.clip_grad_norm
         return StepResult(
-            loss=loss / tokens,
+            loss=totals["loss"] / tokens,
             grad_norm=norm,
             clip=limit / norm if 0 < limit < norm else 1.0,
             tokens=int(tokens),
-            stop=stops > 0,
-            taken=unready == 0,
-            counts=tuple(map(int, counted)),
-            bubble=self._bubble.measured(bubble),
-            bubble_planned=self._bubble.planned(bubble) if self.mesh.rank == 0 else None,
+            totals=totals,
+            taken=totals["unready"] == 0,
         )
-
-    def _sum_over_world(
-        self,
-        losses: Sequence[Tensor],
-        batches: Sequence[MicroBatch],
-        squared_norm: Tensor | None = None,
-        more: Sequence[float] = (),
-    ) -> list[float]:
-        """[loss sum, tokens, squared gradient norm, *more] over all ranks: one collective.
-
-        Each quantity is given by one rank for each thing it counts: losses by tensor rank 0 of the
-        last stage, norms by the first replica (all replicas have the same gradients by then).
-        """
-        given = torch.tensor([0.0] * 3 + [*more], dtype=torch.float64)
-        totals = to_device(given, self.mesh.device)
-        if self.holds_loss and self.mesh.tensor.is_first:
-            totals[0] = torch.stack(list(losses)).double().sum()
-            for batch in batches:
-                assert batch.targets_BS is not None
-                totals[1] += (batch.targets_BS != IGNORED_TARGET).sum()
-        if squared_norm is not None and self.mesh.data.is_first:
-            totals[2] = squared_norm
-        # The one place where a step reads from the device. The host has waited once before it, in
-        # BubbleMeter.values, until the last action of the pipeline was done.
-        sums: list[float] = all_reduce_(totals, self.mesh.world).tolist()
-        self._bubble.synchronized()
-        return sums

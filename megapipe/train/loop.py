@@ -14,6 +14,8 @@ from megapipe.config import Config
 from megapipe.data.distribute import COUNTS, ReplicaFeed
 from megapipe.data.rows import too_many_bad_rows
 from megapipe.errors import CheckpointError
+from megapipe.step_sums import Given, StepPart, StepSums
+from megapipe.train.bubble import BubbleMeter
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine, StepResult
 from megapipe.train.learning_rate import learning_rate
@@ -36,6 +38,7 @@ class Run:
     stop: StopRequest
     progress: Progress
     flops_per_token: float
+    bubble: BubbleMeter
     timeline: TimelineWriter | None = None
     first_step: int = 0
     """The step from which this start goes on."""
@@ -43,26 +46,32 @@ class Run:
     """The step of the newest checkpoint that holds this run."""
 
 
-def train(run: Run) -> Progress:
-    """Step until train.steps, or until a rank is asked to stop; the last step is always saved.
+class StopFlag(StepPart):
+    """Lets all ranks know whether one was asked to stop, so that they leave after the same step."""
 
-    The stop flag travels with the step's own reduction, so all ranks leave after the same step.
-    """
+    def __init__(self, stop: StopRequest) -> None:
+        self._stop = stop
+
+    def register(self, sums: StepSums) -> None:
+        sums.register("stop")
+
+    def given(self) -> dict[str, Given]:
+        return {"stop": float(self._stop.requested)}
+
+
+def train(run: Run) -> Progress:
+    """Step until train.steps, or until a rank is asked to stop; the last step is always saved."""
     config, progress = run.config, run.progress
     run.first_step = run.saved_step = progress.step
+    for part in (StopFlag(run.stop), run.feed, run.bubble):
+        run.engine.join(part)
     run.stop.begin()
     while progress.step < config.train.steps:
         began = time.perf_counter()
         rate = learning_rate(progress.step, config.optimizer, config.train.steps)
         batches = run.feed.next()
         waited = time.perf_counter() - began
-        result = run.engine.train_step(
-            batches,
-            rate,
-            stop=run.stop.requested,
-            counts=run.feed.counts(),
-            ready=not run.feed.failed,
-        )
+        result = run.engine.train_step(batches, rate, ready=not run.feed.failed)
         if not result.taken:
             run.feed.take_back()
             end_with(run, progress, run.feed.shared_failure())
@@ -77,15 +86,17 @@ def train(run: Run) -> Progress:
             validation, failure = validation_loss(run)
         run.loggers.log(_metrics(run, progress, result, rate, seconds, waited, validation))
         if run.engine.mesh.data.size > 1:  # one reader alone stops by itself, and names the row
-            failure = failure or too_many_bad_rows(result.counts[0], config.data.max_bad_rows)
+            skipped = int(result.totals["skipped_rows"])
+            failure = failure or too_many_bad_rows(skipped, config.data.max_bad_rows)
         if failure is not None:
             end_with(run, progress, failure)
         if run.timeline is not None:
             run.timeline.after(progress.step)
-        leaving = result.stop or progress.step == config.train.steps
+        stopping = result.totals["stop"] > 0  # some rank was asked to
+        leaving = stopping or progress.step == config.train.steps
         if leaving or _due(progress.step, config.checkpoint.every):
             save(run, progress, last=leaving)
-        if result.stop:
+        if stopping:
             break
     return progress
 
@@ -168,9 +179,9 @@ def _metrics(
         mfu=speed * run.flops_per_token / (peak * mesh.world_size) if peak else None,
         data_wait_seconds=waited,
         memory_bytes=peak_memory_bytes(mesh.device),
-        epoch=max(result.counts[len(COUNTS) :]),
-        **dict(zip(COUNTS, result.counts, strict=False)),
+        epoch=int(result.totals["epoch"]),
+        **{name: int(result.totals[name]) for name in COUNTS},
         validation_loss=validation,
-        bubble=result.bubble,
-        bubble_planned=result.bubble_planned,
+        bubble=run.bubble.measured(result.totals),
+        bubble_planned=run.bubble.planned(result.totals),
     )

@@ -11,6 +11,7 @@ from megapipe.mesh import Axis, Mesh
 from megapipe.pipeline.recording import Recorder
 from megapipe.pipeline.schedule import Program, Span, Timeline, build_program, lower, simulate
 from megapipe.pipeline.schedule.simulate import Costs
+from megapipe.step_sums import Totals
 from megapipe.train import bubble
 from megapipe.train.bubble import BubbleMeter
 
@@ -46,9 +47,15 @@ def meters(program: Program, timeline: Timeline, monkeypatch: pytest.MonkeyPatch
     for rank, clock in enumerate((50.0, 1050.0)):
         meter = BubbleMeter(mesh_of(rank), program, Recorded(timeline, rank, clock))
         monkeypatch.setattr(bubble.time, "perf_counter", Clock(clock - 3))
-        meter.synchronized()
+        meter.reduced()
         found.append(meter)
     return found
+
+
+def totals_of(ranks: list[Any]) -> Totals:
+    """What these ranks give, added up."""
+    given = [rank.given()["bubble"] for rank in ranks]
+    return Totals({"bubble": [sum(values) for values in zip(*given, strict=True)]})
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zb-h1"])
@@ -56,7 +63,7 @@ def test_measured_and_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     program = lower(build_program(name, pipeline=2, virtual=1, microbatches=4))
     timeline = simulate(program, COSTS)
     ranks = meters(program, timeline, monkeypatch)
-    totals = [sum(values) for values in zip(*(rank.values() for rank in ranks), strict=True)]
+    totals = totals_of(ranks)
     assert ranks[0].measured(totals) == ranks[1].measured(totals)
     assert ranks[0].measured(totals) == pytest.approx(timeline.bubble)
     monkeypatch.setattr(bubble.time, "perf_counter", Clock(0.0, 0.5))
@@ -67,10 +74,12 @@ def test_replicas_and_the_first_step_have_nothing_to_say() -> None:
     program = lower(build_program("1f1b", pipeline=2, virtual=1, microbatches=4))
     timeline = simulate(program, COSTS)
     replica = BubbleMeter(mesh_of(0, data=1), program, Recorded(timeline, 0, 0.0))
-    assert replica.values() == [0.0] * replica.slots
+    assert replica.given() == {}
     first = BubbleMeter(mesh_of(0), program, Recorded(timeline, 0, 0.0))
-    assert first.measured(first.values()) is None
-    assert not any(map(math.isnan, first.values()[2:3] + first.values()[6:]))
+    totals = totals_of([first])
+    assert first.measured(totals) is None
+    values = totals.all("bubble")
+    assert not any(map(math.isnan, [values[2], *values[6:]]))
 
 
 def test_planning_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,9 +87,11 @@ def test_planning_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatc
     program = lower(build_program("1f1b", pipeline=2, virtual=1, microbatches=4))
     timeline = simulate(program, COSTS)
     rank, other = meters(program, timeline, monkeypatch)
-    totals = [a + b for a, b in zip(rank.values(), other.values(), strict=True)]
+    totals = totals_of([rank, other])
     monkeypatch.setattr(bubble.time, "perf_counter", Clock(0.0, 0.5, 100.0, 200.0, 251.0, 251.5))
     first = rank.planned(totals)
-    changed = [*totals[:6], *(3 * value for value in totals[6:10]), *totals[10:]]
+    values = totals.all("bubble")
+    slower = [*values[:6], *(3 * value for value in values[6:10]), *values[10:]]
+    changed = Totals({"bubble": slower})
     assert [rank.planned(changed) for _ in range(2)] == [first, first]
     assert rank.planned(changed) != first

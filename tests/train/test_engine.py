@@ -15,6 +15,7 @@ from megapipe.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.p2p import gloo_channels
+from megapipe.step_sums import Given, StepPart, StepSums
 from megapipe.train.engine import Engine
 from megapipe.train.proof import synthetic_tokens
 from tests.ranks import run_ranks
@@ -38,6 +39,17 @@ def named(engine: Engine, kind: str) -> dict[str, Tensor]:
         for buffer in engine.buffers
         for piece, view in buffer.pieces(getattr(buffer, kind))
     }
+
+
+class Rows(StepPart):
+    """Gives quantities of its own in each step."""
+
+    def register(self, sums: StepSums) -> None:
+        sums.register("rows")
+        sums.register("kinds", 2)
+
+    def given(self) -> dict[str, Given]:
+        return {"rows": 3, "kinds": [4, 5]}
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.05, 1e6])
@@ -65,10 +77,11 @@ def test_a_step_is_torchs_clipping_and_adamw(limit: float) -> None:
     torch.optim.AdamW(groups, **rates).step()
 
     engine = engine_of(given)
-    result = engine.train_step(tokens, 0.01, counts=[3, 4])
+    engine.join(Rows())
+    result = engine.train_step(tokens, 0.01)
     assert result.grad_norm == pytest.approx(float(norm), rel=1e-12)
     assert (result.clip < 1) == (limit == 0.05), "the limits are on both sides of the norm"
-    assert result.counts == (3, 4)
+    assert (result.totals["rows"], result.totals.all("kinds")) == (3, [4, 5])
     for name, weight in named(engine, "weights").items():
         torch.testing.assert_close(weight, parameters[name].data, rtol=1e-9, atol=1e-12)
 

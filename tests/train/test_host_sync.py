@@ -23,6 +23,7 @@ from megapipe.models.build import build_stages
 from megapipe.models.gpt import GPTStage
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.program import microbatches
+from megapipe.train.bubble import BubbleMeter
 from megapipe.train.engine import Engine
 from megapipe.transfer import to_device
 from tests.host_sync import DEVICE, HostSyncError, watch_host
@@ -97,9 +98,10 @@ def reads_of_steps(given: Config, rank: int, steps: int = 2) -> list[str]:
     """Where one rank of the layout reads from the device in these steps."""
     mesh = mesh_of(given, rank)
     engine, given_batches = Engine(given, mesh, build_stages), batches(given)
-    with watch_host(read_in="_sum_over_world") as reads:
+    engine.join(BubbleMeter(mesh, engine.program, engine.recorder))
+    with watch_host(read_in="reduce") as reads:
         for _ in range(steps):
-            engine.train_step(given_batches, 1e-3, counts=[0])
+            engine.train_step(given_batches, 1e-3)
     return reads
 
 
@@ -113,7 +115,7 @@ def assert_reads_once_a_step(given: Config) -> None:
     for reads in run_ranks(reads_of_all, 1, given, timeout=300)[0]:
         assert len(reads) == 2
         assert len(set(reads)) == 1
-        assert "megapipe/train/engine.py" in reads[0]
+        assert "megapipe/step_sums.py" in reads[0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -15,6 +15,7 @@ from megapipe.config import Config, load_config
 from megapipe.errors import CheckpointError, DataError
 from megapipe.mesh import Mesh
 from megapipe.models.presets import PRESETS
+from megapipe.step_sums import StepPart, Totals
 from megapipe.train.checkpoints import Progress
 from megapipe.train.engine import StepResult
 from megapipe.train.learning_rate import learning_rate
@@ -27,32 +28,33 @@ class Feed:
     """Gives the number of its next step; from `fails_at` on, a stand-in."""
 
     def __init__(self, fails_at: int | None = None, error: Exception | None = None) -> None:
-        self.given = 0
+        self.taken = 0
         self.fails_at = fails_at
         self.error = error or DataError("row 7: malformed")
 
     def next(self) -> int:
-        self.given += 1
-        return self.given
+        self.taken += 1
+        return self.taken
 
     @property
     def failed(self) -> bool:
-        return self.given == self.fails_at
+        return self.taken == self.fails_at
 
     def take_back(self) -> None:
-        self.given -= 1
+        self.taken -= 1
 
     def shared_failure(self) -> Exception:
         return self.error
 
-    def counts(self) -> list[int]:
-        return [3, 40, 50, 6, 1, 0]  # COUNTS, epochs of two data ranks
+    def given(self) -> dict[str, float]:
+        counts = {"skipped_rows": 3, "skipped_bytes": 40, "unreadable_bytes": 50, "empty_rows": 6}
+        return {**counts, "epoch": 1}
 
     def restart(self) -> None:
-        self.given = 0
+        self.taken = 0
 
     def state(self) -> dict[str, Any]:
-        return {"step": self.given}
+        return {"step": self.taken}
 
 
 class Engine:
@@ -62,24 +64,28 @@ class Engine:
 
     def __init__(self, stops_at: int | None = None, fails_at: int | None = None) -> None:
         self.rates: list[float] = []
+        self.parts: list[Any] = []
         self.waits: list[float] = []
         self.stops_at = stops_at
         self.fails_at = fails_at
 
-    def train_step(
-        self, batches: int, rate: float, *, stop: bool, counts: list[int], ready: bool
-    ) -> StepResult:
+    def join(self, part: Any) -> None:
+        self.parts.append(part)
+
+    def train_step(self, batches: int, rate: float, *, ready: bool) -> StepResult:
         if batches == self.fails_at:
             raise RuntimeError("a kernel failed")
         self.rates.append(rate)
+        given = {name: value for part in self.parts for name, value in part.given().items()}
+        if batches == self.stops_at:
+            given["stop"] = 2.0
         return StepResult(
             loss=1 / batches,
             grad_norm=0.5,
             clip=1.0,
             tokens=100,
-            stop=stop or batches == self.stops_at,
+            totals=Totals({name: [value] for name, value in given.items()}),
             taken=ready,
-            counts=tuple(counts),
         )
 
     def wait_at_most(self, timeout: timedelta) -> None:
@@ -117,6 +123,16 @@ class Stop:
         self.heard.append("save")
         yield
         self.heard.append("saved")
+
+
+class Bubble(StepPart):
+    """As of a GPipe program, on every step."""
+
+    def measured(self, totals: Totals) -> float:
+        return 0.25
+
+    def planned(self, totals: Totals) -> float:
+        return 0.2
 
 
 class Checkpoints:
@@ -165,6 +181,7 @@ def make_run(config: Config, **parts: Any) -> Any:
         "stop": Stop(),
         "progress": Progress(),
         "flops_per_token": 6.0,
+        "bubble": Bubble(),
     }
     return Run(config, **(defaults | parts))
 
@@ -191,6 +208,7 @@ def test_tells_each_step(tmp_path: Path) -> None:
     assert (row.epoch, row.mfu, row.validation_loss) == (1, None, None)
     assert (row.skipped_rows, row.skipped_bytes, row.unreadable_bytes) == (3, 40, 50)
     assert row.empty_rows == 6
+    assert (row.bubble, row.bubble_planned) == (0.25, 0.2)
     assert row.memory_bytes > 2**20
 
 

@@ -1,0 +1,106 @@
+"""What ranks add up after a step: quantities by name, in one collective.
+
+Each part of a run registers the quantities that it gives, once, and gives its values in each step.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from megapipe.mesh import Axis
+from megapipe.tensor_parallel.collectives import all_reduce_
+from megapipe.transfer import to_device
+
+Given = float | Tensor | Sequence[float]
+"""A number, a tensor of one element on the device, or a number for each place of a quantity."""
+
+
+class Totals:
+    """The sums and maxima of one step, the same on every rank."""
+
+    def __init__(self, values: Mapping[str, Sequence[float]]) -> None:
+        self._values = values
+
+    def __getitem__(self, name: str) -> float:
+        """Of a quantity that has one place."""
+        (value,) = self._values[name]
+        return value
+
+    def all(self, name: str) -> Sequence[float]:
+        """Of every place."""
+        return self._values[name]
+
+
+class StepSums:
+    """Quantities and their places in the vector that ranks add up.
+
+    Every rank registers the same quantities in the same order.
+    """
+
+    def __init__(self, device: torch.device, world: Axis) -> None:
+        self._device, self._world = device, world
+        self._places: dict[str, range] = {}
+        self._maxima: dict[str, Axis] = {}
+        self._size = 0
+
+    def register(self, name: str, places: int = 1) -> None:
+        """A quantity to be summed, at each of its places."""
+        assert name not in self._places, f"{name} is registered twice"
+        self._places[name] = range(self._size, self._size + places)
+        self._size += places
+
+    def register_maximum(self, name: str, over: Axis) -> None:
+        """A quantity of which the largest value of an axis' ranks is wanted, 0 or more.
+
+        It has a place for each rank of the axis. Of ranks with the same one, one gives a value.
+        """
+        self.register(name, over.size)
+        self._maxima[name] = over
+
+    def reduce(self, given: Mapping[str, Given]) -> Totals:
+        """Add up what all ranks give; a quantity that this rank does not give is 0 here.
+
+        Collective over the world, and the one place where a step reads from the device.
+        """
+        numbers = [0.0] * self._size
+        tensors: dict[int, Tensor] = {}
+        for name, value in given.items():
+            places = self._places[name]
+            if isinstance(value, Tensor):
+                (place,) = places
+                tensors[place] = value
+            else:
+                self._fill(numbers, name, value)
+        totals = to_device(torch.tensor(numbers, dtype=torch.float64), self._device)
+        for place, tensor in tensors.items():
+            totals[place] = tensor
+        return self._by_name(all_reduce_(totals, self._world).tolist())
+
+    def _fill(self, numbers: list[float], name: str, value: float | Sequence[float]) -> None:
+        places = self._places[name]
+        if name in self._maxima:
+            assert isinstance(value, int | float)
+            numbers[places[self._maxima[name].rank]] = value
+            return
+        values = [value] if isinstance(value, int | float) else value
+        for place, one in zip(places, values, strict=True):
+            numbers[place] = one
+
+    def _by_name(self, sums: list[float]) -> Totals:
+        found = {name: sums[places.start : places.stop] for name, places in self._places.items()}
+        return Totals({**found, **{name: [max(found[name])] for name in self._maxima}})
+
+
+class StepPart:
+    """A part of a run that gives quantities in each step. The engine that it has joined asks it."""
+
+    def register(self, sums: StepSums) -> None:
+        """Name the quantities."""
+
+    def given(self) -> Mapping[str, Given]:
+        """This rank's values, once the work of the step is queued."""
+        return {}
+
+    def reduced(self) -> None:
+        """The collective of a step, or of a validation batch, has just ended on this rank."""
