@@ -13,7 +13,7 @@ from megapipe.models.gpt import GPTStage
 from megapipe.models.parameters import ParameterSpec, parameter_table
 from megapipe.models.partition import Stage, stages
 from megapipe.models.placement import LossSettings, Placement
-from megapipe.precision import MODEL_DTYPE
+from megapipe.precision import PRECISIONS
 from megapipe.tensor_parallel.parameter import Piece, ShardedParameter, sharded_parameters
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 
@@ -39,7 +39,7 @@ def build_stages(config: Config, mesh: Mesh) -> dict[int, GPTStage]:
                 key_value_copies=key_value_copies,
                 sequence_parallel=config.parallel.sequence_parallel and mesh.tensor.size > 1,
                 recompute=config.train.recompute == "full",
-                dtype=MODEL_DTYPE[config.train.precision],
+                dtype=PRECISIONS[config.train.precision].model_dtype,
                 device=mesh.device,
                 seed=config.train.seed,
                 store=WeightGradStore(choice.weight_gradients),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megapipe.config import Config
 from megapipe.models.partition import Stage, stage_parameters
+from megapipe.precision import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -34,18 +35,24 @@ class StateBytes:
         )
 
 
-# bf16 training accumulates gradients and keeps weights and moments in float32; where the model
-# computes in the precision of the optimizer, its weights are their own master copy.
-PER_PARAMETER = {
-    "bf16": StateBytes(weights=2, gradients=4, master=4, moments=8),
-    "fp32": StateBytes(weights=4, gradients=4, master=0, moments=8),
-    "fp64": StateBytes(weights=8, gradients=8, master=0, moments=16),
-}
+MOMENTS = 2
+"""Values that AdamW keeps for each parameter."""
+
+
+def state_bytes(precision: str) -> StateBytes:
+    """Of one parameter, with this train.precision."""
+    dtypes = PRECISIONS[precision]
+    return StateBytes(
+        weights=dtypes.model_bytes,
+        gradients=dtypes.main_bytes,
+        master=dtypes.main_bytes if dtypes.has_master else 0,
+        moments=MOMENTS * dtypes.main_bytes,
+    )
 
 
 def rank_states(config: Config, stages: Sequence[Stage]) -> list[StateBytes]:
     """What each pipeline rank holds, all of its stages together."""
-    per_parameter = PER_PARAMETER[config.train.precision]
+    per_parameter = state_bytes(config.train.precision)
     counts = [0] * config.parallel.pipeline
     for stage in stages:
         counts[stage.rank] += stage_parameters(config, stage)

@@ -60,8 +60,11 @@ def test_folders_are_relative_links(folder: str) -> None:
 
 
 def test_importing_megapipe_and_its_config_imports_no_torch(tmp_path: Path) -> None:
-    program = "import sys, megapipe, megapipe.config, megapipe.pipeline.schedule; " + (
-        "print({'torch', 'numpy', 'datasets', 'wandb', 'transformers', 'rich'} & set(sys.modules))"
+    program = (
+        "import sys, megapipe, megapipe.config, megapipe.precision; import megapipe.pipeline.schedule; "
+        + (
+            "print({'torch', 'numpy', 'datasets', 'wandb', 'transformers', 'rich'} & set(sys.modules))"
+        )
     )
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True

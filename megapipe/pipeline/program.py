@@ -15,8 +15,7 @@ from megapipe.pipeline.schedule.stored import (
     UnfitProgramError,
     read_stored,
 )
-
-ELEMENT_BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+from megapipe.precision import PRECISIONS
 
 PROGRAM_FILE = "schedule.csv"
 """In the run directory: the program that `auto` chose for the run, which a resume takes again."""
@@ -142,7 +141,7 @@ def hidden_shape(config: Config) -> tuple[int, int, int]:
 
 def boundary_bytes(config: Config) -> int:
     """The tensor between two stages, on one tensor rank."""
-    return math.prod(hidden_shape(config)) * ELEMENT_BYTES[config.train.precision]
+    return math.prod(hidden_shape(config)) * PRECISIONS[config.train.precision].model_bytes
 
 
 def microbatches(config: Config) -> int:

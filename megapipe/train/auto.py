@@ -43,7 +43,7 @@ from megapipe.pipeline.schedule.limit import Limit
 from megapipe.pipeline.schedule.search import search
 from megapipe.pipeline.schedule.search.reason import report, seconds, summary
 from megapipe.pipeline.schedule.stored import UnfitProgramError
-from megapipe.precision import MAIN_DTYPE, MODEL_DTYPE
+from megapipe.precision import PRECISIONS
 from megapipe.train.engine import BuildStages, Engine
 from megapipe.train.proof import synthetic_microbatch
 from megapipe.train.run_directory import RunLock, from_first
@@ -157,7 +157,9 @@ def _measure(
     """This rank's measurements, as JSON: by kind, what each stage takes under its number."""
     stages = dict(build_stages(looped(config), mesh))
     build_buffers(
-        stages.values(), main_dtype=MAIN_DTYPE[config.train.precision], data_size=mesh.data.size
+        stages.values(),
+        main_dtype=PRECISIONS[config.train.precision].main_dtype,
+        data_size=mesh.data.size,
     )
     hidden, batch = _hidden(config, mesh), _batch(config, mesh)
     found: dict[str, object] = {"bytes": _own_bytes(config, mesh, stages)}
@@ -175,7 +177,7 @@ def _own_bytes(config: Config, mesh: Mesh, stages: dict[int, torch.nn.Module]) -
 
 
 def _hidden(config: Config, mesh: Mesh) -> torch.Tensor:
-    dtype = MODEL_DTYPE[config.train.precision]
+    dtype = PRECISIONS[config.train.precision].model_dtype
     return torch.empty(hidden_shape(config), dtype=dtype, device=mesh.device)
 
 

@@ -27,7 +27,7 @@ from megapipe.pipeline.program import (
 )
 from megapipe.pipeline.schedule import Program, forward_program, lower, validate
 from megapipe.pipeline.schedule.timeline import KEPT_STEPS
-from megapipe.precision import MAIN_DTYPE, MODEL_DTYPE
+from megapipe.precision import PRECISIONS
 from megapipe.step_sums import Given, StepPart, StepSums, Totals
 from megapipe.train.optimizer import Optimizer
 
@@ -72,7 +72,7 @@ class Engine:
         self.stages = dict(sorted(build_stages(config, mesh).items()))
         self.buffers = build_buffers(
             self.stages.values(),
-            main_dtype=MAIN_DTYPE[config.train.precision],
+            main_dtype=PRECISIONS[config.train.precision].main_dtype,
             data_size=mesh.data.size,
         )
         self.backend = wanted_kernels(config, on_gpu=mesh.device.type == "cuda").kernels
@@ -106,7 +106,7 @@ class Engine:
             self.stages,
             self._channels,
             hidden_shape=hidden_shape(config),
-            dtype=MODEL_DTYPE[config.train.precision],
+            dtype=PRECISIONS[config.train.precision].model_dtype,
             device=self.mesh.device,
             kept_runs=kept_runs,
         )

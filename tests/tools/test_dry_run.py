@@ -8,7 +8,7 @@ import pytest
 
 from megapipe.config import Config, load_config, parse_config
 from megapipe.errors import ConfigError
-from megapipe.models.memory import PER_PARAMETER, rank_states
+from megapipe.models.memory import rank_states, state_bytes
 from megapipe.models.parameters import parameter_count
 from megapipe.models.partition import layers_per_stage, stages
 from megapipe.models.presets import PRESETS
@@ -101,7 +101,7 @@ def test_tokens_and_arithmetic(tmp_path: Path) -> None:
 
 def test_states_follow_precision(tmp_path: Path) -> None:
     for precision, bytes_each in (("bf16", 18), ("fp32", 16), ("fp64", 32)):
-        assert PER_PARAMETER[precision].total == bytes_each
+        assert state_bytes(precision).total == bytes_each
         config = load(tmp_path, f"--train.precision={precision}")
         halves = rank_states(config, stages(config))
         assert len(halves) == 2
