@@ -16,8 +16,9 @@ class MegapipeError(Exception):
 
     @property
     def told(self) -> str:
-        """The text, and the notes of those that passed the error on, such as where in a program."""
-        return "\n".join([str(self), *getattr(self, "__notes__", [])])
+        """The text, and below it, indented, notes of those that passed the error on, such as where in
+        a program."""
+        return "\n  ".join([str(self), *getattr(self, "__notes__", [])])
 
 
 class ConfigError(MegapipeError):
