@@ -16,8 +16,8 @@ class MegapipeError(Exception):
 
     @property
     def told(self) -> str:
-        """The text, and below it, indented, notes of those that passed the error on, such as where in
-        a program."""
+        """The text, and below it, indented, the notes of those that passed the error on, such as
+        where in a program."""
         return "\n  ".join([str(self), *getattr(self, "__notes__", [])])
 
 
