@@ -8,6 +8,7 @@ import torch
 
 from megapipe.errors import MegapipeError
 from megapipe.tools.bench import run
+from megapipe.tools.bench.machine import compact_json
 from megapipe.tools.bench.train import Result
 from megapipe.tools.bench.worker import whole_step
 
@@ -49,6 +50,16 @@ def test_the_table_and_the_json_hold_every_contender(
     out = capsys.readouterr().out
     assert "transformers" in out
     assert "pp2" in out
+
+
+def test_figures_take_a_line_for_each_key_and_each_result() -> None:
+    content = {"bench": "train", "options": {"a": [1, 2]}, "results": [{"b": [3]}, 4], "none": []}
+    text = compact_json(content)
+    assert json.loads(text) == content
+    assert text == (
+        '{\n "bench": "train",\n "options": {"a": [1, 2]},\n'
+        ' "results": [\n  {"b": [3]},\n  4\n ],\n "none": []\n}\n'
+    )
 
 
 def test_a_speedup_is_that_of_steps_side_by_side() -> None:

@@ -22,7 +22,7 @@ from typing import Any
 from megapipe.errors import MegapipeError
 from megapipe.tools.arguments import Parser, UsageError, path_argument
 from megapipe.tools.bench.gpu_table import print_table
-from megapipe.tools.bench.machine import describe_machine
+from megapipe.tools.bench.machine import compact_json, describe_machine
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "tools" / "bench" / "results"
@@ -166,8 +166,7 @@ def _report(part: Part, limit: float, out: Path, device: dict[str, Any] | None) 
             "limit_seconds": limit,
             "output": output.splitlines()[-40:],
         }
-        text = json.dumps(report, indent=1) + "\n"
-        (out / f"{part.name}.json").write_text(text, encoding="utf-8")
+        (out / f"{part.name}.json").write_text(compact_json(report), encoding="utf-8")
     except OSError as error:
         raise MegapipeError(f"--out {out} can't be written: {error.strerror}.") from error
     print(f"== {part.name}: {report['ended']}, {seconds:.0f} s", flush=True)

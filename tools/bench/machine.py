@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,9 +46,20 @@ def write_json(options: Any, bench: str, **figures: object) -> None:
     }
     try:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        replace_durably(options.json, [json.dumps(content, indent=1).encode() + b"\n"])
+        replace_durably(options.json, [compact_json(content).encode()])
     except OSError as error:
         raise MegapipeError(f"--json {options.json} can't be written: {error.strerror}.") from error
+
+
+def compact_json(content: Mapping[str, object]) -> str:
+    """JSON with a line for each key, and for each entry of a list."""
+    lines = []
+    for key, value in content.items():
+        text = json.dumps(value)
+        if isinstance(value, list) and value:
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        lines.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def describe_gpu(device: "torch.device") -> dict[str, object]:
