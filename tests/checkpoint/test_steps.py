@@ -124,6 +124,7 @@ def test_what_only_looks_like_a_checkpoint_is_told(
     save_sample(tmp_path, 5)
     for other in ("latest", "step-00000005.old", "step-notes", "best-step-00000005"):
         (tmp_path / other).touch()
+    (tmp_path / "newest").symlink_to("gone")  # a link of the user's own
     check_names(tmp_path)
     make(tmp_path / name)
     with pytest.raises(CheckpointError, match=said):
