@@ -33,6 +33,7 @@ def test_the_user_is_told_what_to_do(error: Exception, said: str) -> None:
 def test_faults_of_the_program_are_not_explained() -> None:
     assert explained(RuntimeError(TORCH + "Bad file descriptor")) is None
     assert explained(KeyError("open files")) is None
+    assert explained(OSError("raised by Python code, without a number")) is None
 
 
 def test_calls_that_do_not_fit_together_are_no_lost_connection() -> None:
