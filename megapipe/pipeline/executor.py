@@ -149,6 +149,7 @@ class PipelineExecutor:
             self._outputs[stage, microbatch] = self._own(output.detach())
         if self._trains:
             assert output.grad_fn is not None, f"stage {stage} has nothing to train"
+            # An edge keeps its graph; before torch 2.13 the node alone did not.
             self._live[stage, microbatch] = (inputs, get_gradient_edge(output))
 
     def _backward(self, stage: int, microbatch: int) -> None:
