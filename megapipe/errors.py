@@ -4,6 +4,8 @@ import errno
 import os
 import re
 
+from megapipe import __version__
+
 COMMUNICATION = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
 """In what torch's communication says when it fails."""
 
@@ -89,6 +91,14 @@ def rank_lost(name: str, said: str) -> MegapipeError:
     return MegapipeError(
         f"{name} lost its connection to other ranks ({said}). See what ended them; the same "
         "command goes on from the newest checkpoint."
+    )
+
+
+def program_fault() -> str:
+    """The line that follows a traceback."""
+    return (
+        f"megapipe: this is a fault of megapipe {__version__}, not of yours: please report it with "
+        "the lines above."
     )
 
 

@@ -16,9 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megapipe.config import Config, dump_config, load_config
 from megapipe.data.distribute import _broadcast, _share
+from megapipe.distributed.exchange import all_gather_json, gather_json
+from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import DataError
-from megapipe.exchange import all_gather_json, gather_json
-from megapipe.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.p2p import gloo_channels, make_channels

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from megapipe import __version__
-from megapipe.errors import ConfigError, MegapipeError, explained
+from megapipe.errors import ConfigError, MegapipeError, explained, program_fault
 from megapipe.tools.console import PIPE_CLOSED, OutputError, console
 
 COMMANDS = {
@@ -89,14 +89,6 @@ def _tell(text: str) -> int:
     """Say why the command ends; returns the exit status for that."""
     print(text, file=sys.stderr, flush=True)
     return 1
-
-
-def program_fault() -> str:
-    """The line that follows a traceback."""
-    return (
-        f"megapipe: this is a fault of megapipe {__version__}, not of yours: please report it with "
-        "the lines above."
-    )
 
 
 def _settle_allocator() -> None:

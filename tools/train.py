@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from megapipe.config import load_config
 from megapipe.models.presets import PRESETS
+from megapipe.stop_signals import interruptible
 from megapipe.tools.arguments import Parser, UsageError, path_argument
 from megapipe.tools.field_help import field_help
-from megapipe.train.signals import interruptible
 
 _DESCRIPTION = """\
 Pretrain the model of a config.

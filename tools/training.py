@@ -24,9 +24,16 @@ from megapipe.checkpoint.steps import step_name
 from megapipe.config import Config, ParallelConfig, check_layout, dump_config
 from megapipe.data.distribute import ReplicaFeed
 from megapipe.data.tokenizer import load_tokenizer
+from megapipe.distributed.launcher import launch_local
+from megapipe.distributed.mesh import Mesh, build_mesh
+from megapipe.distributed.rendezvous import (
+    Rendezvous,
+    first_to_tell,
+    from_environment,
+    init_process_group,
+)
 from megapipe.errors import ConfigError, MegapipeError, explained, lost_connection, rank_lost
 from megapipe.kernel_choice import choose_kernels
-from megapipe.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.flops import flops_per_token
 from megapipe.models.parameters import parameter_count
@@ -37,13 +44,6 @@ from megapipe.precision import keep_sums_wide
 from megapipe.tools.cli import render
 from megapipe.tools.dry_run import layout_lines
 from megapipe.tools.environment import environment_lines
-from megapipe.tools.launcher import launch_local
-from megapipe.tools.rendezvous import (
-    Rendezvous,
-    first_to_tell,
-    from_environment,
-    init_process_group,
-)
 from megapipe.tools.start_report import text_lines
 from megapipe.train.auto import check_activation_bytes, settle_program
 from megapipe.train.checkpoints import Checkpoints, Progress

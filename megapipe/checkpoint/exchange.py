@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from megapipe.distributed.exchange import all_gather_json, gather_json
 from megapipe.errors import CheckpointError, MegapipeError
-from megapipe.exchange import all_gather_json, gather_json
 
 Value = TypeVar("Value")
 

@@ -18,9 +18,9 @@ from megapipe.config import Config
 from megapipe.data.feed import Batch, BatchFeed, State, merge_states
 from megapipe.data.sources import Source
 from megapipe.data.tokenizer import check_vocabulary, load_tokenizer
+from megapipe.distributed.exchange import all_gather_json
+from megapipe.distributed.mesh import Axis, Mesh
 from megapipe.errors import DataError, MegapipeError, explained
-from megapipe.exchange import all_gather_json
-from megapipe.mesh import Axis, Mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.transfer import to_device
 

@@ -20,8 +20,8 @@ from megapipe.checkpoint.exchange import Peers
 from megapipe.config import Config
 from megapipe.config.save import write_text
 from megapipe.data_parallel.buffer import build_buffers
+from megapipe.distributed.mesh import Mesh
 from megapipe.errors import MegapipeError, ScheduleError
-from megapipe.mesh import Mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.pipeline.costs import read_costs
 from megapipe.pipeline.measure import activation_bytes, measure_latency, measure_stages

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Sequence
 
-from megapipe.mesh import Mesh
+from megapipe.distributed.mesh import Mesh
 from megapipe.pipeline.comparison import measured_costs, median_times
 from megapipe.pipeline.recording import Recorder
 from megapipe.pipeline.schedule import Kind, Program, compute_only, simulate

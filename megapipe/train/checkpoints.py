@@ -13,9 +13,9 @@ from megapipe.checkpoint.shard import Shard
 from megapipe.checkpoint.storage import format_bytes, require_space
 from megapipe.config import Config
 from megapipe.config.optimizer import OptimizerConfig
+from megapipe.distributed.mesh import Mesh
 from megapipe.errors import CheckpointError
 from megapipe.files import shown
-from megapipe.mesh import Mesh
 from megapipe.train.engine import Engine
 from megapipe.train.learning_rate import Course, course_change
 from megapipe.train.run_directory import from_first

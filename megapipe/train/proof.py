@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megapipe.checkpoint.exchange import Peers
 from megapipe.config import Config, ParallelConfig
-from megapipe.mesh import Mesh
+from megapipe.distributed.mesh import Mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.tensor_parallel.parameter import Piece, sharded_parameters
 from megapipe.train.engine import BuildStages, Engine

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from megapipe.config.logging import parse_steps
-from megapipe.exchange import gather_json
+from megapipe.distributed.exchange import gather_json
+from megapipe.distributed.mesh import Mesh
 from megapipe.files import replace_durably
-from megapipe.mesh import Mesh
 from megapipe.pipeline.clocks import clock_offsets
 from megapipe.pipeline.comparison import Comparison, Reality, Row, compare
 from megapipe.pipeline.picture import Panel, draw, save

@@ -12,8 +12,8 @@ from megapipe.config import Config, load_config
 from megapipe.data import distribute
 from megapipe.data.distribute import ReplicaFeed
 from megapipe.data.feed import Batch, BatchFeed
+from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import DataError
-from megapipe.mesh import Mesh, build_mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.models.presets import PRESETS
 from tests.ranks import run_ranks

@@ -27,12 +27,12 @@ from megapipe.checkpoint import storage
 from megapipe.checkpoint.exchange import Peers
 from megapipe.checkpoint.load import open_checkpoint
 from megapipe.config import Config, dump_config, load_config, parse_config
+from megapipe.distributed.mesh import build_mesh
+from megapipe.distributed.rendezvous import Rendezvous
 from megapipe.errors import ConfigError, DataError, MegapipeError
-from megapipe.mesh import build_mesh
 from megapipe.models.presets import PRESETS
 from megapipe.tools import training
 from megapipe.tools.cli import main
-from megapipe.tools.rendezvous import Rendezvous
 from megapipe.tools.training import _kept_files, choose_device, describe_rank, run_rank
 from megapipe.train.loop import Run
 from megapipe.train.run_directory import HEADER, RunLock

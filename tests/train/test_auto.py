@@ -9,8 +9,8 @@ import torch
 
 from megapipe.checkpoint.exchange import Peers
 from megapipe.config import Config, load_config
+from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import MegapipeError, ScheduleError
-from megapipe.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.p2p import make_channels

@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megapipe import kernels
 from megapipe.config import Config, load_config
 from megapipe.data.distribute import ReplicaFeed
-from megapipe.mesh import Mesh, build_mesh
+from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.models.attention import RotaryTable
 from megapipe.models.build import build_stages

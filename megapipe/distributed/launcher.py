@@ -25,11 +25,17 @@ from typing import Any, NoReturn
 
 import torch
 
-from megapipe.errors import ConfigError, MegapipeError, explained, lost_connection, rank_lost
-from megapipe.tools.cli import program_fault
-from megapipe.tools.rendezvous import Rendezvous, allow_open_files
-from megapipe.tools.scratch import scratch_directory
-from megapipe.train.signals import ASKING
+from megapipe.distributed.rendezvous import Rendezvous, allow_open_files
+from megapipe.errors import (
+    ConfigError,
+    MegapipeError,
+    explained,
+    lost_connection,
+    program_fault,
+    rank_lost,
+)
+from megapipe.scratch import scratch_directory
+from megapipe.stop_signals import STOP_SIGNALS
 
 RankMain = Callable[[Rendezvous], int]
 
@@ -38,7 +44,7 @@ GRACE = 1.5
 PATIENCE = 3.0
 """Seconds from SIGTERM to SIGKILL for ranks that outlive a failed one."""
 POLL = 0.02
-PASSED_ON = ASKING
+PASSED_ON = STOP_SIGNALS
 REPORT_CHARACTERS = 8000  # as JSON at most six times as many bytes, and a pipe holds 65,536
 PR_SET_PDEATHSIG = 1
 

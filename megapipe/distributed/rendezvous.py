@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megapipe.errors import RAISE_OPEN_FILES
-from megapipe.mesh import COLLECTIVE_TIMEOUT
-from megapipe.tools.job_store import ALL_GIVE_UP, Address, connect, join_address, open_store
-from megapipe.tools.meeting import (
+from megapipe.distributed.job_store import ALL_GIVE_UP, Address, connect, join_address, open_store
+from megapipe.distributed.meeting import (
     FAREWELL,
     Meeting,
     RefusedError,
     RendezvousError,
     watch_connecting,
 )
-from megapipe.tools.node_list import expand_counts, expand_nodes, place_tasks
+from megapipe.distributed.mesh import COLLECTIVE_TIMEOUT
+from megapipe.distributed.node_list import expand_counts, expand_nodes, place_tasks
+from megapipe.errors import RAISE_OPEN_FILES
 
 MOST_DIGITS = 18  # of a number in the environment
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megapipe.mesh import Axis, Mesh, build_mesh, set_group_timeout, split_world
+from megapipe.distributed.mesh import Axis, Mesh, build_mesh, set_group_timeout, split_world
 from megapipe.tensor_parallel.collectives import all_gather
 from tests.ranks import run_ranks
 

@@ -14,7 +14,10 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from megapipe.shared_memory.collectives import SharedMemoryCollectives, connect_collectives
+from megapipe.distributed.shared_memory.collectives import (
+    SharedMemoryCollectives,
+    connect_collectives,
+)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """For one operation: the ranks of a large model may wait for a slow disk together."""

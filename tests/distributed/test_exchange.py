@@ -4,7 +4,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megapipe.exchange import all_gather_json, gather_json
+from megapipe.distributed.exchange import all_gather_json, gather_json
 from tests.ranks import run_ranks
 
 

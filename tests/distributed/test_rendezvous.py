@@ -19,10 +19,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megapipe.tools import job_store, meeting
-from megapipe.tools.launcher import launch_local
-from megapipe.tools.meeting import RendezvousError
-from megapipe.tools.rendezvous import (
+from megapipe.distributed import job_store, meeting
+from megapipe.distributed.launcher import launch_local
+from megapipe.distributed.meeting import RendezvousError
+from megapipe.distributed.rendezvous import (
     Rendezvous,
     allow_open_files,
     first_to_tell,

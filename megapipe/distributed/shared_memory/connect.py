@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megapipe.exchange import all_gather_json
-from megapipe.shared_memory.channel import Link, SharedMemoryChannel
+from megapipe.distributed.exchange import all_gather_json
+from megapipe.distributed.shared_memory.channel import Link, SharedMemoryChannel
 
 Pair = tuple[int, int]
 """Ranks of a group: source, destination."""
