@@ -19,7 +19,12 @@ class MegapipeError(Exception):
     @property
     def told(self) -> str:
         """The text, and the notes of those that passed the error on, such as where in a program."""
-        return "\n".join([str(self), *getattr(self, "__notes__", [])])
+        return "\n".join([str(self), *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """What `add_note` has added."""
+        return list(getattr(self, "__notes__", []))
 
 
 class ConfigError(MegapipeError):

@@ -7,6 +7,6 @@
 | `job_store`, `meeting` | the store in which the ranks of a job meet, and who is missing there |
 | `node_list` | Slurm's short forms of host names |
 | `mesh` | which rank stands where on the pipeline, data and tensor axes |
-| `exchange` | JSON values between ranks |
+| `rank_group` | JSON values and errors between ranks |
 | `shared_memory` | tensors between processes of one machine that compute on its CPUs |
 """

@@ -17,7 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megapipe.checkpoint.exchange import Peers
 from megapipe.config import Config, ParallelConfig
 from megapipe.distributed.mesh import Mesh
 from megapipe.microbatch import MicroBatch
@@ -154,7 +153,7 @@ def _compare(
                     step, kind, piece.name, error, absolute, mesh.rank, mesh.describe(), stage
                 )
             )
-    gathered = _peers(mesh).all_gather([asdict(row) for row in rows])
+    gathered = mesh.world.rank_group.all_gather([asdict(row) for row in rows])
     _barrier(mesh)  # nobody still reads when the next reference is written
     everything = [Difference(**row) for rank_rows in gathered for row in rank_rows]
     return sorted(everything, key=lambda row: row.stage)
@@ -184,14 +183,11 @@ def _difference(step: int, kind: str, value: float, expected: float) -> Differen
 def _shared_directory(mesh: Mesh, parent: Path | None) -> Iterator[Path]:
     """A temporary directory that rank 0 makes and removes and all ranks know."""
     with ExitStack() as stack:
-        name = ""
-        if mesh.rank == 0:
-            name = stack.enter_context(tempfile.TemporaryDirectory(dir=parent))
-        yield Path(_peers(mesh).all_gather(name)[0])
 
+        def make() -> str:
+            return stack.enter_context(tempfile.TemporaryDirectory(dir=parent))
 
-def _peers(mesh: Mesh) -> Peers:
-    return Peers(mesh.rank, mesh.world_size, mesh.world.group)
+        yield Path(mesh.world.rank_group.from_first(make))
 
 
 def _barrier(mesh: Mesh) -> None:

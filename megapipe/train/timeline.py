@@ -18,7 +18,6 @@ from rich.console import Console
 from rich.table import Table
 
 from megapipe.config.logging import parse_steps
-from megapipe.distributed.exchange import gather_json
 from megapipe.distributed.mesh import Mesh
 from megapipe.files import replace_durably
 from megapipe.pipeline.clocks import clock_offsets
@@ -102,7 +101,7 @@ def gather_steps(
         [run.entered - offset, *(time - offset for moment in run.moments for time in moment)]
         for run in runs
     ]
-    ranks = gather_json(shifted, mesh.pipeline.group)
+    ranks = mesh.pipeline.rank_group.gather(shifted)
     if ranks is None:
         return []
     return [

@@ -9,6 +9,7 @@ import pytest
 from megapipe.checkpoint import retention
 from megapipe.checkpoint.retention import newest_valid, prune
 from megapipe.checkpoint.steps import committed
+from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import CheckpointError
 from tests.checkpoint.samples import edit_manifest, leftovers, save_sample
 from tests.ranks import run_ranks
@@ -103,8 +104,8 @@ def test_trusted_ones_are_not_read_back_but_must_be_there(
 def find_together(root: Path) -> tuple[object, list[Path]]:
     import torch.distributed as dist
 
-    where = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "group": None}
-    return newest_valid(root, **where), prune(root, 1, **where)
+    ranks = RankGroup.of(dist.group.WORLD)
+    return newest_valid(root, ranks), prune(root, 1, ranks=ranks)
 
 
 def test_ranks_share_the_reading_and_agree(tmp_path: Path) -> None:
@@ -124,13 +125,13 @@ def _refused_on_a_rank(root: Path) -> list[str]:
     """The first rank alone looks, and can't."""
     import torch.distributed as dist
 
-    where = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "group": None}
+    ranks = RankGroup.of(dist.group.WORLD)
     said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retention, "committed", _refuse)
         for look in (newest_valid, partial(prune, keep=1)):
             with pytest.raises(CheckpointError) as caught:
-                look(root, **where)
+                look(root, ranks=ranks)
             said.append(str(caught.value))
     return said
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megapipe.checkpoint.exchange import Peers
 from megapipe.checkpoint.steps import MANIFEST_NAME, step_name
 from megapipe.config import Config, dump_config, load_config, parse_config
+from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import CheckpointError, MegapipeError
 from megapipe.models.presets import PRESETS
-from megapipe.train.run_directory import Plan, RunLock, from_first, plan_start, write_config
+from megapipe.train.run_directory import Plan, RunLock, plan_start, write_config
 from tests.config.examples import write
 from tests.ranks import run_ranks
 
@@ -227,34 +227,7 @@ def test_what_the_system_refuses_reaches_all_ranks(make: Make, tmp_path: Path) -
 
 
 def _refused_on_a_rank(config: Config) -> str:
-    peers = Peers(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+    ranks = RankGroup.of(dist.group.WORLD)
     with pytest.raises(MegapipeError) as caught:
-        plan_start(config if peers.rank == 0 else None, peers)  # only rank 0 looks
+        plan_start(config if ranks.rank == 0 else None, ranks)  # only rank 0 looks
     return str(caught.value)
-
-
-def _fails_on_the_first_rank(error: Exception) -> str:
-    peers = Peers(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
-
-    def act() -> object:
-        raise error
-
-    try:
-        from_first(peers, act)
-    except Exception as caught:
-        return f"{type(caught).__name__}: {caught}"
-    return "returned"
-
-
-@pytest.mark.parametrize(
-    ("error", "first", "second"),
-    [
-        (ValueError("a"), "ValueError: a", "ConnectionError: rank 0 has failed: ValueError('a')"),
-        (OSError(5, "Input/output error", "a"), *["MegapipeError: a: Input/output error."] * 2),
-        (CheckpointError("damaged"), *["MegapipeError: damaged"] * 2),
-    ],
-)
-def test_an_error_of_the_first_rank_leaves_none_waiting(
-    error: Exception, first: str, second: str
-) -> None:
-    assert run_ranks(_fails_on_the_first_rank, 2, error) == [first, second]
