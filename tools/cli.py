@@ -4,7 +4,6 @@ A command is a file of this folder with `run(argv) -> int`, imported when it is 
 `megapipe --help` costs nothing.
 """
 
-import difflib
 import importlib
 import os
 import sys
@@ -127,8 +126,8 @@ def render(error: MegapipeError) -> str:
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        meant = f"did you mean `megapipe {close[0]}`?" if close else "see `megapipe --help`."
-        raise MegapipeError(f"{name!r} is not a command; {meant} There are {', '.join(COMMANDS)}.")
+        from megapipe.tools.arguments import unknown_command
+
+        raise MegapipeError(unknown_command(name, "a command", "megapipe", COMMANDS))
     run: Callable[[Sequence[str]], int] = importlib.import_module(f"megapipe.tools.{name}").run
     return run

@@ -19,6 +19,7 @@ def run(argv: Sequence[str]) -> int:
         "verify",
         "Prove, in float64 on this machine's CPU, that the layout of a config computes what one\n"
         "process computes: losses, every gradient, every updated weight.",
+        overrides=True,
     )
     parser.add_argument(
         "config", type=path_argument, metavar="CONFIG.toml", help="the config of the run"

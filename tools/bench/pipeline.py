@@ -40,7 +40,7 @@ class Options(NamedTuple):
 
 def run(argv: Sequence[str]) -> int:
     """Measure, print the table, write the JSON."""
-    words = _parser().parse_args(list(argv))
+    words, _ = _parser().parse(argv)
     options = _understand(words)
     for line in options.left_out:
         print(f"left out: {line}", file=sys.stderr)

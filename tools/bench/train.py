@@ -97,7 +97,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--json", type=json_argument, metavar="FILE", help="also write all figures there"
     )
-    options = parser.parse_args(list(argv))
+    options, _ = parser.parse(argv)
     _settle_device(options)
     _check(options)
     tokens = options.microbatches * options.micro_batch_size * options.sequence_length
