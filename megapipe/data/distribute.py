@@ -3,7 +3,7 @@
 Each step is one int32 broadcast: tokens, then document numbers where attention is masked by them.
 The host reads none of it, so it need not wait for the device. A reader that failed sends zeros, and
 says so in the step's own reduction. At the start, and when a state is loaded, its error is raised
-on every rank of the replica at once.
+on every rank at once.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ from megapipe.data.feed import Batch, BatchFeed, State, merge_states
 from megapipe.data.sources import Source
 from megapipe.data.tokenizer import check_vocabulary, load_tokenizer
 from megapipe.distributed.mesh import Mesh
+from megapipe.distributed.rank_group import Value
 from megapipe.errors import explained
 from megapipe.microbatch import MicroBatch
 from megapipe.transfer import to_device
@@ -29,9 +30,9 @@ COUNTS = ("skipped_rows", "skipped_bytes", "unreadable_bytes", "empty_rows")
 class ReplicaFeed:
     """Gives every rank its microbatches of step 0, 1, 2, ...
 
-    Constructor and `load` are collective over the replica and raise the reader's error on all of
-    its ranks; `state` is collective over the data axis. A rank gets
-    tokens only if it hosts the first stage, targets only if it hosts the last.
+    Constructor and `load` are collective over the world and raise the error of any reader on all
+    ranks; `state` is collective over the data axis. A rank gets tokens only if it hosts the first
+    stage, targets only if it hosts the last.
 
     `next` is collective over the replica. Where the reader fails, `failed` is True on the rank that
     reads and the replica gets stand-ins (zeros), so that it goes through the step with the other
@@ -64,8 +65,7 @@ class ReplicaFeed:
         self._failure: Exception | None = None
         reader = other.reader if other else None
         opened = reader.sources if reader else []
-        self._readers = mesh.replica.rank_group
-        self._feed = self._readers.on_first(lambda: self._open(opened, say))
+        self._feed = self._on_readers(lambda: self._open(opened, say))
 
     def next(self) -> list[MicroBatch]:
         """The microbatches of the next step, in order."""
@@ -121,7 +121,7 @@ class ReplicaFeed:
             assert self._feed is not None
             self._feed.load_state_dict(state)
 
-        self._readers.on_first(work)
+        self._on_readers(work)
         self._step = state["step"]
 
     @property
@@ -178,6 +178,14 @@ class ReplicaFeed:
             opened=opened,
             say=say,
         )
+
+    def _on_readers(self, action: Callable[[], Value]) -> Value | None:
+        """Run `action` on the reader of each replica; None on other ranks."""
+        is_reader = self._mesh.replica.is_first
+        result, _ = self._mesh.world.rank_group.in_agreement(
+            lambda: action() if is_reader else None
+        )
+        return result
 
     def _receive(self) -> Tensor:
         """The next step's wire tensor, on the device."""

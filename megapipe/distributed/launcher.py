@@ -63,13 +63,13 @@ def launch_local(
         return rank_main(Rendezvous())
     allow_open_files(ranks)
     with scratch_directory() as folder:
-        crew = Crew()
+        local_ranks = LocalRanks()
         try:
-            crew.start(rank_main, ranks, folder / "meeting")
-            crew.watch()
+            local_ranks.start(rank_main, ranks, folder / "meeting")
+            local_ranks.watch()
         finally:
-            crew.close()
-    return crew.verdict(describe)
+            local_ranks.close()
+    return local_ranks.verdict(describe)
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Rank:
             os.kill(self.pid, number)
 
 
-class Crew:
+class LocalRanks:
     """The ranks of one run, and the signals that this process gets while they live."""
 
     def __init__(self) -> None:
@@ -127,7 +127,7 @@ class Crew:
         self._previous: dict[int, Any] = {}
 
     def start(self, rank_main: RankMain, size: int, file: Path) -> None:
-        """Fork the ranks. Signals wait meanwhile, so that none is handled by half a crew."""
+        """Fork the ranks. Signals wait meanwhile, so that none comes while some are missing."""
         sys.stdout.flush()
         sys.stderr.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)

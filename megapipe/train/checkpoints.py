@@ -115,8 +115,7 @@ class Checkpoints:
         path = self._to_resume()
         if path is None:
             return Progress(), None
-        reader = open_checkpoint(path)
-        self._load(reader)
+        reader, _ = self._ranks.in_agreement(lambda: self._load(path))
         self._say(f"Resumed from {path} at step {reader.step}.")
         if change := course_change(_course(reader.config), self._course, reader.step):
             self._say(change)
@@ -156,8 +155,9 @@ class Checkpoints:
             )
         return found.path
 
-    def _load(self, reader: CheckpointReader) -> None:
+    def _load(self, path: Path) -> CheckpointReader:
         """Fill every piece, copies included, then round the master weights into the model's."""
+        reader = open_checkpoint(path)
         state = list(self.engine.optimizer.state())
         reader.require({f"{kind}/{piece.name}": piece.global_shape for kind, piece, _ in state})
         for kind, piece, values in state:
@@ -165,6 +165,7 @@ class Checkpoints:
         self.engine.optimizer.steps = int(reader.state["optimizer_steps"])
         for buffer in self.engine.buffers:
             buffer.publish_master()
+        return reader
 
 
 def _refuse_links(skipped: Skipped) -> None:

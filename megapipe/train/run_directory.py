@@ -33,19 +33,19 @@ ANOTHER = "Choose another train.run_dir, or move that directory elsewhere."
 
 
 @dataclass(frozen=True)
-class Plan:
+class StartPlan:
     """`resume` stands for checkpoint.resume in this start; `notes` are lines for people."""
 
     resume: str
     notes: list[str]
 
 
-def plan_start(config: Config, ranks: RankGroup = ALONE) -> Plan:
+def plan_start(config: Config, ranks: RankGroup = ALONE) -> StartPlan:
     """How this config goes on in its run directory; reads only. Collective: all get one answer.
 
     Raises MegapipeError where that would lose checkpoints, or they are of another model.
     """
-    return Plan(**ranks.from_first(lambda: asdict(_plan(config))))
+    return StartPlan(**ranks.from_first(lambda: asdict(_plan(config))))
 
 
 def write_config(config: Config, ranks: RankGroup = ALONE) -> None:
@@ -109,7 +109,7 @@ class RunLock:
         os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
-def _plan(config: Config) -> Plan:
+def _plan(config: Config) -> StartPlan:
     run_dir = Path(config.train.run_dir)
     check_names(run_dir / "checkpoints")
     own = list(committed(run_dir / "checkpoints").values())
@@ -125,7 +125,7 @@ def _plan(config: Config) -> Plan:
                 Path(resume),
                 f'Put the model back, or take another checkpoint.resume (now "{resume}").',
             )
-        return Plan(resume, notes)
+        return StartPlan(resume, notes)
     if resume == "never":
         raise CheckpointError(
             f'checkpoint.resume = "never", and train.run_dir = "{run_dir}" holds checkpoints '
@@ -142,7 +142,7 @@ def _plan(config: Config) -> Plan:
     )
     if last is not None:
         notes += _notes_on_changes(last, config)
-    return Plan("auto", notes)
+    return StartPlan("auto", notes)
 
 
 def _config_at(place: Path, notes: list[str]) -> Config | None:

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -201,6 +201,40 @@ def test_files_are_copied_through_links_and_need_plain_names(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="gone is missing"):
         save_checkpoint(root, 2, [], state={}, files={"x": tmp_path / "gone"})
     assert list(root.iterdir()) == [path]
+
+
+def save_with_error(root: Path, error: Exception) -> str:
+    """The write of rank 1 fails with the error."""
+    ranks = RankGroup.of(dist.group.WORLD)
+
+    def fail(folder: Path, plan: object) -> NoReturn:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks.rank == 1:
+            patch.setattr(save, "write_file", fail)
+        try:
+            save_checkpoint(root, 5, [], state={}, files={}, ranks=ranks)
+        except Exception as caught:
+            return f"{type(caught).__name__}: {caught}"
+    return "saved"
+
+
+def test_what_the_system_refuses_one_rank_is_a_failed_save_on_all(tmp_path: Path) -> None:
+    """By its kind a training knows that it can go on."""
+    said = run_ranks(save_with_error, 2, tmp_path, PermissionError(13, "Permission denied", "a"))
+    what = f"cannot save checkpoint {tmp_path / 'step-00000005'}"
+    assert said == [f"CheckpointError: {what}: rank 1: a: Permission denied."] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_of_the_program_in_a_save_ends_the_run_on_all_ranks(tmp_path: Path) -> None:
+    """It is not a failed save, after which some ranks would go on training without the others."""
+    assert run_ranks(save_with_error, 2, tmp_path, ValueError("a")) == [
+        "ConnectionError: rank 1 has failed: ValueError('a')",
+        "ValueError: a",
+    ]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

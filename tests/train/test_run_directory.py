@@ -12,7 +12,7 @@ from megapipe.config import Config, dump_config, load_config, parse_config
 from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import CheckpointError, MegapipeError
 from megapipe.models.presets import PRESETS
-from megapipe.train.run_directory import Plan, RunLock, plan_start, write_config
+from megapipe.train.run_directory import RunLock, StartPlan, plan_start, write_config
 from tests.config.examples import write
 from tests.ranks import run_ranks
 
@@ -73,7 +73,7 @@ def begin(config: Config, *steps: int) -> Path:
 
 def test_a_new_run(make: Make, tmp_path: Path) -> None:
     for resume in ("auto", "never"):
-        assert plan_start(make(f"--checkpoint.resume={resume}")) == Plan(resume, [])
+        assert plan_start(make(f"--checkpoint.resume={resume}")) == StartPlan(resume, [])
     assert not (tmp_path / "run").exists(), "a plan writes nothing"
 
 
@@ -91,7 +91,7 @@ def test_a_config_that_the_user_keeps_there_stays(make: Make, tmp_path: Path) ->
     own = tmp_path / "run" / "config.toml"
     own.write_text("# why these numbers\n")
     begin(make(), 5)
-    assert plan_start(make()) == Plan("auto", [])
+    assert plan_start(make()) == StartPlan("auto", [])
     assert own.read_text() == "# why these numbers\n"
 
 
@@ -148,7 +148,7 @@ def test_a_directory_that_can_not_be_made(make: Make, tmp_path: Path) -> None:
 
 def test_going_on(make: Make) -> None:
     begin(make(), 5, 10)
-    assert plan_start(make()) == Plan("auto", [])
+    assert plan_start(make()) == StartPlan("auto", [])
 
 
 def test_another_model_is_refused_with_the_difference(make: Make) -> None:
@@ -163,13 +163,13 @@ def test_another_model_is_refused_with_the_difference(make: Make) -> None:
 
 def test_another_model_may_begin_where_nothing_was_saved(make: Make) -> None:
     begin(make())
-    assert plan_start(make("--model.num_layers=6")) == Plan("auto", [])
+    assert plan_start(make("--model.num_layers=6")) == StartPlan("auto", [])
 
 
 def test_other_changes_are_told_in_one_line(make: Make) -> None:
     begin(make(), 5)
     plan = plan_start(make("--parallel.pipeline=4", "--train.steps=200"))
-    assert plan == Plan(
+    assert plan == StartPlan(
         "auto",
         ["Changed since the last start:\n  parallel.pipeline: 2 -> 4\n  train.steps: 100 -> 200"],
     )
@@ -184,7 +184,7 @@ def test_starting_anew_over_checkpoints_is_refused(make: Make) -> None:
 def test_a_checkpoint_elsewhere_begins_a_run_that_then_goes_on(make: Make, tmp_path: Path) -> None:
     other = add_checkpoint(tmp_path / "other" / "checkpoints", 7, make())
     config = make(f"--checkpoint.resume={other}")
-    assert plan_start(config) == Plan(str(other), [])
+    assert plan_start(config) == StartPlan(str(other), [])
     root = begin(config, 9)
     plan = plan_start(config)
     assert plan.resume == "auto", "the same command again goes on"
