@@ -36,10 +36,10 @@ KINDS: dict[str, type[MegapipeError]] = {
 
 @dataclass(frozen=True)
 class RankGroup:
-    """The ranks that do something together. All methods are collectives of the group.
+    """The ranks that do something together: all of them call the same method, in the same order.
 
     `rank` is this process's number in the group, whose first rank is 0. Without a `group` it is a
-    process alone, for which all methods do the same. Values are JSON, NaN and infinity included:
+    process alone, for which every method does the same. Values are JSON, NaN and infinity included:
     whatever they were before, they arrive as lists, dicts with string keys, and scalars.
     """
 
@@ -132,18 +132,21 @@ class RankGroup:
             if report["failure"] is not None
         }
         faults = {rank: failure for rank, failure in failures.items() if failure.kind is None}
-        if own is not None and self.rank in faults:
+        if self.rank in faults:
             return own
-        for rank, failure in faults.items():
+        if faults:
+            rank, failure = next(iter(faults.items()))
             return ConnectionError(f"{self._name(rank)} has failed: {failure.texts[0]}")
-        for rank, failure in failures.items():
+        if not failures:
+            return None
+        rank, failure = next(iter(failures.items()))
+        if what is None:
+            error = failure.rebuild()
+        else:
             where = f"{self._name(rank)}: " if self.size > 1 else ""
-            before = f"{what}: {where}" if what is not None else ""
-            more = _and_more(len(failures) - 1) if what is not None else ""
-            error = failure.rebuild(before, more)
-            error.__cause__ = own
-            return error
-        return None
+            error = failure.rebuild(f"{what}: {where}", _and_more(len(failures) - 1))
+        error.__cause__ = own
+        return error
 
     def _name(self, rank: int) -> str:
         """By its number in the world, as all messages name ranks."""
@@ -223,7 +226,7 @@ class _Failure:
         texts = users.problems if isinstance(users, ConfigError) else [str(users)]
         return _Failure(kind, texts, users.notes)
 
-    def rebuild(self, before: str, after: str) -> MegapipeError:
+    def rebuild(self, before: str = "", after: str = "") -> MegapipeError:
         assert self.kind is not None
         texts = [f"{before}{text}{after}" for text in self.texts]
         error: MegapipeError

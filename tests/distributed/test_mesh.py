@@ -28,6 +28,7 @@ def _describe_mesh(pipeline: int, data: int, tensor: int) -> dict[str, list[int]
         gathered = all_gather(torch.tensor([mesh.rank]), axis)
         assert gathered.tolist() == list(axis.ranks)
         assert axis.ranks[axis.rank] == mesh.rank
+        assert axis.rank_group.all_gather(mesh.rank) == list(axis.ranks)
     return {axis.name: list(axis.ranks) for axis in axes}
 
 
