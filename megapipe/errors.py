@@ -18,8 +18,9 @@ class MegapipeError(Exception):
 
     @property
     def told(self) -> str:
-        """The text, and the notes of those that passed the error on, such as where in a program."""
-        return "\n".join([str(self), *self.notes])
+        """The text, and below it, indented, the notes of those that passed the error on, such as
+        where in a program."""
+        return "\n  ".join([str(self), *self.notes])
 
     @property
     def notes(self) -> list[str]:

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 only where everything asked for was done and said."""
     words = list(sys.argv[1:] if argv is None else argv)
     _settle_allocator()
+    _settle_umask()
     with console(lasting=_trains(words)):
         try:
             status = _run(words)
@@ -55,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return _tell(render(told))
             traceback.print_exc()
             return _tell(program_fault())
+
+
+def _settle_umask() -> None:
+    """Leave the owner all rights to what the command creates: it has to read and replace that."""
+    os.umask(os.umask(0o077) & 0o077)
 
 
 def _trains(words: Sequence[str]) -> bool:

@@ -114,7 +114,7 @@ def test_a_user_error_is_raised_once(capfd: pytest.CaptureFixture[str]) -> None:
 def test_notes_of_an_error_come_along() -> None:
     error = MegapipeError("pipeline rank 0 has said nothing for 600 s.")
     error.add_note("pipeline rank 1, in 1F0")
-    with pytest.raises(MegapipeError, match=r"600 s\.\npipeline rank 1, in 1F0$"):
+    with pytest.raises(MegapipeError, match=r"600 s\.\n  pipeline rank 1, in 1F0$"):
         launch_local(partial(_fails, error, 1), 2)
 
 

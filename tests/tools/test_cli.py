@@ -84,6 +84,18 @@ def test_version_and_module_entry() -> None:
     assert done.stdout == f"megapipe {__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("umask", "settled"), [(0o022, 0o022), (0o777, 0o077), (0o277, 0o077), (0, 0)]
+)
+def test_a_umask_takes_no_rights_from_the_owner(umask: int, settled: int) -> None:
+    before = os.umask(umask)
+    try:
+        assert cli.main(["--version"]) == 0
+    finally:
+        found = os.umask(before)
+    assert found == settled
+
+
 @pytest.mark.parametrize("set_by_user", [None, *cli.ALLOCATOR_VARIABLES])
 def test_the_allocator_grows_its_blocks_unless_the_user_has_set_it(
     set_by_user: str | None, monkeypatch: pytest.MonkeyPatch

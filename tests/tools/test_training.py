@@ -247,7 +247,7 @@ def test_a_full_disk_is_told_and_at_the_end_an_error(corpus: Path, tmp_path: Pat
     assert "Training goes on; the next attempt is after step 4." in said
     error, advice = said.splitlines()[-2:]
     assert re.match(r"megapipe: cannot save checkpoint .*step-00000004: .*file too large", error)
-    assert advice.startswith("The steps after step 0 are not saved. Remove the cause, then start")
+    assert advice.startswith("  The steps after step 0 are not saved. Remove the cause, then start")
     assert column(run_dir, "step") == [1, 2, 3, 4]
     assert list((run_dir / "checkpoints").iterdir()) == []
 

@@ -308,7 +308,7 @@ def test_a_save_that_fails_then_is_told_with_the_error(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         train(run)
     assert caught.value.told == (
-        "row 7: malformed\nThe steps after step 3 are lost: no space left on device"
+        "row 7: malformed\n  The steps after step 3 are lost: no space left on device"
     )
 
 
