@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from megapipe.errors import MegapipeError, explained
+from megapipe.errors import MegapipeError, explained, lost_connection
 
 TORCH = "[enforce fail at gloo/transport/tcp/socket.cc:24] rv != -1. -1 vs -1. socket: "
 
@@ -33,3 +33,11 @@ def test_the_user_is_told_what_to_do(error: Exception, said: str) -> None:
 def test_faults_of_the_program_are_not_explained() -> None:
     assert explained(RuntimeError(TORCH + "Bad file descriptor")) is None
     assert explained(KeyError("open files")) is None
+    assert explained(OSError("raised by Python code, without a number")) is None
+
+
+def test_calls_that_do_not_fit_together_are_no_lost_connection() -> None:
+    closed = "[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5"
+    assert lost_connection(RuntimeError(closed)) == "Connection closed by peer [127.0.0.1]:5"
+    unfit = "[enforce fail at /gloo/transport/tcp/pair.cc:476] op.preamble.length <= op.nbytes"
+    assert lost_connection(RuntimeError(unfit)) is None

@@ -18,6 +18,7 @@ from megapipe.files import (
     sync_directory,
     write_all,
     write_durably,
+    write_reason,
 )
 
 
@@ -63,6 +64,29 @@ def test_a_failure_leaves_the_old_file_and_no_scratch(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
 
 
+def test_two_writers_of_one_process_take_scratch_files_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+
+    def parts() -> Iterator[bytes]:
+        replace_durably(path, [b"first"])
+        yield b"second"
+
+    replace_durably(path, parts())
+    assert path.read_bytes() == b"second"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_new_file_is_not_written_over_one_that_is_there(tmp_path: Path) -> None:
+    path, link = tmp_path / "file", tmp_path / "link"
+    path.write_text("old")
+    link.symlink_to("gone")
+    for taken in (path, link):
+        with pytest.raises(FileExistsError):
+            write_durably(taken, [b"new"])
+    assert path.read_text() == "old"
+    assert not (tmp_path / "gone").exists()
+
+
 def test_a_link_leads_to_the_file_that_is_replaced(tmp_path: Path) -> None:
     target, link = tmp_path / "target", tmp_path / "link"
     target.write_text("old")
@@ -92,11 +116,29 @@ def test_appending(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_bytes() == b"abc"
 
 
+READ_ADVICE = {
+    errno.EACCES: " Give this user the right to read it and to enter the directories above it.",
+    errno.EMFILE: " Raise the limit on open files (ulimit -n).",
+    errno.ENFILE: " Raise the limit on open files (ulimit -n).",
+    errno.EIO: "",
+}
+WRITE_ADVICE = {
+    errno.EACCES: " Give this user the right to write there.",
+    errno.ENOSPC: " Free some space there.",
+    errno.EDQUOT: " Free some space there.",
+    errno.EFBIG: " Raise the limit on the size of files (ulimit -f).",
+    errno.EMFILE: " Raise the limit on open files (ulimit -n).",
+    errno.ENFILE: " Raise the limit on open files (ulimit -n).",
+    errno.EIO: "",
+}
+
+
 def test_reasons_say_what_to_do_where_that_is_known() -> None:
-    closed = PermissionError(errno.EACCES, "Permission denied", "a")
-    assert reason(closed).startswith("Permission denied. Give this user the right to read it")
-    assert reason(OSError(errno.EIO, "Input/output error")) == "Input/output error."
-    assert reason(OSError("no number")) == "no number."
+    for explain, known in ((reason, READ_ADVICE), (write_reason, WRITE_ADVICE)):
+        for number, advice in known.items():
+            said = os.strerror(number)
+            assert explain(OSError(number, said, "a")) == f"{said}.{advice}"
+        assert explain(OSError("no number")) == "no number."
 
 
 def refuse(number: int) -> Callable[..., NoReturn]:

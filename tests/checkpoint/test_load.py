@@ -166,3 +166,6 @@ def test_not_a_checkpoint(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="not a checkpoint: it is not there"):
         open_checkpoint(tmp_path / "gone")
+    (tmp_path / "link").symlink_to("gone")
+    with pytest.raises(CheckpointError, match="it is a symbolic link to gone, which is not there"):
+        open_checkpoint(tmp_path / "link")

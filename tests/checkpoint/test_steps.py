@@ -14,6 +14,7 @@ from megapipe.checkpoint.steps import (
     clear_leftovers,
     commit,
     committed,
+    has_manifest,
     latest,
     remove,
     step_name,
@@ -64,7 +65,7 @@ def test_killed_while_replacing(tmp_path: Path) -> None:
     path = save_sample(tmp_path, 3)
     aside = path.rename(tmp_path / ".old-step-00000003-12ab12ab")
     assert latest(tmp_path) == aside
-    assert open_checkpoint(aside).verify() == []
+    assert newest_valid(tmp_path).path == aside
     clear_leftovers(tmp_path)
     assert latest(tmp_path) == path
     assert leftovers(tmp_path) == []
@@ -124,6 +125,7 @@ def test_what_only_looks_like_a_checkpoint_is_told(
     save_sample(tmp_path, 5)
     for other in ("latest", "step-00000005.old", "step-notes", "best-step-00000005"):
         (tmp_path / other).touch()
+    (tmp_path / "newest").symlink_to("gone")  # a link of the user's own
     check_names(tmp_path)
     make(tmp_path / name)
     with pytest.raises(CheckpointError, match=said):
@@ -150,6 +152,45 @@ def test_a_root_that_can_not_be_listed_is_told(
     for looks in (check_names, committed, clear_leftovers):
         with pytest.raises(CheckpointError, match=r"can't be read: Permission denied"):
             looks(tmp_path)
+
+
+def test_a_directory_that_can_not_be_looked_into_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not has_manifest(tmp_path)
+    path = save_sample(tmp_path, 3)
+    assert has_manifest(path)
+
+    def denied(path: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "exists", denied)
+    with pytest.raises(CheckpointError, match=r"step-00000003 can't be read: Permission denied"):
+        has_manifest(path)
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_names_are_on_the_disk_before_what_they_replace_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manifest: bool
+) -> None:
+    """Without a manifest, what is replaced is kept, and its new name is on the disk as well."""
+    path = save_sample(tmp_path, 3)
+    if not manifest:
+        (path / "manifest.json").unlink()
+    temporary = save_sample(tmp_path, 4).rename(tmp_path / ".tmp-step-00000003-0a0a0a0a")
+    calls: list[str] = []
+
+    def note(call: str) -> Callable[[Path], None]:
+        return lambda path: calls.append(f"{call} {len(list(tmp_path.iterdir()))} {path.name}")
+
+    monkeypatch.setattr("megapipe.checkpoint.steps.sync_directory", note("sync"))
+    monkeypatch.setattr("megapipe.checkpoint.steps.remove_tree", note("remove"))
+    commit(temporary, 3)
+    (other,) = [entry.name for entry in tmp_path.iterdir() if entry != path]
+    first = f"sync 2 {temporary.name}"
+    renamed = f"sync 2 {tmp_path.name}"
+    assert calls == [first, renamed, *[f"remove 2 {other}"] * manifest]
+    assert other.startswith(".old-step-00000003-" if manifest else "step-00000003-replaced-")
 
 
 def test_clearing_leaves_everything_else_alone(tmp_path: Path) -> None:

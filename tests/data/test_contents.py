@@ -1,6 +1,7 @@
 """A file that does not hold what its name says is refused before the work, with what to do."""
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -9,15 +10,17 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import zstandard
 
 from megapipe.config import SourceConfig
-from megapipe.data.contents import content_kind
+from megapipe.data.contents import check_content, content_kind
 from megapipe.data.sources import open_source
 from megapipe.errors import DataError
 from tests.data.samples import write
 
+SKIPPABLE_FRAME = b"\x50\x2a\x4d\x18\x04\x00\x00\x00abcd"
 TEXT = b"Some text about rivers and boats.\n" * 30
 
 
@@ -86,6 +89,10 @@ def test_other_encodings_than_utf8(tmp_path: Path, encoding: str, name: str) -> 
         ("a.parquet", b"PARE1234", "is encrypted Parquet"),
         ("a.txt.gz", TEXT, r"is not gzip.*begins with b'Some tex'"),
         ("a.txt.zst", gzip.compress(TEXT), r"is not zstd.*begins with b'\\x1f\\x8b"),
+        ("a.arrow", TEXT, r"is not Arrow.*begins with b'Some tex'"),
+        ("a.arrow", bytes(64), "is not Arrow"),
+        # In members so short that each read gives one of them.
+        ("a.jsonl.gz", gzip.compress(b"[") + gzip.compress(b'{"text": "a"}]'), "is one JSON array"),
     ],
 )
 def test_what_is_not_as_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:
@@ -101,6 +108,7 @@ def test_what_is_not_as_named(tmp_path: Path, name: str, content: bytes, said: s
         ("a.txt", b""),
         ("a.txt.gz", b""),
         ("a.parquet", b""),
+        ("a.txt.zst", SKIPPABLE_FRAME + zstandard.compress(TEXT)),  # as pzstd writes it
         ("a.txt", b"[{ is how it begins"),
         ("a.txt", b"\xef\xbb\xbfa"),
         ("a.txt", b"BZh and PK and PAR1 are words"),
@@ -132,6 +140,30 @@ def test_a_file_that_may_not_be_read_is_an_error_before_the_work(
     monkeypatch.setattr(Path, "open", refuse)  # tests may run as root, who may read all
     with pytest.raises(DataError, match=r"a\.txt: can't be read: Permission denied"):
         opened(path)
+
+
+def test_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / "a.txt", TEXT)
+
+    class Failing(io.FileIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "open", lambda self, mode: Failing(self, mode))
+    with pytest.raises(DataError, match=r"a\.txt: can't be read: Input/output error\.$"):
+        check_content(path, "text", len(TEXT))
+
+
+def test_a_stream_of_arrow_before_0_15_is_let_through(tmp_path: Path) -> None:
+    """It begins with the length of its schema and not with ff ff ff ff."""
+    sink = pa.BufferOutputStream()
+    schema = pa.schema([("text", pa.string())])
+    options = pa.ipc.IpcWriteOptions(use_legacy_format=True)
+    with pa.ipc.new_stream(sink, schema, options=options) as writer:
+        writer.write_batch(pa.record_batch([["a", "b"]], schema=schema))
+    content = sink.getvalue().to_pybytes()
+    assert not content.startswith(b"\xff")
+    opened(write(tmp_path / "a.arrow", content))
 
 
 def test_no_kind_is_seen_in_text() -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapipe.data.files import Found, files_below, find_files
+from megapipe.data.files import Found, file_format, files_below, find_files
 from megapipe.errors import DataError
 from megapipe.files import shown
 from tests.data.samples import write
@@ -94,6 +94,18 @@ def test_a_linked_directory_of_files_is_read(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "web").symlink_to("../store")
     assert names(find_files(f"{tmp_path}/data/**/*.txt", "k"), tmp_path) == ["data/web/a.txt"]
+
+
+def test_of_two_names_of_a_directory_the_first_is_gone_into(tmp_path: Path) -> None:
+    write(tmp_path / "new" / "a.txt", b"x")
+    (tmp_path / "old").symlink_to("new")
+    assert names(find_files(f"{tmp_path}/**/*.txt", "k"), tmp_path) == ["new/a.txt"]
+
+
+def test_tables_under_a_compression_have_no_format() -> None:
+    """pyarrow can't read them; text under one has its own."""
+    forms = {name: file_format(Path(name)) for name in ("a.parquet", "a.parquet.gz", "a.txt.gz")}
+    assert forms == {"a.parquet": "parquet", "a.parquet.gz": None, "a.txt.gz": "text"}
 
 
 def make_socket(path: Path) -> None:
@@ -255,3 +267,9 @@ def test_a_glob_that_a_bracket_in_a_name_keeps_from_matching(tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"a \[ that is part of a name is written \[\[\]\.$"):
         find_files(f"{tmp_path}/[en] web/*.txt", "k")
     assert len(find_files(f"{tmp_path}/[[]en] web/*.txt", "k").files) == 1
+
+
+def test_a_name_with_the_characters_of_globs_is_taken_as_it_is(tmp_path: Path) -> None:
+    exact = write(tmp_path / "a[1]*.txt", b"text")
+    write(tmp_path / "a1.txt", b"text")
+    assert [file.path for file in find_files(str(exact), "k").files] == [exact]

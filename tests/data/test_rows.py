@@ -125,3 +125,13 @@ def test_counts_go_on_from_a_checkpoint() -> None:
     with pytest.raises(DataError):
         bad.add("data.sources[0]", "a.jsonl", 1, BadRowError("not UTF-8"))
     assert said == []
+
+
+def test_summaries_go_on_from_a_checkpoint() -> None:
+    said: list[str] = []
+    bad = BadRows(None, said.append)
+    bad.restore(Counter({"not UTF-8": 20}))
+    for row in range(20):
+        bad.add("data.sources[0]", "a.jsonl", row, BadRowError("not UTF-8"))
+    (line,) = said
+    assert line.startswith("40 rows skipped so far: 40 not UTF-8")

@@ -1,3 +1,4 @@
+import gzip
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -173,6 +174,22 @@ def test_rows_of_the_other_split_are_left_out(tmp_path: Path) -> None:
     odd = first_epoch(lambda i: build(path, stream=i, keeps=lambda file, row: row % 2 == 1))
     assert sorted(even) == sorted(texts[::2])
     assert sorted(odd) == sorted(texts[1::2])
+
+
+def test_damage_of_a_file_counts_in_both_splits(tmp_path: Path) -> None:
+    """Nobody knows to which of them the rows belong that can't be read."""
+    whole = gzip.compress(jsonl([document(number) for number in range(9)]), mtime=0)
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(whole + b"not gzip")
+    for even in (True, False):
+        lost = 0
+        for index in range(STREAMS):
+            stream = build(
+                path, stream=index, keeps=lambda file, row, even=even: (row % 2 == 0) is even
+            )
+            take(stream, 5000)
+            lost += stream.state()["sources"][0]["account"]["unreadable_bytes"]
+        assert lost == len(b"not gzip")
 
 
 def test_a_position_is_small(tmp_path: Path) -> None:

@@ -334,3 +334,18 @@ def test_a_name_that_is_not_utf8_is_read(tmp_path: Path) -> None:
     source = open_source(SourceConfig(path=str(tmp_path / "caf*")), "data.sources[0]", 1)
     assert raws(source.files[0]) == [b"one"]
     assert source.files[0].name.endswith(r"/caf\xe9.parquet")
+
+
+@pytest.mark.parametrize("share", [0.3, 1.1])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_that_changes_while_it_is_read_is_no_damage(
+    tmp_path: Path, name: str, share: float
+) -> None:
+    """Its rows would be passed over, and a later start with the whole file would see others."""
+    path = write_table(tmp_path / name, pa.table({"text": [f"{n} " * 200 for n in range(1000)]}))
+    rows = opened(path).rows(0, 0)
+    next(rows)
+    with path.open("r+b") as file:
+        file.truncate(int(path.stat().st_size * share))
+    with pytest.raises(DataError, match=rf"{name}: has .* bytes now and had"):
+        list(rows)

@@ -1,6 +1,7 @@
 """Consoles that are closed, full or narrow, as a process of its own meets them."""
 
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -137,3 +138,16 @@ def test_a_line_waits_until_that_of_another_thread_is_written(
 def test_why_output_failed() -> None:
     assert OutputError(BrokenPipeError(32, "Broken pipe")).reader_left
     assert not OutputError(OSError(28, "No space left on device")).reader_left
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_files_do_not_get_the_number_of_a_stream_that_was_closed(closed: int) -> None:
+    """What is printed would end up in them."""
+    script = (
+        "import os, sys\n"
+        "from megapipe.tools.console import console\n"
+        "with console(lasting=True):\n"
+        "    sys.exit(os.open(os.devnull, os.O_RDONLY) < 3)\n"
+    )
+    command = f"exec {shlex.quote(sys.executable)} -c {shlex.quote(script)} {closed}>&-"
+    assert subprocess.run(["sh", "-c", command], check=False).returncode == 0

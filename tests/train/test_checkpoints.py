@@ -1,25 +1,53 @@
-"""Restoring by several ranks: what one of them can't read ends the start of all.
-
-tests/test_backends.py saves and goes on bit by bit.
-"""
+"""From which checkpoint of its run directory a run goes on, and what stops it instead."""
 
 from pathlib import Path
-from typing import NoReturn
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 from megapipe.checkpoint.load import CheckpointReader
 from megapipe.config import Config, dump_config, load_config
-from megapipe.distributed.mesh import build_mesh
+from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import CheckpointError
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine
+from tests.checkpoint.samples import save_sample
+from tests.config.examples import write
 from tests.ranks import run_ranks
 
 SHAPE = Path(__file__).parents[1] / "configs" / "llama_shape.toml"
+
+
+def link_directory(checkpoint: Path, elsewhere: Path) -> None:
+    """To a checkpoint that is damaged there."""
+    checkpoint.rename(elsewhere)
+    (elsewhere / "manifest.json").write_text("torn")
+    checkpoint.symlink_to(elsewhere)
+
+
+def link_file(checkpoint: Path, elsewhere: Path) -> None:
+    file = checkpoint / "manifest.json"
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+
+
+@pytest.mark.parametrize("link", [link_directory, link_file])
+def test_a_linked_checkpoint_that_can_not_be_used_is_not_passed_over(
+    tmp_path: Path, link: Any
+) -> None:
+    """Nor does another one take its place: its user has moved it."""
+    root = tmp_path / "run" / "checkpoints"
+    save_sample(root, 3)
+    link(save_sample(root, 5), tmp_path / "elsewhere")
+    config = load_config(write(tmp_path), [f"--train.run_dir={tmp_path}/run"], PRESETS)
+    engine: Any = SimpleNamespace()  # which has nothing to load
+    checkpoints = Checkpoints(config, Mesh.single(torch.device("cpu")), engine, {}, print)
+    with pytest.raises(CheckpointError, match="step-00000005 is linked from elsewhere and can't"):
+        checkpoints.restore()
 
 
 def restore_where_a_rank_can_not_read(config: Config) -> str:

@@ -73,6 +73,20 @@ def test_a_step_is_torchs_clipping_and_adamw(limit: float) -> None:
         torch.testing.assert_close(weight, parameters[name].data, rtol=1e-9, atol=1e-12)
 
 
+def test_without_a_batch_nothing_is_learned() -> None:
+    """The reader of this rank has failed, and the tokens are stand-ins."""
+    engine = engine_of(config())
+    tokens = synthetic_tokens(engine.config)(0, Mesh.single(CPU))
+    before, steps = named(engine, "weights"), engine.optimizer.steps
+    assert not engine.train_step(tokens, 0.01, ready=False).taken
+    assert engine.validation_loss(tokens, ready=False) is None
+    assert engine.optimizer.steps == steps
+    for name, weight in named(engine, "weights").items():
+        assert torch.equal(weight, before[name]), name
+    assert engine.train_step(tokens, 0.01).taken
+    assert engine.optimizer.steps == steps + 1
+
+
 def test_validation_has_no_dropout() -> None:
     dropout = ("--model.dropout=0.3", "--model.attention_dropout=0.3")
     with_dropout, without = engine_of(config(*dropout)), engine_of(config())

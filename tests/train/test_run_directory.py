@@ -37,9 +37,11 @@ def test_one_run_at_a_time(make: Make) -> None:
 
     with lock() as first:
         assert not run_dir.exists(), "nothing is written before it is taken"
+        run_dir.mkdir()
+        (run_dir / "run.lock").write_text("process 1234567 on " + 20 * "a-node-with-a-name ")
         first.take()
         first.take()  # a second time changes nothing
-        holder = rf"another run is writing to train\.run_dir = .*\(process {os.getpid()} on "
+        holder = rf"another run is writing to train\.run_dir = .*\(process {os.getpid()} on \S+\)\."
         with lock() as second, pytest.raises(MegapipeError, match=holder):
             second.take()
     with lock() as third:  # the first has let go, and the refused one held nothing
@@ -197,9 +199,12 @@ def test_a_checkpoint_elsewhere_begins_a_run_that_then_goes_on(make: Make, tmp_p
 
 
 def test_a_checkpoint_elsewhere_of_another_model(make: Make, tmp_path: Path) -> None:
-    other = add_checkpoint(tmp_path / "other", 7, make("--model.num_layers=6"))
-    with pytest.raises(CheckpointError, match=r"model\.num_layers: 6 -> 8"):
-        plan_start(make(f"--checkpoint.resume={other}"))
+    """It is named itself, or by a run directory whose resolved config is gone."""
+    run = tmp_path / "other"
+    other = add_checkpoint(run / "checkpoints", 7, make("--model.num_layers=6"))
+    for place in (other, run):
+        with pytest.raises(CheckpointError, match=r"model\.num_layers: 6 -> 8"):
+            plan_start(make(f"--checkpoint.resume={place}"))
 
 
 def test_going_back_within_a_run_is_refused(make: Make) -> None:

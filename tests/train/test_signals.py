@@ -44,6 +44,7 @@ def test_the_first_reason_stays() -> None:
         stop.begin()
         send(signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         assert stop.reason == "SIGTERM"
+    assert stop.reason == "SIGTERM"  # when the thread has heard of all of them, too
 
 
 def test_a_second_interrupt_is_raised_at_once() -> None:
@@ -55,13 +56,44 @@ def test_a_second_interrupt_is_raised_at_once() -> None:
             send(signal.SIGINT)
 
 
-def test_the_request_is_told_once() -> None:
+def test_two_interrupts_end_a_process_whose_main_thread_is_stuck(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("megapipe.train.signals.INTERRUPT_SECONDS", 0.0)
+    left: list[Left] = []
+    with StopRequest(timeout=600, leave=lambda *how: left.append(how)) as stop:
+        stop.begin()
+        send(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+        wait_for(lambda: left)
+    assert left[0] == ("interrupted", 128 + signal.SIGINT)
+
+
+def test_a_process_leaves_with_its_status_where_the_console_is_gone() -> None:
+    script = (
+        "import os\n"
+        "from megapipe.train.signals import leave_at_once\n"
+        "os.close(2)\n"
+        "leave_at_once('nobody reads this', 143)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 143
+
+
+@pytest.mark.parametrize(
+    ("numbers", "more"),
+    [
+        ((signal.SIGTERM, signal.SIGTERM), ""),
+        ((signal.SIGINT,), " Ctrl-C again stops at once, without saving."),
+    ],
+)
+def test_the_request_is_told_once(numbers: tuple[signal.Signals, ...], more: str) -> None:
     said: list[str] = []
     with StopRequest(said.append) as stop:
         stop.begin()
-        send(signal.SIGTERM, signal.SIGTERM)
+        send(*numbers)
         wait_for(lambda: said)
-    assert said == ["SIGTERM: saving and stopping after the current step."]
+    assert said == [f"{numbers[0].name}: saving and stopping after the current step.{more}"]
 
 
 def test_a_signal_that_is_ignored_stays_ignored() -> None:
@@ -75,6 +107,42 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
             assert not stop.requested
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_signals_that_others_handle_ask_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another library in Python, and of one that Python knows nothing of (None)."""
+    heard: list[int] = []
+    said: list[str] = []
+    before = signal.signal(signal.SIGURG, lambda number, _: heard.append(number))
+    known = signal.getsignal
+    monkeypatch.setattr(
+        signal, "getsignal", lambda number: None if number == signal.SIGUSR2 else known(number)
+    )
+    try:
+        with StopRequest(said.append) as stop:
+            stop.begin()
+            assert known(signal.SIGUSR2) == signal.SIG_DFL
+            send(signal.SIGURG)
+            wait_for(lambda: heard)
+    finally:
+        signal.signal(signal.SIGURG, before)
+    assert not stop.requested  # when the thread has heard of it, too
+    assert said == []
+
+
+def test_the_descriptor_that_signals_were_written_to_is_given_back() -> None:
+    """An event loop of asyncio has one, for example."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = signal.set_wakeup_fd(writer)
+    try:
+        with StopRequest():
+            pass
+        assert signal.set_wakeup_fd(before) == writer
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -97,6 +165,42 @@ def test_where_no_step_ends_it_leaves() -> None:
     assert text.startswith("SIGHUP, and no step has ended for 0 s")
     assert "train.stop_timeout_seconds" in text
     assert status == 128 + signal.SIGHUP
+
+
+def test_a_step_that_began_long_before_the_request_has_its_time_from_then_on() -> None:
+    left: list[Left] = []
+    said: list[str] = []
+    with StopRequest(said.append, timeout=600, leave=lambda *how: left.append(how)) as stop:
+        stop.begin()
+        stop._heard -= 1000
+        send(signal.SIGTERM)
+        wait_for(lambda: said)
+        time.sleep(0.5)
+    assert left == []
+
+
+def test_whatever_the_ranks_end_together_starts_the_time_anew() -> None:
+    stop = StopRequest()  # not entered: nobody looks at the clock
+
+    def save() -> None:
+        with stop.saving():
+            pass
+
+    for end in (stop.alive, lambda: stop.step_ended(1.0), save):
+        stop._heard = 0.0
+        end()
+        assert stop._heard > 0
+
+
+def test_after_the_loop_a_request_is_not_announced() -> None:
+    """There is no step left after which it could stop."""
+    said: list[str] = []
+    with StopRequest(said.append) as stop:
+        stop.begin()
+        stop.end()
+        send(signal.SIGTERM)
+        assert stop.requested
+    assert said == []
 
 
 def test_a_save_and_steps_that_end_are_not_cut_short() -> None:
