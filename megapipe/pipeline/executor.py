@@ -15,7 +15,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megapipe.microbatch import MicroBatch
 from megapipe.pipeline.p2p import Arrival, Channel, Channels
@@ -149,7 +149,8 @@ class PipelineExecutor:
             self._outputs[stage, microbatch] = self._own(output.detach())
         if self._trains:
             assert output.grad_fn is not None, f"stage {stage} has nothing to train"
-            self._live[stage, microbatch] = (inputs, GradientEdge(output.grad_fn, output.output_nr))
+            # An edge keeps its graph; before torch 2.13 the node alone did not.
+            self._live[stage, microbatch] = (inputs, get_gradient_edge(output))
 
     def _backward(self, stage: int, microbatch: int) -> None:
         inputs, edge = self._live.pop((stage, microbatch))
