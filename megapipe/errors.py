@@ -4,6 +4,8 @@ import errno
 import os
 import re
 
+from megapipe import __version__
+
 COMMUNICATION = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")
 """In what torch's communication says when it fails."""
 
@@ -18,7 +20,12 @@ class MegapipeError(Exception):
     def told(self) -> str:
         """The text, and below it, indented, the notes of those that passed the error on, such as
         where in a program."""
-        return "\n  ".join([str(self), *getattr(self, "__notes__", [])])
+        return "\n  ".join([str(self), *self.notes])
+
+    @property
+    def notes(self) -> list[str]:
+        """What `add_note` has added."""
+        return list(getattr(self, "__notes__", []))
 
 
 class ConfigError(MegapipeError):
@@ -90,6 +97,14 @@ def rank_lost(name: str, said: str) -> MegapipeError:
     return MegapipeError(
         f"{name} lost its connection to other ranks ({said}). See what ended them; the same "
         "command goes on from the newest checkpoint."
+    )
+
+
+def program_fault() -> str:
+    """The line that follows a traceback."""
+    return (
+        f"megapipe: this is a fault of megapipe {__version__}, not of yours: please report it with "
+        "the lines above."
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megapipe.mesh import Axis
+from megapipe.distributed.mesh import Axis
 from megapipe.tensor_parallel.collectives import all_reduce_
 from megapipe.transfer import to_device
 

@@ -7,8 +7,8 @@ import torch
 
 from megapipe import kernels
 from megapipe.config import Config
+from megapipe.distributed.mesh import Axis, Mesh
 from megapipe.kernel_choice import choose_kernels
-from megapipe.mesh import Axis, Mesh
 from megapipe.models.gpt import GPTStage
 from megapipe.models.parameters import ParameterSpec, parameter_table
 from megapipe.models.partition import Stage, stages

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megapipe.distributed.mesh import Axis
 from megapipe.kernel_choice import KernelChoice
-from megapipe.mesh import Axis
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 
 

@@ -10,9 +10,9 @@ from megapipe.checkpoint.retention import newest_valid
 from megapipe.checkpoint.steps import check_names, committed, has_manifest
 from megapipe.config import ModelConfig
 from megapipe.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from megapipe.distributed.mesh import Axis
 from megapipe.errors import CheckpointError
 from megapipe.kernel_choice import KernelChoice
-from megapipe.mesh import Axis
 from megapipe.models.attention import KeyValueCache
 from megapipe.models.gpt import GPTStage
 from megapipe.models.placement import Placement

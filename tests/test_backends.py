@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megapipe.config import Config, dump_config, load_config
-from megapipe.data.distribute import _broadcast, _share
+from megapipe.data.distribute import _broadcast
+from megapipe.distributed.mesh import Mesh, build_mesh
+from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import DataError
-from megapipe.exchange import all_gather_json, gather_json
-from megapipe.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.p2p import gloo_channels, make_channels
@@ -110,17 +110,18 @@ def value_of(rank: int) -> dict[str, object]:
     return {"rank": rank, "text": "é\u20ac" * 1000 * rank, "none": None}
 
 
-def exchange() -> tuple[list[object], list[object] | None]:
-    own = value_of(dist.get_rank())
-    return all_gather_json(own, None), gather_json(own, None)
+def exchange() -> tuple[list[object], list[object] | None, object]:
+    ranks = RankGroup.of(dist.group.WORLD)
+    own = value_of(ranks.rank + 1)
+    return ranks.all_gather(own), ranks.gather(own), ranks.from_first(lambda: own)
 
 
 @DEVICES
-def test_json_reaches_all_ranks_or_the_first(device: str, size: int) -> None:
-    everything = [value_of(rank) for rank in range(size)]
-    for rank, (gathered, at_first) in enumerate(run(exchange, device, size)):  # type: ignore[misc]
-        assert gathered == everything
-        assert at_first == (everything if rank == 0 else None)
+def test_values_reach_all_ranks_or_the_first(device: str, size: int) -> None:
+    everything = [value_of(rank + 1) for rank in range(size)]
+    for rank, answers in enumerate(run(exchange, device, size)):
+        at_first = everything if rank == 0 else None
+        assert answers == (everything, at_first, everything[0])
 
 
 # --- Tokens --------------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ def told_error(device: str) -> str:
         raise DataError("no text in corpus.jsonl: é")
 
     try:
-        _share(replica_mesh(device), read)
+        replica_mesh(device).replica.rank_group.on_first(read)
     except DataError as error:
         return str(error)
     return "nothing"

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megapipe.config import Config, load_config
-from megapipe.mesh import build_mesh
+from megapipe.distributed.mesh import build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.schedule import SCHEDULES, to_csv

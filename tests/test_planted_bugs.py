@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from megapipe.config import Config
-from megapipe.mesh import Mesh, build_mesh
+from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.models.build import build_stages
 from megapipe.pipeline.program import microbatches

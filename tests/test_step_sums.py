@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megapipe.mesh import Axis
+from megapipe.distributed.mesh import Axis
 from megapipe.step_sums import StepSums
 from tests.ranks import run_ranks
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 def test_nothing_imports_upwards() -> None:
     graph = import_graph(ROOT)
     assert len(graph) > 80, "the walk finds the modules"
-    assert {"megapipe.mesh", "megapipe.config"} <= graph["megapipe.train.engine"]
+    assert {"megapipe.distributed.mesh", "megapipe.config"} <= graph["megapipe.train.engine"]
     assert upward_edges(graph) == []
 
 
@@ -114,9 +114,9 @@ def build(root: Path, files: Mapping[str, str]) -> Path:
             "megapipe.train.loop imports megapipe.models.gpt",
         ),
         (
-            "megapipe/mesh.py",
-            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .train import loop",
-            "megapipe.mesh imports megapipe.train.loop",
+            "megapipe/distributed/mesh.py",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..train import loop",
+            "megapipe.distributed.mesh imports megapipe.train.loop",
         ),
         (
             "models/gpt.py",
@@ -143,11 +143,11 @@ def build(root: Path, files: Mapping[str, str]) -> Path:
 def test_upward_edges_are_found(tmp_path: Path, file: str, text: str, said: str) -> None:
     sound = {
         "megapipe/errors.py": "",
-        "megapipe/mesh.py": "from megapipe.errors import MegapipeError",
+        "megapipe/distributed/mesh.py": "from megapipe.errors import MegapipeError",
         "megapipe/train/__init__.py": "",
-        "megapipe/train/loop.py": "from megapipe import mesh",
+        "megapipe/train/loop.py": "from megapipe.distributed import mesh",
         "megapipe/pipeline/__init__.py": "from megapipe.pipeline.schedule import build",
-        "megapipe/pipeline/executor.py": "import megapipe.mesh",
+        "megapipe/pipeline/executor.py": "import megapipe.distributed.mesh",
         "megapipe/pipeline/schedule/__init__.py": "from .build import x",
         "megapipe/pipeline/schedule/build.py": "x = 1",
         "megapipe/data_parallel/__init__.py": "",

@@ -3,7 +3,8 @@
 import argparse
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,9 +42,16 @@ class Parser(argparse.ArgumentParser):
     """argparse whose complaints are ours: one message, exit status 1, the nearest name."""
 
     def __init__(
-        self, command: str, description: str, epilog: str | None = None, **more: Any
+        self,
+        command: str,
+        description: str,
+        epilog: str | None = None,
+        *,
+        overrides: bool = False,
+        **more: Any,
     ) -> None:
-        """`more` is for argparse, which makes the parsers of subcommands by this class too."""
+        """With `overrides` the command takes `--section.key VALUE` of a config too. `more` is for
+        argparse, which makes the parsers of subcommands by this class."""
         super().__init__(
             prog=more.pop("prog", f"megapipe {command}"),
             description=description,
@@ -52,19 +60,52 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **more,
         )
+        self._overrides = overrides
+
+    def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The command's own arguments, and the overrides of the config."""
+        words, overrides = split_overrides(argv) if self._overrides else (list(argv), [])
+        return self.parse_args(words), overrides
+
+    def parse_known_args(  # type: ignore[override]  # argparse overloads it for other namespaces
+        self, args: Sequence[str], namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse has it, but what is unknown is an error already here: argparse calls this for
+        a subcommand too, whose parser alone knows the nearest name. A wrong option is reported
+        before anything else, since it may be why something else is missing."""
+        try:
+            arguments, unknown = super().parse_known_args(args, namespace)
+        except UsageError:
+            unknown = self._unknown_options(args)
+            if not unknown:
+                raise
+        if unknown:
+            raise UsageError(self._describe_unknown(unknown[0]))
+        return arguments, []
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}. Type `{self.prog} --help`.")
 
-    def parse(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-        """The command's own arguments, and the overrides of the config."""
-        words, overrides = split_overrides(argv)
-        arguments, unknown = self.parse_known_args(words)
-        if unknown:
-            raise UsageError(self._unknown(unknown[0]))
-        return arguments, overrides
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """argparse's check of choices, of which subcommands have messages of their own."""
+        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+            raise UsageError(unknown_command(value, "a subcommand", self.prog, action.choices))
+        super()._check_value(action, value)
 
-    def _unknown(self, word: str) -> str:
+    def _unknown_options(self, words: Sequence[str]) -> list[str]:
+        """Those of this parser's own words, which end where a subcommand begins."""
+        own = takewhile(lambda word: word != "--" and word not in self._subcommands(), words)
+        options = (word for word in own if word.startswith("--") and " " not in word)
+        return [word for word in options if not self._is_option(word)]
+
+    def _is_option(self, word: str) -> bool:
+        return word.partition("=")[0] in self._option_string_actions
+
+    def _subcommands(self) -> Collection[str]:
+        actions = (one for one in self._actions if isinstance(one, argparse._SubParsersAction))
+        return [name for action in actions for name in action.choices]
+
+    def _describe_unknown(self, word: str) -> str:
         if not word.startswith("-"):
             return (
                 f"{word!r} is one word too many (a glob needs quotes). Type `{self.prog} --help`."
@@ -77,13 +118,23 @@ class Parser(argparse.ArgumentParser):
         """An option of this command, or `--section.key` of the config, that `word` may stand for:
         its last part is enough."""
         options = [name for name in self._option_string_actions if name not in ("-h", "--help")]
-        keys = {key.rpartition(".")[2]: f"--{key}" for key in config_keys()}
-        choices = {**keys, **{option.lstrip("-"): option for option in options}}
+        keys = config_keys() if self._overrides else []
+        choices = {
+            **{key.rpartition(".")[2]: f"--{key}" for key in keys},
+            **{option.lstrip("-"): option for option in options},
+        }
         name = word.lstrip("-")
         for spelling in (name, name.replace("-", "_"), name.replace("_", "-")):
             if close := difflib.get_close_matches(spelling, choices, n=1, cutoff=0.75):
                 return choices[close[0]]
         return None
+
+
+def unknown_command(name: str, kind: str, command: str, names: Collection[str]) -> str:
+    """The message for a `name` that is none of the `names` that may follow `command`."""
+    close = difflib.get_close_matches(name, names, n=1)
+    meant = f"did you mean `{command} {close[0]}`?" if close else f"see `{command} --help`."
+    return f"{name!r} is not {kind}; {meant} There are {', '.join(names)}."
 
 
 def path_argument(text: str) -> Path:

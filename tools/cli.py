@@ -4,7 +4,6 @@ A command is a file of this folder with `run(argv) -> int`, imported when it is 
 `megapipe --help` costs nothing.
 """
 
-import difflib
 import importlib
 import os
 import sys
@@ -12,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from megapipe import __version__
-from megapipe.errors import ConfigError, MegapipeError, explained
+from megapipe.errors import ConfigError, MegapipeError, explained, program_fault
 from megapipe.tools.console import PIPE_CLOSED, OutputError, console
 
 COMMANDS = {
@@ -97,14 +96,6 @@ def _tell(text: str) -> int:
     return 1
 
 
-def program_fault() -> str:
-    """The line that follows a traceback."""
-    return (
-        f"megapipe: this is a fault of megapipe {__version__}, not of yours: please report it with "
-        "the lines above."
-    )
-
-
 def _settle_allocator() -> None:
     """Have torch's allocator grow its blocks, unless the user has set it in any way. It then needs
     no new blocks of other sizes, so it rarely frees any, for which a GPU waits. torch reads this
@@ -141,8 +132,8 @@ def render(error: MegapipeError) -> str:
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
     if name not in COMMANDS:
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        meant = f"did you mean `megapipe {close[0]}`?" if close else "see `megapipe --help`."
-        raise MegapipeError(f"{name!r} is not a command; {meant} There are {', '.join(COMMANDS)}.")
+        from megapipe.tools.arguments import unknown_command
+
+        raise MegapipeError(unknown_command(name, "a command", "megapipe", COMMANDS))
     run: Callable[[Sequence[str]], int] = importlib.import_module(f"megapipe.tools.{name}").run
     return run

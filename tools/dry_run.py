@@ -9,8 +9,8 @@ from megapipe.models.memory import rank_states
 from megapipe.models.parameters import padded_vocab_size, parameter_count
 from megapipe.models.partition import Stage, stage_parameters, stages
 from megapipe.pipeline.program import microbatches
+from megapipe.scratch import scratch_directory
 from megapipe.tools.auto import checked_program, without_auto
-from megapipe.tools.scratch import scratch_directory
 
 _LINE_EACH = 16  # worlds up to this size are shown rank by rank
 

@@ -16,7 +16,7 @@ MAX_SEED = 2**63 - 1
 
 def run(argv: Sequence[str]) -> int:
     """Print the prompt and its continuation as it comes."""
-    options = _parser().parse_args(list(argv))
+    options, _ = _parser().parse(argv)
     _check(options)
 
     import torch

@@ -20,7 +20,7 @@ fits, or else searched for with these costs."""
 
 def run(argv: Sequence[str]) -> int:
     """Exit status 0."""
-    parser = Parser("plan", _DESCRIPTION)
+    parser = Parser("plan", _DESCRIPTION, overrides=True)
     parser.usage = "megapipe plan CONFIG.toml [--section.key VALUE ...] [options]"
     parser.add_argument(
         "config", type=path_argument, metavar="CONFIG.toml", help="the config of the run"

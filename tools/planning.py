@@ -22,10 +22,10 @@ from megapipe.models.stage_costs import Work, equal_costs
 from megapipe.pipeline.picture import Panel, draw, save
 from megapipe.pipeline.program import boundary_bytes, microbatches, stage_placement
 from megapipe.pipeline.schedule import SCHEDULES, Kind, Timeline, critical_path, simulate
+from megapipe.scratch import scratch_directory
 from megapipe.tools.arguments import UsageError
 from megapipe.tools.auto import StageTimes, checked_program, estimated_times, without_auto
 from megapipe.tools.dry_run import layout_lines
-from megapipe.tools.scratch import scratch_directory
 
 Line = TypeVar("Line")
 

@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from megapipe.config import Config
-from megapipe.mesh import build_mesh
+from megapipe.distributed.mesh import build_mesh
+from megapipe.distributed.rendezvous import Rendezvous, init_process_group
 from megapipe.models.build import build_stages
-from megapipe.tools.rendezvous import Rendezvous, init_process_group
 from megapipe.train.proof import Verdict, prove, synthetic_tokens
 
 TOLERANCE = 1e-9

@@ -44,7 +44,7 @@ Hugging Face. Line ends are not part of pieces: they are the byte piece <0x0A>, 
 
 def run(argv: Sequence[str]) -> int:
     """Train a tokenizer or describe one. Raises DataError for what can't be read or trained."""
-    arguments = _parser().parse_args(argv)
+    arguments, _ = _parser().parse(argv)
     if arguments.action == "train":
         return _train(arguments)
     return _inspect(arguments)

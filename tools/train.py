@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from megapipe.config import load_config
 from megapipe.models.presets import PRESETS
+from megapipe.stop_signals import interruptible
 from megapipe.tools.arguments import Parser, UsageError, path_argument
 from megapipe.tools.field_help import field_help
-from megapipe.train.signals import interruptible
 
 _DESCRIPTION = """\
 Pretrain the model of a config.
@@ -25,7 +25,7 @@ keys of the config, in its file or here as --section.key VALUE:
 def run(argv: Sequence[str]) -> int:
     """Exit status 0 when the run is complete, or was shown (--dry-run)."""
     asked = any(word in ("--help", "-h") for word in argv)
-    parser = Parser("train", _DESCRIPTION, epilog=_epilog() if asked else None)
+    parser = Parser("train", _DESCRIPTION, epilog=_epilog() if asked else None, overrides=True)
     parser.usage = "megapipe train CONFIG.toml [--section.key VALUE ...] [options]"
     parser.add_argument(
         "config", type=path_argument, metavar="CONFIG.toml", help="the config of the run"

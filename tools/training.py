@@ -19,14 +19,20 @@ import torch
 import torch.distributed as dist
 
 from megapipe import __version__
-from megapipe.checkpoint.exchange import Peers
 from megapipe.checkpoint.steps import step_name
 from megapipe.config import Config, ParallelConfig, check_layout, dump_config
 from megapipe.data.distribute import ReplicaFeed
 from megapipe.data.tokenizer import load_tokenizer
+from megapipe.distributed.launcher import launch_local
+from megapipe.distributed.mesh import Mesh, build_mesh
+from megapipe.distributed.rank_group import RankGroup, first_to_report
+from megapipe.distributed.rendezvous import (
+    Rendezvous,
+    from_environment,
+    init_process_group,
+)
 from megapipe.errors import ConfigError, MegapipeError, explained, lost_connection, rank_lost
 from megapipe.kernel_choice import choose_kernels
-from megapipe.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.flops import flops_per_token
 from megapipe.models.parameters import parameter_count
@@ -37,13 +43,6 @@ from megapipe.precision import keep_sums_wide
 from megapipe.tools.cli import render
 from megapipe.tools.dry_run import layout_lines
 from megapipe.tools.environment import environment_lines
-from megapipe.tools.launcher import launch_local
-from megapipe.tools.rendezvous import (
-    Rendezvous,
-    first_to_tell,
-    from_environment,
-    init_process_group,
-)
 from megapipe.tools.start_report import text_lines
 from megapipe.train.auto import check_activation_bytes, settle_program
 from megapipe.train.bubble import BubbleMeter
@@ -51,7 +50,7 @@ from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine
 from megapipe.train.loggers import Loggers
 from megapipe.train.loop import Run, train
-from megapipe.train.run_directory import RunLock, from_first, plan_start, write_config
+from megapipe.train.run_directory import RunLock, plan_start, write_config
 from megapipe.train.signals import StopRequest
 from megapipe.train.timeline import TimelineWriter
 
@@ -115,7 +114,7 @@ def _run_rank(
         told = _told_in_job(error, rendezvous)
         if told is None:
             raise
-        if first_to_tell(store, str(told)):
+        if first_to_report(store, str(told)):
             print(render(told), file=sys.stderr, flush=True)
         time.sleep(1)  # till all have asked the store, which this process may serve
         sys.exit(1)
@@ -201,9 +200,8 @@ def _train(
     mesh = build_mesh(
         pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor, device=device
     )
-    peers = Peers(mesh.rank, mesh.world_size, mesh.world.group)
-    with RunLock(Path(config.train.run_dir), voice.say, peers) as lock:
-        return _start_or_resume(config, command, began, mesh, peers, lock, voice, stop)
+    with RunLock(Path(config.train.run_dir), voice.say, mesh.world.rank_group) as lock:
+        return _start_or_resume(config, command, began, mesh, lock, voice, stop)
 
 
 def _start_or_resume(
@@ -211,25 +209,25 @@ def _start_or_resume(
     command: str,
     began: float,
     mesh: Mesh,
-    peers: Peers,
     lock: RunLock,
     voice: Voice,
     stop: StopRequest,
 ) -> int:
-    plan = plan_start(config, peers)
+    ranks = mesh.world.rank_group
+    plan = plan_start(config, ranks)
     introduction = [*_introduction(config, mesh.device), *environment_lines(config, os.environ)]
     for line in [*introduction, *plan.notes]:
         voice.say(line)
     channels = make_channels(mesh)
-    config = settle_program(config, mesh, channels, build_stages, lock, peers, voice.say)
+    config = settle_program(config, mesh, channels, build_stages, lock, voice.say)
     feed, validation = _open_feeds(config, mesh, voice)
     readers = [one.reader for one in (feed, validation) if one is not None and one.reader]
-    for line in from_first(peers, lambda: text_lines(config, readers)):
+    for line in ranks.from_first(lambda: text_lines(config, readers)):
         voice.say(line)
     engine = Engine(config, mesh, build_stages, channels)
-    check_activation_bytes(config, engine, peers)
+    check_activation_bytes(config, engine)
     checkpoints = Checkpoints(
-        _with_resume(config, plan.resume), mesh, engine, _kept_files(config, peers), voice.say
+        _with_resume(config, plan.resume), mesh, engine, _kept_files(config, ranks), voice.say
     )
     progress, data_state = checkpoints.restore()
     if data_state is not None:
@@ -243,8 +241,8 @@ def _start_or_resume(
         return 0
     voice.say(checkpoints.check_space())
     lock.take()
-    write_config(config, peers)
-    with _open_loggers(config, peers, progress.step) as loggers, voice.through(loggers.event):
+    write_config(config, ranks)
+    with _open_loggers(config, ranks, progress.step) as loggers, voice.through(loggers.event):
         voice.say(f"Ready after {time.perf_counter() - began:.1f} s (imports not counted)")
         flops = flops_per_token(config.model, config.train.sequence_length)
         bubble = BubbleMeter(mesh, engine.program, engine.recorder)
@@ -310,21 +308,19 @@ def _with_resume(config: Config, resume: str) -> Config:
     return config.model_copy(update={"checkpoint": checkpoint})
 
 
-def _kept_files(config: Config, peers: Peers) -> dict[str, bytes]:
+def _kept_files(config: Config, ranks: RankGroup) -> dict[str, bytes]:
     """What each checkpoint holds besides tensors, as it is now: config and tokenizer. Collective:
     the first rank reads them, and where it can't, all raise."""
-    files: dict[str, bytes] = {}
 
-    def read() -> None:
-        files["config.toml"] = dump_config(config).encode()
-        for name, path in load_tokenizer(config.data.tokenizer).files.items():
-            files[name] = path.read_bytes()
+    def read() -> dict[str, bytes]:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        contents = {name: path.read_bytes() for name, path in tokenizer.files.items()}
+        return {"config.toml": dump_config(config).encode(), **contents}
 
-    from_first(peers, read)
-    return files
+    return ranks.on_first(read) or {}
 
 
-def _open_loggers(config: Config, peers: Peers, start: int) -> Loggers:
+def _open_loggers(config: Config, ranks: RankGroup, start: int) -> Loggers:
     """The loggers of a run that goes on after step `start`. Collective: those of the first rank
     write, and where they can't be opened, all raise."""
     loggers = partial(
@@ -334,9 +330,7 @@ def _open_loggers(config: Config, peers: Peers, start: int) -> Loggers:
         start=start,
         total_steps=config.train.steps,
     )
-    opened: list[Loggers] = []
-    from_first(peers, lambda: opened.append(loggers(rank0=True)))
-    return opened[0] if opened else loggers(rank0=False)
+    return ranks.on_first(lambda: loggers(rank0=True)) or loggers(rank0=False)
 
 
 def _introduction(config: Config, device: torch.device) -> Iterator[str]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from megapipe.config import Config, load_config
 from megapipe.models.presets import PRESETS
+from megapipe.scratch import scratch_directory
 from megapipe.tools.arguments import Parser, UsageError, path_argument
 from megapipe.tools.auto import without_auto
-from megapipe.tools.scratch import scratch_directory
 from megapipe.tools.shrink import shrink
 
 
@@ -19,6 +19,7 @@ def run(argv: Sequence[str]) -> int:
         "verify",
         "Prove, in float64 on this machine's CPU, that the layout of a config computes what one\n"
         "process computes: losses, every gradient, every updated weight.",
+        overrides=True,
     )
     parser.add_argument(
         "config", type=path_argument, metavar="CONFIG.toml", help="the config of the run"
@@ -43,7 +44,7 @@ def _prove(small: Config, changes: list[str], name: str, steps: int, folder: Pat
     sys.stdout.flush()
 
     # Torch comes with these, before the ranks are forked, so that none of them imports it again.
-    from megapipe.tools.launcher import launch_local
+    from megapipe.distributed.launcher import launch_local
     from megapipe.tools.proving import prove_rank
 
     parallel = small.parallel

@@ -17,10 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from megapipe import __version__
-from megapipe.checkpoint.exchange import Peers
 from megapipe.checkpoint.manifest import MAX_EXTRA_BYTES, Manifest, build, encode
 from megapipe.checkpoint.rectangle import Rectangle
 from megapipe.checkpoint.shard import DTYPE_NAMES, Shard, as_bytes
@@ -33,12 +30,14 @@ from megapipe.checkpoint.steps import (
 )
 from megapipe.checkpoint.storage import (
     blocks,
+    checkpoint_errors,
     checksum,
     read_small,
     remove_tree,
     require_space,
     space_explained,
 )
+from megapipe.distributed.rank_group import ALONE, RankGroup
 from megapipe.errors import CheckpointError
 from megapipe.files import write_durably
 
@@ -63,46 +62,47 @@ def save_checkpoint(
     *,
     state: dict[str, object],
     files: Mapping[str, bytes | Path],
-    rank: int = 0,
-    world_size: int = 1,
-    group: dist.ProcessGroup | None = None,
+    ranks: RankGroup = ALONE,
 ) -> Path:
-    """Write `root`/step-NNNNNNNN and return its path when it is durable; collective over `group`.
+    """Write `root`/step-NNNNNNNN and return its path when it is durable; collective over `ranks`.
 
     `root` lies on a file system that all ranks share. `state` (plain JSON) and `files` (name to
-    content, or a path to copy) are the first rank's; `Peers.all_gather` brings the others'
-    together. A committed checkpoint of the same step is replaced (see `steps`). What killed runs
-    left in `root` is removed first.
+    content, or a path to copy) are the first rank's. A committed checkpoint of the same step is
+    replaced (see `steps`). What killed runs left in `root` is removed first.
 
-    Raises CheckpointError on all ranks if any rank fails; nothing of the attempt is left behind,
-    and older checkpoints are as they were.
+    Raises CheckpointError on all ranks where the system refuses a write on any, and other errors
+    as `RankGroup` does; nothing of the attempt is left behind, and older checkpoints are as they
+    were.
     """
-    peers = Peers(rank, world_size, group)
     target = root / step_name(step)
     what = f"cannot save checkpoint {target}"
-    file = f"shard-{rank:05d}-of-{world_size:05d}.safetensors"
+    file = f"shard-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
 
     # 1. plan
+    @checkpoint_errors()
     def make_plan() -> tuple[FilePlan, dict[str, bytes]]:
-        return plan_file(file, shards), _load_extras(state, files) if rank == 0 else {}
+        return plan_file(file, shards), _load_extras(state, files) if ranks.is_first else {}
 
-    (plan, extras), sizes = peers.together(
-        make_plan, what, share=lambda plans: plans[0].bytes + sum(map(len, plans[1].values()))
+    (plan, extras), sizes = ranks.in_agreement(
+        make_plan, what=what, share=lambda plans: plans[0].bytes + sum(map(len, plans[1].values()))
     )
 
     # 2. prepare
     needed = sum(sizes)
-    folder = root / peers.from_first(lambda: _prepare(root, step, needed), what)
+    prepare = checkpoint_errors()(lambda: _prepare(root, step, needed))
+    folder = root / ranks.from_first(prepare, what)
     try:
         # 3. write
+        @checkpoint_errors()
         def write() -> dict[str, object]:
             with space_explained(needed, root):
                 return write_file(folder, plan)
 
-        table, _ = peers.together(write, what)
-        tables = peers.gather(table)
+        table, _ = ranks.in_agreement(write, what=what)
+        tables = ranks.gather(table)
 
         # 4. commit
+        @checkpoint_errors()
         def finish() -> str:
             assert tables is not None
             with space_explained(needed, root):
@@ -113,9 +113,9 @@ def save_checkpoint(
                 write_durably(folder / MANIFEST_NAME, [encode(manifest)])
                 return str(commit(folder, step))
 
-        return Path(peers.from_first(finish, what))
+        return Path(ranks.from_first(finish, what))
     except BaseException:
-        if rank == 0:
+        if ranks.is_first:
             remove_tree(folder)
         raise
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import xxhash
 
-from megapipe.errors import CheckpointError
+from megapipe.errors import CheckpointError, explained
 
 BLOCK_BYTES = 16 * 2**20
 """Unit of checksums. Reading a part of a chunk reads whole blocks: small enough that a slice costs
@@ -112,6 +112,19 @@ def space_explained(needed: int, directory: Path) -> Iterator[None]:
             f"{os.strerror(error.errno).lower()}: needs {format_bytes(needed)} in all, "
             f"{format_bytes(free_bytes(directory))} free when the write failed"
         ) from error
+
+
+@contextmanager
+def checkpoint_errors() -> Iterator[None]:
+    """Raise what the system refuses as a CheckpointError, so that it keeps that kind between ranks
+    and a training can go on after a save that failed."""
+    try:
+        yield
+    except OSError as error:
+        told = explained(error)
+        if told is None:
+            raise
+        raise CheckpointError(str(told)) from error
 
 
 def remove_tree(path: Path) -> None:

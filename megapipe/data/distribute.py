@@ -2,12 +2,11 @@
 
 Each step is one int32 broadcast: tokens, then document numbers where attention is masked by them.
 The host reads none of it, so it need not wait for the device. A reader that failed sends zeros, and
-says so in the step's own reduction. At the start, and when a state is loaded, a header says whether
-the reader failed; a second broadcast carries its message, and every rank of the replica raises it.
+says so in the step's own reduction. At the start, and when a state is loaded, its error is raised
+on every rank at once.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +17,9 @@ from megapipe.config import Config
 from megapipe.data.feed import Batch, BatchFeed, State, merge_states
 from megapipe.data.sources import Source
 from megapipe.data.tokenizer import check_vocabulary, load_tokenizer
-from megapipe.errors import DataError, MegapipeError, explained
-from megapipe.exchange import all_gather_json
-from megapipe.mesh import Axis, Mesh
+from megapipe.distributed.mesh import Mesh
+from megapipe.distributed.rank_group import Value
+from megapipe.errors import explained
 from megapipe.microbatch import MicroBatch
 from megapipe.step_sums import Given, StepPart, StepSums
 from megapipe.transfer import to_device
@@ -28,17 +27,13 @@ from megapipe.transfer import to_device
 COUNTS = ("skipped_rows", "skipped_bytes", "unreadable_bytes", "empty_rows")
 """What a feed gives in each step beside its epoch: fields of a step's metrics."""
 
-OK, USER_ERROR, PROGRAM_ERROR = 0, 1, 2
-
-T = TypeVar("T")
-
 
 class ReplicaFeed(StepPart):
     """Gives every rank its microbatches of step 0, 1, 2, ...
 
-    Constructor and `load` are collective over the replica and raise the reader's error on all of
-    its ranks; `state` is collective over the data axis. A rank gets
-    tokens only if it hosts the first stage, targets only if it hosts the last.
+    Constructor and `load` are collective over the world and raise the error of any reader on all
+    ranks; `state` is collective over the data axis. A rank gets tokens only if it hosts the first
+    stage, targets only if it hosts the last.
 
     `next` is collective over the replica. Where the reader fails, `failed` is True on the rank that
     reads and the replica gets stand-ins (zeros), so that it goes through the step with the other
@@ -71,7 +66,7 @@ class ReplicaFeed(StepPart):
         self._failure: Exception | None = None
         reader = other.reader if other else None
         opened = reader.sources if reader else []
-        self._feed = self._read(lambda: self._open(opened, say))
+        self._feed = self._on_readers(lambda: self._open(opened, say))
 
     def next(self) -> list[MicroBatch]:
         """The microbatches of the next step, in order."""
@@ -102,19 +97,13 @@ class ReplicaFeed(StepPart):
             self._feed.take_back()
 
     def shared_failure(self) -> Exception:
-        """Why a replica has no batch, on every rank: its own error, or one with the same text.
+        """Why a replica has no batch, on every rank, as `RankGroup.shared_error` has it.
 
         Collective over the world, after a `next` that failed on some replica.
         """
-        own, world = self._failure, self._mesh.world
-        told = None
-        if own is not None:
-            told = [isinstance(own, MegapipeError), _message(own).decode()]
-        everyone = [told] if world.size == 1 else all_gather_json(told, world.group)
-        is_users, text = next(told for told in everyone if told is not None)
-        if own is not None:
-            return own
-        return DataError(text) if is_users else RuntimeError(text)
+        error = self._mesh.world.rank_group.shared_error(self._failure)
+        assert error is not None, "called after a next that failed"
+        return error
 
     def state(self) -> State:
         """The state of all streams behind the last step, on readers; empty on other ranks.
@@ -123,8 +112,7 @@ class ReplicaFeed(StepPart):
         """
         if self._feed is None:
             return {}
-        own, axis = self._feed.state_dict(), self._mesh.data
-        return merge_states([own] if axis.size == 1 else all_gather_json(own, axis.group))
+        return merge_states(self._mesh.data.rank_group.all_gather(self._feed.state_dict()))
 
     def load(self, state: State) -> None:
         """Goes on behind `state`, saved in any layout. Every rank passes the same state."""
@@ -134,7 +122,7 @@ class ReplicaFeed(StepPart):
             assert self._feed is not None
             self._feed.load_state_dict(state)
 
-        self._read(work)
+        self._on_readers(work)
         self._step = state["step"]
 
     @property
@@ -195,9 +183,13 @@ class ReplicaFeed(StepPart):
             say=say,
         )
 
-    def _read(self, work: Callable[[], T]) -> T | None:
-        """Does `work` on the reader; raises its error on every rank of the replica."""
-        return _share(self._mesh, work)
+    def _on_readers(self, action: Callable[[], Value]) -> Value | None:
+        """Run `action` on the reader of each replica; None on other ranks."""
+        is_reader = self._mesh.replica.is_first
+        result, _ = self._mesh.world.rank_group.in_agreement(
+            lambda: action() if is_reader else None
+        )
+        return result
 
     def _receive(self) -> Tensor:
         """The next step's wire tensor, on the device."""
@@ -249,28 +241,6 @@ class ReplicaFeed(StepPart):
         ]
 
 
-def _share(mesh: Mesh, work: Callable[[], T]) -> T | None:
-    """Does `work` on the replica's reader; raises its error on all of the replica's ranks."""
-    replica = mesh.replica
-    header = torch.zeros(2, dtype=torch.int32)
-    result: T | None = None
-    error: Exception | None = None
-    if replica.is_first:
-        try:
-            result = work()
-        except Exception as caught:
-            error = explained(caught) or caught
-            header[0] = USER_ERROR if isinstance(error, MegapipeError) else PROGRAM_ERROR
-            header[1] = len(_message(error))
-    kind, size = _broadcast(mesh, header).tolist()
-    if kind == OK:
-        return result
-    text = _send_message(mesh, replica, error, size)
-    if error is not None:
-        raise error
-    raise DataError(text) if kind == USER_ERROR else RuntimeError(text)
-
-
 def _broadcast(mesh: Mesh, wire: Tensor) -> Tensor:
     """The reader's `wire` on every rank of its replica, on the device."""
     replica = mesh.replica
@@ -278,18 +248,3 @@ def _broadcast(mesh: Mesh, wire: Tensor) -> Tensor:
     if replica.size > 1:
         dist.broadcast(wire, src=replica.ranks[0], group=replica.group)
     return wire
-
-
-def _send_message(mesh: Mesh, replica: Axis, error: Exception | None, size: int) -> str:
-    content = torch.zeros(size, dtype=torch.uint8)
-    if error is not None:
-        content = torch.tensor(list(_message(error)), dtype=torch.uint8)
-    content = content.to(mesh.device)
-    if replica.size > 1:
-        dist.broadcast(content, src=replica.ranks[0], group=replica.group)
-    return bytes(content.tolist()).decode(errors="replace")
-
-
-def _message(error: Exception) -> bytes:
-    name = "" if isinstance(error, MegapipeError) else f"the data reader failed: {error!r} "
-    return (name + str(error)).encode(errors="replace") or b"the data reader failed"

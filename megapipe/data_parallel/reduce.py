@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from megapipe.data_parallel.buffer import ParameterBuffer
+from megapipe.distributed.mesh import Axis
 from megapipe.kernels import Backend, grad_norm
-from megapipe.mesh import Axis
 from megapipe.tensor_parallel.collectives import all_reduce_, start_all_reduce
 
 BUCKET_ELEMENTS = 32 * 1024 * 1024

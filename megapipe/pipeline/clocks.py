@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from megapipe.mesh import Axis
+from megapipe.distributed.mesh import Axis
 from megapipe.tensor_parallel.collectives import all_gather, all_reduce_
 
 ROUNDS = 16

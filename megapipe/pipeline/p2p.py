@@ -1,6 +1,7 @@
 """Channels between neighbouring pipeline ranks, one for each ordered pair, each one-way.
 
-CPU, all neighbours on one machine: memory that both ends map; see megapipe.shared_memory.
+CPU, all neighbours on one machine: memory that both ends map; see
+megapipe.distributed.shared_memory.
 
 CPU, more machines: all channels of a pipeline use its one gloo group. Each message has a tag of its
 own, and a thread of gloo's moves the data once both ends have asked for it.
@@ -28,8 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapipe.mesh import COLLECTIVE_TIMEOUT, Mesh
-from megapipe.shared_memory.connect import Pair, connect_pairs
+from megapipe.distributed.mesh import COLLECTIVE_TIMEOUT, Mesh
+from megapipe.distributed.shared_memory.connect import Pair, connect_pairs
 
 UNDER_WAY = 2
 """Sends of a channel whose tensors are kept at a time. A validated program finishes with none; with

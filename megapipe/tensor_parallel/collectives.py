@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from megapipe.mesh import Axis
-from megapipe.shared_memory.collectives import UnderWay
+from megapipe.distributed.mesh import Axis
+from megapipe.distributed.shared_memory.collectives import UnderWay
 
 # torch 2.13 renamed these; the old names still work there but warn, and 2.11 knows only those.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megapipe.mesh import Axis
+from megapipe.distributed.mesh import Axis
 from megapipe.tensor_parallel.collectives import all_gather, sum_partial
 from megapipe.tensor_parallel.parameter import Piece, ShardedParameter
 from megapipe.tensor_parallel.vocabulary import vocabulary_rows

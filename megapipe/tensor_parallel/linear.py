@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from megapipe.distributed.mesh import Axis
 from megapipe.kernels import add_weight_grad
-from megapipe.mesh import Axis
 from megapipe.tensor_parallel.collectives import (
     Pending,
     all_gather,

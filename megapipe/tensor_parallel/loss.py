@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapipe import kernels
+from megapipe.distributed.mesh import Axis
 from megapipe.kernels import Backend, Combined, Vocabulary, WeightGradBackend
-from megapipe.mesh import Axis
 from megapipe.tensor_parallel.collectives import (
     all_gather,
     all_reduce_,

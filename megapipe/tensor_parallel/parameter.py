@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megapipe.mesh import Axis
+from megapipe.distributed.mesh import Axis
 
 
 @dataclass(frozen=True)

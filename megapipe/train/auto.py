@@ -16,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from megapipe.checkpoint.exchange import Peers
 from megapipe.config import Config
 from megapipe.config.save import write_text
 from megapipe.data_parallel.buffer import build_buffers
+from megapipe.distributed.mesh import Mesh
+from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import MegapipeError, ScheduleError
-from megapipe.mesh import Mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.pipeline.costs import read_costs
 from megapipe.pipeline.measure import activation_bytes, measure_latency, measure_stages
@@ -46,7 +46,7 @@ from megapipe.pipeline.schedule.stored import UnfitProgramError
 from megapipe.precision import PRECISIONS
 from megapipe.train.engine import BuildStages, Engine
 from megapipe.train.proof import synthetic_microbatch
-from megapipe.train.run_directory import RunLock, from_first
+from megapipe.train.run_directory import RunLock
 
 REPLACED_FILE = "schedule-replaced.csv"
 """In the run directory: the program that was there before, where it did not fit any more."""
@@ -64,7 +64,6 @@ def settle_program(
     channels: Channels,
     build_stages: BuildStages,
     lock: RunLock,
-    peers: Peers,
     say: Say,
 ) -> Config:
     """The config with its program, where that comes from a file: read once, for all that follows.
@@ -77,8 +76,9 @@ def settle_program(
     if config.parallel.schedule != "auto":
         return with_program(config)
     lock.take()
+    ranks = mesh.world.rank_group
     file = Path(config.train.run_dir) / PROGRAM_FILE
-    content = _shared_content(file, peers)
+    content = _shared_content(file, ranks)
     if content is not None:
         try:
             settled = with_program(config, content)
@@ -92,13 +92,13 @@ def settle_program(
                 "is searched for anew"
             )
             return settled
-    costs, sizes = _costs(config, mesh, channels, build_stages, peers)
-    for line in from_first(peers, lambda: _choose(config, costs, sizes, file)):
+    costs, sizes = _costs(config, mesh, channels, build_stages)
+    for line in ranks.from_first(lambda: _choose(config, costs, sizes, file)):
         say(line)
-    return with_program(config, _shared_content(file, peers))
+    return with_program(config, _shared_content(file, ranks))
 
 
-def check_activation_bytes(config: Config, engine: Engine, peers: Peers) -> None:
+def check_activation_bytes(config: Config, engine: Engine) -> None:
     """Hold the program against a parallel.activation_limit in bytes. Collective.
 
     Raises ScheduleError, on all ranks, where a rank would hold more.
@@ -107,7 +107,7 @@ def check_activation_bytes(config: Config, engine: Engine, peers: Peers) -> None
     if most is None:
         return
     own = _own_bytes(config, engine.mesh, dict(engine.stages))
-    limit = Limit.in_bytes(most, _by_stage(config, peers.all_gather(own)))
+    limit = Limit.in_bytes(most, _by_stage(config, engine.mesh.world.rank_group.all_gather(own)))
     program, name = training_program(config), config.parallel.schedule
     try:
         check_limit(name, program, limit, virtual=config.parallel.virtual)
@@ -122,25 +122,26 @@ def check_activation_bytes(config: Config, engine: Engine, peers: Peers) -> None
 
 
 def _costs(
-    config: Config, mesh: Mesh, channels: Channels, build_stages: BuildStages, peers: Peers
+    config: Config, mesh: Mesh, channels: Channels, build_stages: BuildStages
 ) -> tuple[Costs, list[float]]:
     """What stages take, and bytes of activations of each, the same on all ranks.
 
     The stages are built for this alone, placed looped (what a stage takes does not depend on where
     it is) and given up again before the run builds its own.
     """
+    ranks = mesh.world.rank_group
     from_file = config.parallel.stage_costs
     if from_file is not None:
         stages = config.parallel.pipeline * config.parallel.virtual
         size = boundary_bytes(config)
-        costs = from_first(peers, lambda: astuple(read_costs(from_file, stages, size)))
+        costs = ranks.from_first(lambda: astuple(read_costs(from_file, stages, size)))
         if byte_limit(config) is None:
             return Costs(*costs), []
-    own = _measure(config, mesh, channels, build_stages, peers)
+    own = _measure(config, mesh, channels, build_stages)
     gc.collect()  # the run builds its stages where these were
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
-    gathered = peers.all_gather(own)
+    gathered = ranks.all_gather(own)
     sizes = _by_stage(config, [rank["bytes"] for rank in gathered])
     if from_file is not None:
         return Costs(*costs), sizes
@@ -152,7 +153,7 @@ def _costs(
 
 
 def _measure(
-    config: Config, mesh: Mesh, channels: Channels, build_stages: BuildStages, peers: Peers
+    config: Config, mesh: Mesh, channels: Channels, build_stages: BuildStages
 ) -> dict[str, object]:
     """This rank's measurements, as JSON: by kind, what each stage takes under its number."""
     stages = dict(build_stages(looped(config), mesh))
@@ -163,7 +164,7 @@ def _measure(
     )
     hidden, batch = _hidden(config, mesh), _batch(config, mesh)
     found: dict[str, object] = {"bytes": _own_bytes(config, mesh, stages)}
-    peers.all_gather(None)  # all ranks begin at the same time
+    mesh.world.rank_group.all_gather(None)  # all ranks begin at the same time
     times = measure_stages(stages, batch, hidden)
     for index, kind in enumerate(("F", "I", "W")):
         found[kind] = {str(stage): astuple(taken)[index] for stage, taken in times.items()}
@@ -186,10 +187,10 @@ def _batch(config: Config, mesh: Mesh) -> MicroBatch:
     return synthetic_microbatch(config, samples, mesh.device)
 
 
-def _by_stage(config: Config, ranks: list[dict[str, float]]) -> list[float]:
+def _by_stage(config: Config, sizes: list[dict[str, float]]) -> list[float]:
     """The most that any rank says of each stage: replicas and tensor ranks wait for the slowest."""
     stages = range(config.parallel.pipeline * config.parallel.virtual)
-    return [max(rank[str(stage)] for rank in ranks if str(stage) in rank) for stage in stages]
+    return [max(rank[str(stage)] for rank in sizes if str(stage) in rank) for stage in stages]
 
 
 # --- Choosing ------------------------------------------------------------------------------------
@@ -224,18 +225,18 @@ def _limit(config: Config, sizes: list[float]) -> tuple[Limit, str]:
     return limit, text
 
 
-def _shared_content(file: Path, peers: Peers) -> bytes | None:
+def _shared_content(file: Path, ranks: RankGroup) -> bytes | None:
     """What rank 0 reads from `file`, None where it finds none. Raises MegapipeError unless all
     ranks read the same."""
     content = _read(file)
-    expected = peers.all_gather(_digest(content))[0]
+    expected = ranks.all_gather(_digest(content))[0]
     if expected is None:
         return None
     deadline = time.monotonic() + SHARED_WITHIN
     while (same := _digest(content) == expected) is False and time.monotonic() < deadline:
         time.sleep(0.05)  # a network file system may show it late
         content = _read(file)
-    if not all(peers.all_gather(same)):
+    if not all(ranks.all_gather(same)):
         raise MegapipeError(
             f"{file} is not the same file for all ranks: train.run_dir must lie on a file system "
             "that they share."

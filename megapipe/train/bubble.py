@@ -13,7 +13,7 @@ the time since it did so last; in between the last result stands.
 import math
 import time
 
-from megapipe.mesh import Mesh
+from megapipe.distributed.mesh import Mesh
 from megapipe.pipeline.comparison import measured_costs, median_times
 from megapipe.pipeline.recording import Recorder
 from megapipe.pipeline.schedule import Kind, Program, compute_only, simulate

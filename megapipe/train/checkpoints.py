@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megapipe.checkpoint.exchange import Peers
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.checkpoint.retention import Skipped, newest_valid, prune
 from megapipe.checkpoint.save import MANIFEST_ALLOWANCE, save_checkpoint
@@ -13,12 +12,11 @@ from megapipe.checkpoint.shard import Shard
 from megapipe.checkpoint.storage import format_bytes, require_space
 from megapipe.config import Config
 from megapipe.config.optimizer import OptimizerConfig
+from megapipe.distributed.mesh import Mesh
 from megapipe.errors import CheckpointError
 from megapipe.files import shown
-from megapipe.mesh import Mesh
 from megapipe.train.engine import Engine
 from megapipe.train.learning_rate import Course, course_change
-from megapipe.train.run_directory import from_first
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Checkpoints:
         self.root = Path(config.train.run_dir) / "checkpoints"
         self._files = files
         self._say = say
-        self._peers = Peers(mesh.rank, mesh.world_size, mesh.world.group)
+        self._ranks = mesh.world.rank_group
         self._own: list[Path] = []
 
     def check_space(self) -> str:
@@ -56,7 +54,7 @@ class Checkpoints:
         Raises CheckpointError where one doesn't fit: before the first step, not after hours.
         """
         own = sum(shard.tensor.nbytes for shard in self._shards())
-        tensors = sum(self._peers.all_gather(own))
+        tensors = sum(self._ranks.all_gather(own))
 
         def look() -> str:
             files = sum(map(len, self._files.values()))
@@ -75,12 +73,11 @@ class Checkpoints:
                 f"{shown(self.root.parent)}"
             )
 
-        return str(from_first(self._peers, look))
+        return str(self._ranks.from_first(look))
 
     def save(self, progress: Progress, data_state: dict[str, Any]) -> Path:
         """Write a checkpoint and remove the ones beyond checkpoint.keep; collective."""
         parallel = self.config.parallel
-        where = {"rank": self._peers.rank, "world_size": self._peers.size}
         path = save_checkpoint(
             self.root,
             progress.step,
@@ -92,18 +89,12 @@ class Checkpoints:
                 "layout": parallel.model_dump(mode="json"),
             },
             files=self._files,
-            group=self._peers.group,
-            **where,
+            ranks=self._ranks,
         )
         self._own.append(path)
         try:
-            prune(
-                self.root,
-                self.config.checkpoint.keep,
-                trusted=self._own,
-                group=self._peers.group,
-                **where,
-            )
+            keep = self.config.checkpoint.keep
+            prune(self.root, keep, trusted=self._own, ranks=self._ranks)
         except CheckpointError as error:  # on all ranks alike
             self._say(f"{path} was saved, and older checkpoints stay: {error}")
         return path
@@ -124,8 +115,7 @@ class Checkpoints:
         path = self._to_resume()
         if path is None:
             return Progress(), None
-        reader = open_checkpoint(path)
-        self._load(reader)
+        reader, _ = self._ranks.in_agreement(lambda: self._load(path))
         self._say(f"Resumed from {path} at step {reader.step}.")
         if change := course_change(_course(reader.config), self._course, reader.step):
             self._say(change)
@@ -154,12 +144,7 @@ class Checkpoints:
 
     def _newest(self, root: Path) -> Path | None:
         """The newest whole checkpoint, those stepped over told of; None where there is none."""
-        found = newest_valid(
-            root,
-            rank=self._peers.rank,
-            world_size=self._peers.size,
-            group=self._peers.group,
-        )
+        found = newest_valid(root, self._ranks)
         for skipped in found.skipped:
             _refuse_links(skipped)
             self._say(f"Skipping damaged checkpoint {skipped.path}: {skipped.problems[0]}")
@@ -170,8 +155,9 @@ class Checkpoints:
             )
         return found.path
 
-    def _load(self, reader: CheckpointReader) -> None:
+    def _load(self, path: Path) -> CheckpointReader:
         """Fill every piece, copies included, then round the master weights into the model's."""
+        reader = open_checkpoint(path)
         state = list(self.engine.optimizer.state())
         reader.require({f"{kind}/{piece.name}": piece.global_shape for kind, piece, _ in state})
         for kind, piece, values in state:
@@ -179,6 +165,7 @@ class Checkpoints:
         self.engine.optimizer.steps = int(reader.state["optimizer_steps"])
         for buffer in self.engine.buffers:
             buffer.publish_master()
+        return reader
 
 
 def _refuse_links(skipped: Skipped) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from megapipe.config import Config
 from megapipe.data_parallel.buffer import build_buffers
 from megapipe.data_parallel.reduce import local_squared_norm, reduce_gradients
+from megapipe.distributed.mesh import COLLECTIVE_TIMEOUT, Mesh, set_group_timeout
 from megapipe.errors import MegapipeError
 from megapipe.kernel_choice import wanted_kernels
-from megapipe.mesh import COLLECTIVE_TIMEOUT, Mesh, set_group_timeout
 from megapipe.microbatch import IGNORED_TARGET, MicroBatch
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import Channels, make_channels

@@ -12,14 +12,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megapipe.checkpoint.exchange import Peers
 from megapipe.config import Config, ParallelConfig
-from megapipe.mesh import Mesh
+from megapipe.distributed.mesh import Mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.tensor_parallel.parameter import Piece, sharded_parameters
 from megapipe.train.engine import BuildStages, Engine
@@ -127,18 +125,32 @@ def _compare(
     folder: Path,
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> list[Difference]:
-    """Hold each piece of the layout against the one-process tensor; rows arrive on rank 0.
+    """Compare each piece of the layout with the one-process tensor; rows arrive on rank 0.
 
-    `scales` are what the layout's and the one process's values have been multiplied by.
+    `scales` are what the layout's and the one process's values have been multiplied by. Rank 0
+    writes the next reference only when all ranks have read this one, since it has their rows.
     """
     file = folder / "reference.safetensors"
-    mesh = layout.mesh
-    if single is not None:
+    ranks = layout.mesh.world.rank_group
+
+    def write() -> None:
+        assert single is not None, "rank 0 has the model of one process"
         whole = {name: t / scales[1] for name, t in _assemble(single, kind).items()}
         largest = max(float(t.abs().max()) for t in whole.values())
         save_file(whole, file, metadata={"largest": largest.hex()})
-    _barrier(mesh)
-    rows = []
+
+    ranks.on_first(write)
+    _, gathered = ranks.in_agreement(
+        lambda: list(_rows(layout, step, kind, file, scales[0])),
+        share=lambda rows: [asdict(row) for row in rows],
+    )
+    everything = [Difference(**row) for rank_rows in gathered for row in rank_rows]
+    return sorted(everything, key=lambda row: row.stage)
+
+
+def _rows(layout: Engine, step: int, kind: str, file: Path, scale: float) -> Iterator[Difference]:
+    """The largest error of each of this rank's pieces against the reference in `file`."""
+    mesh = layout.mesh
     with safe_open(file, framework="pt") as reference:
         largest = float.fromhex(reference.metadata()["largest"])
         for stage, piece, values in _values(layout, kind):
@@ -146,18 +158,12 @@ def _compare(
                 continue
             cut = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
             expected = reference.get_slice(piece.name)[cut]
-            absolute = float(_largest_error(values / scales[0], expected))
-            scale = max(float(expected.abs().max()), FLOOR[kind] * largest)
-            error = absolute / scale if scale > 0 else absolute
-            rows.append(
-                Difference(
-                    step, kind, piece.name, error, absolute, mesh.rank, mesh.describe(), stage
-                )
+            absolute = float(_largest_error(values / scale, expected))
+            relative_to = max(float(expected.abs().max()), FLOOR[kind] * largest)
+            error = absolute / relative_to if relative_to > 0 else absolute
+            yield Difference(
+                step, kind, piece.name, error, absolute, mesh.rank, mesh.describe(), stage
             )
-    gathered = _peers(mesh).all_gather([asdict(row) for row in rows])
-    _barrier(mesh)  # nobody still reads when the next reference is written
-    everything = [Difference(**row) for rank_rows in gathered for row in rank_rows]
-    return sorted(everything, key=lambda row: row.stage)
 
 
 def _largest_error(values: Tensor, expected: Tensor) -> Tensor:
@@ -184,19 +190,11 @@ def _difference(step: int, kind: str, value: float, expected: float) -> Differen
 def _shared_directory(mesh: Mesh, parent: Path | None) -> Iterator[Path]:
     """A temporary directory that rank 0 makes and removes and all ranks know."""
     with ExitStack() as stack:
-        name = ""
-        if mesh.rank == 0:
-            name = stack.enter_context(tempfile.TemporaryDirectory(dir=parent))
-        yield Path(_peers(mesh).all_gather(name)[0])
 
+        def make() -> str:
+            return stack.enter_context(tempfile.TemporaryDirectory(dir=parent))
 
-def _peers(mesh: Mesh) -> Peers:
-    return Peers(mesh.rank, mesh.world_size, mesh.world.group)
-
-
-def _barrier(mesh: Mesh) -> None:
-    if mesh.world.group is not None:
-        dist.barrier(mesh.world.group)
+        yield Path(mesh.world.rank_group.from_first(make))
 
 
 def synthetic_tokens(config: Config) -> TokenSource:

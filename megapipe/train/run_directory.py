@@ -17,43 +17,41 @@ import socket
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from megapipe.checkpoint.exchange import Peers
 from megapipe.checkpoint.steps import check_names, committed, has_manifest
 from megapipe.config import Config, difference, dump_config, parse_config, section_types
 from megapipe.config.save import write_text
 from megapipe.config.source import parse_source
-from megapipe.errors import CheckpointError, ConfigError, MegapipeError, explained
+from megapipe.distributed.rank_group import ALONE, RankGroup
+from megapipe.errors import CheckpointError, ConfigError, MegapipeError
 from megapipe.files import reason, shown
 
 NAME = "resolved-config.toml"
 HEADER = "# Written by megapipe at every start. To change the config, edit a copy of this file.\n"
 IN_CHECKPOINT = "config.toml"
-ALONE = Peers()
 ANOTHER = "Choose another train.run_dir, or move that directory elsewhere."
 
 
 @dataclass(frozen=True)
-class Plan:
+class StartPlan:
     """`resume` stands for checkpoint.resume in this start; `notes` are lines for people."""
 
     resume: str
     notes: list[str]
 
 
-def plan_start(config: Config, peers: Peers = ALONE) -> Plan:
+def plan_start(config: Config, ranks: RankGroup = ALONE) -> StartPlan:
     """How this config goes on in its run directory; reads only. Collective: all get one answer.
 
     Raises MegapipeError where that would lose checkpoints, or they are of another model.
     """
-    return Plan(**from_first(peers, lambda: asdict(_plan(config))))
+    return StartPlan(**ranks.from_first(lambda: asdict(_plan(config))))
 
 
-def write_config(config: Config, peers: Peers = ALONE) -> None:
+def write_config(config: Config, ranks: RankGroup = ALONE) -> None:
     """Put the resolved config into the run directory, in one step. Collective. Needs its lock."""
     path = Path(config.train.run_dir) / NAME
-    from_first(peers, lambda: write_text(HEADER + dump_config(config), path))
+    ranks.from_first(lambda: write_text(HEADER + dump_config(config), path))
 
 
 class RunLock:
@@ -63,8 +61,8 @@ class RunLock:
     is, however it ended.
     """
 
-    def __init__(self, run_dir: Path, say: Callable[[str], None], peers: Peers = ALONE) -> None:
-        self._path, self._say, self._peers = run_dir / "run.lock", say, peers
+    def __init__(self, run_dir: Path, say: Callable[[str], None], ranks: RankGroup = ALONE) -> None:
+        self._path, self._say, self._ranks = run_dir / "run.lock", say, ranks
         self._taken = False
         self._descriptor: int | None = None
 
@@ -82,7 +80,7 @@ class RunLock:
         Raises MegapipeError where another run has it, or it can't be made.
         """
         if not self._taken:
-            from_first(self._peers, self._take)
+            self._ranks.from_first(self._take)
             self._taken = True
 
     def _take(self) -> None:
@@ -111,31 +109,7 @@ class RunLock:
         os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
-def from_first(peers: Peers, action: Callable[[], object]) -> Any:
-    """What `action` returns on rank 0 (plain JSON), or a MegapipeError, on every rank.
-
-    Errors that have an explanation, such as an OSError, become that. After any other error of rank
-    0, a fault of the program, that rank raises it and the others a ConnectionError: none waits.
-    """
-    answer: dict[str, object] = {}
-    failure: Exception | None = None
-    if peers.rank == 0:
-        try:
-            answer = {"value": action()}
-        except Exception as error:
-            failure, reason = error, explained(error)
-            answer = {"fault": repr(error)} if reason is None else {"error": str(reason)}
-    answer = peers.all_gather(answer)[0]
-    if failure is not None and ("fault" in answer or peers.size == 1):
-        raise explained(failure) or failure
-    if "fault" in answer:
-        raise ConnectionError(f"rank 0 has failed: {answer['fault']}")
-    if "error" in answer:
-        raise MegapipeError(answer["error"])
-    return answer["value"]
-
-
-def _plan(config: Config) -> Plan:
+def _plan(config: Config) -> StartPlan:
     run_dir = Path(config.train.run_dir)
     check_names(run_dir / "checkpoints")
     own = list(committed(run_dir / "checkpoints").values())
@@ -151,7 +125,7 @@ def _plan(config: Config) -> Plan:
                 Path(resume),
                 f'Put the model back, or take another checkpoint.resume (now "{resume}").',
             )
-        return Plan(resume, notes)
+        return StartPlan(resume, notes)
     if resume == "never":
         raise CheckpointError(
             f'checkpoint.resume = "never", and train.run_dir = "{run_dir}" holds checkpoints '
@@ -168,7 +142,7 @@ def _plan(config: Config) -> Plan:
     )
     if last is not None:
         notes += _notes_on_changes(last, config)
-    return Plan("auto", notes)
+    return StartPlan("auto", notes)
 
 
 def _config_at(place: Path, notes: list[str]) -> Config | None:

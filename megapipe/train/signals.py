@@ -16,17 +16,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
-ASKING = (
-    signal.SIGTERM,  # schedulers
-    signal.SIGINT,  # Ctrl-C
-    signal.SIGHUP,  # the terminal was closed
-    signal.SIGQUIT,
-    signal.SIGUSR1,  # `sbatch --signal`, often
-    signal.SIGUSR2,
-    signal.SIGALRM,
-    signal.SIGXCPU,  # the limit on processor time; it comes again each second
-)
-"""The signals that ask a training to stop. One that is ignored at the start (nohup) stays so."""
+from megapipe.stop_signals import STOP_SIGNALS
 
 LEAST_SECONDS = 60.0
 STEPS = 10
@@ -35,22 +25,8 @@ INTERRUPT_SECONDS = 3.0
 POLL_SECONDS = 0.1
 
 
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """For long imports: SIGINT ends the process. As an exception, one of the many packages that
-    catch whatever goes wrong in an import of their own may swallow it, and Ctrl-C would be lost."""
-    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 class StopRequest:
-    """While it is entered, the signals of ASKING ask for a stop; the first one is remembered.
+    """While it is entered, the signals of STOP_SIGNALS ask for a stop; the first one is remembered.
 
     Before `begin` there is nothing to save, and a signal ends the process at once. After it, `say`
     announces the first request, and the loop says by `step_ended`, `alive` and `saving` how it is
@@ -120,7 +96,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
-        handlers = {number: signal.getsignal(number) for number in ASKING}
+        handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
         # None: not Python's; a profiler's timer, say.
         self._previous = {n: h for n, h in handlers.items() if h not in (signal.SIG_IGN, None)}
         self._wakeup = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)

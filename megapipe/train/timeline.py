@@ -18,9 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from megapipe.config.logging import parse_steps
-from megapipe.exchange import gather_json
+from megapipe.distributed.mesh import Mesh
 from megapipe.files import replace_durably
-from megapipe.mesh import Mesh
 from megapipe.pipeline.clocks import clock_offsets
 from megapipe.pipeline.comparison import Comparison, Reality, Row, compare
 from megapipe.pipeline.picture import Panel, draw, save
@@ -102,7 +101,7 @@ def gather_steps(
         [run.entered - offset, *(time - offset for moment in run.moments for time in moment)]
         for run in runs
     ]
-    ranks = gather_json(shifted, mesh.pipeline.group)
+    ranks = mesh.pipeline.rank_group.gather(shifted)
     if ranks is None:
         return []
     return [

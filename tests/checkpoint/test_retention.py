@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+import torch.distributed as dist
 
 from megapipe.checkpoint import retention
 from megapipe.checkpoint.retention import newest_valid, prune
 from megapipe.checkpoint.steps import committed
+from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import CheckpointError
 from tests.checkpoint.samples import edit_manifest, leftovers, save_sample
 from tests.ranks import run_ranks
@@ -101,10 +103,8 @@ def test_trusted_ones_are_not_read_back_but_must_be_there(
 
 
 def find_together(root: Path) -> tuple[object, list[Path]]:
-    import torch.distributed as dist
-
-    where = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "group": None}
-    return newest_valid(root, **where), prune(root, 1, **where)
+    ranks = RankGroup.of(dist.group.WORLD)
+    return newest_valid(root, ranks), prune(root, 1, ranks=ranks)
 
 
 def test_ranks_share_the_reading_and_agree(tmp_path: Path) -> None:
@@ -116,21 +116,48 @@ def test_ranks_share_the_reading_and_agree(tmp_path: Path) -> None:
     assert list(committed(tmp_path)) == [3, 2]
 
 
+def _check_with_a_fault(root: Path, error: Exception) -> str:
+    """Rank 1 can't check its part of a checkpoint, for a reason that isn't in the checkpoint."""
+    ranks = RankGroup.of(dist.group.WORLD)
+
+    def fail(path: Path, manifest: object, **options: object) -> NoReturn:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks.rank == 1:
+            patch.setattr(retention, "damage", fail)
+        try:
+            newest_valid(root, ranks)
+        except Exception as caught:
+            return f"{type(caught).__name__}: {caught}"
+    return "well"
+
+
+def test_a_rank_that_can_not_check_its_part_ends_the_check_on_all(tmp_path: Path) -> None:
+    path = save_sample(tmp_path, 1)
+    error = OSError(24, "Too many open files")
+    said = run_ranks(_check_with_a_fault, 2, tmp_path, error)
+    assert said[0] == said[1]
+    assert said[0].startswith(f"CheckpointError: cannot check {path}: rank 1: Too many open files.")
+    assert run_ranks(_check_with_a_fault, 2, tmp_path, ValueError("a")) == [
+        "ConnectionError: rank 1 has failed: ValueError('a')",
+        "ValueError: a",
+    ]
+
+
 def _refuse(root: Path) -> NoReturn:
     raise CheckpointError(f"{root} can't be read")
 
 
 def _refused_on_a_rank(root: Path) -> list[str]:
     """The first rank alone looks, and can't."""
-    import torch.distributed as dist
-
-    where = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "group": None}
+    ranks = RankGroup.of(dist.group.WORLD)
     said = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(retention, "committed", _refuse)
         for look in (newest_valid, partial(prune, keep=1)):
             with pytest.raises(CheckpointError) as caught:
-                look(root, **where)
+                look(root, ranks=ranks)
             said.append(str(caught.value))
     return said
 

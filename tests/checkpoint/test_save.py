@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from megapipe.checkpoint.retention import newest_valid, prune
 from megapipe.checkpoint.save import save_checkpoint
 from megapipe.checkpoint.shard import Shard
 from megapipe.checkpoint.steps import committed
+from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import CheckpointError
 from tests.checkpoint.samples import (
     cut,
@@ -39,9 +40,9 @@ QUARTERS = [Rectangle((4 * i, 3 * j), (4, 3)) for i in range(2) for j in range(2
 
 def save_here(root: Path, shards: list[Shard], **options: Any) -> str:
     """Save as one of the ranks; the error's text, or the path's."""
-    where = {"rank": dist.get_rank(), "world_size": dist.get_world_size(), "group": None}
+    ranks = RankGroup.of(dist.group.WORLD)
     try:
-        return str(save_checkpoint(root, 5, shards, **where, **options))
+        return str(save_checkpoint(root, 5, shards, ranks=ranks, **options))
     except CheckpointError as error:
         return f"CheckpointError: {error}"
 
@@ -173,7 +174,7 @@ def test_a_disk_that_fills_up_while_writing(
 
 def test_an_unwritable_root_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match=r"cannot save .*step-00000001: not a directory \("):
+    with pytest.raises(CheckpointError, match=r"cannot save .*step-00000001: .*: Not a directory"):
         save_sample(tmp_path / "file" / "checkpoints", 1)
 
 
@@ -200,6 +201,40 @@ def test_files_are_copied_through_links_and_need_plain_names(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="gone is missing"):
         save_checkpoint(root, 2, [], state={}, files={"x": tmp_path / "gone"})
     assert list(root.iterdir()) == [path]
+
+
+def save_with_error(root: Path, error: Exception) -> str:
+    """The write of rank 1 fails with the error."""
+    ranks = RankGroup.of(dist.group.WORLD)
+
+    def fail(folder: Path, plan: object) -> NoReturn:
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        if ranks.rank == 1:
+            patch.setattr(save, "write_file", fail)
+        try:
+            save_checkpoint(root, 5, [], state={}, files={}, ranks=ranks)
+        except Exception as caught:
+            return f"{type(caught).__name__}: {caught}"
+    return "saved"
+
+
+def test_what_the_system_refuses_one_rank_is_a_failed_save_on_all(tmp_path: Path) -> None:
+    """By its kind a training knows that it can go on."""
+    said = run_ranks(save_with_error, 2, tmp_path, PermissionError(13, "Permission denied", "a"))
+    what = f"cannot save checkpoint {tmp_path / 'step-00000005'}"
+    assert said == [f"CheckpointError: {what}: rank 1: a: Permission denied."] * 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fault_of_the_program_in_a_save_ends_the_run_on_all_ranks(tmp_path: Path) -> None:
+    """It is not a failed save, after which some ranks would go on training without the others."""
+    assert run_ranks(save_with_error, 2, tmp_path, ValueError("a")) == [
+        "ConnectionError: rank 1 has failed: ValueError('a')",
+        "ValueError: a",
+    ]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from megapipe.config import Config, load_config
 from megapipe.data import distribute
 from megapipe.data.distribute import ReplicaFeed
 from megapipe.data.feed import Batch, BatchFeed
+from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import DataError
-from megapipe.mesh import Mesh, build_mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.models.presets import PRESETS
 from tests.ranks import run_ranks
@@ -165,9 +165,21 @@ def _fails(config: Config, layout: tuple[int, int, int]) -> str:
     return "no error"
 
 
-def test_the_readers_error_is_raised_on_every_rank_of_its_replica(corpus: Path) -> None:
+def test_the_readers_error_is_raised_on_every_rank(corpus: Path) -> None:
     config = configured(corpus, "--data.sources.0.path=none/*.txt")
     said = run_ranks(_fails, 4, config, (2, 1, 2))
+    assert len(set(said)) == 1
+    assert "matches no file" in said[0]
+
+
+def _second_reader_fails(config: Config, without_files: Config) -> str:
+    """On two replicas of two ranks, 0 and 2, 1 and 3; rank 1's machine does not have the files."""
+    return _fails(without_files if dist.get_rank() == 1 else config, (2, 2, 1))
+
+
+def test_an_error_of_one_reader_is_raised_on_all_replicas(corpus: Path) -> None:
+    without_files = configured(corpus, "--data.sources.0.path=none/*.txt")
+    said = run_ranks(_second_reader_fails, 4, configured(corpus), without_files)
     assert len(set(said)) == 1
     assert "matches no file" in said[0]
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from megapipe.data_parallel.buffer import ALIGNMENT, build_buffers
 from megapipe.data_parallel.reduce import local_squared_norm, reduce_gradients
-from megapipe.mesh import Axis, build_mesh
+from megapipe.distributed.mesh import Axis, build_mesh
 from megapipe.tensor_parallel.collectives import all_reduce_
 from megapipe.tensor_parallel.linear import replicated_parameter
 from megapipe.tensor_parallel.parameter import Piece, ShardedParameter

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapipe.config import load_config
+from megapipe.distributed.mesh import build_mesh
 from megapipe.kernels import Vocabulary, cross_entropy_stats_, grad_norm, rms_norm, swiglu
-from megapipe.mesh import build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
 from megapipe.tools.bench import run as bench

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from megapipe.config import Config, load_config
-from megapipe.mesh import Mesh
+from megapipe.distributed.mesh import Mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.models.activations import peak_bytes, stage_bytes
 from megapipe.models.build import build_stages

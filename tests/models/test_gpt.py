@@ -11,8 +11,8 @@ from torch import Tensor
 from megapipe import kernels
 from megapipe.config import ModelConfig
 from megapipe.data_parallel.buffer import build_buffers
+from megapipe.distributed.mesh import Axis
 from megapipe.kernel_choice import KernelChoice
-from megapipe.mesh import Axis
 from megapipe.microbatch import MicroBatch
 from megapipe.models.attention import KeyValueCache
 from megapipe.models.gpt import GPTStage

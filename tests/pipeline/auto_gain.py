@@ -14,7 +14,7 @@ from time import perf_counter
 import torch
 import torch.distributed as dist
 
-from megapipe.mesh import build_mesh
+from megapipe.distributed.mesh import build_mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import make_channels

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from megapipe.mesh import Mesh, build_mesh
+from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.pipeline import clocks
 from megapipe.pipeline.clocks import ClockOffset, _between, clock_offsets
 from tests.ranks import run_ranks

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import DataError
-from megapipe.mesh import Mesh, build_mesh
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import Channels, make_channels
 from megapipe.pipeline.schedule import (

@@ -7,7 +7,7 @@ import torch
 
 from megapipe.config import Config, load_config
 from megapipe.data_parallel.buffer import build_buffers
-from megapipe.mesh import Mesh, build_mesh
+from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS

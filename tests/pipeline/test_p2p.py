@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from megapipe.mesh import Mesh, build_mesh
+from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import (
     UNDER_WAY,

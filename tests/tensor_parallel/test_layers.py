@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megapipe.mesh import Axis, build_mesh
+from megapipe.distributed.mesh import Axis, build_mesh
 from megapipe.tensor_parallel.collectives import all_reduce_, own_sequence_slice
 from megapipe.tensor_parallel.embedding import VocabParallelEmbedding
 from megapipe.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear

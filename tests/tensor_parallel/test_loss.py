@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megapipe.mesh import Axis, build_mesh
+from megapipe.distributed.mesh import Axis, build_mesh
 from megapipe.tensor_parallel.collectives import own_sequence_slice
 from megapipe.tensor_parallel.embedding import vocabulary_parameter
 from megapipe.tensor_parallel.linear import column_parallel_linear

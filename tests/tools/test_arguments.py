@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from megapipe.tools.arguments import UsageError, check_output, path_argument, text_argument
-from megapipe.tools.cli import main
+from megapipe.tools.bench import BENCHES
+from megapipe.tools.cli import COMMANDS, main
 
 
 def test_paths_mean_what_they_mean_in_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,3 +82,90 @@ def test_every_command_complains_in_one_way(
     assert said.out == ""
     assert said.err.startswith("megapipe: ")
     assert len(said.err.splitlines()) == 1
+
+
+WRONG_OPTIONS = {
+    "train a.toml --dry-runn": "did you mean --dry-run?",
+    "train --micro-batch-sise=5": "did you mean --train.micro_batch_size?",
+    "verify --stpes 3": "did you mean --steps?",
+    "plan --csots 1,1,1": "did you mean --costs?",
+    "tokenizer --txt": "type `megapipe tokenizer --help`.",
+    "tokenizer train x --vocab-sizes 300": "did you mean --vocab-size?",
+    "tokenizer inspect x --txt hello": "did you mean --text?",
+    "inspect --no-verfy": "did you mean --no-verify?",
+    "generate run --promt hello": "did you mean --prompt?",
+    "bench gpu --minuts 3": "did you mean --minutes?",
+    "bench kernels --rooflin": "did you mean --roofline?",
+    "bench pipeline --jsno x": "did you mean --json?",
+    "bench train --repeat=3": "did you mean --repeats?",
+    "schema --out x": "type `megapipe schema --help`.",
+}
+OPERANDS = ("a.toml", "run", "x")
+
+
+@pytest.mark.parametrize(("line", "advice"), WRONG_OPTIONS.items())
+def test_a_wrong_option_of_any_command_names_the_nearest(
+    line: str, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where what the command needs is missing, or a value of the option follows."""
+    words = line.split()
+    wrong = next(word for word in words if word.startswith("--"))
+    command = " ".join(word for word in words[: words.index(wrong)] if word not in OPERANDS)
+    assert main(words) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == f"megapipe: {wrong} is not an option of `megapipe {command}`; {advice}\n"
+
+
+def test_a_wrong_option_of_every_command_is_tried() -> None:
+    tried = {line.split()[0] for line in WRONG_OPTIONS}
+    assert tried == set(COMMANDS)
+    assert {line.split()[1] for line in WRONG_OPTIONS if line.startswith("bench ")} == set(BENCHES)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "tokenizer inspect x",
+        "inspect x",
+        "generate x",
+        "schema",
+        "bench gpu",
+        "bench kernels",
+        "bench pipeline",
+        "bench train",
+    ],
+)
+def test_a_key_of_a_config_is_refused_where_there_is_no_config(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rather than dropped."""
+    assert main([*line.split(), "--model.num_layers=3"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("megapipe: --model.num_layers=3 is not an option of `megapipe ")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("tarin", "'tarin' is not a command; did you mean `megapipe train`?"),
+        ("bench pipelin", "'pipelin' is not a bench; did you mean `megapipe bench pipeline`?"),
+        (
+            "tokenizer trian x",
+            "'trian' is not a subcommand; did you mean `megapipe tokenizer train`?",
+        ),
+        ("tokenizer x", "'x' is not a subcommand; see `megapipe tokenizer --help`."),
+    ],
+)
+def test_a_wrong_command_names_the_nearest(
+    line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line.split()) == 1
+    assert capsys.readouterr().err.startswith(f"megapipe: {said} There are ")
+
+
+def test_words_after_two_dashes_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tokenizer", "train", "--", "--txt"]) == 1
+    missing = "megapipe: the following arguments are required: --vocab-size, --out."
+    assert capsys.readouterr().err.startswith(missing)

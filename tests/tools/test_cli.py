@@ -200,7 +200,7 @@ def test_render_shows_one_problem_in_one_line() -> None:
     error = MegapipeError("b")
     assert cli.render(error) == "megapipe: b"
     error.add_note("in 1F0, action 3 of 40")
-    assert cli.render(error) == "megapipe: b\nin 1F0, action 3 of 40"
+    assert cli.render(error) == "megapipe: b\n  in 1F0, action 3 of 40"
     assert len(config_keys()) == len(set(config_keys())) > 60
 
 

@@ -24,15 +24,15 @@ import torch
 import torch.distributed as dist
 
 from megapipe.checkpoint import storage
-from megapipe.checkpoint.exchange import Peers
 from megapipe.checkpoint.load import open_checkpoint
 from megapipe.config import Config, dump_config, load_config, parse_config
+from megapipe.distributed.mesh import build_mesh
+from megapipe.distributed.rank_group import RankGroup
+from megapipe.distributed.rendezvous import Rendezvous
 from megapipe.errors import ConfigError, DataError, MegapipeError
-from megapipe.mesh import build_mesh
 from megapipe.models.presets import PRESETS
 from megapipe.tools import training
 from megapipe.tools.cli import main
-from megapipe.tools.rendezvous import Rendezvous
 from megapipe.tools.training import _kept_files, choose_device, describe_rank, run_rank
 from megapipe.train.loop import Run
 from megapipe.train.run_directory import HEADER, RunLock
@@ -438,9 +438,9 @@ def test_no_gpu_for_a_rank_is_an_error(gpus: Callable[[int], list[int]]) -> None
 
 
 def _kept_on_a_rank(config: Config) -> str:
-    peers = Peers(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+    ranks = RankGroup.of(dist.group.WORLD)
     with pytest.raises(MegapipeError) as caught:
-        _kept_files(config, peers)
+        _kept_files(config, ranks)
     return str(caught.value)
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megapipe.checkpoint.exchange import Peers
 from megapipe.config import Config, load_config
+from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import MegapipeError, ScheduleError
-from megapipe.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.p2p import make_channels
@@ -39,16 +38,9 @@ def settle(config: Config) -> tuple[list[str], Config]:
         pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor, device=CPU
     )
     said: list[str] = []
-    peers = peers_of(mesh)
-    with RunLock(Path(config.train.run_dir), said.append, peers) as lock:
-        settled = settle_program(
-            config, mesh, make_channels(mesh), build_stages, lock, peers, said.append
-        )
+    with RunLock(Path(config.train.run_dir), said.append, mesh.world.rank_group) as lock:
+        settled = settle_program(config, mesh, make_channels(mesh), build_stages, lock, said.append)
     return said, settled
-
-
-def peers_of(mesh: Mesh) -> Peers:
-    return Peers(mesh.rank, mesh.world_size, mesh.world.group)
 
 
 def settle_and_read(config: Config) -> tuple[list[str], str]:
@@ -173,7 +165,7 @@ def test_the_program_is_read_and_proved_once(
         (tmp_path / "schedule.csv").rename(tmp_path / "away")
         mesh = Mesh.single(CPU)
         engine = Engine(settled, mesh, build_stages)
-        check_activation_bytes(settled, engine, peers_of(mesh))
+        check_activation_bytes(settled, engine)
         assert done == ["from_csv", "validate"]
         assert engine.program == lower(training_program(settled))
         (tmp_path / "away").rename(tmp_path / "schedule.csv")
@@ -199,7 +191,7 @@ def test_limits_that_nothing_keeps(tmp_path: Path) -> None:
 
 def bytes_of_a_run(config: Config) -> None:
     mesh = build_mesh(pipeline=2, data=1, tensor=1, device=CPU)
-    check_activation_bytes(config, Engine(config, mesh, build_stages), peers_of(mesh))
+    check_activation_bytes(config, Engine(config, mesh, build_stages))
 
 
 def test_memory_limits_hold_for_published_schedules(tmp_path: Path) -> None:

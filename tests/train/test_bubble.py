@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megapipe.mesh import Axis, Mesh
+from megapipe.distributed.mesh import Axis, Mesh
 from megapipe.pipeline.recording import Recorder
 from megapipe.pipeline.schedule import Program, Span, Timeline, build_program, lower, simulate
 from megapipe.pipeline.schedule.simulate import Costs

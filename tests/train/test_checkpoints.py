@@ -2,18 +2,24 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
-from megapipe.config import load_config
+from megapipe.checkpoint.load import CheckpointReader
+from megapipe.config import Config, dump_config, load_config
+from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import CheckpointError
-from megapipe.mesh import Mesh
+from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
-from megapipe.train.checkpoints import Checkpoints
+from megapipe.train.checkpoints import Checkpoints, Progress
+from megapipe.train.engine import Engine
 from tests.checkpoint.samples import save_sample
 from tests.config.examples import write
+from tests.ranks import run_ranks
+
+SHAPE = Path(__file__).parents[1] / "configs" / "llama_shape.toml"
 
 
 def link_directory(checkpoint: Path, elsewhere: Path) -> None:
@@ -42,3 +48,29 @@ def test_a_linked_checkpoint_that_can_not_be_used_is_not_passed_over(
     checkpoints = Checkpoints(config, Mesh.single(torch.device("cpu")), engine, {}, print)
     with pytest.raises(CheckpointError, match="step-00000005 is linked from elsewhere and can't"):
         checkpoints.restore()
+
+
+def restore_where_a_rank_can_not_read(config: Config) -> str:
+    mesh = build_mesh(pipeline=2, data=1, tensor=1, device=torch.device("cpu"))
+    files = {"config.toml": dump_config(config).encode()}
+    checkpoints = Checkpoints(config, mesh, Engine(config, mesh, build_stages), files, say=str)
+    checkpoints.save(Progress(1, 10), {})
+
+    def fail(reader: CheckpointReader, *tensor: object) -> NoReturn:
+        raise CheckpointError("shard-00001 can't be read (Input/output error)")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if mesh.rank == 1:
+            patch.setattr(CheckpointReader, "read", fail)
+        try:
+            checkpoints.restore()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return "restored"
+
+
+def test_a_rank_that_can_not_read_its_part_ends_the_start_on_all(tmp_path: Path) -> None:
+    words = ("--parallel.pipeline=2", "--parallel.data=1", f"--train.run_dir={tmp_path}")
+    config = load_config(SHAPE, words, PRESETS)
+    said = "CheckpointError: shard-00001 can't be read (Input/output error)"
+    assert run_ranks(restore_where_a_rank_can_not_read, 2, config) == [said] * 2

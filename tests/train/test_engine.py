@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megapipe.config import Config, load_config
-from megapipe.mesh import Mesh, build_mesh
+from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.p2p import gloo_channels

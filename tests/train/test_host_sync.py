@@ -5,7 +5,6 @@ The wait for CUDA events, once a step before that read, is not seen here (docs/g
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 import pytest
 import torch
@@ -16,7 +15,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megapipe import kernels
 from megapipe.config import Config, load_config
 from megapipe.data.distribute import ReplicaFeed
-from megapipe.mesh import Mesh, build_mesh
+from megapipe.distributed.mesh import Mesh, build_mesh
+from megapipe.distributed.rank_group import Value
 from megapipe.microbatch import MicroBatch
 from megapipe.models.attention import RotaryTable
 from megapipe.models.build import build_stages
@@ -29,7 +29,6 @@ from megapipe.transfer import to_device
 from tests.host_sync import DEVICE, HostSyncError, watch_host
 from tests.ranks import run_ranks
 
-T = TypeVar("T")
 CONFIGS = Path(__file__).parents[1] / "configs"
 LAYOUTS = {
     "one process": (),
@@ -144,8 +143,8 @@ def take_batches(given: Config, rank: int) -> int:
 class _Started(ReplicaFeed):
     """Without what ranks tell each other at the start, where the host may wait."""
 
-    def _read(self, work: Callable[[], T]) -> T | None:
-        return work() if self._mesh.replica.is_first else None
+    def _on_readers(self, action: Callable[[], Value]) -> Value | None:
+        return action() if self._mesh.replica.is_first else None
 
 
 @pytest.mark.parametrize("words", [(), ("--data.mask_documents=true",)], ids=["plain", "documents"])

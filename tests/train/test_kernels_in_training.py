@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megapipe.config import Config, load_config
-from megapipe.mesh import build_mesh
+from megapipe.distributed.mesh import build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
 from megapipe.train.engine import Engine

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megapipe.config import Config, load_config
+from megapipe.distributed.mesh import Mesh
 from megapipe.errors import CheckpointError, DataError
-from megapipe.mesh import Mesh
 from megapipe.models.presets import PRESETS
 from megapipe.step_sums import StepPart, Totals
 from megapipe.train.checkpoints import Progress

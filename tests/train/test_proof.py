@@ -1,10 +1,23 @@
-"""The parts of the proof that need no layout; tests/test_layouts.py runs it whole."""
+"""Parts of the proof, and how it ends where a rank can't compare; tests/test_layouts.py runs it
+whole."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from megapipe.train.proof import _largest_error
+from megapipe.config import Config, load_config
+from megapipe.distributed.mesh import Mesh, build_mesh
+from megapipe.models.build import build_stages
+from megapipe.models.presets import PRESETS
+from megapipe.train.proof import _largest_error, prove, synthetic_tokens
 from tests.host_sync import DEVICE
+from tests.ranks import run_ranks
+
+SHAPE = Path(__file__).parents[1] / "configs" / "llama_shape.toml"
 
 
 def test_values_on_a_device_are_compared_with_the_reference_from_a_file() -> None:
@@ -14,3 +27,50 @@ def test_values_on_a_device_are_compared_with_the_reference_from_a_file() -> Non
     assert _largest_error(on_device, expected).device == DEVICE
     with pytest.raises(RuntimeError, match="device"):  # which is why it is moved
         on_device - expected
+
+
+def two_stages() -> Config:
+    words = ("--parallel.pipeline=2", "--parallel.data=1", "--train.global_batch_size=4")
+    return load_config(SHAPE, [*words, "--train.micro_batch_size=1"], PRESETS)
+
+
+def prove_with_nan(config: Config) -> tuple[float, int] | None:
+    """The first difference's error and rank, where the second stage starts with weights of NaN."""
+
+    def build(config: Config, mesh: Mesh) -> Mapping[int, nn.Module]:
+        stages = build_stages(config, mesh)
+        if mesh.rank == 1:
+            for parameter in stages[1].parameters():
+                parameter.data.fill_(math.nan)
+        return stages
+
+    mesh = build_mesh(pipeline=2, data=1, tensor=1, device=torch.device("cpu"))
+    verdict = prove(config, mesh, build, synthetic_tokens(config), steps=0)
+    if verdict is None:
+        return None
+    first = verdict.first_beyond(1e-9)
+    assert first is not None
+    return first.error, first.rank
+
+
+def test_nan_on_another_rank_is_a_difference() -> None:
+    first, second = run_ranks(prove_with_nan, 2, two_stages())
+    assert second is None
+    error, rank = first
+    assert math.isnan(error)
+    assert rank == 1
+
+
+def prove_in(config: Config, folder: Path) -> str:
+    mesh = build_mesh(pipeline=2, data=1, tensor=1, device=torch.device("cpu"))
+    try:
+        prove(config, mesh, build_stages, synthetic_tokens(config), steps=0, folder=folder)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "proved"
+
+
+def test_a_folder_that_rank_0_can_not_use_ends_the_proof_on_all(tmp_path: Path) -> None:
+    said = run_ranks(prove_in, 2, two_stages(), tmp_path / "none")
+    assert said[0] == said[1]
+    assert said[0].startswith(f"MegapipeError: {tmp_path / 'none'}")

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from megapipe.checkpoint.exchange import Peers
 from megapipe.checkpoint.steps import MANIFEST_NAME, step_name
 from megapipe.config import Config, dump_config, load_config, parse_config
+from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import CheckpointError, MegapipeError
 from megapipe.models.presets import PRESETS
-from megapipe.train.run_directory import Plan, RunLock, from_first, plan_start, write_config
+from megapipe.train.run_directory import RunLock, StartPlan, plan_start, write_config
 from tests.config.examples import write
 from tests.ranks import run_ranks
 
@@ -75,7 +75,7 @@ def begin(config: Config, *steps: int) -> Path:
 
 def test_a_new_run(make: Make, tmp_path: Path) -> None:
     for resume in ("auto", "never"):
-        assert plan_start(make(f"--checkpoint.resume={resume}")) == Plan(resume, [])
+        assert plan_start(make(f"--checkpoint.resume={resume}")) == StartPlan(resume, [])
     assert not (tmp_path / "run").exists(), "a plan writes nothing"
 
 
@@ -93,7 +93,7 @@ def test_a_config_that_the_user_keeps_there_stays(make: Make, tmp_path: Path) ->
     own = tmp_path / "run" / "config.toml"
     own.write_text("# why these numbers\n")
     begin(make(), 5)
-    assert plan_start(make()) == Plan("auto", [])
+    assert plan_start(make()) == StartPlan("auto", [])
     assert own.read_text() == "# why these numbers\n"
 
 
@@ -150,7 +150,7 @@ def test_a_directory_that_can_not_be_made(make: Make, tmp_path: Path) -> None:
 
 def test_going_on(make: Make) -> None:
     begin(make(), 5, 10)
-    assert plan_start(make()) == Plan("auto", [])
+    assert plan_start(make()) == StartPlan("auto", [])
 
 
 def test_another_model_is_refused_with_the_difference(make: Make) -> None:
@@ -165,13 +165,13 @@ def test_another_model_is_refused_with_the_difference(make: Make) -> None:
 
 def test_another_model_may_begin_where_nothing_was_saved(make: Make) -> None:
     begin(make())
-    assert plan_start(make("--model.num_layers=6")) == Plan("auto", [])
+    assert plan_start(make("--model.num_layers=6")) == StartPlan("auto", [])
 
 
 def test_other_changes_are_told_in_one_line(make: Make) -> None:
     begin(make(), 5)
     plan = plan_start(make("--parallel.pipeline=4", "--train.steps=200"))
-    assert plan == Plan(
+    assert plan == StartPlan(
         "auto",
         ["Changed since the last start:\n  parallel.pipeline: 2 -> 4\n  train.steps: 100 -> 200"],
     )
@@ -186,7 +186,7 @@ def test_starting_anew_over_checkpoints_is_refused(make: Make) -> None:
 def test_a_checkpoint_elsewhere_begins_a_run_that_then_goes_on(make: Make, tmp_path: Path) -> None:
     other = add_checkpoint(tmp_path / "other" / "checkpoints", 7, make())
     config = make(f"--checkpoint.resume={other}")
-    assert plan_start(config) == Plan(str(other), [])
+    assert plan_start(config) == StartPlan(str(other), [])
     root = begin(config, 9)
     plan = plan_start(config)
     assert plan.resume == "auto", "the same command again goes on"
@@ -232,34 +232,7 @@ def test_what_the_system_refuses_reaches_all_ranks(make: Make, tmp_path: Path) -
 
 
 def _refused_on_a_rank(config: Config) -> str:
-    peers = Peers(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
+    ranks = RankGroup.of(dist.group.WORLD)
     with pytest.raises(MegapipeError) as caught:
-        plan_start(config if peers.rank == 0 else None, peers)  # only rank 0 looks
+        plan_start(config if ranks.rank == 0 else None, ranks)  # only rank 0 looks
     return str(caught.value)
-
-
-def _fails_on_the_first_rank(error: Exception) -> str:
-    peers = Peers(dist.get_rank(), dist.get_world_size(), dist.group.WORLD)
-
-    def act() -> object:
-        raise error
-
-    try:
-        from_first(peers, act)
-    except Exception as caught:
-        return f"{type(caught).__name__}: {caught}"
-    return "returned"
-
-
-@pytest.mark.parametrize(
-    ("error", "first", "second"),
-    [
-        (ValueError("a"), "ValueError: a", "ConnectionError: rank 0 has failed: ValueError('a')"),
-        (OSError(5, "Input/output error", "a"), *["MegapipeError: a: Input/output error."] * 2),
-        (CheckpointError("damaged"), *["MegapipeError: damaged"] * 2),
-    ],
-)
-def test_an_error_of_the_first_rank_leaves_none_waiting(
-    error: Exception, first: str, second: str
-) -> None:
-    assert run_ranks(_fails_on_the_first_rank, 2, error) == [first, second]

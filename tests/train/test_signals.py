@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from megapipe.train.signals import ASKING, StopRequest
+from megapipe.stop_signals import STOP_SIGNALS
+from megapipe.train.signals import StopRequest
 
 Left = tuple[str, int]
 
@@ -27,22 +28,15 @@ def send(*numbers: int) -> None:
         os.kill(os.getpid(), number)
 
 
-def test_the_signals_that_end_jobs_ask() -> None:
-    """Of schedulers, terminals, `sbatch --signal` and `ulimit -t`."""
-    assert {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"} <= {
-        number.name for number in ASKING
-    }
-
-
-@pytest.mark.parametrize("number", ASKING)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_asks_to_stop(number: signal.Signals) -> None:
-    before = [signal.getsignal(each) for each in ASKING]
+    before = [signal.getsignal(each) for each in STOP_SIGNALS]
     with StopRequest() as stop:
         stop.begin()
         assert (stop.requested, stop.reason) == (False, None)
         send(number)
         assert (stop.requested, stop.reason, stop.signal) == (True, number.name, number)
-    assert [signal.getsignal(each) for each in ASKING] == before
+    assert [signal.getsignal(each) for each in STOP_SIGNALS] == before
 
 
 def test_the_first_reason_stays() -> None:

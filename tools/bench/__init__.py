@@ -3,7 +3,7 @@
 import importlib
 from collections.abc import Callable, Sequence
 
-from megapipe.tools.arguments import UsageError
+from megapipe.tools.arguments import UsageError, unknown_command
 
 BENCHES = {
     "gpu": "the first minutes on a GPU: its tests, kernels and whole steps, in one table",
@@ -22,7 +22,7 @@ def run(argv: Sequence[str]) -> int:
         print("\n".join(f"  {name:<{width}}{summary}" for name, summary in BENCHES.items()))
         return 0
     if words[0] not in BENCHES:
-        raise UsageError(f"{words[0]!r} is not a bench; there are {', '.join(BENCHES)}.")
+        raise UsageError(unknown_command(words[0], "a bench", "megapipe bench", BENCHES))
     module = importlib.import_module(f"megapipe.tools.bench.{words[0]}")
     bench: Callable[[Sequence[str]], int] = module.run
     return bench(words[1:])

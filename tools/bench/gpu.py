@@ -108,7 +108,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--toy", action="store_true", help="on the CPU, toy sizes: tries the command itself"
     )
-    options = parser.parse_args(list(argv))
+    options, _ = parser.parse(argv)
     if not options.minutes > 0:
         raise UsageError(f"--minutes {options.minutes:g} must be more than 0.")
     deadline = time.monotonic() + 60 * options.minutes

@@ -111,7 +111,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--json", type=json_argument, metavar="FILE", help="also write all figures there"
     )
-    options = parser.parse_args(list(argv))
+    options, _ = parser.parse(argv)
     cases, shapes = [CASES[name] for name in _kernels(options)], _shapes(options)
     if options.roofline:
         _say_what_is_left_out(options, shapes)

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 from megapipe.errors import MegapipeError, ScheduleError
 from megapipe.pipeline.schedule import SCHEDULES
+from megapipe.scratch import scratch_directory
 from megapipe.tools.arguments import Parser, UsageError, json_argument
 from megapipe.tools.bench.crew import Crew
 from megapipe.tools.bench.machine import write_json
 from megapipe.tools.bench.pipeline_figures import Cell, Row, Steps, measured, print_table
-from megapipe.tools.scratch import scratch_directory
 
 WORKER = "megapipe.tools.bench.pipeline_worker"
 WORK = ("sleep", "compute")
@@ -40,7 +40,7 @@ class Options(NamedTuple):
 
 def run(argv: Sequence[str]) -> int:
     """Measure, print the table, write the JSON."""
-    words = _parser().parse_args(list(argv))
+    words, _ = _parser().parse(argv)
     options = _understand(words)
     for line in options.left_out:
         print(f"left out: {line}", file=sys.stderr)

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from megapipe.distributed.mesh import build_mesh
 from megapipe.errors import ScheduleError
-from megapipe.mesh import build_mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import Channels, make_channels

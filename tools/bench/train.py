@@ -30,11 +30,11 @@ from megapipe.models.flops import flops_per_token
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.pipeline.schedule.build import check_chunks
+from megapipe.scratch import scratch_directory
 from megapipe.tools.arguments import Parser, UsageError, json_argument
 from megapipe.tools.bench.breakdown import Share, print_breakdown
 from megapipe.tools.bench.crew import Crew
 from megapipe.tools.bench.machine import describe_gpu, write_json
-from megapipe.tools.scratch import scratch_directory
 from megapipe.train.metrics import device_peak_flops
 
 LAYOUTS = ("1 process", "tp2", "tp2-sp", "pp2", "pp2-zb-h1", "dp2", "tp2-pp2", "tp2-pp2-zb-h1")
@@ -97,7 +97,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--json", type=json_argument, metavar="FILE", help="also write all figures there"
     )
-    options = parser.parse_args(list(argv))
+    options, _ = parser.parse(argv)
     _settle_device(options)
     _check(options)
     tokens = options.microbatches * options.micro_batch_size * options.sequence_length

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from megapipe.config import Config, parse_config
-from megapipe.mesh import build_mesh
+from megapipe.distributed.mesh import build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.parameters import parameter_count
 from megapipe.precision import keep_sums_wide

@@ -10,8 +10,8 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from megapipe.tools import meeting
-from megapipe.tools.meeting import (
+from megapipe.distributed import meeting
+from megapipe.distributed.meeting import (
     Meeting,
     RefusedError,
     RendezvousError,

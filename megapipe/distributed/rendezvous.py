@@ -4,7 +4,6 @@ Started alone, a run's local ranks meet in a file, without any port. In a job of
 they meet at MASTER_ADDR:MASTER_PORT. The variables of both are read here and nowhere else.
 """
 
-import hashlib
 import os
 import resource
 import socket
@@ -18,17 +17,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megapipe.errors import RAISE_OPEN_FILES
-from megapipe.mesh import COLLECTIVE_TIMEOUT
-from megapipe.tools.job_store import ALL_GIVE_UP, Address, connect, join_address, open_store
-from megapipe.tools.meeting import (
+from megapipe.distributed.job_store import ALL_GIVE_UP, Address, connect, join_address, open_store
+from megapipe.distributed.meeting import (
     FAREWELL,
     Meeting,
     RefusedError,
     RendezvousError,
     watch_connecting,
 )
-from megapipe.tools.node_list import expand_counts, expand_nodes, place_tasks
+from megapipe.distributed.mesh import COLLECTIVE_TIMEOUT
+from megapipe.distributed.node_list import expand_counts, expand_nodes, place_tasks
+from megapipe.distributed.rank_group import first_to_report
+from megapipe.errors import RAISE_OPEN_FILES
 
 MOST_DIGITS = 18  # of a number in the environment
 
@@ -104,17 +104,6 @@ def allow_open_files(ranks: int) -> None:
         )
 
 
-def first_to_tell(store: dist.Store, text: str) -> bool:
-    """Whether no rank has asked this of `text` before: one of many ranks then tells what all know.
-
-    True also where the store is gone, so that nothing remains untold.
-    """
-    try:
-        return store.add(f"told/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1
-    except dist.DistError:
-        return True
-
-
 def _meet(rendezvous: Rendezvous) -> Meeting:
     """The meeting, once all ranks have come to it."""
     rank, size, address = rendezvous.rank, rendezvous.world_size, rendezvous.address
@@ -142,7 +131,7 @@ def _meet(rendezvous: Rendezvous) -> Meeting:
         return meeting
     except RefusedError as error:
         # Not the first to leave, which has the others ended, unless this one tells why.
-        if store is not None and (address is None or first_to_tell(store, str(error))):
+        if store is not None and (address is None or first_to_report(store, str(error))):
             time.sleep(FAREWELL if rank == 0 else 0)  # the store ends with the process
             raise
         time.sleep(2 * ALL_GIVE_UP if store is None else 2 * FAREWELL)

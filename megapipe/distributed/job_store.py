@@ -16,7 +16,7 @@ from functools import partial
 
 import torch.distributed as dist
 
-from megapipe.tools.meeting import PATIENCE, Notices, RefusedError, RendezvousError, say
+from megapipe.distributed.meeting import PATIENCE, Notices, RefusedError, RendezvousError, say
 
 Address = tuple[str, int]
 

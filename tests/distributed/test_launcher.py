@@ -16,9 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megapipe.distributed.launcher import launch_local
+from megapipe.distributed.rendezvous import Rendezvous, init_process_group
 from megapipe.errors import ConfigError, DataError, MegapipeError
-from megapipe.tools.launcher import launch_local
-from megapipe.tools.rendezvous import Rendezvous, init_process_group
 from megapipe.train.signals import StopRequest
 
 LIMIT = 10.0

@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megapipe.train.signals import ASKING
+from megapipe.stop_signals import STOP_SIGNALS
 
 
 @contextmanager
 def scratch_directory() -> Iterator[Path]:
     """A temporary directory of this process; forks of it may use it, and leave it there.
 
-    While it lasts, a signal of ASKING that would end the process at once removes it first. Main
+    While it lasts, one of STOP_SIGNALS that would end the process at once removes it first. Main
     thread only.
     """
     with tempfile.TemporaryDirectory(prefix="megapipe-") as folder:
@@ -36,7 +36,7 @@ class _Remover:
         self._previous: dict[int, Any] = {}
 
     def take_signals(self) -> None:
-        for number in ASKING:
+        for number in STOP_SIGNALS:
             previous = signal.getsignal(number)
             if previous == signal.SIG_DFL or isinstance(previous, _Remover):
                 self._previous[number] = signal.signal(number, self)

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from megapipe.exchange import all_gather_json
-from megapipe.shared_memory.channel import Link, SharedMemoryChannel
+from megapipe.distributed.rank_group import RankGroup
+from megapipe.distributed.shared_memory.channel import Link, SharedMemoryChannel
 
 Pair = tuple[int, int]
 """Ranks of a group: source, destination."""
@@ -26,15 +26,16 @@ def connect_pairs(
     all its ranks, where two of a pair can't share memory: on two machines, in two containers, on
     another system than Linux, or under a limit of files' sizes, which would hold for this memory.
     `axis` is what the group's ranks are called. Collective over `group`."""
-    rank = group.rank()
+    ranks = RankGroup.of(group)
+    rank = ranks.rank
     with ExitStack() as stack:
         listener = _listen(stack, len(pairs))
         address: str | None = listener.getsockname() if listener is not None else None
-        addresses = all_gather_json(address, group)
+        addresses = ranks.all_gather(address)
         outward = [pair for pair in pairs if pair[0] == rank]
         reached = [] if listener is None else _connect([addresses[to] for _, to in outward], rank)
         links = dict(zip(outward, reached, strict=False))
-        if not all(all_gather_json(len(links) == len(outward), group)) or listener is None:
+        if not all(ranks.all_gather(len(links) == len(outward))) or listener is None:
             for link in links.values():
                 link.close()
             return None

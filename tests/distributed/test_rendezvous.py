@@ -19,17 +19,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megapipe.tools import job_store, meeting
-from megapipe.tools.launcher import launch_local
-from megapipe.tools.meeting import RendezvousError
-from megapipe.tools.rendezvous import (
+from megapipe.distributed import job_store, meeting
+from megapipe.distributed.launcher import launch_local
+from megapipe.distributed.meeting import RendezvousError
+from megapipe.distributed.rendezvous import (
     Rendezvous,
     allow_open_files,
-    first_to_tell,
     from_environment,
     init_process_group,
 )
-from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 TORCHRUN = {
@@ -314,17 +312,6 @@ def _fails_on_its_gpu(rank: int, port: int) -> None:
 def test_a_failure_of_the_own_gpu_is_not_one_to_connect() -> None:
     port = free_port()
     assert finish(start(_fails_on_its_gpu, rank, port) for rank in range(2)) == [3, 0]
-
-
-def _tells() -> list[bool]:
-    store = dist.distributed_c10d._get_default_store()
-    return [first_to_tell(store, text) for text in ("known to all", f"of {dist.get_rank()}")]
-
-
-def test_what_many_ranks_know_is_told_by_one() -> None:
-    told = run_ranks(_tells, 3)
-    assert sum(known for known, _ in told) == 1
-    assert all(own for _, own in told)
 
 
 # --- Open files ----------------------------------------------------------------------------------

@@ -25,11 +25,17 @@ from typing import Any, NoReturn
 
 import torch
 
-from megapipe.errors import ConfigError, MegapipeError, explained, lost_connection, rank_lost
-from megapipe.tools.cli import program_fault
-from megapipe.tools.rendezvous import Rendezvous, allow_open_files
-from megapipe.tools.scratch import scratch_directory
-from megapipe.train.signals import ASKING
+from megapipe.distributed.rendezvous import Rendezvous, allow_open_files
+from megapipe.errors import (
+    ConfigError,
+    MegapipeError,
+    explained,
+    lost_connection,
+    program_fault,
+    rank_lost,
+)
+from megapipe.scratch import scratch_directory
+from megapipe.stop_signals import STOP_SIGNALS
 
 RankMain = Callable[[Rendezvous], int]
 
@@ -38,7 +44,7 @@ GRACE = 1.5
 PATIENCE = 3.0
 """Seconds from SIGTERM to SIGKILL for ranks that outlive a failed one."""
 POLL = 0.02
-PASSED_ON = ASKING
+PASSED_ON = STOP_SIGNALS
 REPORT_CHARACTERS = 8000  # as JSON at most six times as many bytes, and a pipe holds 65,536
 PR_SET_PDEATHSIG = 1
 
@@ -57,13 +63,13 @@ def launch_local(
         return rank_main(Rendezvous())
     allow_open_files(ranks)
     with scratch_directory() as folder:
-        crew = Crew()
+        local_ranks = LocalRanks()
         try:
-            crew.start(rank_main, ranks, folder / "meeting")
-            crew.watch()
+            local_ranks.start(rank_main, ranks, folder / "meeting")
+            local_ranks.watch()
         finally:
-            crew.close()
-    return crew.verdict(describe)
+            local_ranks.close()
+    return local_ranks.verdict(describe)
 
 
 @dataclass
@@ -111,7 +117,7 @@ class Rank:
             os.kill(self.pid, number)
 
 
-class Crew:
+class LocalRanks:
     """The ranks of one run, and the signals that this process gets while they live."""
 
     def __init__(self) -> None:
@@ -121,7 +127,7 @@ class Crew:
         self._previous: dict[int, Any] = {}
 
     def start(self, rank_main: RankMain, size: int, file: Path) -> None:
-        """Fork the ranks. Signals wait meanwhile, so that none is handled by half a crew."""
+        """Fork the ranks. Signals wait meanwhile, so that none comes while some are missing."""
         sys.stdout.flush()
         sys.stderr.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)

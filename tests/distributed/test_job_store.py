@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megapipe.tools import job_store, meeting
-from megapipe.tools.job_store import HostVoice, connect, join_address, open_store
-from megapipe.tools.meeting import RefusedError, RendezvousError
+from megapipe.distributed import job_store, meeting
+from megapipe.distributed.job_store import HostVoice, connect, join_address, open_store
+from megapipe.distributed.meeting import RefusedError, RendezvousError
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from megapipe.tools.node_list import expand_counts, expand_nodes, place_tasks
+from megapipe.distributed.node_list import expand_counts, expand_nodes, place_tasks
 
 
 @pytest.mark.parametrize(

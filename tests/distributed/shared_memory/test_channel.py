@@ -14,10 +14,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from megapipe.distributed.mesh import build_mesh
+from megapipe.distributed.shared_memory.channel import AT_A_TIME, LARGE, Link, SharedMemoryChannel
 from megapipe.errors import MegapipeError
-from megapipe.mesh import build_mesh
 from megapipe.pipeline.p2p import BackendChannel, make_channels
-from megapipe.shared_memory.channel import AT_A_TIME, LARGE, Link, SharedMemoryChannel
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megapipe.mesh import Axis, Mesh, build_mesh
-from megapipe.shared_memory import connect
+from megapipe.distributed.mesh import Axis, Mesh, build_mesh
+from megapipe.distributed.shared_memory import connect
 from megapipe.tensor_parallel.collectives import (
     all_gather,
     all_reduce_,

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapipe.shared_memory.channel import SharedMemoryChannel
-from megapipe.shared_memory.connect import connect_pairs
+from megapipe.distributed.shared_memory.channel import SharedMemoryChannel
+from megapipe.distributed.shared_memory.connect import connect_pairs
 
 _COMBINE: dict[dist.ReduceOp.RedOpType, Callable[..., Tensor]] = {
     dist.ReduceOp.SUM: torch.add,

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from megapipe.tools.scratch import scratch_directory
-from megapipe.train.signals import ASKING
+from megapipe.scratch import scratch_directory
+from megapipe.stop_signals import STOP_SIGNALS
 
 FORKS = multiprocessing.get_context("forkserver")
-ENDING = [number for number in ASKING if number != signal.SIGINT]  # which raises an exception
+ENDING = [number for number in STOP_SIGNALS if number != signal.SIGINT]  # which raises an exception
 
 
 def _work(home: Path, connection: Connection, *, ignored: int | None = None) -> None:
     """Stand for a command with two such directories, and a rank that it has forked."""
     tempfile.tempdir = str(home)
-    for number in ASKING:
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     if ignored is not None:
         signal.signal(ignored, signal.SIG_IGN)
@@ -30,7 +30,7 @@ def _work(home: Path, connection: Connection, *, ignored: int | None = None) -> 
             os.kill(os.getpid(), signal.SIGTERM)
         connection.send((os.waitpid(child, 0)[1], sorted(home.iterdir()) == sorted([outer, inner])))
         connection.recv()
-    connection.send([signal.getsignal(number) == signal.SIG_DFL for number in ASKING])
+    connection.send([signal.getsignal(number) == signal.SIG_DFL for number in STOP_SIGNALS])
 
 
 @pytest.mark.parametrize("number", ENDING)
@@ -54,7 +54,7 @@ def test_at_the_end_signals_mean_what_they_meant(tmp_path: Path) -> None:
     assert process.pid is not None
     os.kill(process.pid, signal.SIGHUP)
     here.send("leave")
-    assert here.recv() == [number != signal.SIGHUP for number in ASKING]
+    assert here.recv() == [number != signal.SIGHUP for number in STOP_SIGNALS]
     process.join()
     assert process.exitcode == 0
     assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,11 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from megapipe.shared_memory.collectives import SharedMemoryCollectives, connect_collectives
+from megapipe.distributed.rank_group import RankGroup
+from megapipe.distributed.shared_memory.collectives import (
+    SharedMemoryCollectives,
+    connect_collectives,
+)
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """For one operation: the ranks of a large model may wait for a slow disk together."""
@@ -47,6 +51,11 @@ class Axis:
     @property
     def is_last(self) -> bool:
         return self.rank == self.size - 1
+
+    @property
+    def rank_group(self) -> RankGroup:
+        """Its ranks, for values and errors between them."""
+        return RankGroup.of(self.group)
 
 
 @dataclass(frozen=True)

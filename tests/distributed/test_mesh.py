@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megapipe.mesh import Axis, Mesh, build_mesh, set_group_timeout, split_world
+from megapipe.distributed.mesh import Axis, Mesh, build_mesh, set_group_timeout, split_world
 from megapipe.tensor_parallel.collectives import all_gather
 from tests.ranks import run_ranks
 
@@ -28,6 +28,7 @@ def _describe_mesh(pipeline: int, data: int, tensor: int) -> dict[str, list[int]
         gathered = all_gather(torch.tensor([mesh.rank]), axis)
         assert gathered.tolist() == list(axis.ranks)
         assert axis.ranks[axis.rank] == mesh.rank
+        assert axis.rank_group.all_gather(mesh.rank) == list(axis.ranks)
     return {axis.name: list(axis.ranks) for axis in axes}
 
 
