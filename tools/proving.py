@@ -10,7 +10,7 @@ from megapipe.config import Config
 from megapipe.distributed.mesh import build_mesh
 from megapipe.distributed.rendezvous import Rendezvous, init_process_group
 from megapipe.models.build import build_stages
-from megapipe.train.proof import Verdict, prove, synthetic_tokens
+from megapipe.train.proof import Verdict, prove, relative_error, synthetic_tokens
 
 TOLERANCE = 1e-9
 KINDS = {
@@ -59,7 +59,7 @@ def _print_tables(verdict: Verdict) -> None:
     losses = Table("step", "loss in the layout", "in one process", "relative error")
     for step, (loss, expected) in enumerate(verdict.losses, 1):
         losses.add_row(
-            f"{step}", f"{loss:.15f}", f"{expected:.15f}", f"{abs(loss / expected - 1):.1e}"
+            f"{step}", f"{loss:.15f}", f"{expected:.15f}", f"{relative_error(loss, expected):.1e}"
         )
     tensor = Column("in tensor", no_wrap=True, overflow="fold")
     errors = Table("compared", "tensors", "largest error", tensor, "on")

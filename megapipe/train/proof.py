@@ -29,6 +29,9 @@ cancels it), and have no relative error worth the name; Adam then divides that r
 epsilon, so such a weight differs by learning_rate / epsilon times more, 1e5 at the defaults. A
 tolerance of 1e-9 still asks for 1e-15 of the largest gradient and 1e-12 of the largest weight."""
 
+SMALLEST = 1e-6
+"""Of losses and norms: 1e-9 of it is 1e-15, about what one rounding of float64 leaves near 1."""
+
 TokenSource = Callable[[int, Mesh], Sequence[MicroBatch]]
 """(step, mesh) -> the microbatches that this rank of the mesh sees in that step."""
 
@@ -182,8 +185,17 @@ def _assemble(engine: Engine, kind: str) -> dict[str, Tensor]:
 
 def _difference(step: int, kind: str, value: float, expected: float) -> Difference:
     """Of a number that all ranks share."""
-    absolute = abs(value - expected)
-    return Difference(step, kind, kind, absolute / abs(expected), absolute, 0, "all ranks", -1)
+    absolute, error = abs(value - expected), relative_error(value, expected)
+    return Difference(step, kind, kind, error, absolute, 0, "all ranks", -1)
+
+
+def relative_error(value: float, expected: float) -> float:
+    """Of a loss or a norm.
+
+    An expected one below SMALLEST counts as that: it may be 0 (the loss of a model of one token), or
+    what rounding leaves of numbers that cancel.
+    """
+    return abs(value - expected) / max(abs(expected), SMALLEST)
 
 
 @contextmanager

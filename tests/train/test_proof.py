@@ -13,7 +13,7 @@ from megapipe.config import Config, load_config
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
-from megapipe.train.proof import _largest_error, prove, synthetic_tokens
+from megapipe.train.proof import _largest_error, prove, relative_error, synthetic_tokens
 from tests.host_sync import DEVICE
 from tests.ranks import run_ranks
 
@@ -74,3 +74,12 @@ def test_a_folder_that_rank_0_can_not_use_ends_the_proof_on_all(tmp_path: Path) 
     said = run_ranks(prove_in, 2, two_stages(), tmp_path / "none")
     assert said[0] == said[1]
     assert said[0].startswith(f"MegapipeError: {tmp_path / 'none'}")
+
+
+def test_a_loss_of_zero_has_a_relative_error() -> None:
+    """That of a model of one token."""
+    assert relative_error(0.0, 0.0) == 0.0
+    assert relative_error(2e-15, 0.0) == 2e-15 / 1e-6
+    assert relative_error(5.5, 5.0) == pytest.approx(0.1)
+    assert math.isnan(relative_error(math.nan, 5.0))
+    assert math.isnan(relative_error(5.0, math.nan))
