@@ -192,8 +192,8 @@ def _difference(step: int, kind: str, value: float, expected: float) -> Differen
 def relative_error(value: float, expected: float) -> float:
     """Of a loss or a norm.
 
-    An expected one below SMALLEST counts as that: it may be 0 (the loss of a model of one token), or
-    what rounding leaves of numbers that cancel.
+    An expected one below SMALLEST counts as SMALLEST: it may be 0 (the loss of a model of one
+    token), or what rounding leaves of numbers that cancel.
     """
     return abs(value - expected) / max(abs(expected), SMALLEST)
 
