@@ -2,13 +2,13 @@
 
 import os
 import resource
+import secrets
 import socket
-import tempfile
+import struct
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
-from pathlib import Path
 
 import torch.distributed as dist
 
@@ -30,7 +30,7 @@ def connect_pairs(
     rank = ranks.rank
     with ExitStack() as stack:
         listener = _listen(stack, len(pairs))
-        address: str | None = listener.getsockname() if listener is not None else None
+        address: str | None = listener.getsockname().decode() if listener is not None else None
         addresses = ranks.all_gather(address)
         outward = [pair for pair in pairs if pair[0] == rank]
         reached = [] if listener is None else _connect([addresses[to] for _, to in outward], rank)
@@ -51,16 +51,15 @@ def connect_pairs(
 
 
 def _listen(stack: ExitStack, most: int) -> socket.socket | None:
-    """A socket in a directory that only this user can enter; both last as long as `stack`."""
+    """A socket under a name that is no file, so that nothing is left of it; as long as `stack`."""
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     if not hasattr(os, "memfd_create") or limit != resource.RLIM_INFINITY:
         return None
     try:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="megapipe-"))
         listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(str(Path(folder, "s")))
+        listener.bind(f"\0megapipe-{secrets.token_hex(16)}")  # a NUL in front: no file
         listener.listen(most)
-    except OSError:  # such as a TMPDIR of more characters than such an address may have
+    except OSError:
         return None
     return listener
 
@@ -74,6 +73,8 @@ def _connect(addresses: Iterable[str | None], rank: int) -> Iterator[Link]:
         connection = socket.socket(socket.AF_UNIX)
         try:
             connection.connect(address)
+            if not _is_own(connection):
+                raise PermissionError
             link = Link(connection, os.memfd_create("megapipe"))
         except OSError:
             connection.close()
@@ -83,7 +84,17 @@ def _connect(addresses: Iterable[str | None], rank: int) -> Iterator[Link]:
 
 
 def _accept(listener: socket.socket) -> tuple[int, Link]:
-    """A rank that has connected."""
+    """A rank that has connected. Other users might, who could guess the name; they are refused."""
     connection, _ = listener.accept()
+    while not _is_own(connection):
+        connection.close()
+        connection, _ = listener.accept()
     words, files, _, _ = socket.recv_fds(connection, array("i").itemsize, 1)
     return array("i", words)[0], Link(connection, files[0])
+
+
+def _is_own(connection: socket.socket) -> bool:
+    """A process of this user is at the other end."""
+    size = struct.calcsize("3i")  # process, user, group
+    peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    return bool(struct.unpack("3i", peer)[1] == os.getuid())

@@ -6,7 +6,9 @@ import os
 import resource
 import socket
 import tempfile
+from array import array
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +17,7 @@ import pytest
 import torch
 
 from megapipe.distributed.mesh import build_mesh
+from megapipe.distributed.shared_memory import connect
 from megapipe.distributed.shared_memory.channel import AT_A_TIME, LARGE, Link, SharedMemoryChannel
 from megapipe.errors import MegapipeError
 from megapipe.pipeline.p2p import BackendChannel, make_channels
@@ -300,18 +303,41 @@ def test_all_ranks_share_memory_or_none(unable: int | None, hinder: Hinder) -> N
     assert [found for _, found in answers] == [[2, 11], [0, 12], [1, 10]]
 
 
-def connect_under(folder: str) -> bool:
+def connect_under(folder: str, strangers: bool) -> bool:
+    """Whether two ranks share memory, with this temporary directory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", folder)
+        if strangers:  # of another user, as each rank sees it
+            patch.setattr(os, "getuid", lambda: 4711)
         channels = make_channels(build_mesh(pipeline=2, data=1, tensor=1, device=CPU))
     return isinstance(channels[0, 1], SharedMemoryChannel)
 
 
-def test_nothing_is_left_of_connecting(tmp_path: Path) -> None:
-    with tempfile.TemporaryDirectory() as short:
-        assert run_ranks(connect_under, 2, short) == [True, True]
-        assert not list(Path(short).iterdir())
-    long = tmp_path / ("x" * 100)  # more than the address of a socket holds
-    long.mkdir()
-    assert run_ranks(connect_under, 2, str(long)) == [False, False]
-    assert not list(long.iterdir())
+def test_connecting_needs_no_files(tmp_path: Path) -> None:
+    """So that no signal at any moment leaves one."""
+    assert run_ranks(connect_under, 2, str(tmp_path / "none"), False) == [True, True]
+
+
+def test_other_users_are_refused(tmp_path: Path) -> None:
+    assert run_ranks(connect_under, 2, str(tmp_path), True) == [False, False]
+
+
+def test_a_stranger_who_connects_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The uid of the peer is asked for at the system, which a test can't do as another user."""
+    with ExitStack() as stack:
+        listener = connect._listen(stack, 2)
+        assert listener is not None
+        address = listener.getsockname()
+        stranger, own = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
+        for one in (stranger, own):
+            one.connect(address)
+        with tempfile.TemporaryFile() as file:
+            socket.send_fds(own, [array("i", (3,))], [file.fileno()])
+        judged = iter([False, True])
+        monkeypatch.setattr(connect, "_is_own", lambda connection: next(judged))
+        source, link = connect._accept(listener)
+        assert source == 3
+        assert stranger.recv(1) == b"", "closed"
+        link.close()
+        stranger.close()
+        own.close()
