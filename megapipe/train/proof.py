@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from megapipe.config import Config, ParallelConfig
 from megapipe.distributed.mesh import Mesh
+from megapipe.files import replace_durably
 from megapipe.microbatch import MicroBatch
 from megapipe.tensor_parallel.parameter import Piece, sharded_parameters
 from megapipe.train.engine import BuildStages, Engine
@@ -140,7 +141,8 @@ def _compare(
         assert single is not None, "rank 0 has the model of one process"
         whole = {name: t / scales[1] for name, t in _assemble(single, kind).items()}
         largest = max(float(t.abs().max()) for t in whole.values())
-        save_file(whole, file, metadata={"largest": largest.hex()})
+        # Our own writing names the file where there is no room for it.
+        replace_durably(file, [save(whole, metadata={"largest": largest.hex()})])
 
     ranks.on_first(write)
     _, gathered = ranks.in_agreement(

@@ -2,6 +2,7 @@
 whole."""
 
 import math
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -83,3 +84,20 @@ def test_a_loss_of_zero_has_a_relative_error() -> None:
     assert relative_error(5.5, 5.0) == pytest.approx(0.1)
     assert math.isnan(relative_error(math.nan, 5.0))
     assert math.isnan(relative_error(5.0, math.nan))
+
+
+def prove_with_small_files(config: Config, folder: Path) -> str:
+    """Where the reference is larger than a file may be; the limit of this process is put back."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (32_768, limits[1]))
+    try:
+        return prove_in(config, folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_reference_that_finds_no_room_ends_the_proof_on_all(tmp_path: Path) -> None:
+    said = run_ranks(prove_with_small_files, 2, two_stages(), tmp_path)
+    assert said[0] == said[1]
+    assert said[0].startswith(f"MegapipeError: {tmp_path}")
+    assert "File too large" in said[0]
