@@ -170,7 +170,7 @@ def test_every_byte_of_text_is_accounted_for(
     text = b"".join(lines) + "é".encode()
     content = compressed(text, suffix)[: -cut or None] if suffix else text
     (folder / f"odd.txt{suffix}").write_bytes(content)
-    text = available(suffix, content) if suffix else text
+    text = available(suffix, content)[0] if suffix else text
     source = SourceConfig(path=f"{folder}/*.txt*", documents=kind)  # type: ignore[arg-type]
     if suffix and len(content) < 4:
         return  # not even the first bytes of its format

@@ -1,5 +1,6 @@
 """torch.distributed.pipelining as a contender of `megapipe bench pipeline`."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ THEIRS = {
 """torch's class for the schedules that it has."""
 
 
+SENDS_TO_ITSELF = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13)
+"""Its first step greets neighbouring stages, those on the same rank too, which gloo refuses."""
+
+
 class TorchRunner:
     """One of their schedules on this rank. Shapes are given, so that nothing is inferred."""
 
@@ -30,6 +35,8 @@ class TorchRunner:
         rank, ranks, count = spec["rank"], spec["ranks"], order["microbatches"]
         shape = (1, spec["floats"])
         placement = SCHEDULES[order["schedule"]].placement(ranks, order["virtual"])
+        if SENDS_TO_ITSELF and any(one == other for one, other in pairwise(placement)):
+            raise ValueError(f"torch {torch.__version__} can't have two neighbours on one rank")
         self.stages = {
             stage: TimedStage(stage, len(placement), shape, spec["work"])
             for stage, holder in enumerate(placement)
