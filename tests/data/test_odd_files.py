@@ -202,16 +202,26 @@ def pieces(text: bytes, kind: str) -> list[bytes]:
 def usable(row: bytes) -> bool:
     """A document, when the bytes of a cut character at its end are taken off."""
     try:
-        text = codecs.getincrementaldecoder("utf-8")().decode(row)
+        text = whole_characters(row)
     except UnicodeDecodeError:
         return False
     return bool(text.strip()) and text.count("\0") <= 0.01 * len(text.rstrip("\r\n"))
+
+
+def whole_characters(row: bytes) -> str:
+    """Without the bytes of a cut character at the end."""
+    return codecs.getincrementaldecoder("utf-8")().decode(row)
 
 
 def left_out(text: bytes, kind: str) -> int:
     """Bytes of blank rows and lines, and of the line ends of documents."""
     rows = pieces(text, kind)
     if kind == "file":
-        return 0 if text.strip() else len(text)
-    ends = sum(len(row) - len(row.rstrip(b"\r\n")) for row in rows if usable(row))
+        try:
+            whole = whole_characters(text)
+        except UnicodeDecodeError:
+            return 0
+        return 0 if whole.strip() else len(whole.encode())
+    texts = [whole_characters(row) for row in rows if usable(row)]
+    ends = sum(len(text) - len(text.rstrip("\r\n")) for text in texts)
     return ends + len(text) - sum(map(len, rows))
