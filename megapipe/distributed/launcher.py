@@ -52,7 +52,7 @@ PR_SET_PDEATHSIG = 1
 def launch_local(
     rank_main: RankMain, ranks: int, describe: Callable[[int], str] = "rank {}".format
 ) -> int:
-    """Run `rank_main` on so many ranks of this machine; the largest of their statuses.
+    """Run `rank_main` on `ranks` ranks of this machine; returns their largest exit status.
 
     One rank runs in this process. When one of several fails, the others are ended and its error is
     raised here (MegapipeError) or its traceback printed. The signals of PASSED_ON are passed on.
