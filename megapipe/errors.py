@@ -28,6 +28,10 @@ class MegapipeError(Exception):
         return list(getattr(self, "__notes__", []))
 
 
+class UsageError(MegapipeError):
+    """A command line that can't be understood; the text says what to type."""
+
+
 class ConfigError(MegapipeError):
     """The config can't be honoured. `problems` holds one sentence for each thing that is wrong."""
 
@@ -119,3 +123,11 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _comes_from(error: BaseException, module: str, name: str) -> bool:
     """The error is of this class, which is looked for without importing its module."""
     return any((kind.__module__, kind.__name__) == (module, name) for kind in type(error).__mro__)
+
+
+def render(error: MegapipeError) -> str:
+    """The message a user sees; many problems with a config are listed under their number."""
+    if isinstance(error, ConfigError) and len(error.problems) > 1:
+        lines = [f"  {problem}" for problem in error.problems]
+        return "\n".join([f"megapipe: {len(lines)} problems with the config:", *lines])
+    return f"megapipe: {error.told}"

@@ -8,50 +8,42 @@ holds. With torch on CPUs the output of attention is there twice, in two orders.
 freed within an action (and the layer that full recompute computes again at a time) comes on top.
 """
 
-from collections.abc import Sequence
-
 from megapipe.config import Config
-from megapipe.kernel_choice import KernelChoice, wanted_kernels
-from megapipe.models.parameters import local_kv_heads, vocabulary_rows
-from megapipe.models.partition import Stage
-from megapipe.pipeline.program import boundary_bytes
-from megapipe.pipeline.schedule import Timeline
-from megapipe.pipeline.schedule.limit import peak_amounts
+from megapipe.kernel_choice import KernelChoice
+from megapipe.layout.axes import Axes
+from megapipe.layout.shapes import boundary_bytes
+from megapipe.models.parameters import local_kv_heads, padded_vocab_size
 from megapipe.precision import PRECISIONS
 
 
-def stage_bytes(config: Config, stage: Stage) -> int:
-    """One microbatch at a stage, on one tensor rank."""
-    model, train = config.model, config.train
-    element = PRECISIONS[train.precision].model_bytes
-    hidden = boundary_bytes(config)
-    choice = wanted_kernels(config, on_gpu=train.device != "cpu")
-    layer = hidden if train.recompute == "full" else _layer_bytes(config, choice)
-    total = len(stage.layers) * layer
-    if stage.first and model.dropout and choice.kernels == "torch":
-        total += hidden // element  # a bool each
-    if stage.last:
-        total += _head_bytes(config)
-    return total
+def embedding_bytes(config: Config, axes: Axes, choice: KernelChoice) -> int:
+    """Of one microbatch in the embedding, on one tensor rank."""
+    if not config.model.dropout or choice.kernels != "torch":
+        return 0
+    element = PRECISIONS[config.train.precision].model_bytes
+    return boundary_bytes(config, axes) // element  # a bool each
 
 
-def _head_bytes(config: Config) -> int:
-    """Of the last norm, the matrix product and the loss."""
+def head_bytes(config: Config, axes: Axes) -> int:
+    """Of one microbatch in the last norm, the matrix product and the loss."""
     model, train = config.model, config.train
     element = PRECISIONS[train.precision].model_bytes
-    hidden = boundary_bytes(config)
+    hidden = boundary_bytes(config, axes)
     rows = train.sequence_length * train.micro_batch_size
     if train.linear_cross_entropy:  # keeps the gradient of its input, of all tensor ranks' tokens
         return hidden + rows * model.hidden_size * element
-    columns = vocabulary_rows(model.vocab_size, config.parallel.tensor)
+    tensor = axes.size("tensor")
+    columns = padded_vocab_size(model.vocab_size, tensor) // tensor
     return 2 * hidden + rows * columns * element
 
 
-def _layer_bytes(config: Config, choice: KernelChoice) -> int:
-    """Both halves of a block; S and S_local as in models/gpt.py."""
-    model, train, tensor = config.model, config.train, config.parallel.tensor
+def layer_bytes(config: Config, axes: Axes, choice: KernelChoice) -> int:
+    """Of one microbatch in both halves of a block; S and S_local as in models/gpt.py."""
+    model, train, tensor = config.model, config.train, axes.size("tensor")
     element = PRECISIONS[train.precision].model_bytes
-    hidden = boundary_bytes(config)
+    hidden = boundary_bytes(config, axes)
+    if train.recompute == "full":
+        return hidden
     rows = train.sequence_length * train.micro_batch_size
     queries = model.num_heads // tensor * model.head_dim
     keys = local_kv_heads(model, tensor) * model.head_dim
@@ -70,9 +62,3 @@ def _layer_bytes(config: Config, choice: KernelChoice) -> int:
         squares = rows * train.sequence_length * (model.num_heads // tensor)
         total += squares * 3 * element  # probabilities, what is kept, and their product
     return total
-
-
-def peak_bytes(timeline: Timeline, stages: Sequence[int]) -> list[int]:
-    """For each rank the most activations it holds at a time; `stages` has the bytes of each."""
-    program = [[span.action for span in spans] for spans in timeline.spans]
-    return [round(most) for most in peak_amounts(program, stages)]

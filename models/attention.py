@@ -4,20 +4,14 @@ Shapes: S sequence, B sequences in a microbatch, N query heads and K key/value h
 rank, D head dim.
 """
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
 from megapipe import kernels
 from megapipe.config import ModelConfig
-from megapipe.models.placement import Context, Placement
-from megapipe.tensor_parallel.linear import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    replicated_parameter,
-)
-from megapipe.tensor_parallel.parameter import Piece
+from megapipe.models.context import Context
+from megapipe.models.parameters import local_kv_heads
+from megapipe.stage import StageBuild
 
 
 class KeyValueCache:
@@ -42,65 +36,21 @@ class KeyValueCache:
 class Attention(nn.Module):
     """Causal grouped-query attention: heads are cut over tensor ranks."""
 
-    def __init__(self, name: str, model: ModelConfig, place: Placement) -> None:
+    def __init__(self, name: str, model: ModelConfig, build: StageBuild) -> None:
         super().__init__()
-        tensor = place.tensor
         self.head_dim = model.head_dim
-        self.heads = model.num_heads // tensor.size
-        self.first_head = self.heads * tensor.rank
-        self.kv_heads = max(1, model.num_kv_heads // tensor.size)
-        self.qkv = ColumnParallelLinear(
-            model.hidden_size,
-            self._qkv_pieces(name, model, place),
-            bias=model.qkv_bias,
-            **place.linear,
-        )
-        self.output = RowParallelLinear(
-            model.num_heads * model.head_dim,
-            model.hidden_size,
-            f"{name}.output.weight",
-            bias=model.bias,
-            **place.linear,
-        )
-        self.q_norm = self.k_norm = None
-        if model.qk_norm:
-            make = partial(
-                replicated_parameter,
-                shape=(model.head_dim,),
-                tensor=tensor,
-                partial_gradient=True,  # each rank sees its heads only
-                dtype=place.dtype,
-                device=place.device,
-            )
-            self.q_norm, self.k_norm = make(f"{name}.q_norm.weight"), make(f"{name}.k_norm.weight")
+        self.heads = model.num_heads // build.tensor.size
+        self.first_head = self.heads * build.tensor.rank
+        self.kv_heads = local_kv_heads(model, build.tensor.size)
+        self.qkv = build.column_linear(f"{name}.q", f"{name}.k", f"{name}.v")
+        self.output = build.row_linear(f"{name}.output")
+        self.q_norm = build.parameters.find(f"{name}.q_norm.weight")
+        self.k_norm = build.parameters.find(f"{name}.k_norm.weight")
         self.norm_epsilon = model.norm_epsilon
         self.window = model.sliding_window
-        self.choice = place.kernels
+        self.choice = build.kernels
         self.dropout = model.attention_dropout
-        self.dropout_seed = kernels.fold(place.seed, f"{name}.dropout")
-
-    def _qkv_pieces(self, name: str, model: ModelConfig, place: Placement) -> list[Piece]:
-        width, copies = model.head_dim, place.key_value_copies
-        q_rows, kv_rows = self.heads * width, self.kv_heads * width
-        first_kv_head = place.tensor.rank * model.num_kv_heads // place.tensor.size
-        q = Piece(
-            f"{name}.q.weight",
-            global_shape=(model.num_heads * width, model.hidden_size),
-            start=(self.first_head * width, 0),
-            shape=(q_rows, model.hidden_size),
-        )
-        kv = [
-            Piece(
-                f"{name}.{which}.weight",
-                global_shape=(model.num_kv_heads * width, model.hidden_size),
-                start=(first_kv_head * width, 0),
-                shape=(kv_rows, model.hidden_size),
-                sum_over=copies if copies.size > 1 else None,
-                counted=copies.is_first,
-            )
-            for which in ("k", "v")
-        ]
-        return [q, *kv]
+        self.dropout_seed = kernels.fold(build.seed, f"{name}.dropout")
 
     def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # [S, B, N + 2K, D]

@@ -13,7 +13,6 @@ under sequence parallelism. Activations between layers are [S_local, B, H].
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,39 +24,26 @@ from megapipe import kernels
 from megapipe.config import ModelConfig
 from megapipe.microbatch import MicroBatch
 from megapipe.models.attention import Attention, KeyValueCache, RotaryTable
-from megapipe.models.placement import Context, Placement
+from megapipe.models.context import Context
+from megapipe.stage import StageBuild
 from megapipe.tensor_parallel.collectives import own_sequence_slice
-from megapipe.tensor_parallel.embedding import VocabParallelEmbedding, vocabulary_parameter
-from megapipe.tensor_parallel.linear import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    column_parallel_linear,
-    replicated_parameter,
-)
+from megapipe.tensor_parallel.embedding import VocabParallelEmbedding
+from megapipe.tensor_parallel.linear import column_parallel_linear
 from megapipe.tensor_parallel.loss import (
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
-from megapipe.tensor_parallel.parameter import Piece, ShardedParameter
 
 
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dimension, in float32 inside."""
 
-    def __init__(self, name: str, model: ModelConfig, place: Placement) -> None:
+    def __init__(self, name: str, model: ModelConfig, build: StageBuild) -> None:
         super().__init__()
-        make = partial(
-            replicated_parameter,
-            shape=(model.hidden_size,),
-            tensor=place.tensor,
-            partial_gradient=place.sequence_parallel,  # each rank sees its part of the sequence
-            dtype=place.dtype,
-            device=place.device,
-        )
-        self.weight = make(f"{name}.weight")
-        self.bias = make(f"{name}.bias") if model.norm == "layernorm" else None
+        self.weight = build.parameters.get(f"{name}.weight")
+        self.bias = build.parameters.find(f"{name}.bias")
         self.epsilon = model.norm_epsilon
-        self.backend = place.kernels.kernels
+        self.backend = build.kernels.kernels
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None:
@@ -78,35 +64,13 @@ class Norm(nn.Module):
 class FeedForward(nn.Module):
     """down(act(up(x))), or down(silu(gate(x)) * up(x)) with SwiGLU; cut along its inner width."""
 
-    def __init__(self, name: str, model: ModelConfig, place: Placement) -> None:
+    def __init__(self, name: str, model: ModelConfig, build: StageBuild) -> None:
         super().__init__()
-        tensor = place.tensor
-        local = model.ffn_hidden_size // tensor.size
         matrices = ("gate", "up") if model.activation == "swiglu" else ("up",)
-        pieces = [
-            Piece(
-                f"{name}.{which}.weight",
-                global_shape=(model.ffn_hidden_size, model.hidden_size),
-                start=(local * tensor.rank, 0),
-                shape=(local, model.hidden_size),
-            )
-            for which in matrices
-        ]
-        self.up = ColumnParallelLinear(
-            model.hidden_size,
-            pieces,
-            bias=model.bias,
-            **place.linear,
-        )
-        self.down = RowParallelLinear(
-            model.ffn_hidden_size,
-            model.hidden_size,
-            f"{name}.down.weight",
-            bias=model.bias,
-            **place.linear,
-        )
+        self.up = build.column_linear(*(f"{name}.{which}" for which in matrices))
+        self.down = build.row_linear(f"{name}.down")
         self.activation = model.activation
-        self.backend = place.kernels.kernels
+        self.backend = build.kernels.kernels
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activation == "swiglu":
@@ -124,15 +88,15 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)), each branch with dropout."""
 
-    def __init__(self, layer: int, model: ModelConfig, place: Placement) -> None:
+    def __init__(self, layer: int, model: ModelConfig, build: StageBuild) -> None:
         super().__init__()
         name = f"layers.{layer}"
-        self.attention_norm = Norm(f"{name}.attention_norm", model, place)
-        self.attention = Attention(f"{name}.attention", model, place)
-        self.mlp_norm = Norm(f"{name}.mlp_norm", model, place)
-        self.mlp = FeedForward(f"{name}.mlp", model, place)
-        self.attention_residual = Dropout(f"{name}.attention_dropout", model, place)
-        self.mlp_residual = Dropout(f"{name}.mlp_dropout", model, place)
+        self.attention_norm = Norm(f"{name}.attention_norm", model, build)
+        self.attention = Attention(f"{name}.attention", model, build)
+        self.mlp_norm = Norm(f"{name}.mlp_norm", model, build)
+        self.mlp = FeedForward(f"{name}.mlp", model, build)
+        self.attention_residual = Dropout(f"{name}.attention_dropout", model, build)
+        self.mlp_residual = Dropout(f"{name}.mlp_dropout", model, build)
 
     def forward(self, x: Tensor, context: Context, cache: KeyValueCache | None = None) -> Tensor:
         branch = self.attention(self.attention_norm(x), context, cache)
@@ -147,12 +111,12 @@ class Block(nn.Module):
 class Dropout(nn.Module):
     """branch -> residual + dropout(branch), with bits drawn from global indices."""
 
-    def __init__(self, name: str, model: ModelConfig, place: Placement) -> None:
+    def __init__(self, name: str, model: ModelConfig, build: StageBuild) -> None:
         super().__init__()
         self.probability = model.dropout
-        self.seed = kernels.fold(place.seed, name)
-        self.backend = place.kernels.kernels
-        self.rank = place.tensor.rank if place.sequence_parallel else 0
+        self.seed = kernels.fold(build.seed, name)
+        self.backend = build.kernels.kernels
+        self.rank = build.tensor.rank if build.sequence_parallel else 0
 
     @property
     def active(self) -> bool:
@@ -174,65 +138,39 @@ class Dropout(nn.Module):
 class Embedding(nn.Module):
     """tokens [B, S] -> [S_local, B, H]: token rows, learned positions if any, dropout."""
 
-    def __init__(self, model: ModelConfig, place: Placement) -> None:
+    def __init__(self, model: ModelConfig, build: StageBuild) -> None:
         super().__init__()
         self.tokens = VocabParallelEmbedding(
-            "embedding.weight",
-            model.vocab_size,
-            model.hidden_size,
-            tensor=place.tensor,
-            sequence_parallel=place.sequence_parallel,
-            dtype=place.dtype,
-            device=place.device,
+            build.parameters.get("embedding.weight"),
+            tensor=build.tensor,
+            sequence_parallel=build.sequence_parallel,
         )
-        self.positions = None
-        if model.position == "learned":
-            self.positions = replicated_parameter(
-                "position_embedding.weight",
-                (model.max_sequence_length, model.hidden_size),
-                tensor=place.tensor,
-                partial_gradient=place.sequence_parallel,
-                dtype=place.dtype,
-                device=place.device,
-                decay=True,
-            )
-        self.dropout = Dropout("embedding.dropout", model, place)
-        self.place = place
+        self.positions = build.parameters.find("position_embedding.weight")
+        self.dropout = Dropout("embedding.dropout", model, build)
+        self.build = build
 
     def forward(self, batch: MicroBatch, offset: int = 0) -> Tensor:
         assert batch.tokens_BS is not None
         x = self.tokens(batch.tokens_BS)
         if self.positions is not None:
             positions_SB = _positions(batch.tokens_BS, batch.documents_BS).t() + offset
-            if self.place.sequence_parallel:
-                positions_SB = own_sequence_slice(positions_SB, self.place.tensor)
+            if self.build.sequence_parallel:
+                positions_SB = own_sequence_slice(positions_SB, self.build.tensor)
             x = x + F.embedding(positions_SB, self.positions)
         return self.dropout(x, None, batch.samples_B)
 
 
 class Head(nn.Module):
-    """The last norm, the output projection and the loss.
+    """The last norm, the output projection (the embedding's weight where they are tied), the loss."""
 
-    `weight` is given where the output shares the embedding's parameter on this rank.
-    """
-
-    def __init__(
-        self, model: ModelConfig, place: Placement, weight: ShardedParameter | None
-    ) -> None:
+    def __init__(self, model: ModelConfig, build: StageBuild) -> None:
         super().__init__()
-        self.norm = Norm("final_norm", model, place)
-        if weight is None:
-            weight = vocabulary_parameter(
-                "embedding.weight" if model.tie_embeddings else "output.weight",
-                model.vocab_size,
-                model.hidden_size,
-                tensor=place.tensor,
-                dtype=place.dtype,
-                device=place.device,
-            )
-        self.weight = weight
+        self.norm = Norm("final_norm", model, build)
+        self.weight = build.parameters.get(
+            "embedding.weight" if model.tie_embeddings else "output.weight"
+        )
         self.vocab_size = model.vocab_size
-        self.place = place
+        self.build = build
 
     def logits(self, x: Tensor) -> Tensor:
         """[S_local, B, H] -> [S, B, V]: this rank's columns, padding included."""
@@ -240,9 +178,9 @@ class Head(nn.Module):
             self.norm(x),
             self.weight,
             None,
-            tensor=self.place.tensor,
-            sequence_parallel=self.place.sequence_parallel,
-            store=self.place.store,
+            tensor=self.build.tensor,
+            sequence_parallel=self.build.sequence_parallel,
+            store=self.build.store,
         )
 
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
@@ -251,22 +189,22 @@ class Head(nn.Module):
         z-loss is part of what is trained; a validation loss leaves it out.
         """
         assert batch.targets_BS is not None
-        place = self.place
+        build = self.build
         settings: dict[str, Any] = {
             "vocab_size": self.vocab_size,
-            "tensor": place.tensor,
-            "z_loss": place.loss.z_loss if self.training else 0.0,
-            "backend": place.kernels.kernels,
+            "tensor": build.tensor,
+            "z_loss": build.loss.z_loss if self.training else 0.0,
+            "backend": build.kernels.kernels,
         }
         targets_SB = batch.targets_BS.t()
-        if not place.loss.linear:
+        if not build.loss.linear:
             return vocab_parallel_cross_entropy(self.logits(x), targets_SB, **settings)
         return vocab_parallel_linear_cross_entropy(
             self.norm(x),
             self.weight,
             targets_SB,
-            sequence_parallel=place.sequence_parallel,
-            weight_grad_backend=place.store.backend,
+            sequence_parallel=build.sequence_parallel,
+            weight_grad_backend=build.store.backend,
             **settings,
         )
 
@@ -278,31 +216,19 @@ class GPTStage(nn.Module):
     returns the same shape, or on the last stage the sum of the microbatch's token losses.
     """
 
-    def __init__(
-        self,
-        model: ModelConfig,
-        place: Placement,
-        *,
-        layers: Sequence[int],
-        is_first: bool,
-        is_last: bool,
-        tied_weight: ShardedParameter | None = None,
-    ) -> None:
+    def __init__(self, model: ModelConfig, build: StageBuild) -> None:
         super().__init__()
-        self.embedding = Embedding(model, place) if is_first else None
-        self.layers = nn.ModuleList(Block(layer, model, place) for layer in layers)
-        if is_first and is_last and model.tie_embeddings:
-            assert self.embedding is not None
-            tied_weight = self.embedding.tokens.weight
-        self.head = Head(model, place, tied_weight) if is_last else None
-        self.weight_grads = place.store
+        self.embedding = Embedding(model, build) if build.first else None
+        self.layers = nn.ModuleList(Block(layer, model, build) for layer in build.layers)
+        self.head = Head(model, build) if build.last else None
+        self.weight_grads = build.store
         self.rotary = None
         if model.position == "rope":
-            fused = place.kernels.kernels == "triton"  # which widens what it loads anyway
-            dtype = torch.float32 if fused else place.dtype
-            self.rotary = RotaryTable(model, dtype, place.device)
+            fused = build.kernels.kernels == "triton"  # which widens what it loads anyway
+            dtype = torch.float32 if fused else build.dtype
+            self.rotary = RotaryTable(model, dtype, build.device)
         self.model = model
-        self.place = place
+        self.build = build
 
     def forward(self, inputs: Tensor | None, batch: MicroBatch) -> Tensor:
         x = self.hidden(inputs, batch)
@@ -320,10 +246,10 @@ class GPTStage(nn.Module):
         if self.embedding is not None:
             x = self.embedding(batch, offset)
         assert x is not None
-        length = x.shape[0] * (self.place.tensor.size if self.place.sequence_parallel else 1)
+        length = x.shape[0] * (self.build.tensor.size if self.build.sequence_parallel else 1)
         context = self._context(batch, offset, length)
         for index, block in enumerate(self.layers):
-            if self.place.recompute and torch.is_grad_enabled():
+            if self.build.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, context, caches[index] if caches else None)
@@ -333,7 +259,7 @@ class GPTStage(nn.Module):
     def logits(self, tokens_BS: Tensor, caches: Sequence[KeyValueCache] | None = None) -> Tensor:
         """Next-token logits [S, B, vocab_size] of a model that is one stage on one rank."""
         assert self.head is not None
-        assert self.place.tensor.size == 1
+        assert self.build.tensor.size == 1
         samples = torch.zeros(tokens_BS.shape[0], dtype=torch.long, device=tokens_BS.device)
         batch = MicroBatch(tokens_BS, None, None, samples)
         return self.head.logits(self.hidden(None, batch, caches))[..., : self.model.vocab_size]
@@ -345,8 +271,8 @@ class GPTStage(nn.Module):
         bounds = mask = None
         if batch.documents_BS is not None:
             bounds = kernels.document_bounds(batch.documents_BS)
-        if self.place.kernels.attention == "torch":
-            window, device = self.model.sliding_window, self.place.device
+        if self.build.kernels.attention == "torch":
+            window, device = self.model.sliding_window, self.build.device
             mask = kernels.attention_mask(length, offset + length, window, bounds, device)
         return Context(batch.samples_B, bounds, mask, cos, sin)
 

@@ -1,4 +1,4 @@
-"""The parameters of a model: names, shapes, how they are split, how they start, which decay.
+"""The parameters of the GPT family: names, shapes, how they are split, how they start, which decay.
 
 The one place that knows. The model file builds from this table, checkpoints and weight conversion
 use its names, plans count with it. No torch: a trillion parameters are counted in milliseconds.
@@ -6,45 +6,16 @@ use its names, plans count with it. No torch: a trillion parameters are counted 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 from megapipe.config import ModelConfig
-from megapipe.tensor_parallel.vocabulary import vocabulary_rows
+from megapipe.layout.parameters import FIRST, LAST, Init, ParameterSpec, Place, Split, padded_rows
 
-
-@dataclass(frozen=True)
-class Init:
-    """How a parameter starts; `std` matters for "normal" only."""
-
-    kind: Literal["normal", "zeros", "ones"]
-    std: float = 0.0
-
-
-@dataclass(frozen=True)
-class ParameterSpec:
-    """One parameter under its global name, which says nothing of any layout.
-
-    shape: global; linear weights are [out, in].
-    tensor_dim: the dimension that tensor ranks split, or None when each holds all of it.
-    decay: whether weight decay applies (not to norms and biases).
-    layer: the block it belongs to, or None for embedding, final norm and output.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    tensor_dim: int | None
-    init: Init
-    decay: bool
-    layer: int | None
-
-    @property
-    def size(self) -> int:
-        """Elements of the whole parameter."""
-        return math.prod(self.shape)
-
+VOCABULARY_MULTIPLE = 64
+"""Each rank's rows are padded to a multiple of this: GPU matmuls want it (GPT-2's 50,257 rows
+become 50,304). Padding rows are zero, get no gradient, and are in no checkpoint."""
 
 _ZEROS, _ONES = Init("zeros"), Init("ones")
+_VOCABULARY = Split(0, pad_to=VOCABULARY_MULTIPLE)
 
 
 def parameter_table(model: ModelConfig) -> list[ParameterSpec]:
@@ -59,21 +30,26 @@ def parameter_table(model: ModelConfig) -> list[ParameterSpec]:
 def _before_layers(model: ModelConfig) -> list[ParameterSpec]:
     weights = Init("normal", model.init_std)
     vocabulary = (model.vocab_size, model.hidden_size)
-    positions = (model.max_sequence_length, model.hidden_size)
-    table = [ParameterSpec("embedding.weight", vocabulary, 0, weights, True, None)]
+    places: tuple[Place, ...] = (FIRST, LAST) if model.tie_embeddings else (FIRST,)
+    table = [ParameterSpec("embedding.weight", vocabulary, places, weights, True, _VOCABULARY)]
     if model.position == "learned":
+        positions = (model.max_sequence_length, model.hidden_size)
         table.append(
-            ParameterSpec("position_embedding.weight", positions, None, weights, True, None)
+            ParameterSpec(
+                "position_embedding.weight", positions, (FIRST,), weights, True, partial="sequence"
+            )
         )
     return table
 
 
 def _after_layers(model: ModelConfig) -> list[ParameterSpec]:
-    table = list(_norm(model, "final_norm", None))
+    table = list(_norm(model, "final_norm", LAST))
     if not model.tie_embeddings:
         weights = Init("normal", model.init_std)
         vocabulary = (model.vocab_size, model.hidden_size)
-        table.append(ParameterSpec("output.weight", vocabulary, 0, weights, True, None))
+        table.append(
+            ParameterSpec("output.weight", vocabulary, (LAST,), weights, True, _VOCABULARY)
+        )
     return table
 
 
@@ -81,43 +57,59 @@ def layer_table(model: ModelConfig, layer: int) -> list[ParameterSpec]:
     """The parameters of one block."""
     prefix = f"layers.{layer}"
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    queries = model.num_heads * model.head_dim
-    keys = model.num_kv_heads * model.head_dim
+    heads, kv_heads, width = model.num_heads, model.num_kv_heads, model.head_dim
     weights = Init("normal", model.init_std)
     # GPT-2's rule: what writes into the residual stream starts smaller, as 2 * num_layers add up.
     into_residual = Init("normal", model.init_std / math.sqrt(2 * model.num_layers))
 
-    def linear(
-        name: str, out: int, into: int, split: int, init: Init, bias: bool
+    def column(
+        name: str, out: int, bias: bool, units: int | None = None
     ) -> Iterator[ParameterSpec]:
-        yield ParameterSpec(f"{prefix}.{name}.weight", (out, into), split, init, True, layer)
+        split, places = Split(0, units), (layer,)
+        yield ParameterSpec(f"{name}.weight", (out, hidden), places, weights, True, split)
         if bias:
-            # A bias is added after row-parallel sums, so it is whole on every rank there.
-            part = 0 if split == 0 else None
-            yield ParameterSpec(f"{prefix}.{name}.bias", (out,), part, _ZEROS, False, layer)
+            yield ParameterSpec(f"{name}.bias", (out,), places, _ZEROS, False, split)
 
+    def row(name: str, into: int, units: int | None = None) -> Iterator[ParameterSpec]:
+        shape, split = (hidden, into), Split(1, units)
+        yield ParameterSpec(f"{name}.weight", shape, (layer,), into_residual, True, split)
+        if model.bias:  # added after the ranks' products are summed, so it is whole on each
+            yield ParameterSpec(
+                f"{name}.bias", (hidden,), (layer,), _ZEROS, False, partial="sequence"
+            )
+
+    attention, mlp = f"{prefix}.attention", f"{prefix}.mlp"
     table = [*_norm(model, f"{prefix}.attention_norm", layer)]
-    table += linear("attention.q", queries, hidden, 0, weights, model.qkv_bias)
-    table += linear("attention.k", keys, hidden, 0, weights, model.qkv_bias)
-    table += linear("attention.v", keys, hidden, 0, weights, model.qkv_bias)
+    table += column(f"{attention}.q", heads * width, model.qkv_bias, heads)
+    table += column(f"{attention}.k", kv_heads * width, model.qkv_bias, kv_heads)
+    table += column(f"{attention}.v", kv_heads * width, model.qkv_bias, kv_heads)
     if model.qk_norm:
         for name in ("q_norm", "k_norm"):
-            full_name = f"{prefix}.attention.{name}.weight"
-            table.append(ParameterSpec(full_name, (model.head_dim,), None, _ONES, False, layer))
-    table += linear("attention.output", hidden, queries, 1, into_residual, model.bias)
+            table.append(
+                ParameterSpec(
+                    f"{attention}.{name}.weight",
+                    (width,),
+                    (layer,),
+                    _ONES,
+                    False,
+                    partial="always",  # each rank sees its heads only
+                )
+            )
+    table += row(f"{attention}.output", heads * width, heads)
     table += _norm(model, f"{prefix}.mlp_norm", layer)
     if model.activation == "swiglu":
-        table += linear("mlp.gate", ffn, hidden, 0, weights, model.bias)
-    table += linear("mlp.up", ffn, hidden, 0, weights, model.bias)
-    table += linear("mlp.down", hidden, ffn, 1, into_residual, model.bias)
+        table += column(f"{mlp}.gate", ffn, model.bias)
+    table += column(f"{mlp}.up", ffn, model.bias)
+    table += row(f"{mlp}.down", ffn)
     return table
 
 
-def _norm(model: ModelConfig, name: str, layer: int | None) -> Iterator[ParameterSpec]:
-    shape = (model.hidden_size,)
-    yield ParameterSpec(f"{name}.weight", shape, None, _ONES, False, layer)
+def _norm(model: ModelConfig, name: str, place: Place) -> Iterator[ParameterSpec]:
+    shape, places = (model.hidden_size,), (place,)
+    # Each rank normalises its part of the sequence.
+    yield ParameterSpec(f"{name}.weight", shape, places, _ONES, False, partial="sequence")
     if model.norm == "layernorm":
-        yield ParameterSpec(f"{name}.bias", shape, None, _ZEROS, False, layer)
+        yield ParameterSpec(f"{name}.bias", shape, places, _ZEROS, False, partial="sequence")
 
 
 def parameter_count(model: ModelConfig) -> int:
@@ -130,49 +122,9 @@ def parameter_count(model: ModelConfig) -> int:
 
 def padded_vocab_size(vocab_size: int, tensor: int) -> int:
     """Rows of the vocabulary over all tensor ranks. Padding is never in losses or checkpoints."""
-    return vocabulary_rows(vocab_size, tensor) * tensor
+    return padded_rows(vocab_size, tensor, VOCABULARY_MULTIPLE) * tensor
 
 
 def local_kv_heads(model: ModelConfig, tensor: int) -> int:
     """Key and value heads on a rank: at least one, copied where there are more ranks than heads."""
     return max(1, model.num_kv_heads // tensor)
-
-
-def local_shape(spec: ParameterSpec, model: ModelConfig, tensor: int) -> tuple[int, ...]:
-    """The shape of a rank's part of a parameter, padding and copied heads included."""
-    if spec.tensor_dim is None:
-        return spec.shape
-    if spec.layer is None:
-        part = vocabulary_rows(model.vocab_size, tensor)
-    elif ".attention.k." in spec.name or ".attention.v." in spec.name:
-        part = local_kv_heads(model, tensor) * model.head_dim
-    else:
-        part = spec.shape[spec.tensor_dim] // tensor
-    split = spec.tensor_dim
-    return (*spec.shape[:split], part, *spec.shape[split + 1 :])
-
-
-def stage_table(
-    model: ModelConfig, layers: range, *, first: bool, last: bool
-) -> list[ParameterSpec]:
-    """The parameters of a pipeline stage that holds `layers`.
-
-    `first` adds the embeddings, `last` the final norm and the output weight. When embeddings are
-    tied, a last stage that is not the first holds a copy of `embedding.weight`.
-    """
-    table = _before_layers(model) if first else []
-    for layer in layers:
-        table += layer_table(model, layer)
-    if last:
-        table += _after_layers(model)
-        if model.tie_embeddings and not first:
-            table.append(_before_layers(model)[0])
-    return table
-
-
-def local_parameter_count(
-    model: ModelConfig, layers: range, *, tensor: int, first: bool, last: bool
-) -> int:
-    """Elements that one rank holds of a stage: see `stage_table` and `local_shape`."""
-    table = stage_table(model, layers, first=first, last=last)
-    return sum(math.prod(local_shape(spec, model, tensor)) for spec in table)

@@ -13,10 +13,12 @@ from megapipe.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from megapipe.distributed.mesh import Axis
 from megapipe.errors import CheckpointError
 from megapipe.kernel_choice import KernelChoice
+from megapipe.layout.parameters import shard
 from megapipe.models.attention import KeyValueCache
 from megapipe.models.gpt import GPTStage
-from megapipe.models.placement import Placement
-from megapipe.tensor_parallel.parameter import sharded_parameters
+from megapipe.models.parameters import parameter_table
+from megapipe.stage import StageBuild
+from megapipe.tensor_parallel.parameter import StageParameters, sharded_parameters
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 
 
@@ -25,9 +27,17 @@ class PretrainedGPT(nn.Module):
 
     def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        place = Placement(
+        shards = {
+            spec.name: shard(spec, tensor_rank=0, tensor_size=1, sequence_parallel=False)
+            for spec in parameter_table(model)
+        }
+        build = StageBuild(
+            model=model,
+            layers=range(model.num_layers),
+            first=True,
+            last=True,
+            parameters=StageParameters(shards, dtype=dtype, device=device),
             tensor=Axis("tensor"),
-            key_value_copies=Axis("key_value_copies"),
             sequence_parallel=False,
             recompute=False,
             dtype=dtype,
@@ -37,9 +47,7 @@ class PretrainedGPT(nn.Module):
             kernels=KernelChoice("torch", "torch", "torch"),
         )
         self.config = model
-        self.stage = GPTStage(
-            model, place, layers=range(model.num_layers), is_first=True, is_last=True
-        ).eval()
+        self.stage = GPTStage(model, build).eval()
 
     @torch.no_grad()
     def forward(self, tokens_BS: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
@@ -120,11 +128,11 @@ def model_config(reader: CheckpointReader) -> ModelConfig:
 
 
 def fill(module: nn.Module, reader: CheckpointReader) -> None:
-    """Read every piece of every parameter; a tensor that is missing is an error."""
+    """Read every shard of every parameter; a tensor that is missing is an error."""
     parameters = list(sharded_parameters(module))
-    pieces = [piece for parameter in parameters for piece in parameter.pieces]
-    reader.require({f"weights/{piece.name}": piece.global_shape for piece in pieces})
+    shards = [shard for parameter in parameters for shard in parameter.shards]
+    reader.require({f"weights/{shard.name}": shard.global_shape for shard in shards})
     for parameter in parameters:
-        for piece in parameter.pieces:
-            values = reader.read(f"weights/{piece.name}", piece.start, piece.shape)
-            piece.view(parameter.data).copy_(values)
+        for shard in parameter.shards:
+            values = reader.read(f"weights/{shard.name}", shard.start, shard.shape)
+            shard.view(parameter.data).copy_(values)

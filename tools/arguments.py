@@ -10,12 +10,8 @@ from typing import Any, NoReturn
 
 from megapipe.config import section_types
 from megapipe.config.paths import expand_path, is_unicode
-from megapipe.errors import MegapipeError
+from megapipe.errors import UsageError
 from megapipe.files import shown
-
-
-class UsageError(MegapipeError):
-    """A command line that can't be understood; the text says what to type."""
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from megapipe import __version__
-from megapipe.errors import ConfigError, MegapipeError, explained, program_fault
+from megapipe.errors import MegapipeError, explained, program_fault, render
 from megapipe.tools.console import PIPE_CLOSED, OutputError, console
 
 COMMANDS = {
@@ -120,14 +120,6 @@ def help_text() -> str:
             *lines,
         ]
     )
-
-
-def render(error: MegapipeError) -> str:
-    """The message a user sees; many problems with a config are listed under their number."""
-    if isinstance(error, ConfigError) and len(error.problems) > 1:
-        lines = [f"  {problem}" for problem in error.problems]
-        return "\n".join([f"megapipe: {len(lines)} problems with the config:", *lines])
-    return f"megapipe: {error.told}"
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from megapipe.tools.arguments import Parser, UsageError, path_argument, text_argument
+from megapipe.errors import UsageError
+from megapipe.tools.arguments import Parser, path_argument, text_argument
 
 if TYPE_CHECKING:
     from megapipe.data.tokenizer import Tokenizer

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megapipe.config import load_config
+from megapipe.errors import UsageError
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.picture import require_matplotlib
-from megapipe.tools.arguments import Parser, UsageError, check_output, path_argument
+from megapipe.tools.arguments import Parser, check_output, path_argument
 
 _DESCRIPTION = """\
 Draw the pipeline's schedule and say what it costs: bubble, activation memory, transfers.
@@ -57,9 +58,11 @@ def run(argv: Sequence[str]) -> int:
     out = None if arguments.out is None else _picture(arguments.out)
     config = load_config(arguments.config, overrides, PRESETS)
 
-    from megapipe.tools.planning import plan
+    from megapipe.models.gpt_family import FAMILY
+    from megapipe.plan.schedules import plan
 
-    print(plan(config, arguments.schedule, work, arguments.world_size, columns, out), end="")
+    text = plan(config, FAMILY, arguments.schedule, work, arguments.world_size, columns, out)
+    print(text, end="")
     return 0
 
 

@@ -4,9 +4,10 @@ import textwrap
 from collections.abc import Sequence
 
 from megapipe.config import load_config
+from megapipe.errors import UsageError
 from megapipe.models.presets import PRESETS
 from megapipe.stop_signals import interruptible
-from megapipe.tools.arguments import Parser, UsageError, path_argument
+from megapipe.tools.arguments import Parser, path_argument
 from megapipe.tools.field_help import field_help
 
 _DESCRIPTION = """\
@@ -60,15 +61,17 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(f"--world-size {arguments.world_size} must be 1 or more.")
     config = load_config(arguments.config, overrides, PRESETS)
     if arguments.dry_run:
-        from megapipe.tools.dry_run import dry_run
+        from megapipe.models.gpt_family import FAMILY
+        from megapipe.plan.dry_run import dry_run
 
-        print(dry_run(config, str(arguments.config), arguments.world_size))
+        print(dry_run(config, FAMILY, str(arguments.config), arguments.world_size))
         return 0
 
     with interruptible():
-        from megapipe.tools.training import start
+        from megapipe.models.gpt_family import FAMILY
+        from megapipe.train.start import start
 
-    return start(config, str(arguments.config), overrides)
+    return start(config, FAMILY, str(arguments.config), overrides)
 
 
 def _epilog() -> str:

@@ -1,16 +1,11 @@
 """`megapipe verify CONFIG.toml`: prove that the layout computes what one process computes."""
 
-import sys
 from collections.abc import Sequence
-from functools import partial
-from pathlib import Path
 
-from megapipe.config import Config, load_config
+from megapipe.config import load_config
+from megapipe.errors import UsageError
 from megapipe.models.presets import PRESETS
-from megapipe.scratch import scratch_directory
-from megapipe.tools.arguments import Parser, UsageError, path_argument
-from megapipe.tools.auto import without_auto
-from megapipe.tools.shrink import shrink
+from megapipe.tools.arguments import Parser, path_argument
 
 
 def run(argv: Sequence[str]) -> int:
@@ -29,25 +24,8 @@ def run(argv: Sequence[str]) -> int:
     if arguments.steps < 1:
         raise UsageError(f"--steps {arguments.steps} must be 1 or more.")
     config = load_config(arguments.config, overrides, PRESETS)
-    small, changes = shrink(config)
-    with scratch_directory() as folder:
-        small, found = without_auto(small, folder)
-        name = str(arguments.config)
-        return _prove(small, [*changes, *found], name, arguments.steps, folder)
 
+    from megapipe.equivalence.run import verify
+    from megapipe.models.gpt_family import FAMILY
 
-def _prove(small: Config, changes: list[str], name: str, steps: int, folder: Path) -> int:
-    print(f"Proving the layout of {name} against one process, in float64 on the CPU.")
-    if changes:
-        print("Changed for the proof, with every feature kept:")
-        print("".join(f"  {change}\n" for change in changes), end="")
-    sys.stdout.flush()
-
-    # Torch comes with these, before the ranks are forked, so that none of them imports it again.
-    from megapipe.distributed.launcher import launch_local
-    from megapipe.tools.proving import prove_rank
-
-    parallel = small.parallel
-    assert parallel.data is not None
-    ranks = parallel.tensor * parallel.pipeline * parallel.data
-    return launch_local(partial(prove_rank, small, steps, folder), ranks)
+    return verify(config, FAMILY, str(arguments.config), arguments.steps)

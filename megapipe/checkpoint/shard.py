@@ -26,7 +26,7 @@ assert TORCH_DTYPES.keys() == ITEM_BYTES.keys()
 class Shard:
     """`tensor` holds the rectangle [start, start + tensor.shape) of the global tensor `name`.
 
-    Each rectangle is handed over by exactly one rank (the one where `Piece.counted` is True). The
+    Each rectangle is handed over by exactly one rank (the one that owns it). The
     tensor may be on any device and need not be contiguous. A name is what the values are, a slash,
     and the global name of the parameter: `exp_avg/layers.0.mlp.up.weight`.
     """

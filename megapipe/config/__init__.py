@@ -4,7 +4,6 @@ from megapipe.config.checkpoint import CheckpointConfig
 from megapipe.config.config import Config
 from megapipe.config.data import DataConfig, SourceConfig
 from megapipe.config.difference import difference
-from megapipe.config.layout import check_layout
 from megapipe.config.load import load_config, parse_config, section_types
 from megapipe.config.logging import LoggingConfig
 from megapipe.config.model import ModelConfig, RopeScaling
@@ -24,7 +23,6 @@ __all__ = [
     "RopeScaling",
     "SourceConfig",
     "TrainConfig",
-    "check_layout",
     "difference",
     "dump_config",
     "load_config",

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megapipe.config.axes import Splits, given_sizes
 from megapipe.config.data import DataConfig
 from megapipe.config.logging import LoggingConfig, parse_steps, project_problem
 from megapipe.config.model import ModelConfig
@@ -188,19 +189,15 @@ def kernel_problems(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]
 def batch_problems(parallel: ParallelConfig, train: TrainConfig) -> Iterator[Problem]:
     """The batch against the layout."""
     batch, micro = train.global_batch_size, train.micro_batch_size
-    if parallel.data is None:
-        if batch % micro:
-            yield Problem(
-                "train.global_batch_size",
-                f"must be a multiple of train.micro_batch_size = {micro}: "
-                f"use {_near_multiples(batch, micro)}",
-            )
-    elif batch % (parallel.data * micro):
-        unit = parallel.data * micro
+    replicas = given_sizes(dict(parallel), Splits.SAMPLES)
+    unit = math.prod(replicas.values()) * micro
+    if batch % unit:
+        factors = [f"parallel.{name} {size}" for name, size in replicas.items() if size > 1]
+        product = " * ".join([*factors, f"train.micro_batch_size {micro}"])
+        text = f"{product} = {unit}" if factors else f"train.micro_batch_size = {micro}"
         yield Problem(
             "train.global_batch_size",
-            f"must be a multiple of parallel.data {parallel.data} * train.micro_batch_size {micro}"
-            f" = {unit}: use {_near_multiples(batch, unit)}",
+            f"must be a multiple of {text}: use {_near_multiples(batch, unit)}",
         )
     if parallel.sequence_parallel and train.sequence_length % parallel.tensor:
         yield Problem(
@@ -250,12 +247,15 @@ def optimizer_problems(train: TrainConfig, optimizer: OptimizerConfig) -> Iterat
 
 def data_problems(parallel: ParallelConfig, data: DataConfig) -> Iterator[Problem]:
     """Streams against replicas."""
-    if parallel.data is not None and data.streams % parallel.data:
-        multiple = parallel.data * max(1, data.streams // parallel.data)
+    sizes = given_sizes(dict(parallel), Splits.SAMPLES)
+    replicas = math.prod(sizes.values())
+    if data.streams % replicas:
+        multiple = replicas * max(1, data.streams // replicas)
+        product = " * ".join(f"parallel.{name}" for name, size in sizes.items() if size > 1)
         yield Problem(
             "data.streams",
-            f"must be a multiple of parallel.data = {parallel.data}, since each replica reads "
-            f"whole streams: use {multiple} or {multiple + parallel.data}",
+            f"must be a multiple of {product} = {replicas}, since each replica reads "
+            f"whole streams: use {multiple} or {multiple + replicas}",
         )
     if data.validation_sources and data.validation_fraction:
         yield Problem(

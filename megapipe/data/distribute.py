@@ -112,7 +112,7 @@ class ReplicaFeed(StepPart):
         """
         if self._feed is None:
             return {}
-        return merge_states(self._mesh.data.rank_group.all_gather(self._feed.state_dict()))
+        return merge_states(self._mesh.batch.rank_group.all_gather(self._feed.state_dict()))
 
     def load(self, state: State) -> None:
         """Goes on behind `state`, saved in any layout. Every rank passes the same state."""
@@ -138,7 +138,7 @@ class ReplicaFeed(StepPart):
     def register(self, sums: StepSums) -> None:
         for name in COUNTS:
             sums.register(name)
-        sums.register_maximum("epoch", self._mesh.data)
+        sums.register_maximum("epoch", self._mesh.batch)
 
     def given(self) -> dict[str, Given]:
         """What this rank's reader has skipped and how often it has begun anew; {} elsewhere."""
@@ -159,7 +159,7 @@ class ReplicaFeed(StepPart):
 
     @property
     def _samples_per_rank(self) -> int:
-        return self._config.train.global_batch_size // self._mesh.data.size
+        return self._config.train.global_batch_size // self._mesh.batch.size
 
     @property
     def _masked(self) -> bool:
@@ -174,8 +174,8 @@ class ReplicaFeed(StepPart):
             config.data,
             seed=config.train.seed,
             tokenizer=tokenizer,
-            data_rank=self._mesh.data.rank,
-            data_size=self._mesh.data.size,
+            data_rank=self._mesh.batch.rank,
+            data_size=self._mesh.batch.size,
             global_batch_size=config.train.global_batch_size,
             sequence_length=config.train.sequence_length,
             validation=self._validation,
@@ -185,7 +185,7 @@ class ReplicaFeed(StepPart):
 
     def _on_readers(self, action: Callable[[], Value]) -> Value | None:
         """Run `action` on the reader of each replica; None on other ranks."""
-        is_reader = self._mesh.replica.is_first
+        is_reader = self._mesh.model_parallel.is_first
         result, _ = self._mesh.world.rank_group.in_agreement(
             lambda: action() if is_reader else None
         )
@@ -217,7 +217,7 @@ class ReplicaFeed(StepPart):
         return torch.zeros(size, dtype=torch.int32)
 
     def _split(self, wire: Tensor) -> list[MicroBatch]:
-        train, data = self._config.train, self._mesh.data
+        train, data = self._config.train, self._mesh.batch
         count, length, size = self._samples_per_rank, train.sequence_length, train.micro_batch_size
         end = count * (length + 1)
         tokens = wire[:end].view(count, length + 1)
@@ -243,7 +243,7 @@ class ReplicaFeed(StepPart):
 
 def _broadcast(mesh: Mesh, wire: Tensor) -> Tensor:
     """The reader's `wire` on every rank of its replica, on the device."""
-    replica = mesh.replica
+    replica = mesh.model_parallel
     wire = to_device(wire, mesh.device)
     if replica.size > 1:
         dist.broadcast(wire, src=replica.ranks[0], group=replica.group)

@@ -1,8 +1,8 @@
 """Contiguous storage: weights, main gradients and master weights of many parameters in a row.
 
 One buffer holds the parameters that share an optimizer setting (decayed or not). Offsets are the
-same in the weight, gradient and master tensors, and the length is a multiple of the data-parallel
-size, so that an optimizer may later work on equal flat shards.
+same in the weight, gradient and master tensors, and the length is a multiple of the number of
+replicas, so that an optimizer may later work on equal flat shards.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from megapipe.tensor_parallel.parameter import Piece, ShardedParameter, sharded_parameters
+from megapipe.layout.parameters import ParameterShard
+from megapipe.tensor_parallel.parameter import ShardedParameter, sharded_parameters
 
 ALIGNMENT = 64
 """Elements: each parameter begins at a multiple of this (256 bytes in float32)."""
@@ -42,7 +43,7 @@ class ParameterBuffer:
         parameters: Sequence[ShardedParameter],
         *,
         main_dtype: torch.dtype,
-        data_size: int,
+        replicas: int,
     ) -> None:
         assert parameters, "a buffer without parameters"
         first = parameters[0]
@@ -53,7 +54,7 @@ class ParameterBuffer:
             assert (parameter.dtype, parameter.decay) == (first.dtype, first.decay)
             self.slots.append(Slot(parameter, length))
             length += _round_up(parameter.numel(), ALIGNMENT)
-        length = _round_up(length, ALIGNMENT * data_size)
+        length = _round_up(length, ALIGNMENT * replicas)
 
         self.weights = torch.zeros(length, dtype=first.dtype, device=first.device)
         self.gradients = torch.zeros(length, dtype=main_dtype, device=first.device)
@@ -65,27 +66,27 @@ class ParameterBuffer:
         same = first.dtype == main_dtype
         self.master = self.weights if same else self.weights.to(main_dtype)
 
-    def pieces(self, flat: Tensor) -> Iterator[tuple[Piece, Tensor]]:
-        """Each piece of a global tensor with its rectangle of `flat`, laid out like the buffer."""
+    def shards(self, flat: Tensor) -> Iterator[tuple[ParameterShard, Tensor]]:
+        """Each shard of a global tensor with its rectangle of `flat`, laid out like the buffer."""
         for slot in self.slots:
             local = slot.view(flat)
-            for piece in slot.parameter.pieces:
-                yield piece, piece.view(local)
+            for shard in slot.parameter.shards:
+                yield shard, shard.view(local)
 
-    def counted_runs(self) -> list[slice]:
-        """The parts of a flat tensor that this rank counts: the longest runs without a piece that
-        it does not. They hold padding too, where gradients are zero."""
+    def owned_runs(self) -> list[slice]:
+        """The parts of a flat tensor that this rank owns: the longest runs without a shard that it
+        does not. They hold padding too, where gradients are zero."""
         runs: list[slice] = []
         open_run = False
         for slot in self.slots:
             width = slot.parameter.shape[1:].numel()
-            for piece in slot.parameter.pieces:
-                start = slot.offset + piece.row * width
-                stop = start + piece.shape[0] * width
-                if piece.counted and start < stop:
+            for shard in slot.parameter.shards:
+                start = slot.offset + shard.row * width
+                stop = start + shard.shape[0] * width
+                if shard.owner and start < stop:
                     first = runs.pop().start if open_run else start
                     runs.append(slice(first, stop))
-                open_run = piece.counted if start < stop else open_run
+                open_run = shard.owner if start < stop else open_run
         return runs
 
     def publish_master(self) -> None:
@@ -95,7 +96,7 @@ class ParameterBuffer:
 
 
 def build_buffers(
-    stages: Iterable[nn.Module], *, main_dtype: torch.dtype, data_size: int
+    stages: Iterable[nn.Module], *, main_dtype: torch.dtype, replicas: int
 ) -> list[ParameterBuffer]:
     """Move all parameters of this rank's stages into buffers: decayed ones, then the others.
 
@@ -106,7 +107,7 @@ def build_buffers(
         unique.update(dict.fromkeys(sharded_parameters(stage)))
     groups = [[p for p in unique if p.decay], [p for p in unique if not p.decay]]
     return [
-        ParameterBuffer(group, main_dtype=main_dtype, data_size=data_size)
+        ParameterBuffer(group, main_dtype=main_dtype, replicas=replicas)
         for group in groups
         if group
     ]

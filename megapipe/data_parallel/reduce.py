@@ -6,36 +6,33 @@ import torch
 from torch import Tensor
 
 from megapipe.data_parallel.buffer import ParameterBuffer
-from megapipe.distributed.mesh import Axis
+from megapipe.distributed.mesh import Axis, Mesh
 from megapipe.kernels import Backend, grad_norm
+from megapipe.layout.parameters import SumGroup
 from megapipe.tensor_parallel.collectives import all_reduce_, start_all_reduce
 
 BUCKET_ELEMENTS = 32 * 1024 * 1024
-"""Elements per all-reduce over the data axis (128 MiB in float32)."""
+"""Elements per all-reduce over the replicas (128 MiB in float32)."""
 
 
-def reduce_gradients(buffers: Sequence[ParameterBuffer], data: Axis) -> None:
+def reduce_gradients(buffers: Sequence[ParameterBuffer], mesh: Mesh) -> None:
     """Complete the gradients after a step's last microbatch.
 
-    Phase 1: sum pieces whose gradients are partial within the replica (norms under sequence
+    Phase 1: sum shards whose gradients are partial within the replica (norms under sequence
     parallelism, copies of key/value heads, tied embeddings), one collective for each set of ranks.
-    Phase 2: sum each buffer over the data axis in buckets, all of them under way at once.
+    Phase 2: sum each buffer over the replicas in buckets, all of them under way at once.
     """
-    partial: dict[Axis, list[Tensor]] = {}
-    named = [
-        (piece.name, piece.sum_over, view)
-        for buffer in buffers
-        for piece, view in buffer.pieces(buffer.gradients)
-        if piece.sum_over is not None
-    ]
-    for _, axis, view in sorted(named, key=lambda entry: entry[0]):
-        assert axis is not None
-        partial.setdefault(axis, []).append(view)
-    for axis in sorted(partial, key=lambda axis: axis.name):
-        _sum_together(partial[axis], axis)
+    partial: dict[SumGroup, list[tuple[str, Tensor]]] = {}
+    for buffer in buffers:
+        for shard, view in buffer.shards(buffer.gradients):
+            if shard.sum_over is not None:
+                partial.setdefault(shard.sum_over, []).append((shard.name, view))
+    for group in sorted(partial):  # as on every rank of each group, so that none waits for another
+        named = sorted(partial[group], key=lambda entry: entry[0])
+        _sum_together([view for _, view in named], mesh.sum_axes[group])
 
     buckets = [b for buffer in buffers for b in buffer.gradients.split(BUCKET_ELEMENTS)]
-    for pending in [start_all_reduce(bucket, data) for bucket in buckets]:
+    for pending in [start_all_reduce(bucket, mesh.batch) for bucket in buckets]:
         pending.wait()
 
 
@@ -50,20 +47,20 @@ def _sum_together(views: Sequence[Tensor], axis: Axis) -> None:
 
 
 def local_squared_norm(buffers: Sequence[ParameterBuffer], backend: Backend) -> Tensor:
-    """Sum of squares of the gradients that this rank counts, as a float64 scalar.
+    """Sum of squares of the gradients of the shards that this rank owns, as a float64 scalar.
 
     Added up over a replica's ranks this is the squared global norm: each rectangle of a global
-    tensor is counted on one rank, however many hold a copy of it; padding is zero.
+    tensor has one owner, however many ranks hold a copy of it; padding is zero.
     """
     if backend == "triton":
-        parts = [buffer.gradients[run] for buffer in buffers for run in buffer.counted_runs()]
+        parts = [buffer.gradients[run] for buffer in buffers for run in buffer.owned_runs()]
         squares = [grad_norm(part, backend=backend)[0] for part in parts]
     else:
         views = [
             view
             for buffer in buffers
-            for piece, view in buffer.pieces(buffer.gradients)
-            if piece.counted and view.numel() > 0
+            for shard, view in buffer.shards(buffer.gradients)
+            if shard.owner and view.numel() > 0
         ]
         norms = torch._foreach_norm(views) if views else ()
         squares = [torch.stack(norms).double().square().sum()] if norms else []

@@ -1,24 +1,26 @@
-"""The mesh: which rank stands where on the pipeline, data and tensor axes.
+"""The mesh: where a rank stands on the axes of a layout, and whom it communicates with there.
 
 A mesh is built once and passed down; nothing here is global, and two meshes can live in one
 process. An axis of size one exists like any other and its collectives cost nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from itertools import product
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
+from megapipe.config.axes import Splits
 from megapipe.distributed.rank_group import RankGroup
 from megapipe.distributed.shared_memory.collectives import (
     SharedMemoryCollectives,
     connect_collectives,
 )
+from megapipe.layout.axes import Axes
+from megapipe.layout.parameters import SumGroup
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """For one operation: the ranks of a large model may wait for a slow disk together."""
@@ -60,33 +62,45 @@ class Axis:
 
 @dataclass(frozen=True)
 class Mesh:
-    """Where one rank stands. Ranks count tensor first, then data, then pipeline.
+    """Where one rank stands on the axes of a layout, and the groups of ranks that it belongs to.
 
-    `replica` holds the ranks that share a data index: together they own one copy of the model and
-    read one share of each batch. `world` holds all ranks.
+    `parts` has an Axis for each axis of the layout. `batch` joins the ranks that read different
+    samples of a global batch, over which whole gradients are summed; `model_parallel` those that
+    share a batch index: together they own one copy of the model and read one share of each batch.
+    `world` holds all ranks.
     """
 
     device: torch.device
-    pipeline: Axis
-    data: Axis
-    tensor: Axis
-    replica: Axis
+    axes: Axes
+    parts: Mapping[str, Axis]
+    batch: Axis
+    model_parallel: Axis
     world: Axis
-    device_mesh: DeviceMesh | None = None
+    sum_axes: dict[SumGroup, Axis] = field(default_factory=dict, compare=False, repr=False)
+    """This rank's groups that add up partial gradients of shards, made by `connect_sum_groups`."""
     split_groups: list[dist.ProcessGroup] = field(default_factory=list, compare=False, repr=False)
     """This rank's groups that `split` has made."""
 
     @staticmethod
     def single(device: torch.device) -> "Mesh":
         """The mesh of one process: every axis has size one and no process group is needed."""
+        axes = Axes.of()
         return Mesh(
             device,
-            pipeline=Axis("pipeline"),
-            data=Axis("data"),
-            tensor=Axis("tensor"),
-            replica=Axis("replica"),
+            axes,
+            parts={name: Axis(name) for name in axes.names},
+            batch=Axis("batch"),
+            model_parallel=Axis("model_parallel"),
             world=Axis("world"),
         )
+
+    @property
+    def pipeline(self) -> Axis:
+        return self.parts["pipeline"]
+
+    @property
+    def tensor(self) -> Axis:
+        return self.parts["tensor"]
 
     @property
     def rank(self) -> int:
@@ -99,7 +113,7 @@ class Mesh:
     @property
     def groups(self) -> list[dist.ProcessGroup]:
         """Each process group of this rank once."""
-        axes = (self.pipeline, self.data, self.tensor, self.replica, self.world)
+        axes = (*self.parts.values(), self.batch, self.model_parallel, self.world)
         own = [axis.group for axis in axes if axis.group is not None]
         return list(dict.fromkeys([*own, *self.split_groups]))
 
@@ -110,28 +124,42 @@ class Mesh:
             self.split_groups.append(axis.group)
         return axis
 
-    def global_rank(self, pipeline: int, data: int, tensor: int) -> int:
-        return (pipeline * self.data.size + data) * self.tensor.size + tensor
+    def connect_sum_groups(self, groups: Sequence[SumGroup]) -> None:
+        """Make what `sum_axes` lacks of these groups: the layout's, the same on every rank.
+
+        Collective. A group that is a whole axis is that axis.
+        """
+        for group in groups:
+            if group in self.sum_axes:
+                continue
+            name = " ".join(f"{axis} {list(places)}" for axis, places in group)
+            whole = [axis for axis, places in group if len(places) == self.axes.size(axis)]
+            if len(group) == len(whole) == 1:
+                self.sum_axes[group] = self.parts[whole[0]]
+            else:
+                self.sum_axes[group] = self.split(name, self.axes.subgroups(dict(group)))
+
+    @property
+    def leads_stages(self) -> bool:
+        """It is the first of the ranks that compute the same stages."""
+        others = set(self.axes.names) - set(self.axes.that_split(Splits.STAGES))
+        return all(self.parts[name].is_first for name in others)
 
     def describe(self) -> str:
-        return (
-            f"rank {self.rank} (pipeline {self.pipeline.rank}, data {self.data.rank}, "
-            f"tensor {self.tensor.rank})"
-        )
+        """`rank 3 (pipeline 1, data 0, tensor 1)`."""
+        return self.axes.describe(self.rank)
 
 
-def build_mesh(*, pipeline: int, data: int, tensor: int, device: torch.device) -> Mesh:
-    """Arrange the default process group's ranks as pipeline x data x tensor.
+def build_mesh(axes: Axes, device: torch.device) -> Mesh:
+    """Arrange the default process group's ranks along the axes of a layout.
 
-    Collective: every rank of the world calls it. With a product of one no process group is needed.
+    Collective: every rank of the world calls it. With a world of one no process group is needed.
     """
-    sizes = (pipeline, data, tensor)
-    world_size = pipeline * data * tensor
-    if world_size == 1:
+    if axes.world_size == 1:
         return Mesh.single(device)
-    assert dist.get_world_size() == world_size, (dist.get_world_size(), sizes)
+    assert dist.get_world_size() == axes.world_size, (dist.get_world_size(), axes)
     device_mesh = init_device_mesh(
-        device.type, sizes, mesh_dim_names=("pipeline", "data", "tensor")
+        device.type, tuple(axes.sizes.values()), mesh_dim_names=axes.names
     )
 
     def axis(name: str) -> Axis:
@@ -142,18 +170,17 @@ def build_mesh(*, pipeline: int, data: int, tensor: int, device: torch.device) -
             set_group_timeout(group, COLLECTIVE_TIMEOUT)
         return Axis(name, ranks, part.get_local_rank(), group)
 
-    replicas = [
-        [(p * data + d) * tensor + t for p, t in product(range(pipeline), range(tensor))]
-        for d in range(data)
-    ]
+    parts = {name: axis(name) for name in axes.names}
+    parts["tensor"] = _share_memory(parts["tensor"], device)
+    batch = axes.that_split(Splits.SAMPLES)
+    others = [name for name in axes.names if name not in batch]
     return Mesh(
         device=device,
-        pipeline=axis("pipeline"),
-        data=axis("data"),
-        tensor=_share_memory(axis("tensor"), device),
-        replica=split_world("replica", replicas),
-        world=Axis("world", tuple(range(world_size)), dist.get_rank(), dist.group.WORLD),
-        device_mesh=device_mesh,
+        axes=axes,
+        parts=parts,
+        batch=parts[batch[0]] if len(batch) == 1 else split_world("batch", axes.groups(*batch)),
+        model_parallel=split_world("model_parallel", axes.groups(*others)),
+        world=Axis("world", tuple(range(axes.world_size)), dist.get_rank(), dist.group.WORLD),
     )
 
 

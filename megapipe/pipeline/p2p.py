@@ -145,11 +145,7 @@ def pair_groups(mesh: Mesh) -> dict[Pair, dist.ProcessGroup]:
     """A process group of two for each channel that this rank has an end of. Collective."""
     groups = {}
     for source, destination in ring_pairs(mesh.pipeline.size):
-        pairs = [
-            [mesh.global_rank(pipeline, data, tensor) for pipeline in (source, destination)]
-            for data in range(mesh.data.size)
-            for tensor in range(mesh.tensor.size)
-        ]
+        pairs = mesh.axes.subgroups({"pipeline": (source, destination)})
         group = mesh.split(f"pipeline_{source}_to_{destination}", pairs).group
         if group is not None:
             groups[source, destination] = group

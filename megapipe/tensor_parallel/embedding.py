@@ -7,25 +7,7 @@ from torch import Tensor, nn
 
 from megapipe.distributed.mesh import Axis
 from megapipe.tensor_parallel.collectives import all_gather, sum_partial
-from megapipe.tensor_parallel.parameter import Piece, ShardedParameter
-from megapipe.tensor_parallel.vocabulary import vocabulary_rows
-
-
-def vocabulary_parameter(
-    name: str,
-    vocab_size: int,
-    hidden_size: int,
-    *,
-    tensor: Axis,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> ShardedParameter:
-    """This rank's [rows, hidden] of a [vocab, hidden] weight; the last may be part padding."""
-    rows = vocabulary_rows(vocab_size, tensor.size)
-    start = min(rows * tensor.rank, vocab_size)
-    own = min(rows, vocab_size - start)
-    piece = Piece(name, (vocab_size, hidden_size), (start, 0), (own, hidden_size))
-    return ShardedParameter((rows, hidden_size), (piece,), decay=True, dtype=dtype, device=device)
+from megapipe.tensor_parallel.parameter import ShardedParameter
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -34,21 +16,9 @@ class VocabParallelEmbedding(nn.Module):
     Under sequence parallelism the sum is scattered, so each rank gets its part of the sequence.
     """
 
-    def __init__(
-        self,
-        name: str,
-        vocab_size: int,
-        hidden_size: int,
-        *,
-        tensor: Axis,
-        sequence_parallel: bool,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, weight: ShardedParameter, *, tensor: Axis, sequence_parallel: bool) -> None:
         super().__init__()
-        self.weight = vocabulary_parameter(
-            name, vocab_size, hidden_size, tensor=tensor, dtype=dtype, device=device
-        )
+        self.weight = weight
         self.tensor = tensor
         self.sequence_parallel = sequence_parallel
 

@@ -9,8 +9,6 @@ sees only the input gradient. The parameter is kept on ctx because under activat
 `saved_tensors` returns another tensor, whose `main_grad` would be lost.
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,40 +25,29 @@ from megapipe.tensor_parallel.collectives import (
     start_reduce_scatter,
     sum_partial,
 )
-from megapipe.tensor_parallel.parameter import Piece, ShardedParameter
+from megapipe.tensor_parallel.parameter import ShardedParameter
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 
 
 class ColumnParallelLinear(nn.Module):
-    """[S_local, B, in] -> [S, B, local out]: several stacked global weights in one matmul.
+    """[S_local, B, in] -> [S, B, local out]: one or more stacked global weights in one matmul.
 
-    `pieces` are this rank's rows of one or more [out, in] weights (query, key and value, say); with
-    `bias` each gets a bias of the name with `.bias` for `.weight`. Under sequence parallelism the
-    input is this rank's part of the sequence and is gathered here.
+    `weight` holds this rank's rows of [out, in] weights (query, key and value, say). Under sequence
+    parallelism the input is this rank's part of the sequence and is gathered here.
     """
 
     def __init__(
         self,
-        in_features: int,
-        pieces: Sequence[Piece],
+        weight: ShardedParameter,
+        bias: ShardedParameter | None,
         *,
-        bias: bool,
         tensor: Axis,
         sequence_parallel: bool,
         store: WeightGradStore,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         super().__init__()
-        stacked = _stack(pieces)
-        rows = sum(piece.shape[0] for piece in stacked)
-        self.weight = ShardedParameter(
-            (rows, in_features), stacked, decay=True, dtype=dtype, device=device
-        )
-        self.bias = None
-        if bias:
-            biases = tuple(_bias_piece(piece) for piece in stacked)
-            self.bias = ShardedParameter((rows,), biases, decay=False, dtype=dtype, device=device)
+        self.weight = weight
+        self.bias = bias
         self.tensor = tensor
         self.sequence_parallel = sequence_parallel
         self.store = store
@@ -80,38 +67,23 @@ class ColumnParallelLinear(nn.Module):
 class RowParallelLinear(nn.Module):
     """[S, B, local in] -> [S_local, B, out], summed over tensor ranks.
 
-    Under sequence parallelism the sum is scattered along the sequence, and the bias, added to the
-    scattered part, has a partial gradient on each rank.
+    `weight` holds this rank's columns of an [out, in] weight. Under sequence parallelism the sum is
+    scattered along the sequence, and the bias, added to the scattered part, has a partial gradient
+    on each rank.
     """
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        name: str,
+        weight: ShardedParameter,
+        bias: ShardedParameter | None,
         *,
-        bias: bool,
         tensor: Axis,
         sequence_parallel: bool,
         store: WeightGradStore,
-        dtype: torch.dtype,
-        device: torch.device,
     ) -> None:
         super().__init__()
-        local = in_features // tensor.size
-        shape = (out_features, local)
-        piece = Piece(name, (out_features, in_features), (0, local * tensor.rank), shape)
-        self.weight = ShardedParameter(shape, (piece,), decay=True, dtype=dtype, device=device)
-        self.bias = None
-        if bias:
-            self.bias = replicated_parameter(
-                name.removesuffix(".weight") + ".bias",
-                (out_features,),
-                tensor=tensor,
-                partial_gradient=sequence_parallel,
-                dtype=dtype,
-                device=device,
-            )
+        self.weight = weight
+        self.bias = bias
         self.tensor = tensor
         self.sequence_parallel = sequence_parallel
         self.store = store
@@ -135,50 +107,6 @@ def column_parallel_linear(
     """The function of `ColumnParallelLinear`, for weights that another layer owns (tied heads)."""
     y: Tensor = _ColumnParallel.apply(x, weight, bias, tensor, sequence_parallel, store)
     return y
-
-
-def replicated_parameter(
-    name: str,
-    shape: tuple[int, ...],
-    *,
-    tensor: Axis,
-    partial_gradient: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-    decay: bool = False,
-) -> ShardedParameter:
-    """A whole global tensor on every tensor rank.
-
-    `partial_gradient`: each rank sees only part of the sequence or of the heads, so the gradients
-    must be summed; else all ranks compute the same gradient.
-    """
-    piece = Piece(
-        name,
-        global_shape=shape,
-        start=(0,) * len(shape),
-        shape=shape,
-        sum_over=tensor if partial_gradient and tensor.size > 1 else None,
-        counted=tensor.is_first,
-    )
-    return ShardedParameter(shape, (piece,), decay=decay, dtype=dtype, device=device)
-
-
-def _stack(pieces: Sequence[Piece]) -> tuple[Piece, ...]:
-    stacked, row = [], 0
-    for piece in pieces:
-        stacked.append(replace(piece, row=row))
-        row += piece.shape[0]
-    return tuple(stacked)
-
-
-def _bias_piece(piece: Piece) -> Piece:
-    return replace(
-        piece,
-        name=piece.name.removesuffix(".weight") + ".bias",
-        global_shape=piece.global_shape[:1],
-        start=piece.start[:1],
-        shape=piece.shape[:1],
-    )
 
 
 class _ColumnParallel(torch.autograd.Function):

@@ -1,64 +1,42 @@
 """Parameters that know which part of which global tensor they hold."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from megapipe.distributed.mesh import Axis
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A rectangle of a global tensor, held in some rows of a local parameter.
-
-    Rows `row .. row + shape[0]` of the parameter (all its columns) are the rectangle that begins
-    at `start` of the global tensor `name`. Rows that belong to no piece are padding.
-
-    `sum_over` names the ranks whose gradients of this rectangle are partial and must be summed;
-    None means that the local gradient is complete (in this data-parallel replica). `counted` is
-    true on one holder of each rectangle: who counts it in norms and saves it.
-    """
-
-    name: str
-    global_shape: tuple[int, ...]
-    start: tuple[int, ...]
-    shape: tuple[int, ...]
-    row: int = 0
-    sum_over: Axis | None = None
-    counted: bool = True
-
-    def view(self, local: Tensor) -> Tensor:
-        """The rectangle within `local`, a tensor shaped like the parameter."""
-        return local.narrow(0, self.row, self.shape[0])
+from megapipe.layout.parameters import ParameterShard
 
 
 class ShardedParameter(nn.Parameter):
-    """A local parameter made of pieces of global tensors.
+    """A local parameter made of shards of global tensors, stacked along its rows.
 
-    `main_grad` is the float32 (float64 in proofs) buffer in which its gradient accumulates over
-    microbatches; `attach_main_grad` sets it, and no `.grad` is kept.
+    `main_grad` is the float32 (float64 in equivalence checks) buffer in which its gradient
+    accumulates over microbatches; `attach_main_grad` sets it, and no `.grad` is kept.
     """
 
-    pieces: tuple[Piece, ...]
+    shards: tuple[ParameterShard, ...]
     decay: bool
     main_grad: Tensor
 
     def __new__(
         cls,
-        shape: tuple[int, ...],
-        pieces: tuple[Piece, ...],
+        shards: tuple[ParameterShard, ...],
         *,
-        decay: bool,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> "ShardedParameter":
-        data = torch.zeros(shape, dtype=dtype, device=device)
+        rows = sum(shard.rows for shard in shards)
+        data = torch.zeros((rows, *shards[0].shape[1:]), dtype=dtype, device=device)
         self: ShardedParameter = super().__new__(cls, data, True)
-        self.pieces = pieces
-        self.decay = decay
+        stacked, row = [], 0
+        for shard in shards:
+            stacked.append(replace(shard, row=row))
+            row += shard.rows
+        self.shards = tuple(stacked)
+        (self.decay,) = {shard.spec.decay for shard in shards}
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -74,9 +52,42 @@ class ShardedParameter(nn.Parameter):
         self.main_grad = buffer
         self.register_post_accumulate_grad_hook(_move_to_main_grad)
 
-    def retarget(self, *, sum_over: Axis | None, counted: bool) -> None:
-        """Make each piece one of several copies, whose gradients are summed over `sum_over`."""
-        self.pieces = tuple(replace(p, sum_over=sum_over, counted=counted) for p in self.pieces)
+
+class StageParameters:
+    """The parameters of a stage on this rank, which its layers ask for by name.
+
+    `shards` are those of the layout; `made` are parameters that other stages of the rank have made:
+    one that two of them use (a tied embedding) is one tensor.
+    """
+
+    def __init__(
+        self,
+        shards: Mapping[str, ParameterShard],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        made: Mapping[str, ShardedParameter] | None = None,
+    ) -> None:
+        self._shards = shards
+        self._dtype, self._device = dtype, device
+        self.made = {name: one for name, one in (made or {}).items() if name in shards}
+
+    def get(self, *names: str) -> ShardedParameter:
+        """The local parameter that holds these shards, stacked; made at the first call."""
+        if names[0] not in self.made:
+            shards = tuple(self._shards[name] for name in names)
+            parameter = ShardedParameter(shards, dtype=self._dtype, device=self._device)
+            self.made |= dict.fromkeys(names, parameter)
+        return self.made[names[0]]
+
+    def find(self, *names: str) -> ShardedParameter | None:
+        """As `get`; None where the model has no such parameters (biases)."""
+        return self.get(*names) if names[0] in self._shards else None
+
+    @property
+    def missing(self) -> list[str]:
+        """The names of those that no layer has asked for."""
+        return [name for name in self._shards if name not in self.made]
 
 
 def sharded_parameters(module: nn.Module) -> Iterator[ShardedParameter]:

@@ -18,25 +18,18 @@ import torch
 
 from megapipe.config import Config
 from megapipe.config.save import write_text
+from megapipe.data.synthetic import synthetic_microbatch
 from megapipe.data_parallel.buffer import build_buffers
 from megapipe.distributed.mesh import Mesh
 from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import MegapipeError, ScheduleError
+from megapipe.layout.family import ModelFamily
+from megapipe.layout.layout import Layout, resolve
+from megapipe.layout.program import PROGRAM_FILE, byte_limit, looped, microbatch_limit
 from megapipe.microbatch import MicroBatch
 from megapipe.pipeline.costs import read_costs
 from megapipe.pipeline.measure import activation_bytes, measure_latency, measure_stages
 from megapipe.pipeline.p2p import Channels
-from megapipe.pipeline.program import (
-    PROGRAM_FILE,
-    boundary_bytes,
-    byte_limit,
-    hidden_shape,
-    looped,
-    microbatch_limit,
-    microbatches,
-    training_program,
-    with_program,
-)
 from megapipe.pipeline.schedule import Costs, to_csv
 from megapipe.pipeline.schedule.fitting import check_limit
 from megapipe.pipeline.schedule.limit import Limit
@@ -44,8 +37,8 @@ from megapipe.pipeline.schedule.search import search
 from megapipe.pipeline.schedule.search.reason import report, seconds, summary
 from megapipe.pipeline.schedule.stored import UnfitProgramError
 from megapipe.precision import PRECISIONS
-from megapipe.train.engine import BuildStages, Engine
-from megapipe.train.proof import synthetic_microbatch
+from megapipe.stage import build_stages
+from megapipe.train.engine import Engine
 from megapipe.train.run_directory import RunLock
 
 REPLACED_FILE = "schedule-replaced.csv"
@@ -58,30 +51,30 @@ SHARED_WITHIN = 30.0
 Say = Callable[[str], None]
 
 
-def settle_program(
+def settle_layout(
     config: Config,
+    family: ModelFamily,
     mesh: Mesh,
     channels: Channels,
-    build_stages: BuildStages,
     lock: RunLock,
     say: Say,
-) -> Config:
-    """The config with its program, where that comes from a file: read once, for all that follows.
+) -> Layout:
+    """The layout of a run on the ranks of the mesh, with its program.
 
-    For schedule auto it is that of the run directory if it fits, or else a new one, which is the
-    same for all ranks and stays this run's: the directory is locked. Collective. Raises
+    For schedule auto that is the one of the run directory if it fits, or else a new one, which is
+    the same for all ranks and stays this run's: the directory is locked. Collective. Raises
     MegapipeError for a limit that nothing keeps, for a damaged file, and for a run directory that
     another run writes to or that ranks don't share.
     """
     if config.parallel.schedule != "auto":
-        return with_program(config)
+        return resolve(config, mesh.axes, family)
     lock.take()
     ranks = mesh.world.rank_group
     file = Path(config.train.run_dir) / PROGRAM_FILE
     content = _shared_content(file, ranks)
     if content is not None:
         try:
-            settled = with_program(config, content)
+            settled = resolve(config, mesh.axes, family, content)
         except UnfitProgramError as error:
             say(
                 f"The program of an earlier start is kept as {REPLACED_FILE}, and won't do: {error}"
@@ -92,25 +85,29 @@ def settle_program(
                 "is searched for anew"
             )
             return settled
-    costs, sizes = _costs(config, mesh, channels, build_stages)
-    for line in ranks.from_first(lambda: _choose(config, costs, sizes, file)):
+    measured = resolve(looped(config), mesh.axes, family)
+    costs, sizes = _costs(config, measured, mesh, channels)
+    lines = ranks.from_first(lambda: _choose(config, measured.microbatches, costs, sizes, file))
+    for line in lines:
         say(line)
-    return with_program(config, _shared_content(file, ranks))
+    return resolve(config, mesh.axes, family, _shared_content(file, ranks))
 
 
-def check_activation_bytes(config: Config, engine: Engine) -> None:
-    """Hold the program against a parallel.activation_limit in bytes. Collective.
+def check_activation_bytes(engine: Engine) -> None:
+    """Compare the program with a parallel.activation_limit in bytes. Collective.
 
     Raises ScheduleError, on all ranks, where a rank would hold more.
     """
+    layout, config = engine.layout, engine.config
     most = byte_limit(config)
     if most is None:
         return
-    own = _own_bytes(config, engine.mesh, dict(engine.stages))
-    limit = Limit.in_bytes(most, _by_stage(config, engine.mesh.world.rank_group.all_gather(own)))
-    program, name = training_program(config), config.parallel.schedule
+    own = _own_bytes(layout, engine.mesh, engine.stages)
+    gathered = engine.mesh.world.rank_group.all_gather(own)
+    limit = Limit.in_bytes(most, _by_stage(layout, gathered))
+    name = config.parallel.schedule
     try:
-        check_limit(name, program, limit, virtual=config.parallel.virtual)
+        check_limit(name, layout.program.compute, limit, virtual=config.parallel.virtual)
     except ScheduleError as error:
         if name != "auto":
             raise
@@ -122,48 +119,45 @@ def check_activation_bytes(config: Config, engine: Engine) -> None:
 
 
 def _costs(
-    config: Config, mesh: Mesh, channels: Channels, build_stages: BuildStages
+    config: Config, layout: Layout, mesh: Mesh, channels: Channels
 ) -> tuple[Costs, list[float]]:
     """What stages take, and bytes of activations of each, the same on all ranks.
 
-    The stages are built for this alone, placed looped (what a stage takes does not depend on where
-    it is) and given up again before the run builds its own.
+    The stages are built for this alone, placed looped as in `layout` (what a stage takes does not
+    depend on where it is) and given up again before the run builds its own.
     """
     ranks = mesh.world.rank_group
     from_file = config.parallel.stage_costs
     if from_file is not None:
-        stages = config.parallel.pipeline * config.parallel.virtual
-        size = boundary_bytes(config)
+        stages, size = len(layout.stages), layout.boundary_bytes
         costs = ranks.from_first(lambda: astuple(read_costs(from_file, stages, size)))
         if byte_limit(config) is None:
             return Costs(*costs), []
-    own = _measure(config, mesh, channels, build_stages)
+    own = _measure(layout, mesh, channels)
     gc.collect()  # the run builds its stages where these were
     if mesh.device.type == "cuda":
         torch.cuda.empty_cache()
     gathered = ranks.all_gather(own)
-    sizes = _by_stage(config, [rank["bytes"] for rank in gathered])
+    sizes = _by_stage(layout, [rank["bytes"] for rank in gathered])
     if from_file is not None:
         return Costs(*costs), sizes
     forward, backward_input, backward_weight = (
-        _by_stage(config, [rank[kind] for rank in gathered]) for kind in ("F", "I", "W")
+        _by_stage(layout, [rank[kind] for rank in gathered]) for kind in ("F", "I", "W")
     )
     latency = max(rank["latency"] for rank in gathered)
     return Costs(forward, backward_input, backward_weight, latency), sizes
 
 
-def _measure(
-    config: Config, mesh: Mesh, channels: Channels, build_stages: BuildStages
-) -> dict[str, object]:
+def _measure(layout: Layout, mesh: Mesh, channels: Channels) -> dict[str, object]:
     """This rank's measurements, as JSON: by kind, what each stage takes under its number."""
-    stages = dict(build_stages(looped(config), mesh))
+    stages = build_stages(layout, mesh)
     build_buffers(
         stages.values(),
-        main_dtype=PRECISIONS[config.train.precision].main_dtype,
-        data_size=mesh.data.size,
+        main_dtype=PRECISIONS[layout.config.train.precision].main_dtype,
+        replicas=mesh.batch.size,
     )
-    hidden, batch = _hidden(config, mesh), _batch(config, mesh)
-    found: dict[str, object] = {"bytes": _own_bytes(config, mesh, stages)}
+    hidden, batch = _hidden(layout, mesh), _batch(layout, mesh)
+    found: dict[str, object] = {"bytes": _own_bytes(layout, mesh, stages)}
     mesh.world.rank_group.all_gather(None)  # all ranks begin at the same time
     times = measure_stages(stages, batch, hidden)
     for index, kind in enumerate(("F", "I", "W")):
@@ -172,35 +166,37 @@ def _measure(
     return found
 
 
-def _own_bytes(config: Config, mesh: Mesh, stages: dict[int, torch.nn.Module]) -> dict[str, float]:
-    sizes = activation_bytes(stages, _batch(config, mesh), _hidden(config, mesh))
+def _own_bytes(layout: Layout, mesh: Mesh, stages: dict[int, torch.nn.Module]) -> dict[str, float]:
+    sizes = activation_bytes(stages, _batch(layout, mesh), _hidden(layout, mesh))
     return {str(stage): float(size) for stage, size in sizes.items()}
 
 
-def _hidden(config: Config, mesh: Mesh) -> torch.Tensor:
-    dtype = PRECISIONS[config.train.precision].model_dtype
-    return torch.empty(hidden_shape(config), dtype=dtype, device=mesh.device)
+def _hidden(layout: Layout, mesh: Mesh) -> torch.Tensor:
+    dtype = PRECISIONS[layout.config.train.precision].model_dtype
+    return torch.empty(layout.hidden_shape, dtype=dtype, device=mesh.device)
 
 
-def _batch(config: Config, mesh: Mesh) -> MicroBatch:
-    samples = list(range(config.train.micro_batch_size))
-    return synthetic_microbatch(config, samples, mesh.device)
+def _batch(layout: Layout, mesh: Mesh) -> MicroBatch:
+    samples = list(range(layout.config.train.micro_batch_size))
+    return synthetic_microbatch(layout.config, samples, mesh.device)
 
 
-def _by_stage(config: Config, sizes: list[dict[str, float]]) -> list[float]:
+def _by_stage(layout: Layout, sizes: list[dict[str, float]]) -> list[float]:
     """The most that any rank says of each stage: replicas and tensor ranks wait for the slowest."""
-    stages = range(config.parallel.pipeline * config.parallel.virtual)
-    return [max(rank[str(stage)] for rank in sizes if str(stage) in rank) for stage in stages]
+    stages = (str(stage.number) for stage in layout.stages)
+    return [max(rank[stage] for rank in sizes if stage in rank) for stage in stages]
 
 
 # --- Choosing ------------------------------------------------------------------------------------
 
 
-def _choose(config: Config, costs: Costs, sizes: list[float], file: Path) -> list[str]:
+def _choose(
+    config: Config, microbatches: int, costs: Costs, sizes: list[float], file: Path
+) -> list[str]:
     """Search, and write program and reason; returns lines for people. On rank 0."""
     parallel = config.parallel
     limit, written = _limit(config, sizes)
-    found = search(parallel.pipeline, parallel.virtual, microbatches(config), costs, limit)
+    found = search(parallel.pipeline, parallel.virtual, microbatches, costs, limit)
     source = "measured at the start of the run"
     if parallel.stage_costs is not None:
         source = f"from {parallel.stage_costs} (parallel.stage_costs)"

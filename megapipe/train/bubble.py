@@ -1,6 +1,6 @@
 """The pipeline bubble of each step, measured and planned, without a collective of its own.
 
-Each pipeline rank (of data 0 and tensor 0) writes when its work began and ended, how long it
+Each pipeline rank (the first of those that share its stages) writes when its work began and ended, how long it
 worked, and the medians of its stages into slots of the step's one all-reduce. Times count from the
 end of the all-reduce before, which all ranks leave within a fraction of a millisecond of each other
 (so the first step of a start has no bubble).
@@ -46,7 +46,7 @@ class BubbleMeter(StepPart):
 
         Reads the last run, so on a GPU it waits until the last action of the pipeline is done.
         """
-        if not (self._mesh.data.is_first and self._mesh.tensor.is_first):
+        if not self._mesh.leads_stages:
             return {}
         values = [0.0] * self._slots
         spans = [span for span in self._recorder.spans() if span.action.kind.computes]

@@ -100,12 +100,12 @@ class Checkpoints:
         return path
 
     def _shards(self) -> Iterator[Shard]:
-        """Every rectangle once: of the first replica, by the rank that counts it."""
-        if not self.mesh.data.is_first:
+        """Every rectangle once: of the first replica, by its owner."""
+        if not self.mesh.batch.is_first:
             return
-        for kind, piece, values in self.engine.optimizer.state():
-            if piece.counted and values.numel() > 0:
-                yield Shard(f"{kind}/{piece.name}", piece.global_shape, piece.start, values)
+        for kind, shard, values in self.engine.optimizer.state():
+            if shard.owner and values.numel() > 0:
+                yield Shard(f"{kind}/{shard.name}", shard.global_shape, shard.start, values)
 
     def restore(self) -> tuple[Progress, dict[str, Any] | None]:
         """Load what checkpoint.resume says; (progress, data state), or a fresh start and None.
@@ -156,12 +156,12 @@ class Checkpoints:
         return found.path
 
     def _load(self, path: Path) -> CheckpointReader:
-        """Fill every piece, copies included, then round the master weights into the model's."""
+        """Fill every shard, copies included, then round the master weights into the model's."""
         reader = open_checkpoint(path)
         state = list(self.engine.optimizer.state())
-        reader.require({f"{kind}/{piece.name}": piece.global_shape for kind, piece, _ in state})
-        for kind, piece, values in state:
-            values.copy_(reader.read(f"{kind}/{piece.name}", piece.start, piece.shape))
+        reader.require({f"{kind}/{shard.name}": shard.global_shape for kind, shard, _ in state})
+        for kind, shard, values in state:
+            values.copy_(reader.read(f"{kind}/{shard.name}", shard.start, shard.shape))
         self.engine.optimizer.steps = int(reader.state["optimizer_steps"])
         for buffer in self.engine.buffers:
             buffer.publish_master()

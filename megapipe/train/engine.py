@@ -1,38 +1,29 @@
 """One rank's share of a training step: its stages, buffers, optimizer and pipeline program."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from megapipe.config import Config
 from megapipe.data_parallel.buffer import build_buffers
 from megapipe.data_parallel.reduce import local_squared_norm, reduce_gradients
 from megapipe.distributed.mesh import COLLECTIVE_TIMEOUT, Mesh, set_group_timeout
 from megapipe.errors import MegapipeError
 from megapipe.kernel_choice import wanted_kernels
+from megapipe.layout.layout import Layout
 from megapipe.microbatch import IGNORED_TARGET, MicroBatch
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import Channels, make_channels
-from megapipe.pipeline.program import (
-    hidden_shape,
-    lowered_program,
-    microbatches,
-    stage_placement,
-    with_program,
-)
 from megapipe.pipeline.schedule import Program, forward_program, lower, validate
 from megapipe.pipeline.schedule.timeline import KEPT_STEPS
 from megapipe.precision import PRECISIONS
+from megapipe.stage import build_stages
 from megapipe.step_sums import Given, StepPart, StepSums, Totals
 from megapipe.train.optimizer import Optimizer
-
-BuildStages = Callable[[Config, Mesh], Mapping[int, nn.Module]]
-"""Makes this rank's stages, by stage number; the engine knows nothing else of the model."""
 
 
 class NonFiniteError(MegapipeError):
@@ -59,34 +50,27 @@ class Engine:
     what they should.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        mesh: Mesh,
-        build_stages: BuildStages,
-        channels: Channels | None = None,
-    ) -> None:
+    def __init__(self, layout: Layout, mesh: Mesh, channels: Channels | None = None) -> None:
         """`channels` are the mesh's where they have been made already."""
-        config = with_program(config)
-        self.config, self.mesh = config, mesh
-        self.stages = dict(sorted(build_stages(config, mesh).items()))
+        config = layout.config
+        self.layout, self.config, self.mesh = layout, config, mesh
+        self.stages = build_stages(layout, mesh)
         self.buffers = build_buffers(
             self.stages.values(),
             main_dtype=PRECISIONS[config.train.precision].main_dtype,
-            data_size=mesh.data.size,
+            replicas=mesh.batch.size,
         )
         self.backend = wanted_kernels(config, on_gpu=mesh.device.type == "cuda").kernels
         self.optimizer = Optimizer(self.buffers, config.optimizer, self.backend)
         self._channels = channels or make_channels(mesh)
         self._timeout = COLLECTIVE_TIMEOUT
-        placement = stage_placement(config)
-        self.program = lowered_program(config)
-        forwards = lower(forward_program(placement, microbatches(config)))
+        self.program = layout.lowered
+        forwards = lower(forward_program(layout.placement, layout.microbatches))
         validate(forwards)
         self._training = self._executor(self.program, kept_runs=KEPT_STEPS)
         self._validating = self._executor(forwards)
         self.recorder = self._training.recorder
-        self.holds_loss = len(placement) - 1 in self.stages
+        self.holds_loss = layout.stages[-1].number in self.stages
         self._parts: list[StepPart] = []
         self._step_sums = StepSums(mesh.device, mesh.world)
         self._validation_sums = StepSums(mesh.device, mesh.world)
@@ -100,13 +84,12 @@ class Engine:
         self._parts.append(part)
 
     def _executor(self, lowered: Program, kept_runs: int = 1) -> PipelineExecutor:
-        config = self.config
         return PipelineExecutor(
             lowered,
             self.stages,
             self._channels,
-            hidden_shape=hidden_shape(config),
-            dtype=PRECISIONS[config.train.precision].model_dtype,
+            hidden_shape=self.layout.hidden_shape,
+            dtype=PRECISIONS[self.config.train.precision].model_dtype,
             device=self.mesh.device,
             kept_runs=kept_runs,
         )
@@ -126,7 +109,7 @@ class Engine:
         """
         self.zero_gradients()
         losses = self._training.run(batches)
-        reduce_gradients(self.buffers, self.mesh.data)
+        reduce_gradients(self.buffers, self.mesh)
         result = self._result(self._reduce_step(losses, batches, ready))
         if not result.taken:
             return result
@@ -178,7 +161,7 @@ class Engine:
     ) -> Totals:
         given = self._loss_sums(losses, batches)
         norm = local_squared_norm(self.buffers, self.backend)
-        if self.mesh.data.is_first:  # all replicas have the same gradients by now
+        if self.mesh.batch.is_first:  # all replicas have the same gradients by now
             given["squared_norm"] = norm
         for part in self._parts:
             given.update(part.given())

@@ -85,7 +85,7 @@ def train(run: Run) -> Progress:
         if _due(progress.step, config.train.validation_every, last=config.train.steps):
             validation, failure = validation_loss(run)
         run.loggers.log(_metrics(run, progress, result, rate, seconds, waited, validation))
-        if run.engine.mesh.data.size > 1:  # one reader alone stops by itself, and names the row
+        if run.engine.mesh.batch.size > 1:  # one reader alone stops by itself, and names the row
             skipped = int(result.totals["skipped_rows"])
             failure = failure or too_many_bad_rows(skipped, config.data.max_bad_rows)
         if failure is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from megapipe.config import OptimizerConfig
 from megapipe.data_parallel.buffer import ParameterBuffer
 from megapipe.kernels import Backend, adamw_
-from megapipe.tensor_parallel.parameter import Piece
+from megapipe.layout.parameters import ParameterShard
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class Optimizer:
                 backend=self.backend,
             )
 
-    def state(self) -> Iterator[tuple[str, Piece, Tensor]]:
-        """(kind, piece, values): "weights" (the master copy) and both moments; values are views."""
+    def state(self) -> Iterator[tuple[str, ParameterShard, Tensor]]:
+        """(kind, shard, values): "weights" (the master copy) and both moments; values are views."""
         for buffer, moments in zip(self.buffers, self._moments, strict=True):
             for kind, flat in (
                 ("weights", buffer.master),
                 ("exp_avg", moments.exp_avg),
                 ("exp_avg_sq", moments.exp_avg_sq),
             ):
-                for piece, view in buffer.pieces(flat):
-                    yield kind, piece, view
+                for shard, view in buffer.shards(flat):
+                    yield kind, shard, view

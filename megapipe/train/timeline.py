@@ -61,7 +61,7 @@ class TimelineWriter:
         self._seen += step in self.steps
         if step != self.steps[-1] or self._seen == 0:
             return
-        if not (self._mesh.data.is_first and self._mesh.tensor.is_first):
+        if not self._mesh.leads_stages:
             return
         gathered = gather_steps(self._mesh, self._program, self._recorder, step, self._seen)
         if self._mesh.rank != 0:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from megapipe.tools.arguments import UsageError, check_output, path_argument, text_argument
+from megapipe.errors import UsageError
+from megapipe.tools.arguments import check_output, path_argument, text_argument
 from megapipe.tools.bench import BENCHES
 from megapipe.tools.cli import COMMANDS, main
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megapipe.kernels import UnsupportedError
-from megapipe.tools.arguments import UsageError
+from megapipe.errors import UsageError
 from megapipe.tools.bench import kernels, run
 from megapipe.tools.bench.kernels import (
     BASE,

@@ -15,7 +15,7 @@ from megapipe.errors import CheckpointError, MegapipeError
 from megapipe.models import load_pretrained
 from megapipe.models.pretrained import load_kept_tokenizer
 from megapipe.models.sampling import sample
-from megapipe.tools.arguments import UsageError
+from megapipe.errors import UsageError
 from megapipe.tools.cli import main
 from megapipe.tools.generate import run
 from tests.corpus import VOCABULARY

@@ -14,7 +14,7 @@ from megapipe.data.formats import DAMAGED, Raw, TextFile
 from megapipe.data.tokenizer import load_tokenizer
 from megapipe.errors import DataError, MegapipeError
 from megapipe.tools import tokenizer as tool
-from megapipe.tools.arguments import UsageError
+from megapipe.errors import UsageError
 from megapipe.tools.tokenizer import run
 from tests.corpus import VOCABULARY, write_text, write_tokenizer
 from tests.data.tokenizer_samples import byte_level, save, sentencepiece_model

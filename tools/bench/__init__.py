@@ -3,7 +3,8 @@
 import importlib
 from collections.abc import Callable, Sequence
 
-from megapipe.tools.arguments import UsageError, unknown_command
+from megapipe.errors import UsageError
+from megapipe.tools.arguments import unknown_command
 
 BENCHES = {
     "gpu": "the first minutes on a GPU: its tests, kernels and whole steps, in one table",

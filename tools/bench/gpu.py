@@ -19,8 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megapipe.errors import MegapipeError
-from megapipe.tools.arguments import Parser, UsageError, path_argument
+from megapipe.errors import MegapipeError, UsageError
+from megapipe.tools.arguments import Parser, path_argument
 from megapipe.tools.bench.gpu_table import print_table
 from megapipe.tools.bench.machine import compact_json, describe_machine
 

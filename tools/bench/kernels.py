@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megapipe.errors import UsageError
 from megapipe.models.presets import PRESETS
 from megapipe.precision import keep_sums_wide
-from megapipe.tools.arguments import Parser, UsageError, json_argument
+from megapipe.tools.arguments import Parser, json_argument
 from megapipe.tools.bench import kernels_elementwise, kernels_optimizer, kernels_products
 from megapipe.tools.bench.kernels_cases import (
     Case,

@@ -13,10 +13,10 @@ from contextlib import ExitStack
 from time import perf_counter
 from typing import Any, NamedTuple
 
-from megapipe.errors import MegapipeError, ScheduleError
+from megapipe.errors import MegapipeError, ScheduleError, UsageError
 from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.scratch import scratch_directory
-from megapipe.tools.arguments import Parser, UsageError, json_argument
+from megapipe.tools.arguments import Parser, json_argument
 from megapipe.tools.bench.crew import Crew
 from megapipe.tools.bench.machine import write_json
 from megapipe.tools.bench.pipeline_figures import Cell, Row, Steps, measured, print_table

@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megapipe.distributed.mesh import build_mesh
 from megapipe.errors import ScheduleError
+from megapipe.layout.axes import Axes
 from megapipe.microbatch import MicroBatch
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import Channels, make_channels
@@ -102,7 +103,7 @@ def main(spec: dict[str, Any]) -> None:
 
 
 def _megapipe(spec: dict[str, Any]) -> Callable[[dict[str, Any]], Runner]:
-    mesh = build_mesh(pipeline=spec["ranks"], data=1, tensor=1, device=torch.device("cpu"))
+    mesh = build_mesh(Axes.of(pipeline=spec["ranks"]), torch.device("cpu"))
     channels = make_channels(mesh)
     return lambda order: MegapipeRunner(order, spec, channels)
 

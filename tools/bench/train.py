@@ -25,13 +25,14 @@ from megapipe.config import (
     TrainConfig,
     dump_config,
 )
-from megapipe.errors import MegapipeError
+from megapipe.errors import MegapipeError, UsageError
+from megapipe.layout.world import resolve_axes
 from megapipe.models.flops import flops_per_token
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.pipeline.schedule.build import check_chunks
 from megapipe.scratch import scratch_directory
-from megapipe.tools.arguments import Parser, UsageError, json_argument
+from megapipe.tools.arguments import Parser, json_argument
 from megapipe.tools.bench.breakdown import Share, print_breakdown
 from megapipe.tools.bench.crew import Crew
 from megapipe.tools.bench.machine import describe_gpu, write_json
@@ -195,10 +196,9 @@ def _measure(options: Any, tokens: int) -> list[Result]:
     with ExitStack() as stack:
         folder = stack.enter_context(scratch_directory())
         for contender, layout in contenders:
-            parallel = read_layout(layout)
-            assert parallel.data is not None
-            ranks = parallel.tensor * parallel.pipeline * parallel.data
-            spec = {"contender": contender, "config": dump_config(_config(options, parallel))}
+            config = _config(options, read_layout(layout))
+            ranks = resolve_axes(config).world_size
+            spec = {"contender": contender, "config": dump_config(config)}
             crew = stack.enter_context(Crew(f"{contender} {layout}", ranks, spec, folder))
             crew.wait_until_ready()
             crew.step()

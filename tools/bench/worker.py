@@ -15,14 +15,15 @@ from typing import Any
 import torch
 
 from megapipe.config import Config, parse_config
-from megapipe.distributed.mesh import build_mesh
-from megapipe.models.build import build_stages
+from megapipe.data.synthetic import synthetic_tokens
+from megapipe.distributed.mesh import Mesh, build_mesh
+from megapipe.layout.layout import resolve
+from megapipe.models.gpt_family import FAMILY
 from megapipe.models.parameters import parameter_count
 from megapipe.precision import keep_sums_wide
 from megapipe.tools.bench.breakdown import profile_step
 from megapipe.tools.bench.serving import answer, join
 from megapipe.train.engine import Engine
-from megapipe.train.proof import synthetic_tokens
 
 Step = Callable[[int], float]
 """Takes the step of that number and returns its loss."""
@@ -64,16 +65,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _megapipe(config: Config, spec: dict[str, Any]) -> Step:
-    parallel = config.parallel
-    assert parallel.data is not None
-    join(spec, parallel.pipeline * parallel.data * parallel.tensor)
-    mesh = build_mesh(
-        pipeline=parallel.pipeline,
-        data=parallel.data,
-        tensor=parallel.tensor,
-        device=torch.device(config.train.device),
-    )
-    engine = Engine(config, mesh, build_stages)
+    layout = resolve(config, None, FAMILY)
+    join(spec, layout.axes.world_size)
+    mesh = build_mesh(layout.axes, torch.device(config.train.device))
+    engine = Engine(layout, mesh)
     tokens = synthetic_tokens(config)
 
     def step(number: int) -> float:
@@ -112,7 +107,7 @@ def _transformers(config: Config, spec: dict[str, Any]) -> Step:
         fused=True,
     )
     tokens = synthetic_tokens(config)
-    mesh = build_mesh(pipeline=1, data=1, tensor=1, device=device)
+    mesh = Mesh.single(device)
     count = train.global_batch_size // train.micro_batch_size
 
     def step(number: int) -> float:

@@ -13,7 +13,6 @@ from megapipe.pipeline.schedule.action import (
     from_csv,
     to_csv,
 )
-from megapipe.pipeline.schedule.balance import balance
 from megapipe.pipeline.schedule.buffers import assign_buffers
 from megapipe.pipeline.schedule.build import SCHEDULES, build_program, forward_program
 from megapipe.pipeline.schedule.critical_path import critical_path
@@ -31,7 +30,6 @@ __all__ = [
     "Span",
     "Timeline",
     "assign_buffers",
-    "balance",
     "build_program",
     "compute_only",
     "critical_path",

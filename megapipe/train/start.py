@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megapipe import __version__
 from megapipe.checkpoint.steps import step_name
-from megapipe.config import Config, ParallelConfig, check_layout, dump_config
+from megapipe.config import Config, dump_config
 from megapipe.data.distribute import ReplicaFeed
 from megapipe.data.tokenizer import load_tokenizer
 from megapipe.distributed.launcher import launch_local
@@ -31,31 +31,52 @@ from megapipe.distributed.rendezvous import (
     from_environment,
     init_process_group,
 )
-from megapipe.errors import ConfigError, MegapipeError, explained, lost_connection, rank_lost
+from megapipe.errors import (
+    ConfigError,
+    MegapipeError,
+    explained,
+    lost_connection,
+    rank_lost,
+    render,
+)
 from megapipe.kernel_choice import choose_kernels
-from megapipe.models.build import build_stages
-from megapipe.models.flops import flops_per_token
-from megapipe.models.parameters import parameter_count
+from megapipe.layout.axes import Axes
+from megapipe.layout.estimates import flops_per_token
+from megapipe.layout.family import ModelFamily
+from megapipe.layout.layout import Layout
+from megapipe.layout.world import resolve_axes, with_axes
 from megapipe.pipeline.p2p import make_channels
 from megapipe.pipeline.picture import require_matplotlib
-from megapipe.pipeline.program import stage_placement
+from megapipe.plan.dry_run import layout_lines
 from megapipe.precision import keep_sums_wide
-from megapipe.tools.cli import render
-from megapipe.tools.dry_run import layout_lines
-from megapipe.tools.environment import environment_lines
-from megapipe.tools.start_report import text_lines
-from megapipe.train.auto import check_activation_bytes, settle_program
+from megapipe.train.auto import check_activation_bytes, settle_layout
 from megapipe.train.bubble import BubbleMeter
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine
+from megapipe.train.environment import environment_lines
 from megapipe.train.loggers import Loggers
 from megapipe.train.loop import Run, train
 from megapipe.train.run_directory import RunLock, plan_start, write_config
 from megapipe.train.signals import StopRequest
+from megapipe.train.start_report import text_lines
 from megapipe.train.timeline import TimelineWriter
 
 
-def start(config: Config, config_path: str, overrides: Sequence[str]) -> int:
+@dataclass(frozen=True)
+class Start:
+    """What a user has asked for, the same for all ranks.
+
+    `config` names the size of every axis; `command` is how to ask for the same again.
+    """
+
+    config: Config
+    axes: Axes
+    family: ModelFamily
+    command: str
+    began: float
+
+
+def start(config: Config, family: ModelFamily, config_path: str, overrides: Sequence[str]) -> int:
     """Train in the job that this process belongs to, or in local ranks that it starts.
 
     Returns the exit status: 0 when train.steps are done; 128 + the signal's number when one asked
@@ -64,58 +85,42 @@ def start(config: Config, config_path: str, overrides: Sequence[str]) -> int:
     command = shlex.join(["megapipe", "train", config_path, *overrides])
     began = time.perf_counter()
     rendezvous = from_environment()
-    parallel = config.parallel
-    ranks = parallel.tensor * parallel.pipeline * (parallel.data or 1)
     if rendezvous is None:
-        rank_main = partial(run_rank, check_layout(config, ranks), command, began)
-        return launch_local(rank_main, ranks, partial(describe_rank, parallel))
+        axes = resolve_axes(config)
+        asked = Start(with_axes(config, axes), axes, family, command, began)
+        return launch_local(partial(run_rank, asked), axes.world_size, axes.describe)
     try:
-        config = check_layout(config, rendezvous.world_size)
+        axes = resolve_axes(config, rendezvous.world_size)
     except ConfigError:
         if rendezvous.rank == 0:
-            raise  # every rank finds the same, and one of them tells it
+            raise  # every rank finds the same, and one of them reports it
         time.sleep(2)  # the first to leave has the others ended, and that shall not be this one
         sys.exit(1)
-    return run_rank(config, command, began, rendezvous)
+    asked = Start(with_axes(config, axes), axes, family, command, began)
+    return run_rank(asked, rendezvous)
 
 
-def describe_rank(parallel: ParallelConfig, rank: int) -> str:
-    """`rank 3 (pipeline 1, data 0, tensor 1)`, as `Mesh.describe` has it."""
-    tensor, data = parallel.tensor, parallel.data or 1
-    pipeline = rank // (tensor * data)
-    return (
-        f"rank {rank} (pipeline {pipeline}, data {rank // tensor % data}, tensor {rank % tensor})"
-    )
+def run_rank(start: Start, rendezvous: Rendezvous) -> int:
+    """One rank's life. In a job, what goes wrong on many ranks alike is reported by one of them."""
+    lines = RankLines(rendezvous.rank)
+    timeout, first = start.config.train.stop_timeout_seconds, rendezvous.rank == 0
+    with StopRequest(lines.say, timeout=timeout, first=first) as stop:
+        return _run_rank(start, rendezvous, lines, stop)
 
 
-def run_rank(config: Config, command: str, began: float, rendezvous: Rendezvous) -> int:
-    """One rank's life. In a job, what goes wrong on many ranks alike is told by one of them."""
-    voice = Voice(rendezvous.rank)
-    timeout, first = config.train.stop_timeout_seconds, rendezvous.rank == 0
-    with StopRequest(voice.say, timeout=timeout, first=first) as stop:
-        return _run_rank(config, command, began, rendezvous, voice, stop)
-
-
-def _run_rank(
-    config: Config,
-    command: str,
-    began: float,
-    rendezvous: Rendezvous,
-    voice: "Voice",
-    stop: StopRequest,
-) -> int:
-    device = choose_device(config.train.device, rendezvous)
+def _run_rank(start: Start, rendezvous: Rendezvous, lines: "RankLines", stop: StopRequest) -> int:
+    device = choose_device(start.config.train.device, rendezvous)
     store = init_process_group(rendezvous, device)
     try:
-        status = _train(config, command, began, device, voice, stop)
+        status = _train(start, device, lines, stop)
     except Exception as error:
         if store is None or rendezvous.address is None:
-            raise  # for the command line or the launcher to tell
-        told = _told_in_job(error, rendezvous)
-        if told is None:
+            raise  # for the command line or the launcher to report
+        found = _reported_in_job(error, rendezvous)
+        if found is None:
             raise
-        if first_to_report(store, str(told)):
-            print(render(told), file=sys.stderr, flush=True)
+        if first_to_report(store, str(found)):
+            print(render(found), file=sys.stderr, flush=True)
         time.sleep(1)  # till all have asked the store, which this process may serve
         sys.exit(1)
     if store is not None:
@@ -123,7 +128,7 @@ def _run_rank(
     return status
 
 
-def _told_in_job(error: Exception, rendezvous: Rendezvous) -> MegapipeError | None:
+def _reported_in_job(error: Exception, rendezvous: Rendezvous) -> MegapipeError | None:
     """The error as the user sees it; None for a fault of the program."""
     said = None if isinstance(error, MegapipeError) else lost_connection(error)
     if said is None:
@@ -158,8 +163,9 @@ def choose_device(wanted: str, rendezvous: Rendezvous) -> torch.device:
 
 
 @dataclass
-class Voice:
-    """Lines for people. Rank 0 speaks; a warning of another rank goes to stderr under its name."""
+class RankLines:
+    """Lines for people. Rank 0 prints them; a warning of another rank goes to stderr under its
+    name."""
 
     rank: int
     line: Callable[[str], None] = field(default=partial(print, flush=True))
@@ -176,7 +182,7 @@ class Voice:
 
     @contextmanager
     def through(self, line: Callable[[str], None]) -> Iterator[None]:
-        """Speak above a progress bar while there is one."""
+        """Print above a progress bar while there is one."""
         before, self.line = self.line, line
         try:
             yield
@@ -184,67 +190,51 @@ class Voice:
             self.line = before
 
 
-def _train(
-    config: Config,
-    command: str,
-    began: float,
-    device: torch.device,
-    voice: Voice,
-    stop: StopRequest,
-) -> int:
-    parallel = config.parallel
-    assert parallel.data is not None
-    voice.say(f"megapipe {__version__}")
+def _train(start: Start, device: torch.device, lines: RankLines, stop: StopRequest) -> int:
+    config = start.config
+    lines.say(f"megapipe {__version__}")
     if config.logging.timeline is not None:
         require_matplotlib(f'logging.timeline = "{config.logging.timeline}"')
-    mesh = build_mesh(
-        pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor, device=device
-    )
-    with RunLock(Path(config.train.run_dir), voice.say, mesh.world.rank_group) as lock:
-        return _start_or_resume(config, command, began, mesh, lock, voice, stop)
+    mesh = build_mesh(start.axes, device)
+    with RunLock(Path(config.train.run_dir), lines.say, mesh.world.rank_group) as lock:
+        return _start_or_resume(start, mesh, lock, lines, stop)
 
 
 def _start_or_resume(
-    config: Config,
-    command: str,
-    began: float,
-    mesh: Mesh,
-    lock: RunLock,
-    voice: Voice,
-    stop: StopRequest,
+    start: Start, mesh: Mesh, lock: RunLock, lines: RankLines, stop: StopRequest
 ) -> int:
     ranks = mesh.world.rank_group
-    plan = plan_start(config, ranks)
-    introduction = [*_introduction(config, mesh.device), *environment_lines(config, os.environ)]
-    for line in [*introduction, *plan.notes]:
-        voice.say(line)
+    plan = plan_start(start.config, ranks)
+    for line in [*_introduction(start, mesh.device), *plan.notes]:
+        lines.say(line)
     channels = make_channels(mesh)
-    config = settle_program(config, mesh, channels, build_stages, lock, voice.say)
-    feed, validation = _open_feeds(config, mesh, voice)
+    layout = settle_layout(start.config, start.family, mesh, channels, lock, lines.say)
+    config = layout.config
+    feed, validation = _open_feeds(layout, mesh, lines)
     readers = [one.reader for one in (feed, validation) if one is not None and one.reader]
     for line in ranks.from_first(lambda: text_lines(config, readers)):
-        voice.say(line)
-    engine = Engine(config, mesh, build_stages, channels)
-    check_activation_bytes(config, engine)
+        lines.say(line)
+    engine = Engine(layout, mesh, channels)
+    check_activation_bytes(engine)
     checkpoints = Checkpoints(
-        _with_resume(config, plan.resume), mesh, engine, _kept_files(config, ranks), voice.say
+        _with_resume(config, plan.resume), mesh, engine, _kept_files(config, ranks), lines.say
     )
     progress, data_state = checkpoints.restore()
     if data_state is not None:
         feed.load(data_state)
     steps = config.train.steps
     if progress.step >= steps:
-        voice.say(
+        lines.say(
             f"Nothing to do: the checkpoint is of step {progress.step}, and train.steps = {steps}. "
             "Raise train.steps to go on."
         )
         return 0
-    voice.say(checkpoints.check_space())
+    lines.say(checkpoints.check_space())
     lock.take()
     write_config(config, ranks)
-    with _open_loggers(config, ranks, progress.step) as loggers, voice.through(loggers.event):
-        voice.say(f"Ready after {time.perf_counter() - began:.1f} s (imports not counted)")
-        flops = flops_per_token(config.model, config.train.sequence_length)
+    with _open_loggers(config, ranks, progress.step) as loggers, lines.through(loggers.event):
+        lines.say(f"Ready after {time.perf_counter() - start.began:.1f} s (imports not counted)")
+        flops = flops_per_token(layout)
         bubble = BubbleMeter(mesh, engine.program, engine.recorder)
         run = Run(
             config, engine, feed, validation, checkpoints, loggers, stop, progress, flops, bubble
@@ -257,23 +247,24 @@ def _start_or_resume(
     for reader in (feed, validation):
         if reader is not None:
             reader.close()
-    return _farewell(progress, config, stop, command, voice)
+    return _farewell(progress, config, stop, start.command, lines)
 
 
-def _open_feeds(config: Config, mesh: Mesh, voice: Voice) -> tuple[ReplicaFeed, ReplicaFeed | None]:
+def _open_feeds(
+    layout: Layout, mesh: Mesh, lines: RankLines
+) -> tuple[ReplicaFeed, ReplicaFeed | None]:
     """The text to train on, and the text for the validation loss if there is to be one."""
-    pipeline = mesh.pipeline
-    placement = stage_placement(config)
+    own = mesh.pipeline.rank
     open_feed = partial(
         ReplicaFeed,
-        config,
+        layout.config,
         mesh,
-        hosts_first=placement[0] == pipeline.rank,
-        hosts_last=placement[-1] == pipeline.rank,
-        say=voice.warn,
+        hosts_first=layout.stages[0].rank == own,
+        hosts_last=layout.stages[-1].rank == own,
+        say=lines.warn,
     )
     feed = open_feed()
-    validates = config.train.validation_every > 0
+    validates = layout.config.train.validation_every > 0
     return feed, open_feed(validation=True, other=feed) if validates else None
 
 
@@ -333,10 +324,10 @@ def _open_loggers(config: Config, ranks: RankGroup, start: int) -> Loggers:
     return ranks.on_first(lambda: loggers(rank0=True)) or loggers(rank0=False)
 
 
-def _introduction(config: Config, device: torch.device) -> Iterator[str]:
-    train = config.train
-    yield from layout_lines(config)
-    yield f"Parameters: {parameter_count(config.model):,}"
+def _introduction(start: Start, device: torch.device) -> Iterator[str]:
+    config, train = start.config, start.config.train
+    yield from layout_lines(config, start.axes)
+    yield f"Parameters: {sum(spec.size for spec in start.family.parameters(config.model)):,}"
     yield f"Kernels: {choose_kernels(config, device)}"
     if device.type == "cuda":
         yield f"Device: {torch.cuda.get_device_name(device)}, {train.precision}"
@@ -345,20 +336,21 @@ def _introduction(config: Config, device: torch.device) -> Iterator[str]:
         yield f"Device: cpu, {train.precision}, {threads} thread{'s'[: threads > 1]} per rank"
         if train.precision == "bf16":
             yield 'CPUs are slow at bf16: train.precision = "fp32" is several times as fast here.'
+    yield from environment_lines(config, os.environ)
 
 
 def _farewell(
-    progress: Progress, config: Config, stop: StopRequest, command: str, voice: Voice
+    progress: Progress, config: Config, stop: StopRequest, command: str, lines: RankLines
 ) -> int:
     """Say how the run ended and where its checkpoint is; returns the exit status."""
     steps = config.train.steps
     path = Path(config.train.run_dir) / "checkpoints" / step_name(progress.step)
     if progress.step >= steps:
-        voice.say(f"Done: step {progress.step}, {progress.tokens:,} tokens. Checkpoint: {path}")
+        lines.say(f"Done: step {progress.step}, {progress.tokens:,} tokens. Checkpoint: {path}")
         return 0
     # Only the ranks that a signal reached know which it was.
     number = stop.signal or signal.SIGTERM
-    voice.say(
+    lines.say(
         f"Stopped by {number.name} after step {progress.step} of {steps}. Checkpoint: {path}\n"
         f"To continue:\n    {command}"
     )

@@ -1,7 +1,7 @@
 """Proof that a layout computes what one process computes, tensor by tensor.
 
 Every rank of the mesh steps its share of the model; rank 0 also steps the whole model alone, on the
-same tokens. After each step each rank holds its own pieces of gradients and weights against the
+same tokens. After each step each rank compares its own shards of gradients and weights against the
 one-process values. In float64 agreement to 1e-9 tells a bug from rounding.
 """
 
@@ -11,17 +11,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from megapipe.config import Config, ParallelConfig
+from megapipe.config import ParallelConfig
 from megapipe.distributed.mesh import Mesh
 from megapipe.files import replace_durably
+from megapipe.layout.layout import Layout, resolve
+from megapipe.layout.parameters import ParameterShard
 from megapipe.microbatch import MicroBatch
-from megapipe.tensor_parallel.parameter import Piece, sharded_parameters
-from megapipe.train.engine import BuildStages, Engine
+from megapipe.tensor_parallel.parameter import sharded_parameters
+from megapipe.train.engine import Engine
 
 FLOOR = {"initial weight": 1e-6, "gradient": 1e-6, "weight": 1e-3}
 """A tensor's error is relative to its own largest value, but to no less than this share of the
@@ -67,10 +68,9 @@ class Verdict:
         return next((d for d in self.differences if not d.error <= tolerance), None)
 
 
-def prove(
-    config: Config,
+def check_equivalence(
+    layout: Layout,
     mesh: Mesh,
-    build_stages: BuildStages,
     tokens: TokenSource,
     steps: int,
     folder: Path | None = None,
@@ -80,16 +80,16 @@ def prove(
     Collective over the mesh, whose ranks share `folder` (default: the temporary directory of their
     machine) for what they compare.
     """
-    layout = Engine(config, mesh, build_stages)
+    engine = Engine(layout, mesh)
     single_mesh = Mesh.single(mesh.device)
-    single = Engine(one_process(config), single_mesh, build_stages) if mesh.rank == 0 else None
+    single = Engine(one_process(layout), single_mesh) if mesh.rank == 0 else None
     losses: list[tuple[float, float]] = []
     found: list[Difference] = []
     with _shared_directory(mesh, folder) as folder:
-        found += _compare(layout, single, 0, "initial weight", folder)
+        found += _compare(engine, single, 0, "initial weight", folder)
         for step in range(steps):
-            rate = config.optimizer.learning_rate
-            result = layout.train_step(tokens(step, mesh), rate)
+            rate = layout.config.optimizer.learning_rate
+            result = engine.train_step(tokens(step, mesh), rate)
             expected = None
             if single is not None:
                 expected = single.train_step(tokens(step, single_mesh), rate)
@@ -98,27 +98,27 @@ def prove(
             # Before clipping: it would hide gradients that are all too large by one factor, and
             # spread the error of one tensor over all.
             clips = (result.clip, expected.clip if expected else 1.0)
-            found += _compare(layout, single, step, "gradient", folder, clips)
+            found += _compare(engine, single, step, "gradient", folder, clips)
             if expected is not None:
                 norms = (result.grad_norm, expected.grad_norm)
                 found.append(_difference(step, "gradient norm", *norms))
-            found += _compare(layout, single, step, "weight", folder)
+            found += _compare(engine, single, step, "weight", folder)
     return Verdict(losses, found) if mesh.rank == 0 else None
 
 
-def one_process(config: Config) -> Config:
+def one_process(layout: Layout) -> Layout:
     """The same run without any parallelism."""
-    parallel = ParallelConfig(tensor=1, pipeline=1, virtual=1, data=1, schedule="1f1b")
-    return config.model_copy(update={"parallel": parallel})
+    alone = layout.config.model_copy(update={"parallel": ParallelConfig()})
+    return resolve(alone, 1, layout.family)
 
 
-def _values(engine: Engine, kind: str) -> Iterator[tuple[int, Piece, Tensor]]:
-    """(stage, piece, local values) of all this rank's gradients or weights."""
+def _values(engine: Engine, kind: str) -> Iterator[tuple[int, ParameterShard, Tensor]]:
+    """(stage, shard, local values) of all this rank's gradients or weights."""
     for stage, module in engine.stages.items():
         for parameter in sharded_parameters(module):
             local = parameter.main_grad if kind == "gradient" else parameter.data
-            for piece in parameter.pieces:
-                yield stage, piece, piece.view(local)
+            for shard in parameter.shards:
+                yield stage, shard, shard.view(local)
 
 
 def _compare(
@@ -129,7 +129,7 @@ def _compare(
     folder: Path,
     scales: tuple[float, float] = (1.0, 1.0),
 ) -> list[Difference]:
-    """Compare each piece of the layout with the one-process tensor; rows arrive on rank 0.
+    """Compare each shard of the layout with the one-process tensor; rows arrive on rank 0.
 
     `scales` are what the layout's and the one process's values have been multiplied by. Rank 0
     writes the next reference only when all ranks have read this one, since it has their rows.
@@ -154,20 +154,20 @@ def _compare(
 
 
 def _rows(layout: Engine, step: int, kind: str, file: Path, scale: float) -> Iterator[Difference]:
-    """The largest error of each of this rank's pieces against the reference in `file`."""
+    """The largest error of each of this rank's shards against the reference in `file`."""
     mesh = layout.mesh
     with safe_open(file, framework="pt") as reference:
         largest = float.fromhex(reference.metadata()["largest"])
-        for stage, piece, values in _values(layout, kind):
+        for stage, shard, values in _values(layout, kind):
             if values.numel() == 0:
                 continue
-            cut = tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
-            expected = reference.get_slice(piece.name)[cut]
+            cut = tuple(slice(a, a + n) for a, n in zip(shard.start, shard.shape, strict=True))
+            expected = reference.get_slice(shard.name)[cut]
             absolute = float(_largest_error(values / scale, expected))
             relative_to = max(float(expected.abs().max()), FLOOR[kind] * largest)
             error = absolute / relative_to if relative_to > 0 else absolute
             yield Difference(
-                step, kind, piece.name, error, absolute, mesh.rank, mesh.describe(), stage
+                step, kind, shard.name, error, absolute, mesh.rank, mesh.describe(), stage
             )
 
 
@@ -179,9 +179,9 @@ def _largest_error(values: Tensor, expected: Tensor) -> Tensor:
 def _assemble(engine: Engine, kind: str) -> dict[str, Tensor]:
     """Global tensors of a one-process engine, by name."""
     whole: dict[str, Tensor] = {}
-    for _, piece, values in _values(engine, kind):
-        assert piece.shape == piece.global_shape, "one process holds whole tensors"
-        whole[piece.name] = values
+    for _, shard, values in _values(engine, kind):
+        assert shard.shape == shard.global_shape, "one process holds whole tensors"
+        whole[shard.name] = values
     return whole
 
 
@@ -209,41 +209,3 @@ def _shared_directory(mesh: Mesh, parent: Path | None) -> Iterator[Path]:
             return stack.enter_context(tempfile.TemporaryDirectory(dir=parent))
 
         yield Path(mesh.world.rank_group.from_first(make))
-
-
-def synthetic_tokens(config: Config) -> TokenSource:
-    """Random tokens that are a pure function of (seed, sample index), with document boundaries
-    where attention is kept within documents. Every rank gets tokens, targets and documents."""
-
-    def source(step: int, mesh: Mesh) -> list[MicroBatch]:
-        train = config.train
-        first = step * train.global_batch_size
-        own = range(first + mesh.data.rank, first + train.global_batch_size, mesh.data.size)
-        samples = list(own)
-        groups = [
-            samples[i : i + train.micro_batch_size]
-            for i in range(0, len(samples), train.micro_batch_size)
-        ]
-        return [synthetic_microbatch(config, group, mesh.device) for group in groups]
-
-    return source
-
-
-def synthetic_microbatch(
-    config: Config, samples: Sequence[int], device: torch.device
-) -> MicroBatch:
-    """Random tokens of these samples, of the config's shape, as `synthetic_tokens` says."""
-    length = config.train.sequence_length
-    rows, documents = [], []
-    for sample in samples:
-        generator = torch.Generator().manual_seed(config.train.seed * 1_000_003 + sample)
-        rows.append(torch.randint(0, config.model.vocab_size, (length + 1,), generator=generator))
-        begins = torch.rand(length, generator=generator) < 4 / length
-        documents.append(begins.cumsum(0).to(torch.int32))
-    tokens = torch.stack(rows).to(device)
-    return MicroBatch(
-        tokens_BS=tokens[:, :-1],
-        targets_BS=tokens[:, 1:],
-        documents_BS=torch.stack(documents).to(device) if config.data.mask_documents else None,
-        samples_B=torch.tensor(samples, device=device),
-    )

@@ -1,16 +1,9 @@
-"""`megapipe verify` behind its command line: one rank's part of the proof, and the report."""
+"""The report of an equivalence check: tables, and one sentence that is the verdict."""
 
-from pathlib import Path
-
-import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from megapipe.config import Config
-from megapipe.distributed.mesh import build_mesh
-from megapipe.distributed.rendezvous import Rendezvous, init_process_group
-from megapipe.models.build import build_stages
-from megapipe.train.proof import Verdict, prove, relative_error, synthetic_tokens
+from megapipe.equivalence.check import Verdict, relative_error
 
 TOLERANCE = 1e-9
 KINDS = {
@@ -20,23 +13,6 @@ KINDS = {
     "gradient norm": "gradient norms",
     "weight": "updated weights",
 }
-
-
-def prove_rank(config: Config, steps: int, folder: Path, rendezvous: Rendezvous) -> int:
-    """Prove with the other ranks; rank 0 prints the report. Returns the exit status.
-
-    `folder`, which all ranks see, holds what they exchange.
-    """
-    device = torch.device("cpu")
-    init_process_group(rendezvous, device)
-    parallel = config.parallel
-    assert parallel.data is not None
-    mesh = build_mesh(
-        pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor, device=device
-    )
-    tokens = synthetic_tokens(config)
-    verdict = prove(config, mesh, build_stages, tokens, steps, folder)
-    return 0 if verdict is None else print_report(verdict, steps)
 
 
 def print_report(verdict: Verdict, steps: int) -> int:

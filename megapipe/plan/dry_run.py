@@ -3,90 +3,97 @@
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
-from megapipe.config import Config, check_layout, dump_config
-from megapipe.models.flops import flops_per_token
-from megapipe.models.memory import rank_states
-from megapipe.models.parameters import padded_vocab_size, parameter_count
-from megapipe.models.partition import Stage, stage_parameters, stages
-from megapipe.pipeline.program import microbatches
+from megapipe.config import Config, dump_config
+from megapipe.layout.axes import Axes
+from megapipe.layout.estimates import (
+    flops_per_token,
+    parameter_count,
+    rank_states,
+    stage_parameter_count,
+)
+from megapipe.layout.family import ModelFamily
+from megapipe.layout.layout import Layout, Stage, microbatches
+from megapipe.layout.program import stage_count
+from megapipe.layout.world import resolve_axes, with_axes
+from megapipe.plan.program import plan_layout
 from megapipe.scratch import scratch_directory
-from megapipe.tools.auto import checked_program, without_auto
 
 _LINE_EACH = 16  # worlds up to this size are shown rank by rank
 
 
-def dry_run(config: Config, name: str, world_size: int | None = None) -> str:
+def dry_run(config: Config, family: ModelFamily, name: str, world_size: int | None = None) -> str:
     """The report. Raises ConfigError or ScheduleError where the run could not start.
 
     Without `world_size` it is the fewest processes that the layout needs, as when `train` starts
     its ranks by itself.
     """
-    parallel = config.parallel
-    fewest = parallel.tensor * parallel.pipeline * (parallel.data or 1)
-    config = check_layout(config, world_size or fewest)
+    axes = resolve_axes(config, world_size)
+    config = with_axes(config, axes)
     with scratch_directory() as folder:
-        runs, found = without_auto(config, folder)
-        placed = stages(runs)
-        checked_program(runs)
+        layout, found = plan_layout(config, axes, family, folder)
     blocks = [
         [f"# {name}, resolved", dump_config(config).strip()],
-        [*layout_lines(config), *found, "", *_ranks(config, placed)],
-        list(_stages(config, placed)),
-        list(_memory(config, placed)),
-        list(_work(config)),
+        [*layout_lines(config, axes), *found, "", *_ranks(layout)],
+        list(_stages(layout)),
+        list(_memory(layout)),
+        list(_work(layout)),
     ]
     return "\n\n".join("\n".join(block) for block in blocks)
-
-
-def _data(config: Config) -> int:
-    assert config.parallel.data is not None
-    return config.parallel.data
 
 
 # --- Layout --------------------------------------------------------------------------------------
 
 
-def layout_lines(config: Config) -> Iterator[str]:
-    """Ranks and schedule, a line each; parallel.data has to be filled in."""
-    parallel = config.parallel
-    world = parallel.tensor * parallel.pipeline * _data(config)
+def layout_lines(config: Config, axes: Axes) -> Iterator[str]:
+    """Ranks and schedule, a line each."""
+    sizes = " * ".join(f"{name} {size}" for name, size in axes.sizes.items())
+    yield f"Layout: {_count(axes.world_size, 'rank')} = {sizes}"
     yield (
-        f"Layout: {_count(world, 'rank')} = pipeline {parallel.pipeline} * data {_data(config)} * "
-        f"tensor {parallel.tensor}"
-    )
-    yield (
-        f"Schedule: {parallel.schedule}, {_count(parallel.pipeline * parallel.virtual, 'stage')}, "
-        f"{_count(microbatches(config), 'microbatch')} of "
+        f"Schedule: {config.parallel.schedule}, {_count(stage_count(config.parallel), 'stage')}, "
+        f"{_count(microbatches(config, axes), 'microbatch')} of "
         f"{_count(config.train.micro_batch_size, 'sequence')} per replica and step"
     )
 
 
-def _ranks(config: Config, placed: Sequence[Stage]) -> list[str]:
-    parallel, data = config.parallel, _data(config)
+def _ranks(layout: Layout) -> list[str]:
+    axes = layout.axes
     held = [
-        _ranges([stage.number for stage in placed if stage.rank == rank])
-        for rank in range(parallel.pipeline)
+        _ranges([stage.number for stage in layout.stages if stage.rank == rank])
+        for rank in range(axes.size("pipeline"))
     ]
-    replica = parallel.tensor * data  # ranks that hold the same stages
-    if replica * parallel.pipeline <= _LINE_EACH:
-        rows = [
-            [rank, rank // replica, rank // parallel.tensor % data, rank % parallel.tensor,
-             held[rank // replica]]
-            for rank in range(replica * parallel.pipeline)
-        ]  # fmt: skip
-        return _table(["rank", "pipeline", "data", "tensor", "stages"], rows)
+    if axes.world_size <= _LINE_EACH:
+        rows = []
+        for rank in range(axes.world_size):
+            place = axes.coordinates(rank)
+            rows.append([rank, *place.values(), held[place["pipeline"]]])
+        return _table(["rank", *axes.names, "stages"], rows)
+    inner = axes.names[1:]  # of ranks that hold the same stages
+    count = axes.size(*inner)
     rows = [
-        [f"{rank * replica}-{(rank + 1) * replica - 1}" if replica > 1 else rank,
-         rank, _span(data), _span(parallel.tensor), held[rank]]
-        for rank in range(parallel.pipeline)
-    ]  # fmt: skip
-    table = _table(["ranks", "pipeline", "data", "tensor", "stages"], _shortened(rows))
-    if data > 1 and parallel.tensor > 1:
-        table.append(
-            f"  rank = (pipeline * {data} + data) * {parallel.tensor} + tensor, so the first "
-            f"{parallel.tensor} ranks of a line are data 0"
-        )
+        [
+            _from_to(rank * count, (rank + 1) * count - 1),
+            rank,
+            *(_from_to(0, axes.size(name) - 1) for name in inner),
+            held[rank],
+        ]
+        for rank in range(axes.size("pipeline"))
+    ]
+    table = _table(["ranks", *axes.names, "stages"], _shortened(rows))
+    table += _numbering(axes)
     return table
+
+
+def _numbering(axes: Axes) -> Iterator[str]:
+    """How ranks of a line follow from their coordinates, where more than one axis says it."""
+    innermost, size = axes.names[-1], axes.size(axes.names[-1])
+    if sum(axes.size(name) > 1 for name in axes.names[1:]) < 2:
+        return
+    formula = axes.names[0]
+    for name in axes.names[1:]:
+        formula = f"({formula} * {axes.size(name)} + {name})"
+    formula = formula[1:-1]
+    outer = ", ".join(f"{name} 0" for name in axes.names[1:-1])
+    yield f"  rank = {formula}, so the first {size} ranks of a line are {outer}"
 
 
 def _shortened(rows: list[list[object]]) -> list[list[object]]:
@@ -99,24 +106,13 @@ def _shortened(rows: list[list[object]]) -> list[list[object]]:
 # --- Parameters and memory -----------------------------------------------------------------------
 
 
-def _stages(config: Config, placed: Sequence[Stage]) -> Iterator[str]:
-    model, tensor = config.model, config.parallel.tensor
-    yield f"Parameters: {_exact(parameter_count(model))} in all"
-    padding = padded_vocab_size(model.vocab_size, tensor) - model.vocab_size
-    if padding:
-        yield (
-            f"Vocabulary: {model.vocab_size:,} and {padding:,} rows of padding inside "
-            f"({padded_vocab_size(model.vocab_size, tensor) // tensor:,} per tensor rank)"
-        )
-    if tensor > model.num_kv_heads:
-        yield (
-            f"Key/value heads: {model.num_kv_heads}, each on {tensor // model.num_kv_heads} of "
-            f"{tensor} tensor ranks"
-        )
+def _stages(layout: Layout) -> Iterator[str]:
+    yield f"Parameters: {_exact(parameter_count(layout))} in all"
+    yield from layout.family.notes(layout.config.model, layout.axes)
     yield ""
     described = [
-        (stage, len(stage.layers), stage_parameters(config, stage), _contents(config, stage))
-        for stage in placed
+        (stage, len(stage.layers), stage_parameter_count(layout, stage), _contents(layout, stage))
+        for stage in layout.stages
     ]
     rows: list[list[object]] = []
     for (count, parameters, contents), group in groupby(described, key=lambda entry: entry[1:]):
@@ -136,21 +132,20 @@ def _stages(config: Config, placed: Sequence[Stage]) -> Iterator[str]:
     yield from _table(headings, rows)
 
 
-def _contents(config: Config, stage: Stage) -> str:
-    parts = []
-    if stage.first:
-        parts.append("embedding")
-    if stage.last:
-        parts.append("output (tied)" if config.model.tie_embeddings else "output")
+def _contents(layout: Layout, stage: Stage) -> str:
+    """What a stage holds besides its layers: the ends of the model."""
+    tied = any(len(spec.places) > 1 for spec in layout.stage_parameters(layout.stages[-1]))
+    parts = ["embedding"] * stage.first
+    parts += ["output (tied)" if tied else "output"] * stage.last
     return ", ".join(parts) or "-"
 
 
-def _memory(config: Config, placed: Sequence[Stage]) -> Iterator[str]:
-    held = rank_states(config, placed)
+def _memory(layout: Layout) -> Iterator[str]:
+    held = rank_states(layout)
     small = max(states.total for states in held) < 2**30
     unit, name = (2**20, "MiB") if small else (2**30, "GiB")
     yield (
-        f"Model states on each rank in {name}, {config.train.precision} (activations and "
+        f"Model states on each rank in {name}, {layout.config.train.precision} (activations and "
         "communication buffers come on top)"
     )
     yield ""
@@ -167,11 +162,10 @@ def _memory(config: Config, placed: Sequence[Stage]) -> Iterator[str]:
 # --- Work ----------------------------------------------------------------------------------------
 
 
-def _work(config: Config) -> Iterator[str]:
-    train = config.train
-    per_token = flops_per_token(config.model, train.sequence_length)
+def _work(layout: Layout) -> Iterator[str]:
+    train, world = layout.config.train, layout.axes.world_size
+    per_token = flops_per_token(layout)
     tokens = train.global_batch_size * train.sequence_length
-    world = config.parallel.tensor * config.parallel.pipeline * _data(config)
     yield f"Tokens: {tokens:,} per step, {_exact(tokens * train.steps)} in {train.steps:,} steps"
     amounts = [
         f"{_scaled(per_token * factor, _FLOPS)} per {unit}"
@@ -213,10 +207,6 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _from_to(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
-
-
-def _span(size: int) -> str:
-    return _from_to(0, size - 1)
 
 
 def _count(number: int, noun: str) -> str:

@@ -14,18 +14,19 @@ from typing import TypeVar
 from rich.console import Console
 from rich.table import Table
 
-from megapipe.config import Config, check_layout
-from megapipe.errors import ConfigError, ScheduleError
-from megapipe.models.activations import peak_bytes, stage_bytes
-from megapipe.models.partition import stages
-from megapipe.models.stage_costs import Work, equal_costs
+from megapipe.config import Config
+from megapipe.errors import ConfigError, ScheduleError, UsageError
+from megapipe.layout.axes import Axes
+from megapipe.layout.estimates import activation_bytes, peak_bytes
+from megapipe.layout.family import ModelFamily
+from megapipe.layout.layout import microbatches
+from megapipe.layout.program import stage_count
+from megapipe.layout.world import resolve_axes, with_axes
 from megapipe.pipeline.picture import Panel, draw, save
-from megapipe.pipeline.program import boundary_bytes, microbatches, stage_placement
-from megapipe.pipeline.schedule import SCHEDULES, Kind, Timeline, critical_path, simulate
+from megapipe.pipeline.schedule import SCHEDULES, Costs, Kind, Timeline, critical_path, simulate
+from megapipe.plan.dry_run import layout_lines
+from megapipe.plan.program import EstimatedTimes, estimated_times, plan_layout
 from megapipe.scratch import scratch_directory
-from megapipe.tools.arguments import UsageError
-from megapipe.tools.auto import StageTimes, checked_program, estimated_times, without_auto
-from megapipe.tools.dry_run import layout_lines
 
 Line = TypeVar("Line")
 
@@ -46,8 +47,9 @@ class Plan:
     """One schedule in one layout, simulated. Bytes are of a tensor rank; lists are by rank."""
 
     config: Config
+    axes: Axes
     timeline: Timeline
-    times: StageTimes
+    times: EstimatedTimes
     found: list[str]  # which program it is, for auto
     live: list[float]  # the most microbatches whose activations are held at a time
     live_bytes: list[int]  # an estimate
@@ -84,6 +86,7 @@ def _without_collector() -> Iterator[None]:
 @_without_collector()
 def plan(
     config: Config,
+    family: ModelFamily,
     wanted: str | None,
     work: tuple[float, float, float] | None,
     world_size: int | None,
@@ -96,15 +99,15 @@ def plan(
     schedule asked for does not fit the layout. Of several, those that don't fit are left out, and
     the text says why.
     """
-    parallel = config.parallel
-    fewest = parallel.tensor * parallel.pipeline * (parallel.data or 1)
-    config = check_layout(config, world_size or fewest)
-    names = schedule_names(wanted, parallel.schedule)
+    axes = resolve_axes(config, world_size)
+    config = with_axes(config, axes)
+    names = schedule_names(wanted, config.parallel.schedule)
     plans, notes = [], []
     for name in names:
         try:
             changed, changes = with_schedule(config, name)
-            plans.append(make_plan(changed, _stage_times(config, changed, work)))
+            times = _times(config, changed, axes, family, work)
+            plans.append(make_plan(changed, axes, family, times))
             notes += changes
         except (ConfigError, ScheduleError) as error:
             if len(names) == 1:
@@ -163,43 +166,48 @@ def with_schedule(config: Config, name: str) -> tuple[Config, list[str]]:
     return Config(**{**dict(config), "parallel": changed}), notes
 
 
-def _stage_times(
-    own: Config, config: Config, work: tuple[float, float, float] | None
-) -> StageTimes:
+def _times(
+    own: Config,
+    config: Config,
+    axes: Axes,
+    family: ModelFamily,
+    work: tuple[float, float, float] | None,
+) -> EstimatedTimes:
     """Those of --costs, or of the parallel.stage_costs of the user's `own` config, which must be
     times of the stages that `config` has, or else estimates."""
     if work is not None:
-        costs = equal_costs(config, Work(*work))
-        return StageTimes(costs, "units of --costs", "{:.4g} units".format, "from --costs")
-    file, parallel = own.parallel.stage_costs, config.parallel
-    if file is not None and parallel.virtual != own.parallel.virtual:
+        costs = Costs(*(part / config.parallel.virtual for part in work))
+        return EstimatedTimes(costs, "units of --costs", "{:.4g} units".format, "from --costs")
+    file, stages = own.parallel.stage_costs, stage_count(config.parallel)
+    if file is not None and stages != stage_count(own.parallel):
         raise ScheduleError(
-            f'parallel.stage_costs = "{file}" has the times of '
-            f"{parallel.pipeline * own.parallel.virtual} stages, and {parallel.schedule} has "
-            f"{parallel.pipeline * parallel.virtual}: compare it with --costs F,I,W, or with "
+            f'parallel.stage_costs = "{file}" has the times of {stage_count(own.parallel)} stages, and '
+            f"{config.parallel.schedule} has {stages}: compare it with --costs F,I,W, or with "
             "--parallel.stage_costs none."
         )
-    return estimated_times(config, file)
+    costed = config.parallel.model_copy(update={"stage_costs": file})
+    return estimated_times(config.model_copy(update={"parallel": costed}), axes, family)
 
 
-def make_plan(config: Config, times: StageTimes) -> Plan:
-    """Simulate the config's schedule; parallel.data has to be filled in. Raises ScheduleError for
-    one that exceeds parallel.activation_limit."""
-    parallel = config.parallel
+def make_plan(config: Config, axes: Axes, family: ModelFamily, times: EstimatedTimes) -> Plan:
+    """Simulate the config's schedule. Raises ScheduleError for one that exceeds
+    parallel.activation_limit."""
     with scratch_directory() as folder:
-        runs, found = without_auto(config, folder, times)
-    timeline = simulate(checked_program(runs), times.costs)
-    sent = _tensors_sent(stage_placement(runs), parallel.pipeline)
+        layout, found = plan_layout(config, axes, family, folder, times)
+    timeline = simulate(layout.program.compute, times.costs)
+    sent = _tensors_sent(layout.placement, axes.size("pipeline"))
+    held = [activation_bytes(layout, stage) for stage in layout.stages]
     return Plan(
         config=config,
+        axes=axes,
         timeline=timeline,
         times=times,
         found=found,
         live=timeline.peak_microbatches,
-        live_bytes=peak_bytes(timeline, [stage_bytes(runs, stage) for stage in stages(runs)]),
-        late=[count / parallel.virtual for count in timeline.peak_pending],
-        sent=[count * microbatches(config) for count in sent],
-        tensor_bytes=boundary_bytes(config),
+        live_bytes=peak_bytes(timeline, held),
+        late=[count / config.parallel.virtual for count in timeline.peak_pending],
+        sent=[count * layout.microbatches for count in sent],
+        tensor_bytes=layout.boundary_bytes,
     )
 
 
@@ -221,10 +229,10 @@ def _report(plans: Sequence[Plan], notes: Sequence[str], columns: int) -> str:
     out = StringIO()
     console = Console(file=out, width=max(columns, 100), highlight=False, color_system=None)
     print_text = partial(console.print, markup=False)
-    layout, schedule = layout_lines(config)
+    layout, schedule = layout_lines(config, plans[0].axes)
     print_text("\n".join([layout, schedule, *plans[0].found] if len(plans) == 1 else [layout]))
     print_text(
-        f"{microbatches(config)} microbatches of {config.train.micro_batch_size} x "
+        f"{microbatches(config, plans[0].axes)} microbatches of {config.train.micro_batch_size} x "
         f'{config.train.sequence_length} tokens, recompute "{config.train.recompute}". '
         f"Costs: {times.source}. Time: {times.unit}."
     )

@@ -1,11 +1,16 @@
 """A small config that has every feature and the layout of a large one, for `megapipe verify`."""
 
 from megapipe.config import Config, ModelConfig, ParallelConfig, TrainConfig
+from megapipe.config.axes import FOLLOWS_WORLD_SIZE, Splits, given_sizes
+from megapipe.layout.axes import Axes
+from megapipe.layout.layout import microbatches
+from megapipe.layout.program import stage_count
 
 MAX_RANKS = 8
 HEAD_DIM = 8
 SEQUENCE = 32
 VOCABULARY = (256, 251)  # where the real one divides evenly over tensor ranks, and where not
+_FIRST_TO_SHRINK = (Splits.SAMPLES, Splits.STAGES, Splits.TENSORS)
 
 
 def shrink(config: Config) -> tuple[Config, list[str]]:
@@ -15,12 +20,14 @@ def shrink(config: Config) -> tuple[Config, list[str]]:
     schedule, sequence parallelism, and the layout up to 8 ranks. Reduced: sizes, and degrees beyond
     8 ranks, each to no less than 2.
     """
-    parallel = _shrink_parallel(config)
+    old = _axes(config)
+    axes = _shrink_axes(old)
+    parallel = _shrink_parallel(config, axes)
     model = _shrink_model(config, parallel)
     parallel = _shrink_layers_per_stage(config, parallel, model)
-    train = _shrink_train(config, parallel)
-    assert parallel.data is not None
-    streams = config.data.streams if config.data.streams % parallel.data == 0 else parallel.data
+    train = _shrink_train(config, old, axes)
+    replicas = axes.size(*axes.that_split(Splits.SAMPLES))
+    streams = config.data.streams if config.data.streams % replicas == 0 else replicas
     small = Config(
         **{
             **dict(config),
@@ -40,24 +47,33 @@ def shrink(config: Config) -> tuple[Config, list[str]]:
     ]
 
 
-def _shrink_parallel(config: Config) -> ParallelConfig:
-    old = config.parallel
-    degrees = {"tensor": old.tensor, "pipeline": old.pipeline, "data": old.data or 0}
-    if old.data is None:
-        degrees["data"] = 2 if 2 * old.tensor * old.pipeline <= MAX_RANKS else 1
-    while degrees["tensor"] * degrees["pipeline"] * degrees["data"] > MAX_RANKS:
-        largest = max(("data", "pipeline", "tensor"), key=lambda axis: degrees[axis])
-        degrees[largest] = max(2, degrees[largest] // 2)
-    virtual = min(old.virtual, max(2, MAX_RANKS // degrees["pipeline"]))
+def _axes(config: Config) -> Axes:
+    """The user's layout; an axis that follows the world size counts as two where they fit."""
+    sizes = given_sizes(dict(config.parallel))
+    two = Axes.of(**{FOLLOWS_WORLD_SIZE: 2, **sizes})
+    return two if two.world_size <= MAX_RANKS else Axes.of(**sizes)
+
+
+def _shrink_axes(axes: Axes) -> Axes:
+    """No more than MAX_RANKS: the largest axis is halved, again and again, to no less than 2."""
+    order = [name for what in _FIRST_TO_SHRINK for name in axes.that_split(what)]
+    while axes.world_size > MAX_RANKS:
+        largest = max(order, key=lambda name: axes.sizes[name])
+        axes = Axes.of(**{**axes.sizes, largest: max(2, axes.sizes[largest] // 2)})
+    return axes
+
+
+def _shrink_parallel(config: Config, axes: Axes) -> ParallelConfig:
+    old, pipeline = config.parallel, axes.size("pipeline")
     limit = old.activation_limit
     if isinstance(limit, str):
         limit = None  # small activations fit
     elif limit is not None:
-        limit = max(1.0, limit * degrees["pipeline"] / old.pipeline)
+        limit = max(1.0, limit * pipeline / old.pipeline)
     return old.model_copy(
         update={
-            **degrees,
-            "virtual": virtual,
+            **axes.sizes,
+            "virtual": min(old.virtual, max(2, MAX_RANKS // pipeline)),
             "layers_per_stage": None,
             "activation_limit": limit,
             "stage_costs": None,
@@ -78,8 +94,7 @@ def _shrink_model(config: Config, parallel: ParallelConfig) -> ModelConfig:
     hidden = max(2, heads) * head_dim
     if old.hidden_size != old.num_heads * old.head_dim:
         hidden += head_dim
-    stages = parallel.pipeline * parallel.virtual
-    old_stages = config.parallel.pipeline * config.parallel.virtual
+    stages, old_stages = stage_count(parallel), stage_count(config.parallel)
     layers = max(2, stages)
     if old.num_layers % old_stages != 0 or config.parallel.layers_per_stage is not None:
         layers = stages + 1
@@ -108,7 +123,7 @@ def _shrink_layers_per_stage(
 ) -> ParallelConfig:
     """Keep the pattern of an explicit split: the smallest stages get one layer, others two."""
     old = config.parallel.layers_per_stage
-    stages = parallel.pipeline * parallel.virtual
+    stages = stage_count(parallel)
     if old is None or len(old) != stages:
         return parallel
     extra = model.num_layers - stages
@@ -117,20 +132,18 @@ def _shrink_layers_per_stage(
     return parallel.model_copy(update={"layers_per_stage": split})
 
 
-def _shrink_train(config: Config, parallel: ParallelConfig) -> TrainConfig:
-    old, data = config.train, parallel.data
-    assert data is not None
+def _shrink_train(config: Config, before: Axes, axes: Axes) -> TrainConfig:
+    old, pipeline = config.train, axes.size("pipeline")
     micro = min(old.micro_batch_size, 2)
-    old_data = config.parallel.data or data
-    count = max(1, old.global_batch_size // (old_data * old.micro_batch_size))
-    pipeline = parallel.pipeline
+    count = max(1, microbatches(config, before))
     if count > 2 * pipeline:
-        count = 2 * pipeline + count % config.parallel.pipeline
+        count = 2 * pipeline + count % before.size("pipeline")
+    replicas = axes.size(*axes.that_split(Splits.SAMPLES))
     return old.model_copy(
         update={
             "micro_batch_size": micro,
-            "global_batch_size": data * micro * count,
-            "sequence_length": _sequence_length(config, parallel.tensor),
+            "global_batch_size": replicas * micro * count,
+            "sequence_length": _sequence_length(config, axes.size("tensor")),
             "precision": "fp64",
             "device": "cpu",
             "validation_every": 0,

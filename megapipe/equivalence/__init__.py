@@ -1,0 +1,1 @@
+"""The equivalence check: a layout computes what one process computes."""

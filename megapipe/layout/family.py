@@ -1,0 +1,58 @@
+"""What a model family brings: all that the engine and its plans ask about a model.
+
+A family is one object, handed in where a layout is resolved. It imports torch only to build a
+stage, so that a trillion parameters are planned in milliseconds.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megapipe.config import Config, ModelConfig
+from megapipe.layout.axes import Axes
+from megapipe.layout.parameters import ParameterSpec, Place
+
+
+@dataclass(frozen=True)
+class PlaceCosts:
+    """What one microbatch costs at a place of the model: in a layer, or at one of its ends.
+
+    flops: of one token, forward and backward: what the mathematics needs, recompute not counted.
+    forward, backward_input, backward_weight: the work of each action for one token, as FLOPs, with
+    what is computed again and with what moves memory only.
+    balance: what the place weighs where layers are cut into stages of equal cost.
+    activation_bytes: what one microbatch leaves on a tensor rank from forward to backward.
+    """
+
+    flops: float
+    forward: float
+    backward_input: float
+    backward_weight: float
+    balance: float
+    activation_bytes: int
+
+
+class ModelFamily(Protocol):
+    """A kind of model. Functions are pure; `model` is a section of the type `config`."""
+
+    @property
+    def name(self) -> str:
+        """The value of model.family."""
+
+    @property
+    def presets(self) -> Mapping[str, Mapping[str, object]]:
+        """Named shapes: keys of [model] by the value of model.preset."""
+
+    def parameters(self, model: ModelConfig) -> Sequence[ParameterSpec]:
+        """The table of all parameters, in the order in which the model applies them."""
+
+    def costs(self, config: Config, axes: Axes, place: Place) -> PlaceCosts:
+        """The costs at a place; layers may differ."""
+
+    def notes(self, model: ModelConfig, axes: Axes) -> Iterator[str]:
+        """Lines for people on how the model lies in a layout: padding, copies."""
+
+    def build_stage(self, build: Any) -> Any:
+        """The module (torch's) of a stage from its `megapipe.stage.StageBuild`: it maps the hidden
+        states of the stage before and a microbatch to hidden states, or on the last stage to the
+        sum of the microbatch's token losses."""

@@ -1,0 +1,213 @@
+"""The layout of a run, resolved once: which rank holds and does what.
+
+Everything below the command line asks this object. It needs no torch and, for a trillion parameters
+on thousands of ranks, milliseconds; what takes longer is made when it is first asked for.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from megapipe.config import Config
+from megapipe.config.axes import Splits
+from megapipe.layout.axes import Axes
+from megapipe.layout.balance import balance
+from megapipe.layout.family import ModelFamily, PlaceCosts
+from megapipe.layout.parameters import (
+    FIRST,
+    LAST,
+    ParameterShard,
+    ParameterSpec,
+    Place,
+    SumGroup,
+    shard,
+)
+from megapipe.layout.program import ResolvedProgram, resolve_program
+from megapipe.layout.shapes import boundary_bytes, hidden_shape
+from megapipe.layout.world import resolve_axes, with_axes
+from megapipe.pipeline.schedule import Program
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A group of consecutive layers; `rank` is the pipeline rank that holds it."""
+
+    number: int
+    rank: int
+    layers: range
+    first: bool
+    last: bool
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Its places in the model, in order."""
+        return (*[FIRST][: self.first], *self.layers, *[LAST][: self.last])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A config and a number of processes, with all that follows from them.
+
+    `config` names the size of every axis. `program` is the pipeline's.
+    """
+
+    config: Config
+    family: ModelFamily
+    axes: Axes
+    program: ResolvedProgram
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that read different samples, and hold the same shards."""
+        return self.axes.size(*self.axes.that_split(Splits.SAMPLES))
+
+    @property
+    def microbatches(self) -> int:
+        """Microbatches of one replica in a step."""
+        return microbatches(self.config, self.axes)
+
+    @property
+    def samples(self) -> int:
+        """Samples of one replica in a step."""
+        return self.config.train.global_batch_size // self.replicas
+
+    @property
+    def hidden_shape(self) -> tuple[int, int, int]:
+        """[S_local, B, H]: what stages pass on, on each tensor rank."""
+        return hidden_shape(self.config, self.axes)
+
+    @property
+    def boundary_bytes(self) -> int:
+        """The bytes of that tensor."""
+        return boundary_bytes(self.config, self.axes)
+
+    @property
+    def lowered(self) -> Program:
+        """The program with its communication, proved to finish."""
+        return self.program.lowered
+
+    @property
+    def placement(self) -> list[int]:
+        """The pipeline rank of each stage, in the order in which a token passes them."""
+        return self.program.placement
+
+    @property
+    def sequence_parallel(self) -> bool:
+        """Tensor ranks have different parts of the sequence where matrices are not split."""
+        return self.config.parallel.sequence_parallel and self.axes.size("tensor") > 1
+
+    @cached_property
+    def costs(self) -> dict[Place, PlaceCosts]:
+        """The costs of every place of the model, in order."""
+        places = (FIRST, *range(self.config.model.num_layers), LAST)
+        return {place: self.family.costs(self.config, self.axes, place) for place in places}
+
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """All stages in the order in which a token passes them."""
+        counts, placed, start = self._layers_per_stage(), [], 0
+        for number, (count, rank) in enumerate(zip(counts, self.placement, strict=True)):
+            layers = range(start, start + count)
+            last = number == len(counts) - 1
+            placed.append(Stage(number, rank, layers, first=number == 0, last=last))
+            start += count
+        return placed
+
+    @cached_property
+    def parameters(self) -> dict[str, ParameterSpec]:
+        """The model's parameters by name, in the order in which it applies them."""
+        return {spec.name: spec for spec in self.family.parameters(self.config.model)}
+
+    def stage_parameters(self, stage: Stage) -> list[ParameterSpec]:
+        """The parameters of a stage, each once."""
+        found: dict[str, ParameterSpec] = {}
+        for place in stage.places:
+            found |= {spec.name: spec for spec in self._by_place.get(place, ())}
+        return list(found.values())
+
+    def shards(self, stage: Stage, rank: int) -> dict[str, ParameterShard]:
+        """What a rank that holds the stage holds of each of its parameters, by name."""
+        place = self.axes.coordinates(rank)
+        assert place["pipeline"] == stage.rank, (stage, place)
+        return {
+            spec.name: self._shard(spec, tensor_rank=place["tensor"], pipeline_rank=stage.rank)
+            for spec in self.stage_parameters(stage)
+        }
+
+    def sum_groups(self) -> list[SumGroup]:
+        """All groups of ranks that add up partial gradients of shards within a replica, in an order
+        that all ranks share."""
+        alike = {
+            (spec.split, spec.partial, spec.places[len(spec.places) == 1 :]): spec
+            for spec in self.parameters.values()
+        }
+        found: set[SumGroup] = set()
+        for spec in alike.values():
+            rank = self.holders(spec)[0]
+            for tensor_rank in range(self.axes.size("tensor")):
+                held = self._shard(spec, tensor_rank=tensor_rank, pipeline_rank=rank)
+                if held.sum_over is not None:
+                    found.add(held.sum_over)
+        return sorted(found)
+
+    def holders(self, spec: ParameterSpec) -> tuple[int, ...]:
+        """The pipeline ranks that hold a parameter, that of its first place first."""
+        return tuple(dict.fromkeys(self._rank_of[place] for place in spec.places))
+
+    # --- How it is made --------------------------------------------------------------------------
+
+    def _layers_per_stage(self) -> list[int]:
+        """parallel.layers_per_stage as given, or else balanced so that the costliest stage costs as
+        little as it can, the ends of the model counted to the first and the last stage."""
+        given = self.config.parallel.layers_per_stage
+        if given is not None:
+            return list(given)
+        first, *layers, last = (costs.balance for costs in self.costs.values())
+        layers[0] += first
+        layers[-1] += last
+        return balance(layers, len(self.placement))
+
+    @cached_property
+    def _rank_of(self) -> dict[Place, int]:
+        return {place: stage.rank for stage in self.stages for place in stage.places}
+
+    @cached_property
+    def _by_place(self) -> dict[Place, list[ParameterSpec]]:
+        found: dict[Place, list[ParameterSpec]] = {}
+        for spec in self.parameters.values():
+            for place in spec.places:
+                found.setdefault(place, []).append(spec)
+        return found
+
+    def _shard(
+        self, spec: ParameterSpec, *, tensor_rank: int, pipeline_rank: int
+    ) -> ParameterShard:
+        return shard(
+            spec,
+            tensor_rank=tensor_rank,
+            tensor_size=self.axes.size("tensor"),
+            sequence_parallel=self.sequence_parallel,
+            holders=self.holders(spec) if len(spec.places) > 1 else (pipeline_rank,),
+            pipeline_rank=pipeline_rank,
+        )
+
+
+def resolve(
+    config: Config, axes: Axes | int | None, family: ModelFamily, program: bytes | None = None
+) -> Layout:
+    """The layout of a run of a config on these axes, or this number of processes, by default as few
+    as the layout needs. `program` is the content of the program's file if it has been read.
+
+    Raises ConfigError for a number of processes that does not fit, and ScheduleError as
+    `resolve_program` does.
+    """
+    if not isinstance(axes, Axes):
+        axes = resolve_axes(config, axes)
+    config = with_axes(config, axes)
+    chosen = resolve_program(config, microbatches(config, axes), program)
+    return Layout(config, family, axes, chosen)
+
+
+def microbatches(config: Config, axes: Axes) -> int:
+    """Microbatches of one replica in a step."""
+    replicas = axes.size(*axes.that_split(Splits.SAMPLES))
+    return config.train.global_batch_size // (replicas * config.train.micro_batch_size)

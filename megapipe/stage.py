@@ -1,0 +1,147 @@
+"""From a layout to this rank's stages with their initial weights."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from megapipe import kernels
+from megapipe.config import ModelConfig
+from megapipe.distributed.mesh import Axis, Mesh
+from megapipe.kernel_choice import KernelChoice, choose_kernels
+from megapipe.layout.layout import Layout, Stage
+from megapipe.layout.parameters import ParameterShard
+from megapipe.precision import PRECISIONS
+from megapipe.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megapipe.tensor_parallel.parameter import ShardedParameter, StageParameters, sharded_parameters
+from megapipe.tensor_parallel.weight_grad import WeightGradStore
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """How the head computes the loss: see train.linear_cross_entropy and train.z_loss."""
+
+    linear: bool = False
+    z_loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class StageBuild:
+    """All that a model family needs to build a stage on this rank; handed to every layer.
+
+    `seed` is the one that dropout draws from; `kernels` says what the layers compute with; `store`
+    takes the weight gradients of the stage's linear layers.
+    """
+
+    model: ModelConfig
+    layers: range
+    first: bool
+    last: bool
+    parameters: StageParameters
+    tensor: Axis
+    sequence_parallel: bool
+    recompute: bool
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+    store: WeightGradStore
+    kernels: KernelChoice
+    loss: LossSettings = LossSettings()
+
+    def column_linear(self, *names: str) -> ColumnParallelLinear:
+        """Weights `NAME.weight` in one matmul, with the biases `NAME.bias` where there are any."""
+        return ColumnParallelLinear(
+            self.parameters.get(*(f"{name}.weight" for name in names)),
+            self.parameters.find(*(f"{name}.bias" for name in names)),
+            tensor=self.tensor,
+            sequence_parallel=self.sequence_parallel,
+            store=self.store,
+        )
+
+    def row_linear(self, name: str) -> RowParallelLinear:
+        """The weight `NAME.weight`, with the bias `NAME.bias` where there is one."""
+        return RowParallelLinear(
+            self.parameters.get(f"{name}.weight"),
+            self.parameters.find(f"{name}.bias"),
+            tensor=self.tensor,
+            sequence_parallel=self.sequence_parallel,
+            store=self.store,
+        )
+
+
+def build_stages(layout: Layout, mesh: Mesh) -> dict[int, nn.Module]:
+    """This rank's stages by their number in the whole pipeline, with initial weights.
+
+    Collective: makes the process groups that sum partial gradients.
+    """
+    mesh.connect_sum_groups(layout.sum_groups())
+    built: dict[int, nn.Module] = {}
+    made: dict[str, ShardedParameter] = {}
+    for stage in layout.stages:
+        if stage.rank != mesh.pipeline.rank:
+            continue
+        build = _stage_build(layout, mesh, stage, made)
+        module: nn.Module = layout.family.build_stage(build)
+        assert not build.parameters.missing, f"no layer uses {build.parameters.missing}"
+        made |= build.parameters.made
+        built[stage.number] = module
+    for module in built.values():
+        initialize(module, layout.config.train.seed)
+    return built
+
+
+def _stage_build(
+    layout: Layout, mesh: Mesh, stage: Stage, made: dict[str, ShardedParameter]
+) -> StageBuild:
+    train = layout.config.train
+    choice = choose_kernels(layout.config, mesh.device)
+    dtype = PRECISIONS[train.precision].model_dtype
+    return StageBuild(
+        model=layout.config.model,
+        layers=stage.layers,
+        first=stage.first,
+        last=stage.last,
+        parameters=StageParameters(
+            layout.shards(stage, mesh.rank), dtype=dtype, device=mesh.device, made=made
+        ),
+        tensor=mesh.tensor,
+        sequence_parallel=layout.sequence_parallel,
+        recompute=train.recompute == "full",
+        dtype=dtype,
+        device=mesh.device,
+        seed=train.seed,
+        store=WeightGradStore(choice.weight_gradients),
+        kernels=choice,
+        loss=LossSettings(train.linear_cross_entropy, train.z_loss),
+    )
+
+
+def initialize(module: nn.Module, seed: int) -> None:
+    """Fill each shard with its part of the global tensor, a pure function of (seed, name).
+
+    Only the shard itself is made, so no rank needs memory for a whole tensor, and the values are
+    bitwise the same in every layout.
+    """
+    for parameter, shard in _shards(module):
+        shard.view(parameter.data).copy_(_initial_values(shard, seed, parameter.device))
+
+
+def _shards(module: nn.Module) -> Iterator[tuple[ShardedParameter, ParameterShard]]:
+    for parameter in sharded_parameters(module):
+        for shard in parameter.shards:
+            yield parameter, shard
+
+
+def _initial_values(shard: ParameterShard, seed: int, device: torch.device) -> torch.Tensor:
+    init = shard.spec.init
+    if init.kind == "normal":
+        return kernels.normal_rectangle(
+            kernels.fold(seed, shard.name),
+            shard.global_shape,
+            shard.start,
+            shard.shape,
+            std=init.std,
+            device=device,
+        )
+    return torch.full(shard.shape, 1.0 if init.kind == "ones" else 0.0, device=device)
