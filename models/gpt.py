@@ -161,7 +161,10 @@ class Embedding(nn.Module):
 
 
 class Head(nn.Module):
-    """The last norm, the output projection (the embedding's weight where they are tied), the loss."""
+    """The last norm, the output projection and the loss.
+
+    The projection is the embedding's weight where they are tied.
+    """
 
     def __init__(self, model: ModelConfig, build: StageBuild) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from megapipe.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from megapipe.distributed.mesh import Axis
 from megapipe.errors import CheckpointError
 from megapipe.kernel_choice import KernelChoice
-from megapipe.layout.parameters import shard
+from megapipe.layout.parameters import shard_of
 from megapipe.models.attention import KeyValueCache
 from megapipe.models.gpt import GPTStage
 from megapipe.models.parameters import parameter_table
@@ -28,7 +28,7 @@ class PretrainedGPT(nn.Module):
     def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         shards = {
-            spec.name: shard(spec, tensor_rank=0, tensor_size=1, sequence_parallel=False)
+            spec.name: shard_of(spec, tensor_rank=0, tensor_size=1, sequence_parallel=False)
             for spec in parameter_table(model)
         }
         build = StageBuild(

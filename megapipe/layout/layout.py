@@ -19,7 +19,7 @@ from megapipe.layout.parameters import (
     ParameterSpec,
     Place,
     SumGroup,
-    shard,
+    shard_of,
 )
 from megapipe.layout.program import ResolvedProgram, resolve_program
 from megapipe.layout.shapes import boundary_bytes, hidden_shape
@@ -181,7 +181,7 @@ class Layout:
     def _shard(
         self, spec: ParameterSpec, *, tensor_rank: int, pipeline_rank: int
     ) -> ParameterShard:
-        return shard(
+        return shard_of(
             spec,
             tensor_rank=tensor_rank,
             tensor_size=self.axes.size("tensor"),

@@ -85,7 +85,7 @@ def _ranks(layout: Layout) -> list[str]:
 
 def _numbering(axes: Axes) -> Iterator[str]:
     """How ranks of a line follow from their coordinates, where more than one axis says it."""
-    innermost, size = axes.names[-1], axes.size(axes.names[-1])
+    size = axes.size(axes.names[-1])
     if sum(axes.size(name) > 1 for name in axes.names[1:]) < 2:
         return
     formula = axes.names[0]

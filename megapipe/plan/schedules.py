@@ -181,8 +181,8 @@ def _times(
     file, stages = own.parallel.stage_costs, stage_count(config.parallel)
     if file is not None and stages != stage_count(own.parallel):
         raise ScheduleError(
-            f'parallel.stage_costs = "{file}" has the times of {stage_count(own.parallel)} stages, and '
-            f"{config.parallel.schedule} has {stages}: compare it with --costs F,I,W, or with "
+            f'parallel.stage_costs = "{file}" has the times of '
+            f"{stage_count(own.parallel)} stages, and {config.parallel.schedule} has {stages}: compare it with --costs F,I,W, or with "
             "--parallel.stage_costs none."
         )
     costed = config.parallel.model_copy(update={"stage_costs": file})

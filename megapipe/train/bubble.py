@@ -1,9 +1,9 @@
 """The pipeline bubble of each step, measured and planned, without a collective of its own.
 
-Each pipeline rank (the first of those that share its stages) writes when its work began and ended, how long it
-worked, and the medians of its stages into slots of the step's one all-reduce. Times count from the
-end of the all-reduce before, which all ranks leave within a fraction of a millisecond of each other
-(so the first step of a start has no bubble).
+Each pipeline rank (the first of those that share its stages) writes when its work began and ended,
+how long it worked, and the medians of its stages into slots of the step's one all-reduce. Times
+count from the end of the all-reduce before, which all ranks leave within a fraction of a
+millisecond of each other (so the first step of a start has no bubble).
 
 The plan is the program simulated with those medians, as in `megapipe.pipeline.comparison`. To
 simulate a large program takes seconds, so rank 0 does it when it would cost less than PLAN_SHARE of
