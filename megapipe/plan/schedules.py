@@ -182,8 +182,8 @@ def _times(
     if file is not None and stages != stage_count(own.parallel):
         raise ScheduleError(
             f'parallel.stage_costs = "{file}" has the times of '
-            f"{stage_count(own.parallel)} stages, and {config.parallel.schedule} has {stages}: compare it with --costs F,I,W, or with "
-            "--parallel.stage_costs none."
+            f"{stage_count(own.parallel)} stages, and {config.parallel.schedule} has {stages}: "
+            "compare it with --costs F,I,W, or with --parallel.stage_costs none."
         )
     costed = config.parallel.model_copy(update={"stage_costs": file})
     return estimated_times(config.model_copy(update={"parallel": costed}), axes, family)
