@@ -8,6 +8,7 @@ from functools import partial
 
 import xxhash
 
+from megapipe.amounts import counted
 from megapipe.config import SourceConfig
 from megapipe.data.contents import check_content
 from megapipe.data.files import COMPRESSED, TABLES, Found, FoundFile, file_format, find_files
@@ -219,9 +220,9 @@ def check_source(
         return min(shuffle_block, max(1, rows // streams))
     if rows and left_out == rows:
         raise DataError(
-            f"data.validation_fraction leaves nothing of {source.key} on one side: all of its "
-            f"{rows} rows (texts, for text files) are on the other. Change the fraction, or name "
-            "data.validation_sources instead."
+            f"data.validation_fraction leaves nothing of {source.key} on one side: the other has "
+            f"all of it, {counted(rows, 'row')} (texts, for text files). Change the fraction, or "
+            "name data.validation_sources instead."
         )
     reasons = "; ".join(f"{count} {reason}" for reason, count in bad.most_common())
     reasons = f": {reasons}{example}" if reasons else ""

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from megapipe.amounts import counted
 from megapipe.data.tokenizer import Tokenizer
 
 SHOWN = 5
@@ -93,7 +94,7 @@ def name_characters(counts: Counter[str]) -> str:
         for one, count in ordered[:SHOWN]
     ]
     more = len(ordered) - SHOWN
-    others = f" and {more:,} other character{'s'[: more > 1]}" if more > 0 else ""
+    others = f" and {counted(more, 'other character')}" if more > 0 else ""
     return ", ".join(named) + others
 
 
