@@ -42,16 +42,16 @@ from megapipe.pipeline.program import stage_placement
 from megapipe.precision import keep_sums_wide
 from megapipe.tools.cli import render
 from megapipe.tools.dry_run import layout_lines
-from megapipe.tools.environment import environment_lines
-from megapipe.tools.start_report import text_lines
 from megapipe.train.auto import check_activation_bytes, settle_program
 from megapipe.train.bubble import BubbleMeter
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine
+from megapipe.train.environment import environment_lines
 from megapipe.train.loggers import Loggers
 from megapipe.train.loop import Run, train
 from megapipe.train.run_directory import RunLock, plan_start, write_config
 from megapipe.train.signals import StopRequest
+from megapipe.train.start_report import text_lines
 from megapipe.train.timeline import TimelineWriter
 
 

@@ -46,6 +46,10 @@ class TextCheck:
     def bytes_per_token(self) -> float:
         return self.size / max(self.tokens, 1)
 
+    def summary(self) -> str:
+        """Bytes per token, what is unknown, and whether texts come back as they were."""
+        return f"{self.bytes_per_token:.2f} bytes per token; {self.verdict()}"
+
     def verdict(self) -> str:
         """In words, as the end of a sentence: what is unknown, and what does not come back."""
         parts = []
