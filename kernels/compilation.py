@@ -4,7 +4,7 @@ Each kernel's file lists the configurations in which it may be launched (`varian
 for a target gives what its speed depends on before it ever runs: registers, spills, shared memory,
 how many programs fit on a multiprocessor, and whether the matrix units are used.
 
-Must run where TRITON_INTERPRET is not set; `megapipe.tools.compile_kernels` does all of them.
+Must run where TRITON_INTERPRET is not set; `tests.kernels.compile_kernels` does all of them.
 """
 
 import re

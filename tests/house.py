@@ -17,6 +17,7 @@ FOLDERS = {
 FLOORS = {
     "megapipe.kernels": 0,  # and nothing above: kernels know only torch and triton
     "megapipe.errors": 1,
+    "megapipe.amounts": 1,
     "megapipe.pipeline.schedule": 2,
     "megapipe.files": 2,
     "megapipe.precision": 2,
@@ -46,6 +47,7 @@ GROUND = "megapipe"  # its __init__ holds the version and may be imported from e
 LIGHT = {
     "megapipe": frozenset[str](),
     "megapipe.errors": frozenset[str](),
+    "megapipe.amounts": frozenset[str](),
     "megapipe.files": frozenset[str](),
     "megapipe.stop_signals": frozenset[str](),
     "megapipe.scratch": frozenset[str](),

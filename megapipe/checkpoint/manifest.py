@@ -20,6 +20,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, StringConstraints, ValidationError
 
+from megapipe.amounts import counted
 from megapipe.checkpoint.rectangle import Rectangle, covers, first_gap, first_overlap
 from megapipe.checkpoint.steps import MANIFEST_NAME
 from megapipe.checkpoint.storage import BLOCK_BYTES, checksum
@@ -130,7 +131,8 @@ def _tensor_problems(entry: TensorEntry) -> Iterator[str]:
             yield f"chunk {chunk.rectangle} lies outside its shape {list(entry.shape)}"
             return
         if chunk.bytes != chunk.rectangle.volume * ITEM_BYTES[entry.dtype]:
-            yield f"chunk {chunk.rectangle} of {entry.dtype} can't have {chunk.bytes} bytes"
+            size = counted(chunk.bytes, "byte")
+            yield f"chunk {chunk.rectangle} of {entry.dtype} can't have {size}"
         if len(chunk.checksums) != math.ceil(chunk.bytes / BLOCK_BYTES):
             yield f"chunk {chunk.rectangle} has {len(chunk.checksums)} checksums"
     rectangles = [chunk.rectangle for chunk in entry.chunks]
@@ -220,4 +222,4 @@ def _list(problems: list[str]) -> str:
         for one in problems[:MAX_PROBLEMS]
     )
     more = len(problems) - MAX_PROBLEMS
-    return f"{shown}; and {more} more problems" if more > 0 else shown
+    return f"{shown}; and {counted(more, 'more problem')}" if more > 0 else shown

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import xxhash
 
+from megapipe.amounts import counted, format_bytes
 from megapipe.errors import CheckpointError, explained
 
 BLOCK_BYTES = 16 * 2**20
@@ -58,7 +59,7 @@ def open_regular(path: Path) -> Iterator[int]:
 def check_size(descriptor: int, path: Path, expected: int) -> None:
     size = os.fstat(descriptor).st_size
     if size != expected:
-        raise CheckpointError(f"{path} has {size} bytes, its manifest says {expected}")
+        raise CheckpointError(f"{path} has {counted(size, 'byte')}, its manifest says {expected}")
 
 
 def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
@@ -69,7 +70,9 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, path: Path) -> N
         except OSError as error:
             raise CheckpointError(f"{path} can't be read ({error.strerror})") from error
         if count == 0:
-            raise CheckpointError(f"{path} ends at byte {offset}, {len(buffer)} bytes too early")
+            raise CheckpointError(
+                f"{path} ends at byte {offset}, {counted(len(buffer), 'byte')} too early"
+            )
         buffer, offset = buffer[count:], offset + count
 
 
@@ -131,12 +134,3 @@ def remove_tree(path: Path) -> None:
     """Remove a directory and what is in it; nothing happens when it is gone already."""
     with suppress(FileNotFoundError):
         shutil.rmtree(path)
-
-
-def format_bytes(count: float) -> str:
-    """Bytes for people: `4.2 GiB`."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} TiB"

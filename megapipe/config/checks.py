@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megapipe.amounts import counted
 from megapipe.config.axes import Splits, given_sizes
 from megapipe.config.data import DataConfig
 from megapipe.config.logging import LoggingConfig, parse_steps, project_problem
@@ -110,14 +111,14 @@ def _stage_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Pr
     if given is not None and len(given) != stages:
         yield Problem(
             "parallel.layers_per_stage",
-            f"has {len(given)} entries, and {product} = {stages} stages: give one for each stage, "
-            "or leave the key out to have layers balanced by cost",
+            f"has {counted(len(given), 'entry')}, and {product} = {counted(stages, 'stage')}: give "
+            "one for each stage, or leave the key out to have layers balanced by cost",
         )
     if given is not None and sum(given) != model.num_layers:
         yield Problem(
             "parallel.layers_per_stage",
-            f"adds up to {sum(given)} layers, and model.num_layers = {model.num_layers}: "
-            "they must be equal",
+            f"adds up to {counted(sum(given), 'layer')}, and model.num_layers = "
+            f"{model.num_layers}: they must be equal",
         )
 
 

@@ -10,6 +10,7 @@ from datetime import date, time
 from pathlib import Path
 from typing import Any
 
+from megapipe.amounts import counted
 from megapipe.config.paths import is_unicode
 from megapipe.errors import ConfigError
 from megapipe.files import reason, shown
@@ -217,7 +218,8 @@ def _put(tree: dict[str, Any], path: KeyPath, value: Any) -> str | None:
             node.setdefault(part, value if last else _empty(path[depth + 1]))
         elif isinstance(node, list) and isinstance(part, int):
             if part > len(node):
-                return f"{dotted(path[:depth])} has {len(node)} entries, so the next is {len(node)}"
+                entries = counted(len(node), "entry")
+                return f"{dotted(path[:depth])} has {entries}, so the next is {len(node)}"
             if part == len(node):
                 node.append(_empty(path[depth + 1]) if not last else value)
         else:

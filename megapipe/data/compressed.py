@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from megapipe.amounts import counted
 from megapipe.data.files import shown
 from megapipe.errors import DataError
 
@@ -32,7 +33,7 @@ class Damage:
     def __str__(self) -> str:
         if not self.lost:
             return f"{self.reason} at byte {self.offset:,}"
-        lost = f"{self.lost:,} bytes from byte {self.offset:,} on can't be decompressed"
+        lost = f"{counted(self.lost, 'byte')} from byte {self.offset:,} on can't be decompressed"
         return f"{lost} ({self.reason})"
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from megapipe.amounts import counted
 from megapipe.errors import DataError
 from megapipe.files import reason, shown
 
@@ -54,7 +55,7 @@ class Found:
         return sum(file.size for file in self.files)
 
     def __str__(self) -> str:
-        return f"{len(self.files):,} file{'' if len(self.files) == 1 else 's'}, {self.size:,} bytes"
+        return f"{counted(len(self.files), 'file')}, {counted(self.size, 'byte')}"
 
 
 def file_format(path: Path) -> str | None:
@@ -117,9 +118,9 @@ def check_unchanged(file: BinaryIO, path: Path, size: int | None) -> None:
     now = os.fstat(file.fileno()).st_size
     if size is not None and now != size:
         raise DataError(
-            f"{shown(path)}: has {now:,} bytes now and had {size:,} when this run started. Data "
-            "files must not change while a run reads them: restore it and start again; the run "
-            "goes on from its last checkpoint."
+            f"{shown(path)}: has {counted(now, 'byte')} now and had {size:,} when this run "
+            "started. Data files must not change while a run reads them: restore it and start "
+            "again; the run goes on from its last checkpoint."
         )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from megapipe.amounts import counted
 from megapipe.data.compressed import Damage, Decompressed, codec
 from megapipe.data.files import COMPRESSED, check_unchanged, open_unchanged
 from megapipe.errors import DataError
@@ -137,8 +138,10 @@ def _skip(stream: Any, offset: int) -> None:
 
 
 def _damaged(damage: Damage, cut: int) -> Unreadable:
-    detail = f"{damage}; {cut} byte(s) of a cut character before it are dropped" if cut else damage
-    return Unreadable(DAMAGED, str(detail), text_bytes=cut, file_bytes=damage.lost)
+    detail = str(damage)
+    if cut:
+        detail += f"; a cut character before it ({counted(cut, 'byte')}) is dropped"
+    return Unreadable(DAMAGED, detail, text_bytes=cut, file_bytes=damage.lost)
 
 
 def _without_cut_character(raw: object) -> tuple[object, int]:
@@ -161,7 +164,7 @@ def split_lines(stream: io.BufferedReader, offset: int) -> Iterator[Raw]:
                 break
         offset += size - len(line)
         reason = f"longer than {MAX_LINE_BYTES >> 20} MiB"
-        yield Unreadable(reason, f"{size:,} bytes", text_bytes=size), offset
+        yield Unreadable(reason, counted(size, "byte"), text_bytes=size), offset
 
 
 def split_text_lines(stream: io.BufferedReader, offset: int) -> Iterator[Raw]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from megapipe.amounts import counted
 from megapipe.data.formats import DAMAGED, NoRows, RowFile, Unreadable
 from megapipe.errors import DataError
 
@@ -101,7 +102,8 @@ def _check_nuls(text: str) -> None:
     count = text.count("\0")
     if count > MAX_NUL_SHARE * len(text):
         raise BadRowError(
-            "NUL characters (binary data, or UTF-16)", f"{count:,} of {len(text):,} characters"
+            "NUL characters (binary data, or UTF-16)",
+            f"{count:,} of {counted(len(text), 'character')}",
         )
 
 
@@ -138,8 +140,9 @@ def too_many_bad_rows(skipped: int, limit: int) -> DataError | None:
     if skipped <= limit:
         return None
     return DataError(
-        f"{skipped} bad rows were met, more than data.max_bad_rows = {limit} allows. Repair the "
-        "files that the messages above name, or raise data.max_bad_rows."
+        f"{counted(skipped, 'bad row')} {'was' if skipped == 1 else 'were'} met, more than "
+        f"data.max_bad_rows = {limit} allows. Repair the files that the messages above name, or "
+        "raise data.max_bad_rows."
     )
 
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import xxhash
 
+from megapipe.amounts import counted
 from megapipe.config import SourceConfig
 from megapipe.data.contents import check_content
 from megapipe.data.files import COMPRESSED, TABLES, Found, FoundFile, file_format, find_files
@@ -166,16 +167,17 @@ def repeated_files(
         if found is None:
             continue
         if found.repeats:
+            names = counted(len(found.repeats), "further name")
             yield (
-                f"{name(source)}: passed over {len(found.repeats):,} further name(s) of files that "
-                f"are read already, such as {shown(found.repeats[0])}."
+                f"{name(source)}: passed over {names} of files that are read already, such as "
+                f"{shown(found.repeats[0])}."
             )
         shared = [file for file in found.files if file.identity in owners]
         if shared:
             other = owners[shared[0].identity]
             yield (
-                f"{name(source)}: {len(shared):,} of its files, such as "
-                f"{shown(shared[0].path)}, are in {name(other)} too, and are read for both."
+                f"{name(source)}: shares {counted(len(shared), 'file')} with {name(other)}, such "
+                f"as {shown(shared[0].path)}. What both have is read for both."
             )
         owners.update(
             {file.identity: source for file in found.files if file.identity not in owners}
@@ -193,7 +195,7 @@ def check_source(
     enough = streams * shuffle_block
     if source.total_bytes is not None and source.total_bytes >= 2 * streams * BLOCK_BYTES:
         enough = 0  # blocks are closed by bytes too, so there are more than streams of them
-    rows, left_out, usable = 0, 0, False
+    rows, left_out, without_rows, usable = 0, 0, 0, False
     bad: Counter[str] = Counter()
     example = ""
     judge = BadRows(max_bad_rows, say=lambda _: None)
@@ -206,7 +208,7 @@ def check_source(
                     text = source.text(index, raw)
                     usable = bool(text)
                     if isinstance(raw, NoRows):
-                        bad["file(s) without rows"] += 1
+                        without_rows += 1
                     elif text == "":
                         bad["empty"] += 1
                 except BadRowError as error:
@@ -219,17 +221,19 @@ def check_source(
         return min(shuffle_block, max(1, rows // streams))
     if rows and left_out == rows:
         raise DataError(
-            f"data.validation_fraction leaves nothing of {source.key} on one side: all of its "
-            f"{rows} rows (texts, for text files) are on the other. Change the fraction, or name "
-            "data.validation_sources instead."
+            f"data.validation_fraction leaves nothing of {source.key} on one side: the other has "
+            f"all of it, {counted(rows, 'row')} (texts, for text files). Change the fraction, or "
+            "name data.validation_sources instead."
         )
-    reasons = "; ".join(f"{count} {reason}" for reason, count in bad.most_common())
-    reasons = f": {reasons}{example}" if reasons else ""
+    reasons = [f"{count} {reason}" for reason, count in bad.most_common()]
+    if without_rows:
+        reasons.insert(0, f"{without_rows} without rows")
+    why = f": {'; '.join(reasons)}{example}" if reasons else ""
     advice = "Name files with text, or take the source out."
     if any("field" in reason for reason in bad):
         advice = f"Set {source.key}.text_field to the field that holds text, or name other files."
     raise DataError(
         f'{source.key}.path = "{shown(source.config.path)}" yields no usable row in '
-        f"{len(source.files)} file(s) with {rows - bad['file(s) without rows']} row(s){reasons}. "
+        f"{counted(len(source.files), 'file')} with {counted(rows - without_rows, 'row')}{why}. "
         f"{advice}"
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megapipe.amounts import counted
 from megapipe.data.files import check_unchanged, open_unchanged
 from megapipe.data.formats import DAMAGED, Kind, NoRows, Raw, Unreadable
 from megapipe.errors import DataError
@@ -163,12 +164,12 @@ def _raise_failure(name: str, error: Exception) -> None:
 def _damage(error: Exception, number: int, read: _Read, size: int) -> Unreadable:
     bytes_lost = 0
     if not read.opened:
-        bytes_lost, lost = size, f"none of its {size:,} bytes can be read"
+        bytes_lost, lost = size, f"none of its {counted(size, 'byte')} can be read"
     elif read.rows > 0:
-        lost = f"{read.rows - number:,} of its {read.rows:,} rows can't be read"
+        lost = f"{read.rows - number:,} of its {counted(read.rows, 'row')} can't be read"
     else:
         bytes_lost = size - read.good_bytes
-        lost = f"{bytes_lost:,} bytes with its rows from {number + 1:,} on can't be read"
+        lost = f"{counted(bytes_lost, 'byte')} with its rows from {number + 1:,} on can't be read"
     return Unreadable(DAMAGED, f"{lost} ({first_line(error)})", file_bytes=bytes_lost)
 
 

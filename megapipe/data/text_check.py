@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from megapipe.amounts import counted
 from megapipe.data.tokenizer import Tokenizer
 
 SHOWN = 5
@@ -44,6 +45,10 @@ class TextCheck:
     @property
     def bytes_per_token(self) -> float:
         return self.size / max(self.tokens, 1)
+
+    def summary(self) -> str:
+        """Bytes per token, what is unknown, and whether texts come back as they were."""
+        return f"{self.bytes_per_token:.2f} bytes per token; {self.verdict()}"
 
     def verdict(self) -> str:
         """In words, as the end of a sentence: what is unknown, and what does not come back."""
@@ -93,7 +98,7 @@ def name_characters(counts: Counter[str]) -> str:
         for one, count in ordered[:SHOWN]
     ]
     more = len(ordered) - SHOWN
-    others = f" and {more:,} other character{'s'[: more > 1]}" if more > 0 else ""
+    others = f" and {counted(more, 'other character')}" if more > 0 else ""
     return ", ".join(named) + others
 
 

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megapipe.amounts import counted
 from megapipe.errors import (
     CheckpointError,
     ConfigError,
@@ -269,7 +270,7 @@ def _unpack(received: Sequence[Tensor], sizes: Sequence[int]) -> list[Any]:
 
 def _and_more(ranks: int) -> str:
     """` (and 1 more rank)`, or nothing."""
-    return f" (and {ranks} more rank{'s'[: ranks != 1]})" if ranks else ""
+    return f" (and {counted(ranks, 'more rank')})" if ranks else ""
 
 
 def _itself(value: object) -> object:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 from math import inf
 
+from megapipe.amounts import counted
 from megapipe.errors import ScheduleError
 
 
@@ -20,7 +21,10 @@ def balance(
     """
     layers = len(costs)
     if not 1 <= stages <= layers:
-        raise ScheduleError(f"{layers} layers cannot make {stages} stages of at least one layer")
+        raise ScheduleError(
+            f"{counted(layers, 'layer')} cannot make {counted(stages, 'stage')} of at least one "
+            "layer"
+        )
     upto = [0.0, *accumulate(costs)]
 
     def cost(begin: int, end: int) -> float:

@@ -11,6 +11,7 @@ import math
 import tomllib
 from pathlib import Path
 
+from megapipe.amounts import counted
 from megapipe.config.problems import show
 from megapipe.config.source import decode_toml
 from megapipe.errors import ScheduleError
@@ -53,8 +54,8 @@ def _by_stage(path: str | Path, name: str, value: object, stages: int) -> list[f
         return [_time(path, name, value)] * stages
     if len(value) != stages:
         raise ScheduleError(
-            f"{path}: {name} has {len(value)} entries, and parallel.pipeline * parallel.virtual = "
-            f"{stages}: give one for each stage, or one number for all."
+            f"{path}: {name} has {counted(len(value), 'entry')}, and parallel.pipeline * "
+            f"parallel.virtual = {stages}: give one for each stage, or one number for all."
         )
     return [_time(path, f"{name}[{index}]", entry) for index, entry in enumerate(value)]
 

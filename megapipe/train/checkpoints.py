@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megapipe.amounts import format_bytes
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.checkpoint.retention import Skipped, newest_valid, prune
 from megapipe.checkpoint.save import MANIFEST_ALLOWANCE, save_checkpoint
 from megapipe.checkpoint.shard import Shard
-from megapipe.checkpoint.storage import format_bytes, require_space
+from megapipe.checkpoint.storage import require_space
 from megapipe.config import Config
 from megapipe.config.optimizer import OptimizerConfig
 from megapipe.distributed.mesh import Mesh

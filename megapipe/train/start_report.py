@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from megapipe.checkpoint.storage import format_bytes
+from megapipe.amounts import counted, format_bytes, scaled
 from megapipe.config import Config
 from megapipe.data.feed import BatchFeed
 from megapipe.data.sample import SourceSample, sample_sources
@@ -37,7 +37,8 @@ def text_lines(config: Config, feeds: Sequence[BatchFeed]) -> list[str]:
 def _source_lines(config: Config, samples: Sequence[SourceSample]) -> Iterator[str]:
     train = config.train
     budget = train.steps * train.global_batch_size * train.sequence_length
-    yield f"Data: the whole run reads {scaled(budget)} tokens, in {config.data.streams} streams"
+    streams = counted(config.data.streams, "stream")
+    yield f"Data: the whole run reads {scaled(budget)} tokens, in {streams}"
     yield from _each_or_sum(config, samples, budget)
 
 
@@ -57,8 +58,7 @@ def _each_or_sum(
 def _sum_line(config: Config, samples: Sequence[SourceSample], *, training: bool) -> str:
     """`and 3 more sources: 24 files, 3.6 MiB, about 1.2 million tokens`."""
     files = sum(len(sample.source.files) for sample in samples)
-    line = f"and {len(samples)} more source{'s'[: len(samples) != 1]}: "
-    line += f"{files:,} file{'s'[: files != 1]}"
+    line = f"and {counted(len(samples), 'more source')}: {counted(files, 'file')}"
     stored = [sample.stored for sample in samples if sample.stored is not None]
     if stored:
         line += f", {format_bytes(sum(stored))}"
@@ -76,8 +76,7 @@ def _sum_line(config: Config, samples: Sequence[SourceSample], *, training: bool
 def _source_line(config: Config, sample: SourceSample, wanted: float | None) -> str:
     """`text/*.txt: 8 files, 1.2 MiB, about 410 thousand tokens; 0.62 epochs`."""
     source = sample.source
-    files = len(source.files)
-    line = f"{source.config.path}: {files:,} file{'s'[: files != 1]}"
+    line = f"{source.config.path}: {counted(len(source.files), 'file')}"
     if sample.stored is not None:
         line += f", {format_bytes(sample.stored)}"
     if sample.tokens is None:
@@ -104,10 +103,7 @@ def _tokenizer_lines(
     for sample in samples:
         total += sample.check
     if total.texts:
-        yield (
-            f"  in a sample of {format_bytes(total.size)}: {total.bytes_per_token:.2f} bytes per "
-            f"token; {total.verdict()}"
-        )
+        yield (f"  in a sample of {format_bytes(total.size)}: {total.summary()}")
     yield from _unknown_lines(config, samples)
 
 
@@ -129,11 +125,3 @@ def _unknown_lines(config: Config, samples: Sequence[SourceSample]) -> Iterator[
                 f"  Warning: of {source.config.path}, {share(check.unknown_share)} of the "
                 "characters are unknown to the tokenizer; they are lost to training"
             )
-
-
-def scaled(number: float) -> str:
-    """`8.1 billion`, `411 thousand`, `812`."""
-    for size, word in ((1e12, "trillion"), (1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
-        if number >= size:
-            return f"{number / size:.3g} {word}"
-    return f"{number:.0f}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from megapipe.amounts import counted
 from megapipe.config.logging import parse_steps
 from megapipe.distributed.mesh import Mesh
 from megapipe.files import replace_durably
@@ -147,7 +148,7 @@ def report(comparison: Comparison, schedule: str) -> str:
     out = StringIO()
     console = Console(file=out, width=_WIDTH, highlight=False, color_system=None)
     console.print(
-        f"Step {comparison.step}, {schedule} on {len(real.spans)} ranks: "
+        f"Step {comparison.step}, {schedule} on {counted(len(real.spans), 'rank')}: "
         f"{_seconds(real.makespan)} in the pipeline, bubble {real.bubble:.1%}. Planned with the "
         f"same stages: {_seconds(plan.makespan)}, bubble {plan.bubble:.1%}. With equal stages the "
         f"schedule has a bubble of {comparison.equal_bubble:.1%}.",

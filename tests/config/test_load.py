@@ -190,7 +190,7 @@ def test_contradictions_are_found_beside_wrong_types(tmp_path: Path) -> None:
         ),
         (
             "--data.sources.3.path=x",
-            "command line: --data.sources.3.path: data.sources has 1 entries, so the next is 1.",
+            "command line: --data.sources.3.path: data.sources has 1 entry, so the next is 1.",
         ),
         (
             "--train.steps.x=3",

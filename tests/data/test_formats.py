@@ -104,7 +104,7 @@ def test_a_character_cut_by_damage_is_dropped_the_same_from_every_row_on(
     assert text.endswith(b"three ")
     assert isinstance(damage, Unreadable)
     assert damage.text_bytes == 2
-    assert "2 byte(s) of a cut character before it are dropped" in damage.detail
+    assert "a cut character before it (2 bytes) is dropped" in damage.detail
     for row, (_, offset) in enumerate(rows[:-1], start=1):
         assert list(file.rows(row, offset)) == rows[row:]
 

@@ -208,8 +208,8 @@ def test_files_with_several_names_and_in_several_sources_are_told(tmp_path: Path
         for index, place in enumerate((tmp_path / "*.jsonl", path))
     ]
     assert list(repeated_files(sources)) == [
-        "data.sources[0].path: passed over 1 further name(s) of files that are read already, such "
+        "data.sources[0].path: passed over 1 further name of files that are read already, such "
         f"as {tmp_path}/c.jsonl.",
-        f"data.sources[1].path: 1 of its files, such as {path}, are in data.sources[0].path too, "
-        "and are read for both.",
+        f"data.sources[1].path: shares 1 file with data.sources[0].path, such as {path}. What both "
+        "have is read for both.",
     ]

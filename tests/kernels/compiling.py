@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megapipe.tools.compile_kernels import UNFIT
 from tests.interpreter import compiling_environment
+from tests.kernels.compile_kernels import UNFIT
 
 
 @dataclass(frozen=True)
 class Compiling:
-    """`python -m megapipe.tools.compile_kernels`, at work."""
+    """`python -m tests.kernels.compile_kernels`, at work."""
 
     process: subprocess.Popen[bytes]
     lines: Path
@@ -28,7 +28,7 @@ class Compiling:
         lines, errors = folder / "rows.jsonl", folder / "errors"
         with lines.open("wb") as stdout, errors.open("wb") as stderr:
             process = subprocess.Popen(
-                ["nice", "-n", "19", sys.executable, "-m", "megapipe.tools.compile_kernels"],
+                ["nice", "-n", "19", sys.executable, "-m", "tests.kernels.compile_kernels"],
                 env=compiling_environment(),
                 stdout=stdout,
                 stderr=stderr,

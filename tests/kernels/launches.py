@@ -5,7 +5,7 @@
 Triton's interpreter takes what a launch does not: it hands on None where a pointer belongs, and
 knows no types of arguments. Here the launch itself works on the arguments, an H100 being said to be
 there, and the kernel is translated to Triton's intermediate language for just these types. The
-compiler behind that is the business of `megapipe.tools.compile_kernels`.
+compiler behind that is the business of `tests.kernels.compile_kernels`.
 """
 
 import sys
@@ -25,8 +25,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from megapipe import kernels as K
-from megapipe.tools.bench.kernels import CASES
-from megapipe.tools.bench.kernels_cases import Shape, Source, values_and_gradients
+from megapipe.kernels.examples import EXAMPLES
+from megapipe.kernels.examples.example import Shape, Source, values_and_gradients
 from tests.kernels.proof import TOY
 
 CPU = torch.device("cpu")
@@ -97,16 +97,17 @@ def both_passes(function: Call) -> None:
     torch.autograd.backward(outputs, [torch.ones_like(y) for y in outputs])
 
 
-def cases() -> Iterator[Call]:
-    """What the bench runs, of all sizes 1 and of others."""
+def examples() -> Iterator[Call]:
+    """The examples, of all sizes 1 and of others."""
     forms = ((TOY, torch.bfloat16), (ONES, torch.float32))
-    for case, (shape, dtype) in product(CASES.values(), forms):
-        ours = partial(case.ours, backend="triton")
-        yield partial(values_and_gradients, case, ours, case.inputs(shape, Source(CPU, dtype)))
+    for example, (shape, dtype) in product(EXAMPLES.values(), forms):
+        call = partial(example.call, backend="triton")
+        inputs = example.inputs(shape, Source(CPU, dtype))
+        yield partial(values_and_gradients, example, call, inputs)
 
 
 def plain_forms() -> Iterator[Call]:
-    """Without the residual, the bias or the copy that the bench's cases have."""
+    """Without the residual, the bias or the copy that the examples have."""
     x, weight, samples = narrow(4, 1, 16), narrow(16), torch.arange(1)
     triton_ = {"backend": "triton"}
     yield partial(K.rms_norm, x, weight, 1e-5, **triton_)
@@ -179,7 +180,7 @@ def main() -> int:
     seen: Counter[str] = Counter()
     with launches_translated(seen):
         refuses_a_wrong_one()
-        for call in cases():
+        for call in examples():
             call()
         for forms in (plain_forms, rotations, attentions):
             for call in forms():

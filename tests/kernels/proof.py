@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megapipe.tools.bench.kernels_cases import Shape
+from megapipe.kernels.examples.example import Shape
 
 TOY = Shape(
     model="toy",

@@ -12,8 +12,8 @@ import pytest
 
 from megapipe import kernels
 from megapipe.kernels.compilation import TARGETS
-from megapipe.tools import kernel_pages
 from tests.interpreter import compiling_environment
+from tests.kernels import kernel_pages
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "adding-a-kernel.md").read_text(encoding="utf-8")
@@ -40,7 +40,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     before(folder / "kernels" / "__init__.py", "from megapipe.kernels.rms_norm", EXPORT)
     before(folder / "kernels" / "__init__.py", '    "rescale",', '    "relu_squared",\n')
     before(folder / "docs" / "kernels.md", "| [`rms_norm`]", OVERVIEW)
-    rows = run(folder, "-m", "megapipe.tools.compile_kernels", "relu_squared")
+    rows = run(folder, "-m", "tests.kernels.compile_kernels", "relu_squared")
     (folder / "rows.jsonl").write_text(rows, encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:  # here, and not in a process: it compiles nothing
         patch.setattr(kernels, "__path__", [str(folder / "kernels")])
@@ -83,7 +83,7 @@ def test_its_page_is_made_and_the_others_stay(checkout: Path) -> None:
 
 
 def test_its_tests_and_those_of_its_page_pass(checkout: Path) -> None:
-    files = ("tests/kernels/test_relu_squared.py", "tests/tools/test_kernel_pages.py")
+    files = ("tests/kernels/test_relu_squared.py", "tests/kernels/test_kernel_pages.py")
     only = ("-k", "relu_squared or overview or exported")
     said = run(checkout, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, *only)
     assert re.search(r"\d+ passed", said), said

@@ -3,7 +3,7 @@
 import pytest
 
 from megapipe.kernels.compilation import TARGETS
-from megapipe.tools.compile_kernels import kernel_modules
+from tests.kernels.compile_kernels import kernel_modules
 from tests.kernels.compiling import Compiling
 
 pytestmark = pytest.mark.timeout(900)  # the first of these tests waits for the compiler

@@ -6,6 +6,7 @@ The same checks run here on a toy shape in the interpreter, so that they are kno
 GPU is paid for.
 """
 
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,48 +19,50 @@ from torch import Tensor
 from megapipe.config import load_config
 from megapipe.distributed.mesh import build_mesh
 from megapipe.kernels import Vocabulary, cross_entropy_stats_, grad_norm, rms_norm, swiglu
-from megapipe.models.build import build_stages
-from megapipe.models.presets import PRESETS
-from megapipe.tools.bench import run as bench
-from megapipe.tools.bench.kernels import CASES
-from megapipe.tools.bench.kernels_cases import (
-    Case,
+from megapipe.kernels.examples import EXAMPLES
+from megapipe.kernels.examples.example import (
+    Example,
     Shape,
     Source,
-    shape_of,
     values_and_gradients,
     widened,
 )
+from megapipe.models.build import build_stages
+from megapipe.models.kernel_shapes import shape_of
+from megapipe.models.presets import PRESETS
+from megapipe.tools.cli import main
 from megapipe.train.engine import Engine
 from megapipe.train.proof import synthetic_tokens
 from tests.kernels.proof import TOY, assert_as_accurate, assert_same_bits
 from tests.ranks import run_ranks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-EACH = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+EACH = pytest.mark.parametrize("example", EXAMPLES.values(), ids=list(EXAMPLES))
 SHAPES = pytest.mark.parametrize(
     ("preset", "tensor"), [("llama3-8b", 1), ("llama3-8b", 8), ("gpt2", 1)]
 )
 
 
-def check_accuracy(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+def check_accuracy(
+    example: Example, shape: Shape, device: torch.device, dtype: torch.dtype
+) -> None:
     """1.5 times the error of the torch reference in the same dtype, both against float64."""
-    inputs = [case.inputs(shape, Source(device, dtype)) for _ in range(3)]
-    torch_way, triton_way = (partial(case.ours, backend=b) for b in ("torch", "triton"))
-    exact = values_and_gradients(case, torch_way, widened(inputs[0]))
-    reference = values_and_gradients(case, torch_way, inputs[1])
-    kernel = values_and_gradients(case, triton_way, inputs[2])
-    if case.name == "grad_norm":  # whose bound is absolute: see its docstring
+    inputs = [example.inputs(shape, Source(device, dtype)) for _ in range(3)]
+    torch_way, triton_way = (partial(example.call, backend=b) for b in ("torch", "triton"))
+    exact = values_and_gradients(example, torch_way, widened(inputs[0]))
+    reference = values_and_gradients(example, torch_way, inputs[1])
+    kernel = values_and_gradients(example, triton_way, inputs[2])
+    if example.name == "grad_norm":  # whose bound is absolute: see its docstring
         torch.testing.assert_close(kernel, exact, rtol=1.6e-5, atol=0)
         return
     assert_as_accurate(kernel, reference, exact)
 
 
-def check_bits(case: Case, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+def check_bits(example: Example, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
     """Nothing depends on which program comes first."""
-    triton_way = partial(case.ours, backend="triton")
+    triton_way = partial(example.call, backend="triton")
     runs = [
-        values_and_gradients(case, triton_way, case.inputs(shape, Source(device, dtype)))
+        values_and_gradients(example, triton_way, example.inputs(shape, Source(device, dtype)))
         for _ in range(3)
     ]
     assert_same_bits(runs[0], runs[1])
@@ -121,9 +124,9 @@ def check_training(folder: Path, device: torch.device, *words: str) -> None:
 
 
 @EACH
-def test_each_check_in_the_interpreter(case: Case) -> None:
+def test_each_check_in_the_interpreter(example: Example) -> None:
     for check in (check_accuracy, check_bits):
-        check(case, TOY, CPU, torch.float32)
+        check(example, TOY, CPU, torch.float32)
 
 
 def test_ends_in_the_interpreter() -> None:
@@ -135,10 +138,9 @@ def test_a_wrong_kernel_is_found() -> None:
         factor = 1.001 if backend == "triton" else 1.0
         return (inputs[0] * inputs[0] * factor,)
 
-    case = CASES["rms_norm"]
-    case = Case(case.name, case.bound, case.make, (0,), wrong, case.eager, case.forward)
+    example = replace(EXAMPLES["rms_norm"], call=wrong, differentiable=(0,))
     with pytest.raises(AssertionError, match="allowed"):
-        check_accuracy(case, TOY, CPU, torch.float32)
+        check_accuracy(example, TOY, CPU, torch.float32)
 
 
 def test_training_in_the_interpreter(tmp_path: Path) -> None:
@@ -154,20 +156,22 @@ def test_training_in_the_interpreter(tmp_path: Path) -> None:
 @EACH
 @SHAPES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_as_accurate_as_torch(case: Case, preset: str, tensor: int, dtype: torch.dtype) -> None:
+def test_as_accurate_as_torch(
+    example: Example, preset: str, tensor: int, dtype: torch.dtype
+) -> None:
     shape = shape_of(preset, tensor)
     assert shape is not None
     torch.backends.cuda.matmul.allow_tf32 = False
-    check_accuracy(case, shape.checked(), GPU, dtype)
+    check_accuracy(example, shape.checked(), GPU, dtype)
 
 
 @pytest.mark.gpu
 @EACH
 @SHAPES
-def test_the_same_bits_each_time(case: Case, preset: str, tensor: int) -> None:
+def test_the_same_bits_each_time(example: Example, preset: str, tensor: int) -> None:
     shape = shape_of(preset, tensor)
     assert shape is not None
-    check_bits(case, shape.checked(), GPU, torch.bfloat16)
+    check_bits(example, shape.checked(), GPU, torch.bfloat16)
 
 
 @pytest.mark.gpu
@@ -177,11 +181,11 @@ def test_more_than_two_to_the_31_elements() -> None:
 
 @pytest.mark.gpu
 @EACH
-def test_compiled_by_torch(case: Case) -> None:
+def test_compiled_by_torch(example: Example) -> None:
     """A custom operator inside torch.compile gives what it gives outside."""
-    triton_way = partial(case.ours, backend="triton")
+    triton_way = partial(example.call, backend="triton")
     runs = [
-        values_and_gradients(case, function, case.inputs(TOY, Source(GPU, torch.float32)))
+        values_and_gradients(example, function, example.inputs(TOY, Source(GPU, torch.float32)))
         for function in (triton_way, torch.compile(triton_way))
     ]
     for own, other in zip(*runs, strict=True):
@@ -197,7 +201,7 @@ def test_training(tmp_path: Path, positions: str) -> None:
 @pytest.mark.gpu
 def test_the_benches_run(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--kernels", "rms_norm,weight_grad", "--shapes", "gpt2", "--runs", "3"]
-    assert bench(["kernels", *words]) == 0
+    assert main(["bench", "kernels", *words]) == 0
     assert "failed" not in capsys.readouterr().out
     small = ["--sequence-length", "128", "--breakdown"]
-    assert bench(["train", "--preset", "gpt2", *small]) == 0
+    assert main(["bench", "train", "--preset", "gpt2", *small]) == 0

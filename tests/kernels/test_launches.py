@@ -3,8 +3,8 @@
 import subprocess
 import sys
 
-from megapipe.tools.compile_kernels import _variants, kernel_modules
 from tests.interpreter import compiling_environment
+from tests.kernels.compile_kernels import kernel_modules, variants_of
 
 
 def test_every_kernel_can_be_launched() -> None:
@@ -17,4 +17,4 @@ def test_every_kernel_can_be_launched() -> None:
     )
     assert done.returncode == 0, done.stderr
     launched = {line.split()[0].strip("_") for line in done.stdout.splitlines()}
-    assert launched == {v.name for module in kernel_modules() for v in _variants(module)}
+    assert launched == {v.name for module in kernel_modules() for v in variants_of(module)}

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from megapipe import kernels
-from megapipe.tools.compile_kernels import kernel_modules
 from tests.interpreter import compiling_environment
+from tests.kernels.compile_kernels import kernel_modules
 from tests.kernels.planted import Planted, copies
 from tests.kernels.planted_attention import BACKWARD, FORWARD, ROPES
 from tests.kernels.planted_rows import ELEMENTWISE, NORMS

@@ -107,8 +107,7 @@ GOOD = make("1f1b", 2, 1, MICROBATCHES)
 REFUSALS = {
     "a missing action": (
         edited(GOOD, "0B3,", ""),
-        "program.csv: 0B3 is missing: rank 0 must do it, as every stage computes each of 8 "
-        "microbatches",
+        "program.csv: 0B3 is missing: rank 0 must do it, as every stage computes 8 microbatches",
     ),
     "an action that is there twice": (
         edited(GOOD, "1F4,", "1F4,1F4,"),
@@ -132,11 +131,11 @@ REFUSALS = {
     ),
     "too few ranks": (
         to_csv(make("gpipe", 1, 1, MICROBATCHES)),
-        "program.csv: the program has 1 ranks (lines), and parallel.pipeline = 2: make them equal",
+        "program.csv: the program has 1 rank, and parallel.pipeline = 2: make them equal",
     ),
     "too many ranks": (
         to_csv(make("gpipe", 3, 1, MICROBATCHES)),
-        "program.csv: the program has 3 ranks (lines), and parallel.pipeline = 2: make them equal",
+        "program.csv: the program has 3 ranks, and parallel.pipeline = 2: make them equal",
     ),
     "an idle rank": (
         to_csv(make("interleaved-1f1b", 1, 2, MICROBATCHES)) + ",,\n",
@@ -176,7 +175,7 @@ REFUSALS = {
     ),
     "nothing": (
         "\n",
-        "program.csv: the program has 0 ranks (lines), and parallel.pipeline = 2: make them equal",
+        "program.csv: the program has 0 ranks, and parallel.pipeline = 2: make them equal",
     ),
 }
 
@@ -217,8 +216,7 @@ def test_a_missing_line_is_a_missing_rank(folder: Path, capsys: pytest.CaptureFi
         text = "".join(lines[:missing] + lines[missing + 1 :])
         (folder / "program.csv").write_text(text, encoding="utf-8")
         assert refused(capsys, *FROM_FILE, "--parallel.pipeline=4") == (
-            "program.csv: the program has 3 ranks (lines), and parallel.pipeline = 4: make them "
-            "equal"
+            "program.csv: the program has 3 ranks, and parallel.pipeline = 4: make them equal"
         )
 
 

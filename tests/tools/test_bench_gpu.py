@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from megapipe.config import ModelConfig
-from megapipe.errors import MegapipeError
+from megapipe.errors import MegapipeError, UsageError
 from megapipe.models.flops import flops_per_token
 from megapipe.models.presets import PRESETS
-from megapipe.errors import UsageError
 from megapipe.tools.bench import gpu, run
 from megapipe.tools.bench.gpu import KERNELS, TESTS, Part, parts
 from megapipe.tools.bench.gpu_table import print_table

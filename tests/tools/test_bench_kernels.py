@@ -13,8 +13,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from megapipe.kernels import UnsupportedError
 from megapipe.errors import UsageError
+from megapipe.kernels import UnsupportedError
+from megapipe.kernels.examples.elementwise import DROPOUT
+from megapipe.kernels.examples.example import (
+    Function,
+    Shape,
+    Source,
+    values_and_gradients,
+    widened,
+)
+from megapipe.models.kernel_shapes import shape_of
 from megapipe.tools.bench import kernels, run
 from megapipe.tools.bench.kernels import (
     BASE,
@@ -25,16 +34,7 @@ from megapipe.tools.bench.kernels import (
     print_results,
     relative_error,
 )
-from megapipe.tools.bench.kernels_cases import (
-    Case,
-    Function,
-    Shape,
-    Source,
-    shape_of,
-    values_and_gradients,
-    widened,
-)
-from megapipe.tools.bench.kernels_elementwise import DROPOUT
+from megapipe.tools.bench.kernels_cases import Case
 from megapipe.tools.bench.kernels_roofline import Traffic, roofline, unfused
 from megapipe.tools.bench.kernels_timing import (
     Best,
@@ -66,10 +66,10 @@ def host_timer(work: Callable[[], object]) -> list[float]:
 @EACH
 def test_ours_and_the_exact_composition_agree(case: Case) -> None:
     """In float64: what is compared is the same function of the same inputs, gradients too."""
-    inputs = [case.inputs(TOY, Source(CPU, torch.float64)) for _ in range(2)]
-    own = values_and_gradients(case, partial(case.ours, backend="torch"), inputs[0])
-    exact = values_and_gradients(case, case.exact or case.eager, inputs[1])
-    assert len(own) == len(exact) > len(case.differentiable)
+    inputs = [case.example.inputs(TOY, Source(CPU, torch.float64)) for _ in range(2)]
+    own = values_and_gradients(case.example, partial(case.example.call, backend="torch"), inputs[0])
+    exact = values_and_gradients(case.example, case.exact or case.eager, inputs[1])
+    assert len(own) == len(exact) > len(case.example.differentiable)
     for x, y in zip(own, exact, strict=True):
         assert x.shape == y.shape
         assert relative_error(x, y) < 1e-12
@@ -78,9 +78,9 @@ def test_ours_and_the_exact_composition_agree(case: Case) -> None:
 
 @EACH
 def test_eager_and_the_exact_composition_agree(case: Case) -> None:
-    inputs = [case.inputs(TOY, Source(CPU, torch.float64)) for _ in range(2)]
-    eager = values_and_gradients(case, case.eager, inputs[0])
-    exact = values_and_gradients(case, case.exact or case.eager, inputs[1])
+    inputs = [case.example.inputs(TOY, Source(CPU, torch.float64)) for _ in range(2)]
+    eager = values_and_gradients(case.example, case.eager, inputs[0])
+    exact = values_and_gradients(case.example, case.exact or case.eager, inputs[1])
     assert [x.shape for x in eager] == [x.shape for x in exact]
     if not case.draws:
         assert all(relative_error(x, y) == 0 for x, y in zip(eager, exact, strict=True))
@@ -88,7 +88,7 @@ def test_eager_and_the_exact_composition_agree(case: Case) -> None:
 
 def test_eager_dropout_keeps_as_many() -> None:
     case, shape = CASES["dropout"], replace(TOY, sequence_part=64, hidden=256)
-    x, residual, samples_B = case.inputs(shape, Source(CPU, torch.float32))
+    x, residual, samples_B = case.example.inputs(shape, Source(CPU, torch.float32))
     for function in (case.eager, case.exact):
         assert function is not None
         (y,) = function(x, torch.zeros_like(residual), samples_B)
@@ -99,7 +99,7 @@ def test_eager_dropout_keeps_as_many() -> None:
 
 @EACH
 def test_inputs_are_the_same_for_all(case: Case) -> None:
-    first, second = (case.inputs(TOY, Source(CPU, torch.bfloat16)) for _ in range(2))
+    first, second = (case.example.inputs(TOY, Source(CPU, torch.bfloat16)) for _ in range(2))
     for x, y in zip(first, second, strict=True):
         assert torch.equal(x, y)
         assert x.requires_grad == y.requires_grad
@@ -122,9 +122,9 @@ def test_liger_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch) -> N
         if case.liger is None:
             continue
         tried.add(case.name)
-        inputs = [case.inputs(TOY, Source(CPU, torch.float64)) for _ in range(2)]
-        own = values_and_gradients(case, case.liger, inputs[0])
-        exact = values_and_gradients(case, case.eager, inputs[1])
+        inputs = [case.example.inputs(TOY, Source(CPU, torch.float64)) for _ in range(2)]
+        own = values_and_gradients(case.example, case.liger, inputs[0])
+        exact = values_and_gradients(case.example, case.eager, inputs[1])
         for x, y in zip(own, exact, strict=True):
             assert x.shape == y.shape
             assert relative_error(x, y) < 1e-12, case.name
@@ -172,7 +172,7 @@ def _liger_on_torch() -> dict[str, Callable[..., object]]:
 def test_measuring_gives_times_errors_and_shares(
     case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    functions = {BASE: case.eager, "megapipe in torch": partial(case.ours, backend="torch")}
+    functions = {BASE: case.eager, "megapipe in torch": partial(case.example.call, backend="torch")}
     best = Best(copied_bytes=1e9, matmul_flops=1e9)
     results = measure(case, TOY, functions, host_timer, best, CPU, torch.float32)
     passes = ["forward", "forward + backward"] if case.backward else ["forward"]

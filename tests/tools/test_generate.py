@@ -11,11 +11,10 @@ import pytest
 import torch
 
 from megapipe.data.tokenizer import load_tokenizer
-from megapipe.errors import CheckpointError, MegapipeError
+from megapipe.errors import CheckpointError, DataError, UsageError
 from megapipe.models import load_pretrained
 from megapipe.models.pretrained import load_kept_tokenizer
 from megapipe.models.sampling import sample
-from megapipe.errors import UsageError
 from megapipe.tools.cli import main
 from megapipe.tools.generate import run
 from tests.corpus import VOCABULARY
@@ -97,7 +96,7 @@ def test_a_device_that_is_not_there_is_refused(trained: Path, device: str) -> No
 def test_what_can_not_be_continued_is_refused(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not a checkpoint"):
         run([str(tmp_path)])
-    with pytest.raises(MegapipeError, match="Give a shorter --prompt"):
+    with pytest.raises(DataError, match="Give a shorter --prompt"):
         run([str(trained), "--prompt", "x " * 200])
     for words, said in (
         (["--temperature", "-1"], r"--temperature -1\.0 must be 0"),
@@ -178,7 +177,7 @@ def test_a_prompt_that_the_tokenizer_does_not_know(
     run_dir = f"--train.run_dir={tmp_path / 'run'}"
     assert main(["train", str(corpus / "run.toml"), run_dir, *words]) == 0
     capsys.readouterr()
-    with pytest.raises(UsageError, match="no token for any of --prompt"):
+    with pytest.raises(DataError, match="no token for any of --prompt"):
         run([str(tmp_path / "run"), "--prompt", "\u041f\u0440"])
     assert run([str(tmp_path / "run"), "--prompt", "import \u041f", "--max-tokens", "2"]) == 0
     assert "does not know 1 of 8 characters of --prompt: '\u041f'" in capsys.readouterr().err
@@ -190,7 +189,7 @@ def test_a_character_that_is_not_whole_is_printed_at_the_end(
     tokenizer = load_kept_tokenizer(trained)
     half = tokenizer.encode("\U0001f642")[:-1]  # of the bytes that spell it
     assert tokenizer.decode(half).endswith("\ufffd")
-    monkeypatch.setattr("megapipe.models.sampling.sample", lambda *_, **__: iter(half))
+    monkeypatch.setattr("megapipe.models.generation.sample", lambda *_, **__: iter(half))
     said = generate(capsys, trained)
     assert said.rstrip("\ufffd\n") == PROMPT
     assert said.endswith("\ufffd\n")
@@ -201,8 +200,8 @@ def test_a_tokenizer_too_large_for_the_model_is_found_before_weights_are_read(
 ) -> None:
     large = load_tokenizer(save(tmp_path / "large.json", byte_level(text="a b", size=VOCABULARY)))
     monkeypatch.setattr(large, "vocab_size", 5000)
-    monkeypatch.setattr("megapipe.models.pretrained.load_kept_tokenizer", lambda _: large)
-    monkeypatch.setattr("megapipe.models.pretrained.load_pretrained", None)  # is not reached
+    monkeypatch.setattr("megapipe.models.generation.load_kept_tokenizer", lambda _: large)
+    monkeypatch.setattr("megapipe.models.generation.load_pretrained", None)  # is not reached
     newest = trained / "checkpoints" / "step-00000008"
     said = f"{newest}: its tokenizer large.json numbers tokens up to 4,999, and its model has only"
     with pytest.raises(CheckpointError, match=re.escape(said)):

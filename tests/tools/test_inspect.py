@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megapipe.errors import CheckpointError
+from megapipe.errors import CheckpointError, UsageError
 from megapipe.tools.cli import main
 from megapipe.tools.inspect import run
 from tests.checkpoint.samples import edit_manifest, save_sample
@@ -30,11 +30,11 @@ def test_a_whole_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for line in (
         "step 1,200",
         "tokens 1,200,000",
-        "data 1 streams",
+        "data streams 1",
         "model num_layers 2, hidden_size 8",
         "bfloat16 0 values",
         "float32 24 values",
-        "files 1 shards, config.toml, tokenizer.model",
+        "files 1 shard, config.toml, tokenizer.model",
         "whole yes, every byte verified",
         "│ float32/layers.2.weight │ float32 │ [4, 6] │ 1 │",
     ):
@@ -96,7 +96,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_tensors_are_those_of_one_checkpoint(tmp_path: Path) -> None:
     path = save_sample(tmp_path, 3)
-    with pytest.raises(CheckpointError, match=f"--tensors lists .*{path}$"):
+    with pytest.raises(UsageError, match=f"--tensors lists .*{path}$"):
         run([str(tmp_path), "--tensors"])
 
 

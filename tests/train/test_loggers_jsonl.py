@@ -158,4 +158,4 @@ def test_lines_that_never_fit_are_told_at_the_end(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert steps(path) == [1]
-    assert "lacks its last 2 lines" in said[-1]
+    assert "lacks 2 lines at its end" in said[-1]

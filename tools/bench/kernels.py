@@ -20,20 +20,20 @@ import torch
 from torch import Tensor
 
 from megapipe.errors import UsageError
-from megapipe.models.presets import PRESETS
-from megapipe.precision import keep_sums_wide
-from megapipe.tools.arguments import Parser, json_argument
-from megapipe.tools.bench import kernels_elementwise, kernels_optimizer, kernels_products
-from megapipe.tools.bench.kernels_cases import (
-    Case,
+from megapipe.kernels.examples.example import (
     Function,
     Shape,
     Source,
     gradients_for,
-    shape_of,
     values_and_gradients,
     widened,
 )
+from megapipe.models.kernel_shapes import shape_of
+from megapipe.models.presets import PRESETS
+from megapipe.precision import keep_sums_wide
+from megapipe.tools.arguments import Parser, json_argument
+from megapipe.tools.bench import kernels_elementwise, kernels_optimizer, kernels_products
+from megapipe.tools.bench.kernels_cases import Case
 from megapipe.tools.bench.kernels_roofline import BANDWIDTHS, Row, print_roofline, roofline
 from megapipe.tools.bench.kernels_timing import (
     Best,
@@ -233,8 +233,8 @@ def _say_what_is_left_out(options: Any, shapes: Sequence[Shape]) -> None:
 def contenders(case: Case) -> dict[str, Function]:
     """By name; ours first."""
     found: dict[str, Function] = {
-        OURS: partial(case.ours, backend="triton"),
-        "megapipe in torch": partial(case.ours, backend="torch"),
+        OURS: partial(case.example.call, backend="triton"),
+        "megapipe in torch": partial(case.example.call, backend="torch"),
         BASE: case.eager,
         COMPILED: torch.compile(case.eager, dynamic=False, fullgraph=True),
         **case.others,
@@ -282,7 +282,7 @@ def _run(
     """Time, memory and share of a contender's row. What it held is free afterwards, after a failure
     as well."""
     both = row.passes != "forward"
-    job = _job(case, function, case.inputs(row.shape, source), both)
+    job = _job(case, function, case.example.inputs(row.shape, source), both)
     row.seconds = timer(job)
     row.peak_bytes = peak_bytes(job, source.device)
     work = case.work(row.shape, both)
@@ -298,7 +298,7 @@ def _job(
     if not backward:
         return torch.no_grad()(partial(function, *inputs))
     gradients = gradients_for(function(*inputs))
-    leaves = [inputs[index] for index in case.differentiable]
+    leaves = [inputs[index] for index in case.example.differentiable]
     return lambda: torch.autograd.grad(function(*inputs), leaves, gradients)
 
 
@@ -306,10 +306,11 @@ def _errors(
     case: Case, shape: Shape, function: Function, device: torch.device, dtype: torch.dtype
 ) -> list[float]:
     """Of each output and gradient, on a part of the shape."""
-    shape = shape.checked()
-    exact = widened(case.inputs(shape, Source(device, dtype)))
-    truth = values_and_gradients(case, case.exact or case.eager, exact)
-    own = values_and_gradients(case, function, case.inputs(shape, Source(device, dtype)))
+    shape, example = shape.checked(), case.example
+    exact = widened(example.inputs(shape, Source(device, dtype)))
+    truth = values_and_gradients(example, case.exact or case.eager, exact)
+    inputs = example.inputs(shape, Source(device, dtype))
+    own = values_and_gradients(example, function, inputs)
     return [relative_error(x, y) for x, y in zip(own, truth, strict=True)]
 
 

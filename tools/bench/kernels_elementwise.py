@@ -7,15 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megapipe import kernels
-from megapipe.kernels import Backend
 from megapipe.kernels.dropout import keep_mask
+from megapipe.kernels.examples import elementwise as examples
+from megapipe.kernels.examples.elementwise import DROPOUT, EPSILON, KEY
+from megapipe.kernels.examples.example import Shape
 from megapipe.kernels.gelu import _backward_grid as gelu_groups
 from megapipe.kernels.row_tiles import row_tiles
-from megapipe.tools.bench.kernels_cases import Case, Shape, Source, Work
+from megapipe.tools.bench.kernels_cases import Case, Work
 
-EPSILON = 1e-5
-DROPOUT, KEY = 0.1, 1234
 narrow, wide = 2, 4
 
 
@@ -25,18 +24,6 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 # --- Norms ---------------------------------------------------------------------------------------
-
-
-def _tokens(shape: Shape, source: Source) -> Tensor:
-    return source.normal(shape.sequence_part, shape.batch, shape.hidden)
-
-
-def _rms_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    return [_tokens(shape, source), _tokens(shape, source), source.normal(shape.hidden)]
-
-
-def _rms_ours(x: Tensor, residual: Tensor, weight: Tensor, backend: Backend) -> tuple[Tensor, ...]:
-    return kernels.add_rms_norm(x, residual, weight, EPSILON, backend=backend)
 
 
 def _rms_eager(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
@@ -85,27 +72,14 @@ def _norm_backward(shape: Shape, vectors: int, statistics: int, flops: int) -> W
 
 
 RMS_NORM = Case(
-    name="rms_norm",
+    examples.RMS_NORM,
     bound="memory",
-    make=_rms_inputs,
-    differentiable=(0, 1, 2),
-    ours=_rms_ours,
     eager=_rms_eager,
     liger=_rms_liger,
     # +, square, sum, r, w; backward s r, w dy, two sums of products, the difference, r, +.
     forward=lambda shape: _norm_forward(shape, vectors=1, statistics=1, flops=5),
     backward=lambda shape: _norm_backward(shape, vectors=1, statistics=1, flops=10),
 )
-
-
-def _layer_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    return [*_rms_inputs(shape, source), source.normal(shape.hidden)]
-
-
-def _layer_ours(
-    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, backend: Backend
-) -> tuple[Tensor, ...]:
-    return kernels.add_layer_norm(x, residual, weight, bias, EPSILON, backend=backend)
 
 
 def _layer_eager(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -121,11 +95,8 @@ def _layer_liger(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> t
 
 
 LAYER_NORM = Case(
-    name="layer_norm",
+    examples.LAYER_NORM,
     bound="memory",
-    make=_layer_inputs,
-    differentiable=(0, 1, 2, 3),
-    ours=_layer_ours,
     eager=_layer_eager,
     liger=_layer_liger,
     # As RMSNorm's, with a mean and a bias: sum, difference, +; backward three sums, a difference.
@@ -134,14 +105,6 @@ LAYER_NORM = Case(
 )
 
 # --- Activations ---------------------------------------------------------------------------------
-
-
-def _swiglu_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    return [source.normal(shape.sequence, shape.batch, 2 * shape.ffn)]
-
-
-def _swiglu_ours(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
-    return (kernels.swiglu(x, backend=backend),)
 
 
 def _swiglu_eager(x: Tensor) -> tuple[Tensor, ...]:
@@ -172,24 +135,13 @@ def _swiglu_backward(shape: Shape) -> Work:
 
 
 SWIGLU = Case(
-    name="swiglu",
+    examples.SWIGLU,
     bound="memory",
-    make=_swiglu_inputs,
-    differentiable=(0,),
-    ours=_swiglu_ours,
     eager=_swiglu_eager,
     liger=_swiglu_liger,
     forward=_swiglu_forward,
     backward=_swiglu_backward,
 )
-
-
-def _gelu_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    return [source.normal(shape.sequence, shape.batch, shape.ffn), source.normal(shape.ffn)]
-
-
-def _gelu_ours(x: Tensor, bias: Tensor, backend: Backend) -> tuple[Tensor, ...]:
-    return (kernels.bias_gelu(x, bias, approximate=True, backend=backend),)
 
 
 def _gelu_eager(x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -216,36 +168,14 @@ def _gelu_backward(shape: Shape) -> Work:
 
 
 BIAS_GELU = Case(
-    name="gelu",
+    examples.BIAS_GELU,
     bound="memory",
-    make=_gelu_inputs,
-    differentiable=(0, 1),
-    ours=_gelu_ours,
     eager=_gelu_eager,
     forward=_gelu_forward,
     backward=_gelu_backward,
 )
 
 # --- Rotary positions ----------------------------------------------------------------------------
-
-
-def _rope_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    """Queries and keys as views of the output of one projection, and angles of positions. (The
-    model turns them in place, `rope_qkv_`, which moves as much.)"""
-    qkv = source.normal(
-        shape.sequence, shape.batch, shape.heads + 2 * shape.kv_heads, shape.head_dim
-    )
-    q, k, _ = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=2)
-    frequencies = kernels.rope_frequencies(shape.head_dim, 10000.0, None)
-    angles = torch.outer(torch.arange(shape.sequence, dtype=torch.float64), frequencies)
-    tables = [f(angles).to(source.wide).to(source.device) for f in (torch.cos, torch.sin)]
-    return [q.detach(), k.detach(), *tables]
-
-
-def _rope_ours(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, backend: Backend
-) -> tuple[Tensor, ...]:
-    return kernels.rope(q, k, cos, sin, backend=backend)
 
 
 def _rope_eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
@@ -279,11 +209,8 @@ def _rope_work(shape: Shape) -> Work:
 
 
 ROPE = Case(
-    name="rope",
+    examples.ROPE,
     bound="memory",
-    make=_rope_inputs,
-    differentiable=(0, 1),
-    ours=_rope_ours,
     eager=_rope_eager,
     liger=_rope_liger,
     forward=_rope_work,
@@ -291,17 +218,6 @@ ROPE = Case(
 )
 
 # --- Dropout -------------------------------------------------------------------------------------
-
-
-def _dropout_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    samples_B = torch.arange(shape.batch, device=source.device)
-    return [_tokens(shape, source), _tokens(shape, source), samples_B]
-
-
-def _dropout_ours(
-    x: Tensor, residual: Tensor, samples_B: Tensor, backend: Backend
-) -> tuple[Tensor, ...]:
-    return (kernels.dropout_add(x, residual, DROPOUT, KEY, samples_B, 0, backend=backend),)
 
 
 def _dropout_eager(x: Tensor, residual: Tensor, samples_B: Tensor) -> tuple[Tensor, ...]:
@@ -325,11 +241,8 @@ def _dropout_backward(shape: Shape) -> Work:
 
 
 DROPOUT_ADD = Case(
-    name="dropout",
+    examples.DROPOUT_ADD,
     bound="memory",
-    make=_dropout_inputs,
-    differentiable=(0, 1),
-    ours=_dropout_ours,
     eager=_dropout_eager,
     exact=_dropout_exact,
     draws=True,

@@ -4,25 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megapipe import kernels
-from megapipe.kernels import Backend
+from megapipe.kernels.examples import products as examples
+from megapipe.kernels.examples.example import Shape
 from megapipe.kernels.linear_cross_entropy import row_parts
-from megapipe.tools.bench.kernels_cases import Case, Shape, Source, Work
+from megapipe.tools.bench.kernels_cases import Case, Work
 from megapipe.tools.bench.kernels_elementwise import at_least_float32, narrow, wide
 
 TARGET = 8  # bytes
 
 # --- Cross-entropy -------------------------------------------------------------------------------
-
-
-def _loss_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    logits = source.normal(shape.tokens, shape.vocab, scale=3)
-    return [logits, source.below(shape.vocab, shape.tokens)]
-
-
-def _loss_ours(logits: Tensor, targets: Tensor, backend: Backend) -> tuple[Tensor, ...]:
-    """As in training, the gradient takes the logits' place; so does Liger's."""
-    return (kernels.cross_entropy(logits, targets, overwrite=True, backend=backend),)
 
 
 def _loss_eager(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -57,28 +47,13 @@ def _loss_backward(shape: Shape) -> Work:
 
 
 CROSS_ENTROPY = Case(
-    name="cross_entropy",
+    examples.CROSS_ENTROPY,
     bound="memory",
-    make=_loss_inputs,
-    differentiable=(0,),
-    ours=_loss_ours,
     eager=_loss_eager,
     liger=_loss_liger,
     forward=_loss_forward,
     backward=_loss_backward,
 )
-
-
-def _linear_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    hidden = source.normal(shape.tokens, shape.hidden)
-    weight = source.normal(shape.vocab, shape.hidden, scale=shape.hidden**-0.5)
-    return [hidden, weight, source.below(shape.vocab, shape.tokens)]
-
-
-def _linear_ours(
-    hidden: Tensor, weight: Tensor, targets: Tensor, backend: Backend
-) -> tuple[Tensor, ...]:
-    return (kernels.linear_cross_entropy(hidden, weight, targets, backend=backend),)
 
 
 def _linear_eager(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
@@ -117,11 +92,8 @@ def _linear_backward(shape: Shape) -> Work:
 
 
 LINEAR_CROSS_ENTROPY = Case(
-    name="linear_cross_entropy",
+    examples.LINEAR_CROSS_ENTROPY,
     bound="matmul",
-    make=_linear_inputs,
-    differentiable=(0, 1),
-    ours=_linear_ours,
     eager=_linear_eager,
     liger=_linear_liger,
     forward=_linear_forward,
@@ -129,18 +101,6 @@ LINEAR_CROSS_ENTROPY = Case(
 )
 
 # --- Attention -----------------------------------------------------------------------------------
-
-
-def _attention_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    """[B, heads, S, D], in memory [S, B, heads, D]."""
-    heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-    made = [source.normal(shape.sequence, shape.batch, n, shape.head_dim) for n in heads]
-    return [x.permute(1, 2, 0, 3) for x in made]
-
-
-def _attention_ours(q: Tensor, k: Tensor, v: Tensor, backend: Backend) -> tuple[Tensor, ...]:
-    """In torch that is scaled_dot_product_attention."""
-    return (kernels.attention(q, k, v, backend=backend),)
 
 
 def _attention_eager(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -182,11 +142,8 @@ def _attention_backward(shape: Shape) -> Work:
 
 
 ATTENTION = Case(
-    name="attention",
+    examples.ATTENTION,
     bound="matmul",
-    make=_attention_inputs,
-    differentiable=(0, 1, 2),
-    ours=_attention_ours,
     eager=_attention_eager,
     forward=_attention_forward,
     backward=_attention_backward,

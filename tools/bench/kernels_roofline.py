@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megapipe.tools.bench.kernels_cases import Case, Shape, Source, Work, gradients_for
+from megapipe.kernels.examples.example import Shape, Source, gradients_for
+from megapipe.tools.bench.kernels_cases import Case, Work
 
 BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12}
 """Bytes per second (NVIDIA's data sheets, SXM)."""
@@ -60,14 +61,14 @@ def _bytes(x: Tensor) -> int:
 
 def unfused(case: Case, shape: Shape) -> tuple[Operations, Operations]:
     """What the eager composition moves, forward and backward."""
-    inputs = case.inputs(shape, Source(torch.device("meta"), torch.bfloat16))
+    inputs = case.example.inputs(shape, Source(torch.device("meta"), torch.bfloat16))
     with Traffic() as forward:
         outputs = case.eager(*inputs)
-    if not case.differentiable:
+    if not case.example.differentiable:
         return forward.operations, []
     gradients = gradients_for(outputs)
     with Traffic() as backward:
-        torch.autograd.grad(outputs, [inputs[i] for i in case.differentiable], gradients)
+        torch.autograd.grad(outputs, [inputs[i] for i in case.example.differentiable], gradients)
     return forward.operations, backward.operations
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from megapipe.amounts import counted
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule.action import (
     Kind,
@@ -82,7 +83,7 @@ def _parse(file: Path, content: bytes | None) -> Program:
 
 
 def _check_ranks(program: Program, pipeline: int) -> None:
-    _check_equal(len(program), "ranks (lines)", "parallel.pipeline", pipeline)
+    _check_equal(len(program), "rank", "parallel.pipeline", pipeline)
     for rank, actions in enumerate(program):
         if not actions:
             raise ScheduleError(
@@ -93,20 +94,20 @@ def _check_ranks(program: Program, pipeline: int) -> None:
 
 def _check_shape(program: Program, stages: int, shape: Shape) -> None:
     pipeline, virtual, microbatches = shape
-    _check_equal(stages, "stages", "parallel.pipeline * parallel.virtual", pipeline * virtual)
+    _check_equal(stages, "stage", "parallel.pipeline * parallel.virtual", pipeline * virtual)
     actions = [action for row in sequential(program) for action in row]
     if all(action.kind is Kind.FORWARD for action in actions):
         raise UnfitProgramError("the program has no backward: nothing would be trained")
     found = 1 + max(action.microbatch for action in actions)
     if found != microbatches:
         raise UnfitProgramError(
-            f"the program has {found} microbatches, and the config has {microbatches} "
+            f"the program has {counted(found, 'microbatch')}, and the config has {microbatches} "
             "(train.global_batch_size / (train.micro_batch_size * parallel.data)): make them equal"
         )
 
 
-def _check_equal(found: int, what: str, key: str, value: int) -> None:
+def _check_equal(found: int, noun: str, key: str, value: int) -> None:
     if found != value:
         raise UnfitProgramError(
-            f"the program has {found} {what}, and {key} = {value}: make them equal"
+            f"the program has {counted(found, noun)}, and {key} = {value}: make them equal"
         )

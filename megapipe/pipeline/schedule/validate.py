@@ -29,6 +29,7 @@ same actions in the same order, and count as one rank here.)
 
 from collections.abc import Iterator, Set
 
+from megapipe.amounts import counted
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule.action import COMPUTE, Action, Kind, Program, sequential
 from megapipe.pipeline.schedule.dependencies import (
@@ -156,7 +157,7 @@ def _trains(program: Numbered) -> bool:
 
 def _purpose(action: Action, microbatches: int) -> str:
     if action.kind.computes:
-        return f"every stage computes each of {microbatches} microbatches"
+        return f"every stage computes {counted(microbatches, 'microbatch')}"
     return f"the tensor goes to another rank ({action.counterpart} is its other end)"
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from itertools import compress
 from pathlib import Path
 
+from megapipe.amounts import counted
 from megapipe.errors import MegapipeError
 from megapipe.files import append_durably, replace_durably, write_all, write_reason
 from megapipe.train.metrics import Metrics
@@ -52,10 +53,9 @@ class MetricsFile:
                 "(train.run_dir)."
             ) from error
         if self.kept.moved:
-            lines = "1 line" if self.kept.moved == 1 else f"{self.kept.moved} lines"
             event(
-                f"{path}: moved {lines} to {replaced(path).name}: what comes after step {step}, or "
-                "can't be read."
+                f"{path}: moved {counted(self.kept.moved, 'line')} to {replaced(path).name}: what "
+                f"comes after step {step}, or can't be read."
             )
 
     def log(self, metrics: Metrics) -> None:
@@ -86,9 +86,10 @@ class MetricsFile:
                 self._append(b"".join(self._waiting))
             os.fsync(self._descriptor)
         except OSError as error:
+            lines = counted(len(self._waiting), "line")
             self._event(
-                f"{self.path} lacks its last {len(self._waiting)} lines, which could not be "
-                f"written ({error.strerror})."
+                f"{self.path} lacks {lines} at its end, which could not be written "
+                f"({error.strerror})."
             )
         finally:
             os.close(self._descriptor)

@@ -224,7 +224,7 @@ def test_a_rank_that_only_waits_for_the_cycle_is_left_out() -> None:
         (["0F0 0SEND_F0 1RECV_F0", "1F0"], r"1RECV_F0 \(action 2 of rank 0\) belongs on rank 1"),
         (["0F0", "1F0"], "has no communication: pass it through `lower` first"),
         (["0F0 1F1", "1F0"], "stage 1 is computed on rank 0 and, by 1F0, on rank 1"),
-        (["0F0 0F2"], "0F1 is missing: rank 0 must do it, as every stage computes each of 3"),
+        (["0F0 0F2"], "0F1 is missing: rank 0 must do it, as every stage computes 3 microbatches"),
         (
             ["0F0 0SEND_F0", "2F0 2RECV_F0", "1RECV_F0 1F0 1SEND_F0", "3F0"],
             "stages 0 and 1 lie on ranks 0 and 2, which are not neighbours",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
+from megapipe.amounts import counted
 from megapipe.pipeline.schedule.action import Action, Kind
 from megapipe.pipeline.schedule.build import SCHEDULES
 from megapipe.pipeline.schedule.search.graph import TIE
@@ -35,8 +36,8 @@ def report(found: Found, time: Unit, source: str, limit: str) -> str:
     lines = [
         *summary(found, time),
         "",
-        f"{found.pipeline} ranks, {len(found.ranks)} stages, {found.microbatches} microbatches. "
-        f"Limit of live activations: {limit}.",
+        f"{counted(found.pipeline, 'rank')}, {counted(len(found.ranks), 'stage')}, "
+        f"{counted(found.microbatches, 'microbatch')}. Limit of live activations: {limit}.",
         "",
         f"Costs: {source}. A tensor from rank to rank: {time(found.costs.latency)}.",
         "",

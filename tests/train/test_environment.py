@@ -3,7 +3,7 @@
 import pytest
 
 from megapipe.config import Config, parse_config
-from megapipe.tools.environment import environment_lines
+from megapipe.train.environment import environment_lines
 from tests.config.examples import TEXT
 
 NETWORK = {

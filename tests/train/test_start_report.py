@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
-from megapipe.checkpoint.storage import format_bytes
+from megapipe.amounts import format_bytes, scaled
 from megapipe.config import Config, SourceConfig, parse_config
 from megapipe.data.feed import BatchFeed
 from megapipe.data.sample import SourceSample, sample_sources
 from megapipe.data.sources import Source
 from megapipe.data.tokenizer import Tokenizer, load_tokenizer
 from megapipe.errors import DataError
-from megapipe.tools import start_report
 from megapipe.tools.cli import main
-from megapipe.tools.start_report import scaled, text_lines
+from megapipe.train import start_report
+from megapipe.train.start_report import text_lines
 from tests.config.examples import TEXT
 from tests.data.samples import jsonl, write
 from tests.data.tokenizer_samples import byte_level, save, sentencepiece_model

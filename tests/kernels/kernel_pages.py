@@ -1,6 +1,6 @@
 """A page for each kernel in docs/kernels: its docstrings, and what its configurations need.
 
-    python -m megapipe.tools.kernel_pages ROOT [ROWS]
+    python -m tests.kernels.kernel_pages ROOT [ROWS]
 
 ROOT is a checkout. ROWS is a file of compile_kernels' lines: a page whose kernels are in it gets
 new tables, all others keep those they have. Exit status 1, and nothing is written, if a
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megapipe import kernels
 from megapipe.kernels.compilation import TARGETS
-from megapipe.tools.compile_kernels import Row
+from tests.kernels.compile_kernels import Row
 
 FOLDER = Path("docs", "kernels")
 MARK = "<!-- tables -->"
@@ -123,7 +123,7 @@ def page_text(page: Page, pages: Mapping[str, Page], root: Path) -> str:
 
 
 def _lines(page: Page, pages: Mapping[str, Page], root: Path) -> Iterator[str]:
-    yield "<!-- Made from docstrings by megapipe.tools.kernel_pages: do not edit. -->"
+    yield "<!-- Made from docstrings by tests.kernels.kernel_pages: do not edit. -->"
     yield from ("", f"# {page.name}", "", page.files[0].doc, "")
     uses = sorted({name for file in page.files for name in file.imports if name in pages})
     yield f"- Source: {', '.join(map(_source_link, page.files))}"

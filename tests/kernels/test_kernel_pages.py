@@ -10,7 +10,7 @@ import triton
 
 from megapipe import kernels
 from megapipe.kernels.compilation import TARGETS
-from megapipe.tools.kernel_pages import (
+from tests.kernels.kernel_pages import (
     FOLDER,
     MARK,
     Row,
@@ -42,7 +42,7 @@ def test_there_is_a_page_for_each_and_the_overview_leads_to_it() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_the_text_is_that_of_the_docstrings(page: str) -> None:
-    """If not: python -m megapipe.tools.kernel_pages ."""
+    """If not: python -m tests.kernels.kernel_pages ."""
     text, mark, _ = committed(page).partition(f"{MARK}\n")
     assert text + mark == page_text(PAGES[page], PAGES, ROOT)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from megapipe.amounts import counted
 from megapipe.config import SourceConfig
 from megapipe.config.paths import escape_path
 from megapipe.data.files import COMPRESSED, Found, files_below, find_files
@@ -12,7 +13,6 @@ from megapipe.data.sentencepiece_tokenizer import META_SPACE
 from megapipe.data.sources import Source, open_found
 from megapipe.errors import DataError
 from megapipe.files import shown
-from megapipe.tools.arguments import path_argument
 
 SENTENCE_CHARACTERS = 4000
 SENTENCE_BYTES = 4 * SENTENCE_CHARACTERS  # sentencepiece leaves out what is longer than its limit
@@ -101,21 +101,19 @@ class Corpus:
         account = self.account
         if not account.skipped:
             return ""
-        count = account.skipped.total()
         reasons = ", ".join(f"{n:,} {reason}" for reason, n in account.skipped.most_common())
-        line = f"{count:,} bad row{'s'[: count != 1]} ({reasons})"
+        line = f"{counted(account.skipped.total(), 'bad row')} ({reasons})"
         if account.skipped_bytes:
-            line += f", {account.skipped_bytes:,} bytes of text"
+            line += f", {counted(account.skipped_bytes, 'byte')} of text"
         if account.unreadable_bytes:
-            line += f"; {account.unreadable_bytes:,} bytes of files can't be read"
+            line += f"; {counted(account.unreadable_bytes, 'byte')} of files can't be read"
         return line
 
 
-def open_all(patterns: Sequence[str], text_field: str) -> list[Source]:
-    """One source for each of FILES."""
+def open_all(places: Sequence[Path], text_field: str) -> list[Source]:
+    """One source for each of FILES, which are paths, globs and directories."""
     sources = []
-    for pattern in patterns:
-        place = path_argument(pattern)
+    for place in places:
         found = _files_under(place) if place.is_dir() else find_files(str(place), "FILES")
         config = SourceConfig(path=escape_path(shown(str(place))), text_field=text_field)
         sources.append(open_found(found, config, "FILES", streams=1))

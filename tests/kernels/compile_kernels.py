@@ -1,6 +1,6 @@
 """All Triton kernels, compiled ahead of time for each target: one line of JSON each.
 
-    python -m megapipe.tools.compile_kernels [MODULE ...]
+    python -m tests.kernels.compile_kernels [MODULE ...]
 
 Exit status 3 if a configuration is unfit to run on its target. Must run where TRITON_INTERPRET is
 not set.
@@ -45,7 +45,7 @@ def compile_kernels(modules: Sequence[str]) -> Iterator[Row]:
     jobs = [
         (module, index, target)
         for module in modules
-        for index, variant in enumerate(_variants(module))
+        for index, variant in enumerate(variants_of(module))
         for target in variant.targets or TARGETS
     ]
     triton_key()  # once for all processes: it reads and hashes all of Triton
@@ -53,14 +53,14 @@ def compile_kernels(modules: Sequence[str]) -> Iterator[Row]:
         yield from pool.map(_compile, jobs)
 
 
-def _variants(module: str) -> list[Variant]:
+def variants_of(module: str) -> list[Variant]:
     return list(importlib.import_module(f"megapipe.kernels.{module}").variants())
 
 
 def _compile(job: tuple[str, int, str]) -> Row:
     """A variant is given by its place: kernels cannot be pickled."""
     module, index, target = job
-    return _row(module, compile_variant(_variants(module)[index], TARGETS[target]))
+    return _row(module, compile_variant(variants_of(module)[index], TARGETS[target]))
 
 
 def _row(module: str, compiled: Compiled) -> Row:

@@ -1,0 +1,155 @@
+"""What a checkpoint holds and whether it is whole, in text for people."""
+
+import math
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megapipe.amounts import counted, format_bytes
+from megapipe.checkpoint.manifest import Manifest
+from megapipe.checkpoint.steps import check_names, committed, has_manifest
+from megapipe.checkpoint.storage import checksum, read_small
+from megapipe.checkpoint.verify import damage, read_manifest
+from megapipe.errors import CheckpointError, MegapipeError
+
+MODEL_FIELDS = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "vocab_size")
+
+
+@dataclass(frozen=True)
+class TensorSummary:
+    """One tensor of a checkpoint: its global shape, and in how many chunks it is stored."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: int
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """One checkpoint; `facts` are pairs of what and how much."""
+
+    path: Path
+    facts: Sequence[tuple[str, str]]
+    tensors: Sequence[TensorSummary]
+    problems: Sequence[str]
+
+
+@dataclass(frozen=True)
+class ListedCheckpoint:
+    """One checkpoint of a run; `?` where its manifest can't be read."""
+
+    step: int
+    tokens: str
+    size: str
+    problems: Sequence[str]
+
+
+def find_checkpoints(path: Path) -> Path | None:
+    """The directory of all checkpoints where `path` is a run's directory, or that one itself; None
+    where it can only be a single checkpoint. Raises CheckpointError for names that megapipe would
+    not see."""
+    whole = has_manifest(path)
+    places = (path / "checkpoints", path)
+    for root in places:
+        if root.is_dir() or root.is_symlink():
+            check_names(root)
+    return None if whole else next((root for root in places if committed(root)), None)
+
+
+def list_checkpoints(root: Path, *, read: bool) -> list[ListedCheckpoint]:
+    """All checkpoints of a run, the newest first; with `read`, every byte is verified."""
+    found = []
+    for step, path in committed(root).items():
+        try:
+            manifest = read_manifest(path)
+            problems = damage(path, manifest, read=read)
+            tokens, size = _number(manifest.state.get("tokens")), format_bytes(_bytes(manifest))
+        except CheckpointError as error:
+            tokens, size, problems = "?", "?", [str(error)]
+        found.append(ListedCheckpoint(step, tokens, size, problems))
+    return found
+
+
+def summarize_checkpoint(path: Path, *, read: bool) -> CheckpointSummary:
+    """All about one checkpoint; with `read`, every byte is verified.
+
+    Raises CheckpointError where there is none, or its manifest can't be read.
+    """
+    manifest = read_manifest(path)
+    tensors = [
+        TensorSummary(name, entry.dtype, tuple(entry.shape), len(entry.chunks))
+        for name, entry in manifest.tensors.items()
+    ]
+    problems = damage(path, manifest, read=read)
+    return CheckpointSummary(path, _facts(path, manifest), tensors, problems)
+
+
+def _facts(path: Path, manifest: Manifest) -> list[tuple[str, str]]:
+    config = _config(path, manifest)
+    facts = [("step", _number(manifest.step))]
+    facts += [(key, _describe(value)) for key, value in manifest.state.items() if key != "step"]
+    if "model" in config:
+        facts.append(("model", _fields(config["model"], MODEL_FIELDS)))
+    dtypes = Counter(entry.dtype for entry in manifest.tensors.values())
+    facts += [
+        ("tensors", ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())),
+        *((f"  {kind}", counted(values, "value")) for kind, values in _kinds(manifest).items()),
+        ("bytes", format_bytes(_bytes(manifest))),
+        ("files", ", ".join([counted(len(manifest.shards), "shard"), *manifest.files])),
+        (
+            "saved by",
+            f"megapipe {manifest.megapipe}, format version {manifest.version}",
+        ),
+    ]
+    return facts
+
+
+def _kinds(manifest: Manifest) -> Counter[str]:
+    """Number of values by kind, which is what stands before the slash of a tensor's name."""
+    kinds: Counter[str] = Counter()
+    for name, entry in manifest.tensors.items():
+        kind = name.split("/")[0] if "/" in name else "weights"
+        kinds["parameters" if kind == "weights" else kind] += math.prod(entry.shape)
+    return kinds
+
+
+def _config(path: Path, manifest: Manifest) -> dict[str, Any]:
+    """The sections of config.toml, or nothing when it is damaged (which is reported elsewhere)."""
+    extra = manifest.files.get("config.toml")
+    if extra is None:
+        return {}
+    try:
+        content = read_small(path / "config.toml", extra.bytes)
+        return tomllib.loads(content.decode()) if checksum(content) == extra.checksum else {}
+    except (MegapipeError, ValueError):
+        return {}
+
+
+def _fields(section: Mapping[str, Any], names: Sequence[str]) -> str:
+    return ", ".join(f"{name} {section[name]}" for name in names if name in section)
+
+
+def _describe(value: object) -> str:
+    """A value of the saved state in one line: containers by what they hold."""
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{key} {len(one) if isinstance(one, dict | list) else _number(one)}"
+            for key, one in value.items()
+            if one is not None and key != "identity"  # hashes of the data
+        )
+    return counted(len(value), "entry") if isinstance(value, list) else _number(value)
+
+
+def _number(value: object) -> str:
+    """`1,200`; `-` for nothing; other values as they are, cut where they are long."""
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    text = f"{value:,}" if is_count else "-" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _bytes(manifest: Manifest) -> int:
+    return sum(file.bytes for file in (manifest.files | manifest.shards).values())
