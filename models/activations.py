@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from megapipe.config import Config
 from megapipe.kernel_choice import KernelChoice, wanted_kernels
+from megapipe.models.gpt_config import gpt_model
 from megapipe.models.parameters import local_kv_heads, vocabulary_rows
 from megapipe.models.partition import Stage
 from megapipe.pipeline.program import boundary_bytes
@@ -22,7 +23,7 @@ from megapipe.precision import PRECISIONS
 
 def stage_bytes(config: Config, stage: Stage) -> int:
     """One microbatch at a stage, on one tensor rank."""
-    model, train = config.model, config.train
+    model, train = gpt_model(config), config.train
     element = PRECISIONS[train.precision].model_bytes
     hidden = boundary_bytes(config)
     choice = wanted_kernels(config, on_gpu=train.device != "cpu")
@@ -37,7 +38,7 @@ def stage_bytes(config: Config, stage: Stage) -> int:
 
 def _head_bytes(config: Config) -> int:
     """Of the last norm, the matrix product and the loss."""
-    model, train = config.model, config.train
+    model, train = gpt_model(config), config.train
     element = PRECISIONS[train.precision].model_bytes
     hidden = boundary_bytes(config)
     rows = train.sequence_length * train.micro_batch_size
@@ -49,7 +50,7 @@ def _head_bytes(config: Config) -> int:
 
 def _layer_bytes(config: Config, choice: KernelChoice) -> int:
     """Both halves of a block; S and S_local as in models/gpt.py."""
-    model, train, tensor = config.model, config.train, config.parallel.tensor
+    model, train, tensor = gpt_model(config), config.train, config.parallel.tensor
     element = PRECISIONS[train.precision].model_bytes
     hidden = boundary_bytes(config)
     rows = train.sequence_length * train.micro_batch_size

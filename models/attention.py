@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megapipe import kernels
-from megapipe.config import ModelConfig
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.models.placement import Context, Placement
 from megapipe.tensor_parallel.linear import (
     ColumnParallelLinear,
@@ -42,7 +42,7 @@ class KeyValueCache:
 class Attention(nn.Module):
     """Causal grouped-query attention: heads are cut over tensor ranks."""
 
-    def __init__(self, name: str, model: ModelConfig, place: Placement) -> None:
+    def __init__(self, name: str, model: GPTConfig, place: Placement) -> None:
         super().__init__()
         tensor = place.tensor
         self.head_dim = model.head_dim
@@ -79,7 +79,7 @@ class Attention(nn.Module):
         self.dropout = model.attention_dropout
         self.dropout_seed = kernels.fold(place.seed, f"{name}.dropout")
 
-    def _qkv_pieces(self, name: str, model: ModelConfig, place: Placement) -> list[Piece]:
+    def _qkv_pieces(self, name: str, model: GPTConfig, place: Placement) -> list[Piece]:
         width, copies = model.head_dim, place.key_value_copies
         q_rows, kv_rows = self.heads * width, self.kv_heads * width
         first_kv_head = place.tensor.rank * model.num_kv_heads // place.tensor.size
@@ -146,7 +146,7 @@ class RotaryTable:
     to the device for which the host waits, so that it could never run ahead of the GPU.
     """
 
-    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: GPTConfig, dtype: torch.dtype, device: torch.device) -> None:
         frequencies = kernels.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
         self._frequencies = frequencies.to(device)
         self._dtype = dtype

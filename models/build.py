@@ -10,6 +10,7 @@ from megapipe.config import Config
 from megapipe.distributed.mesh import Axis, Mesh
 from megapipe.kernel_choice import choose_kernels
 from megapipe.models.gpt import GPTStage
+from megapipe.models.gpt_config import gpt_model
 from megapipe.models.parameters import ParameterSpec, parameter_table
 from megapipe.models.partition import Stage, stages
 from megapipe.models.placement import LossSettings, Placement
@@ -33,7 +34,7 @@ def build_stages(config: Config, mesh: Mesh) -> dict[int, GPTStage]:
         if stage.rank != mesh.pipeline.rank:
             continue
         built[stage.number] = GPTStage(
-            config.model,
+            gpt_model(config),
             Placement(
                 tensor=mesh.tensor,
                 key_value_copies=key_value_copies,
@@ -53,7 +54,7 @@ def build_stages(config: Config, mesh: Mesh) -> dict[int, GPTStage]:
         )
     if tied is not None:
         _tie_across_ranks(built, tied)
-    specs = {spec.name: spec for spec in parameter_table(config.model)}
+    specs = {spec.name: spec for spec in parameter_table(gpt_model(config))}
     for module in built.values():
         initialize(module, specs, config.train.seed)
     return built
@@ -90,7 +91,7 @@ def _initial_values(
 
 def _embedding_here(config: Config, built: dict[int, GPTStage]) -> ShardedParameter | None:
     """The embedding's parameter where a tied output layer on the same rank can share it."""
-    if not config.model.tie_embeddings or 0 not in built:
+    if not gpt_model(config).tie_embeddings or 0 not in built:
         return None
     embedding = built[0].embedding
     assert embedding is not None
@@ -99,7 +100,7 @@ def _embedding_here(config: Config, built: dict[int, GPTStage]) -> ShardedParame
 
 def _key_value_copies(config: Config, mesh: Mesh) -> Axis:
     """The tensor ranks that hold the same key/value head, where heads are fewer than ranks."""
-    copies = max(1, mesh.tensor.size // config.model.num_kv_heads)
+    copies = max(1, mesh.tensor.size // gpt_model(config).num_kv_heads)
     if copies == 1:
         return Axis("key_value_copies", (mesh.rank,))
     blocks = [range(first, first + copies) for first in range(0, mesh.world_size, copies)]
@@ -109,7 +110,7 @@ def _key_value_copies(config: Config, mesh: Mesh) -> Axis:
 def _tied_ranks(config: Config, mesh: Mesh, placed: list[Stage]) -> Axis | None:
     """The ranks of the first and last stage, where a tied embedding lives on both."""
     first, last = placed[0].rank, placed[-1].rank
-    if not config.model.tie_embeddings or first == last:
+    if not gpt_model(config).tie_embeddings or first == last:
         return None
     pairs = [
         [mesh.global_rank(pipeline, data, tensor) for pipeline in (first, last)]

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megapipe import kernels
-from megapipe.config import ModelConfig
 from megapipe.microbatch import MicroBatch
 from megapipe.models.attention import Attention, KeyValueCache, RotaryTable
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.models.placement import Context, Placement
 from megapipe.tensor_parallel.collectives import own_sequence_slice
 from megapipe.tensor_parallel.embedding import VocabParallelEmbedding, vocabulary_parameter
@@ -44,7 +44,7 @@ from megapipe.tensor_parallel.parameter import Piece, ShardedParameter
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dimension, in float32 inside."""
 
-    def __init__(self, name: str, model: ModelConfig, place: Placement) -> None:
+    def __init__(self, name: str, model: GPTConfig, place: Placement) -> None:
         super().__init__()
         make = partial(
             replicated_parameter,
@@ -78,7 +78,7 @@ class Norm(nn.Module):
 class FeedForward(nn.Module):
     """down(act(up(x))), or down(silu(gate(x)) * up(x)) with SwiGLU; cut along its inner width."""
 
-    def __init__(self, name: str, model: ModelConfig, place: Placement) -> None:
+    def __init__(self, name: str, model: GPTConfig, place: Placement) -> None:
         super().__init__()
         tensor = place.tensor
         local = model.ffn_hidden_size // tensor.size
@@ -124,7 +124,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)), each branch with dropout."""
 
-    def __init__(self, layer: int, model: ModelConfig, place: Placement) -> None:
+    def __init__(self, layer: int, model: GPTConfig, place: Placement) -> None:
         super().__init__()
         name = f"layers.{layer}"
         self.attention_norm = Norm(f"{name}.attention_norm", model, place)
@@ -147,7 +147,7 @@ class Block(nn.Module):
 class Dropout(nn.Module):
     """branch -> residual + dropout(branch), with bits drawn from global indices."""
 
-    def __init__(self, name: str, model: ModelConfig, place: Placement) -> None:
+    def __init__(self, name: str, model: GPTConfig, place: Placement) -> None:
         super().__init__()
         self.probability = model.dropout
         self.seed = kernels.fold(place.seed, name)
@@ -174,7 +174,7 @@ class Dropout(nn.Module):
 class Embedding(nn.Module):
     """tokens [B, S] -> [S_local, B, H]: token rows, learned positions if any, dropout."""
 
-    def __init__(self, model: ModelConfig, place: Placement) -> None:
+    def __init__(self, model: GPTConfig, place: Placement) -> None:
         super().__init__()
         self.tokens = VocabParallelEmbedding(
             "embedding.weight",
@@ -216,9 +216,7 @@ class Head(nn.Module):
     `weight` is given where the output shares the embedding's parameter on this rank.
     """
 
-    def __init__(
-        self, model: ModelConfig, place: Placement, weight: ShardedParameter | None
-    ) -> None:
+    def __init__(self, model: GPTConfig, place: Placement, weight: ShardedParameter | None) -> None:
         super().__init__()
         self.norm = Norm("final_norm", model, place)
         if weight is None:
@@ -280,7 +278,7 @@ class GPTStage(nn.Module):
 
     def __init__(
         self,
-        model: ModelConfig,
+        model: GPTConfig,
         place: Placement,
         *,
         layers: Sequence[int],

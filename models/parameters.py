@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from megapipe.config import ModelConfig
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.tensor_parallel.vocabulary import vocabulary_rows
 
 
@@ -47,7 +47,7 @@ class ParameterSpec:
 _ZEROS, _ONES = Init("zeros"), Init("ones")
 
 
-def parameter_table(model: ModelConfig) -> list[ParameterSpec]:
+def parameter_table(model: GPTConfig) -> list[ParameterSpec]:
     """All parameters in the order in which the model applies them."""
     return [
         *_before_layers(model),
@@ -56,7 +56,7 @@ def parameter_table(model: ModelConfig) -> list[ParameterSpec]:
     ]
 
 
-def _before_layers(model: ModelConfig) -> list[ParameterSpec]:
+def _before_layers(model: GPTConfig) -> list[ParameterSpec]:
     weights = Init("normal", model.init_std)
     vocabulary = (model.vocab_size, model.hidden_size)
     positions = (model.max_sequence_length, model.hidden_size)
@@ -68,7 +68,7 @@ def _before_layers(model: ModelConfig) -> list[ParameterSpec]:
     return table
 
 
-def _after_layers(model: ModelConfig) -> list[ParameterSpec]:
+def _after_layers(model: GPTConfig) -> list[ParameterSpec]:
     table = list(_norm(model, "final_norm", None))
     if not model.tie_embeddings:
         weights = Init("normal", model.init_std)
@@ -77,7 +77,7 @@ def _after_layers(model: ModelConfig) -> list[ParameterSpec]:
     return table
 
 
-def layer_table(model: ModelConfig, layer: int) -> list[ParameterSpec]:
+def layer_table(model: GPTConfig, layer: int) -> list[ParameterSpec]:
     """The parameters of one block."""
     prefix = f"layers.{layer}"
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
@@ -113,14 +113,14 @@ def layer_table(model: ModelConfig, layer: int) -> list[ParameterSpec]:
     return table
 
 
-def _norm(model: ModelConfig, name: str, layer: int | None) -> Iterator[ParameterSpec]:
+def _norm(model: GPTConfig, name: str, layer: int | None) -> Iterator[ParameterSpec]:
     shape = (model.hidden_size,)
     yield ParameterSpec(f"{name}.weight", shape, None, _ONES, False, layer)
     if model.norm == "layernorm":
         yield ParameterSpec(f"{name}.bias", shape, None, _ZEROS, False, layer)
 
 
-def parameter_count(model: ModelConfig) -> int:
+def parameter_count(model: GPTConfig) -> int:
     """Parameters of the whole model; a tied embedding counts once, padding not at all."""
     return sum(spec.size for spec in parameter_table(model))
 
@@ -133,12 +133,12 @@ def padded_vocab_size(vocab_size: int, tensor: int) -> int:
     return vocabulary_rows(vocab_size, tensor) * tensor
 
 
-def local_kv_heads(model: ModelConfig, tensor: int) -> int:
+def local_kv_heads(model: GPTConfig, tensor: int) -> int:
     """Key and value heads on a rank: at least one, copied where there are more ranks than heads."""
     return max(1, model.num_kv_heads // tensor)
 
 
-def local_shape(spec: ParameterSpec, model: ModelConfig, tensor: int) -> tuple[int, ...]:
+def local_shape(spec: ParameterSpec, model: GPTConfig, tensor: int) -> tuple[int, ...]:
     """The shape of a rank's part of a parameter, padding and copied heads included."""
     if spec.tensor_dim is None:
         return spec.shape
@@ -152,9 +152,7 @@ def local_shape(spec: ParameterSpec, model: ModelConfig, tensor: int) -> tuple[i
     return (*spec.shape[:split], part, *spec.shape[split + 1 :])
 
 
-def stage_table(
-    model: ModelConfig, layers: range, *, first: bool, last: bool
-) -> list[ParameterSpec]:
+def stage_table(model: GPTConfig, layers: range, *, first: bool, last: bool) -> list[ParameterSpec]:
     """The parameters of a pipeline stage that holds `layers`.
 
     `first` adds the embeddings, `last` the final norm and the output weight. When embeddings are
@@ -171,7 +169,7 @@ def stage_table(
 
 
 def local_parameter_count(
-    model: ModelConfig, layers: range, *, tensor: int, first: bool, last: bool
+    model: GPTConfig, layers: range, *, tensor: int, first: bool, last: bool
 ) -> int:
     """Elements that one rank holds of a stage: see `stage_table` and `local_shape`."""
     table = stage_table(model, layers, first=first, last=last)

@@ -8,6 +8,7 @@ from megapipe.models.flops import (
     layer_flops_per_token,
     output_flops_per_token,
 )
+from megapipe.models.gpt_config import gpt_model
 from megapipe.models.parameters import local_parameter_count
 from megapipe.pipeline.program import stage_placement
 from megapipe.pipeline.schedule import balance
@@ -30,7 +31,7 @@ def layers_per_stage(config: Config) -> list[int]:
     parallel.layers_per_stage as given, or else balanced so that the costliest stage costs as little
     as it can, the embedding counted to the first stage and the output layer to the last.
     """
-    parallel, model = config.parallel, config.model
+    parallel, model = config.parallel, gpt_model(config)
     if parallel.layers_per_stage is not None:
         return list(parallel.layers_per_stage)
     costs = [layer_flops_per_token(model, config.train.sequence_length)] * model.num_layers
@@ -60,7 +61,7 @@ def stages(config: Config) -> list[Stage]:
 def stage_parameters(config: Config, stage: Stage) -> int:
     """Parameters of a stage on each of its tensor ranks, padding and copies included."""
     return local_parameter_count(
-        config.model,
+        gpt_model(config),
         stage.layers,
         tensor=config.parallel.tensor,
         first=stage.first,

@@ -16,6 +16,7 @@ from megapipe.models.flops import (
     layer_flops_per_token,
     output_flops_per_token,
 )
+from megapipe.models.gpt_config import gpt_model
 from megapipe.models.partition import Stage, stages
 from megapipe.pipeline.schedule import Costs
 
@@ -48,7 +49,7 @@ def equal_costs(config: Config, work: Work) -> Costs:
 
 def stage_work(config: Config, stage: Stage) -> Work:
     """All layers of a stage, with the embedding on the first and the output on the last."""
-    model, length = config.model, config.train.sequence_length
+    model, length = gpt_model(config), config.train.sequence_length
     attention = model.num_heads * model.head_dim * attended_keys(model, length)
     products = layer_flops_per_token(model, length) - 12 * attention
     forward = products / 3 + 4 * attention

@@ -5,6 +5,7 @@ from itertools import groupby
 
 from megapipe.config import Config, check_layout, dump_config
 from megapipe.models.flops import flops_per_token
+from megapipe.models.gpt_config import gpt_model
 from megapipe.models.memory import rank_states
 from megapipe.models.parameters import padded_vocab_size, parameter_count
 from megapipe.models.partition import Stage, stage_parameters, stages
@@ -101,18 +102,14 @@ def _shortened(rows: list[list[object]]) -> list[list[object]]:
 
 def _stages(config: Config, placed: Sequence[Stage]) -> Iterator[str]:
     model, tensor = config.model, config.parallel.tensor
-    yield f"Parameters: {_exact(parameter_count(model))} in all"
+    yield f"Parameters: {_exact(parameter_count(gpt_model(config)))} in all"
     padding = padded_vocab_size(model.vocab_size, tensor) - model.vocab_size
     if padding:
         yield (
             f"Vocabulary: {model.vocab_size:,} and {padding:,} rows of padding inside "
             f"({padded_vocab_size(model.vocab_size, tensor) // tensor:,} per tensor rank)"
         )
-    if tensor > model.num_kv_heads:
-        yield (
-            f"Key/value heads: {model.num_kv_heads}, each on {tensor // model.num_kv_heads} of "
-            f"{tensor} tensor ranks"
-        )
+    yield from model.layout_notes(tensor)
     yield ""
     described = [
         (stage, len(stage.layers), stage_parameters(config, stage), _contents(config, stage))
@@ -137,12 +134,7 @@ def _stages(config: Config, placed: Sequence[Stage]) -> Iterator[str]:
 
 
 def _contents(config: Config, stage: Stage) -> str:
-    parts = []
-    if stage.first:
-        parts.append("embedding")
-    if stage.last:
-        parts.append("output (tied)" if config.model.tie_embeddings else "output")
-    return ", ".join(parts) or "-"
+    return ", ".join(config.model.stage_ends(first=stage.first, last=stage.last)) or "-"
 
 
 def _memory(config: Config, placed: Sequence[Stage]) -> Iterator[str]:
@@ -169,7 +161,7 @@ def _memory(config: Config, placed: Sequence[Stage]) -> Iterator[str]:
 
 def _work(config: Config) -> Iterator[str]:
     train = config.train
-    per_token = flops_per_token(config.model, train.sequence_length)
+    per_token = flops_per_token(gpt_model(config), train.sequence_length)
     tokens = train.global_batch_size * train.sequence_length
     world = config.parallel.tensor * config.parallel.pipeline * _data(config)
     yield f"Tokens: {tokens:,} per step, {_exact(tokens * train.steps)} in {train.steps:,} steps"

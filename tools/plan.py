@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megapipe.config import load_config
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.pipeline.picture import require_matplotlib
 from megapipe.tools.arguments import Parser, UsageError, check_output, path_argument
 
@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(f"--columns {columns} must be 40 or more.")
     work = None if arguments.costs is None else _costs(arguments.costs)
     out = None if arguments.out is None else _picture(arguments.out)
-    config = load_config(arguments.config, overrides, PRESETS)
+    config = load_config(arguments.config, overrides, FAMILIES)
 
     from megapipe.tools.planning import plan
 

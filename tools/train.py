@@ -1,10 +1,11 @@
 """`megapipe train CONFIG.toml [--section.key VALUE ...]`: pretrain a model."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from megapipe.config import load_config
-from megapipe.models.presets import PRESETS
+from megapipe.config.model import DEFAULT_FAMILY
+from megapipe.models.families import FAMILIES
 from megapipe.stop_signals import interruptible
 from megapipe.tools.arguments import Parser, UsageError, path_argument
 from megapipe.tools.field_help import field_help
@@ -58,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
         )
     if arguments.world_size is not None and arguments.world_size < 1:
         raise UsageError(f"--world-size {arguments.world_size} must be 1 or more.")
-    config = load_config(arguments.config, overrides, PRESETS)
+    config = load_config(arguments.config, overrides, FAMILIES)
     if arguments.dry_run:
         from megapipe.tools.dry_run import dry_run
 
@@ -72,5 +73,13 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _epilog() -> str:
-    presets = textwrap.fill(", ".join(PRESETS), 98, initial_indent="  ", subsequent_indent="  ")
-    return f"{_KEYS}\n{field_help()}\n\npresets, for --model.preset:\n{presets}"
+    presets = [
+        _presets(f"with --model.family {name}, " * (name != DEFAULT_FAMILY), family.presets)
+        for name, family in FAMILIES.items()
+    ]
+    return "\n\n".join([f"{_KEYS}\n{field_help(FAMILIES)}", *presets])
+
+
+def _presets(condition: str, presets: Collection[str]) -> str:
+    names = textwrap.fill(", ".join(presets), 98, initial_indent="  ", subsequent_indent="  ")
+    return f"presets, {condition}for --model.preset:\n{names}"

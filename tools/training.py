@@ -34,7 +34,9 @@ from megapipe.distributed.rendezvous import (
 from megapipe.errors import ConfigError, MegapipeError, explained, lost_connection, rank_lost
 from megapipe.kernel_choice import choose_kernels
 from megapipe.models.build import build_stages
+from megapipe.models.families import FAMILIES
 from megapipe.models.flops import flops_per_token
+from megapipe.models.gpt_config import gpt_model
 from megapipe.models.parameters import parameter_count
 from megapipe.pipeline.p2p import make_channels
 from megapipe.pipeline.picture import require_matplotlib
@@ -214,7 +216,7 @@ def _start_or_resume(
     stop: StopRequest,
 ) -> int:
     ranks = mesh.world.rank_group
-    plan = plan_start(config, ranks)
+    plan = plan_start(config, FAMILIES, ranks)
     introduction = [*_introduction(config, mesh.device), *environment_lines(config, os.environ)]
     for line in [*introduction, *plan.notes]:
         voice.say(line)
@@ -244,7 +246,7 @@ def _start_or_resume(
     write_config(config, ranks)
     with _open_loggers(config, ranks, progress.step) as loggers, voice.through(loggers.event):
         voice.say(f"Ready after {time.perf_counter() - began:.1f} s (imports not counted)")
-        flops = flops_per_token(config.model, config.train.sequence_length)
+        flops = flops_per_token(gpt_model(config), config.train.sequence_length)
         bubble = BubbleMeter(mesh, engine.program, engine.recorder)
         run = Run(
             config, engine, feed, validation, checkpoints, loggers, stop, progress, flops, bubble
@@ -336,7 +338,7 @@ def _open_loggers(config: Config, ranks: RankGroup, start: int) -> Loggers:
 def _introduction(config: Config, device: torch.device) -> Iterator[str]:
     train = config.train
     yield from layout_lines(config)
-    yield f"Parameters: {parameter_count(config.model):,}"
+    yield f"Parameters: {parameter_count(gpt_model(config)):,}"
     yield f"Kernels: {choose_kernels(config, device)}"
     if device.type == "cuda":
         yield f"Device: {torch.cuda.get_device_name(device)}, {train.precision}"

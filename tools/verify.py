@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from megapipe.config import Config, load_config
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.scratch import scratch_directory
 from megapipe.tools.arguments import Parser, UsageError, path_argument
 from megapipe.tools.auto import without_auto
@@ -28,7 +28,7 @@ def run(argv: Sequence[str]) -> int:
     arguments, overrides = parser.parse(argv)
     if arguments.steps < 1:
         raise UsageError(f"--steps {arguments.steps} must be 1 or more.")
-    config = load_config(arguments.config, overrides, PRESETS)
+    config = load_config(arguments.config, overrides, FAMILIES)
     small, changes = shrink(config)
     with scratch_directory() as folder:
         small, found = without_auto(small, folder)

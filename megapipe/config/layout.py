@@ -2,8 +2,8 @@
 
 import math
 
-from megapipe.config.checks import divisors
 from megapipe.config.config import Config
+from megapipe.config.contradiction import divisors
 from megapipe.errors import ConfigError
 
 

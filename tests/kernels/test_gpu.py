@@ -19,7 +19,7 @@ from megapipe.config import load_config
 from megapipe.distributed.mesh import build_mesh
 from megapipe.kernels import Vocabulary, cross_entropy_stats_, grad_norm, rms_norm, swiglu
 from megapipe.models.build import build_stages
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.tools.bench import run as bench
 from megapipe.tools.bench.kernels import CASES
 from megapipe.tools.bench.kernels_cases import (
@@ -88,7 +88,7 @@ def check_ends(device: torch.device, rows: int) -> None:
 
 def training_losses(config: Path, words: tuple[str, ...], device: torch.device) -> list[float]:
     """Of five steps on one rank, in a process group."""
-    given = load_config(config, words, PRESETS)
+    given = load_config(config, words, FAMILIES)
     mesh = build_mesh(pipeline=1, data=1, tensor=1, device=device)
     engine, tokens = Engine(given, mesh, build_stages), synthetic_tokens(given)
     return [engine.train_step(tokens(number, mesh), 1e-2).loss for number in range(5)]

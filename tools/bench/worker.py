@@ -17,6 +17,8 @@ import torch
 from megapipe.config import Config, parse_config
 from megapipe.distributed.mesh import build_mesh
 from megapipe.models.build import build_stages
+from megapipe.models.families import FAMILIES
+from megapipe.models.gpt_config import gpt_model
 from megapipe.models.parameters import parameter_count
 from megapipe.precision import keep_sums_wide
 from megapipe.tools.bench.breakdown import profile_step
@@ -32,7 +34,7 @@ def main(spec: dict[str, Any]) -> None:
     """Serve until standard input ends."""
     torch.set_num_threads(1)
     keep_sums_wide()
-    config = parse_config(spec["config"])
+    config = parse_config(spec["config"], FAMILIES)
     make = {"megapipe": _megapipe, "transformers": _transformers}[spec["contender"]]
     step = make(config, spec)
     device = torch.device(config.train.device)
@@ -86,7 +88,7 @@ def _transformers(config: Config, spec: dict[str, Any]) -> Step:
     """The loop that its users write: accumulate, clip, fused AdamW; the loss on plain logits."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model, train, optimizer = config.model, config.train, config.optimizer
+    model, train, optimizer = gpt_model(config), config.train, config.optimizer
     theirs = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=model.vocab_size,
