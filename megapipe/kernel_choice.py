@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megapipe.config import Config, ModelConfig
-from megapipe.config.checks import MAX_KERNEL_HEAD_DIM, MAX_KERNEL_HIDDEN
 from megapipe.errors import MegapipeError
 
 if TYPE_CHECKING:  # what is planned needs neither torch nor triton
     import torch
 
     from megapipe.kernels import Backend, WeightGradBackend
+
+MAX_KERNEL_HIDDEN, MAX_KERNEL_HEAD_DIM = 16384, 256
+"""Of the Triton kernels; a test compares them with the kernels' own limits, which are not imported
+here because that takes torch."""
 
 
 @dataclass(frozen=True)
@@ -104,11 +107,7 @@ def wanted_kernels(config: Config, on_gpu: bool, matmul_adds: bool = True) -> Ke
     elif train.attention == "triton":
         attention = "triton"
     else:
-        beyond_causal = (
-            config.data.mask_documents
-            or model.attention_dropout > 0
-            or (model.sliding_window or train.sequence_length) < train.sequence_length
-        )
+        beyond_causal = config.data.mask_documents or model.masks_attention(train.sequence_length)
         attention = kernels if beyond_causal else "torch"
     weight_gradients: WeightGradBackend = kernels
     if train.weight_gradients == "triton":
@@ -180,16 +179,9 @@ def _why_triton_fails(error: Exception) -> str:
 def _check_sizes(model: ModelConfig, choice: KernelChoice) -> None:
     """What "auto" chose against the model's sizes, before the first step would refuse them; what
     was chosen by name, the config has checked."""
-    if choice.kernels == "triton" and model.hidden_size > MAX_KERNEL_HIDDEN:
-        raise MegapipeError(
-            f'train.kernels = "auto" is Triton on a GPU, which takes model.hidden_size up to '
-            f'{MAX_KERNEL_HIDDEN:,}, and it is {model.hidden_size:,}; use "torch".'
-        )
-    if choice.attention == "triton" and model.head_dim > MAX_KERNEL_HEAD_DIM:
-        raise MegapipeError(
-            f'train.attention = "auto" is Triton for these masks, which takes heads of up to '
-            f'{MAX_KERNEL_HEAD_DIM}, and model.head_dim = {model.head_dim}; use "sdpa".'
-        )
+    uses = {"kernels": choice.kernels == "triton", "attention": choice.attention == "triton"}
+    for problem in model.kernel_problems(**uses):
+        raise MegapipeError(f'{problem.key} = "auto" is Triton here, which {problem.text}.')
 
 
 def interpreting() -> bool:

@@ -12,13 +12,14 @@ from megapipe.config import Config
 from megapipe.kernel_choice import KernelChoice
 from megapipe.layout.axes import Axes
 from megapipe.layout.shapes import boundary_bytes
+from megapipe.models.gpt_config import gpt_model
 from megapipe.models.parameters import local_kv_heads, padded_vocab_size
 from megapipe.precision import PRECISIONS
 
 
 def embedding_bytes(config: Config, axes: Axes, choice: KernelChoice) -> int:
     """Of one microbatch in the embedding, on one tensor rank."""
-    if not config.model.dropout or choice.kernels != "torch":
+    if not gpt_model(config).dropout or choice.kernels != "torch":
         return 0
     element = PRECISIONS[config.train.precision].model_bytes
     return boundary_bytes(config, axes) // element  # a bool each
@@ -26,7 +27,7 @@ def embedding_bytes(config: Config, axes: Axes, choice: KernelChoice) -> int:
 
 def head_bytes(config: Config, axes: Axes) -> int:
     """Of one microbatch in the last norm, the matrix product and the loss."""
-    model, train = config.model, config.train
+    model, train = gpt_model(config), config.train
     element = PRECISIONS[train.precision].model_bytes
     hidden = boundary_bytes(config, axes)
     rows = train.sequence_length * train.micro_batch_size
@@ -39,7 +40,7 @@ def head_bytes(config: Config, axes: Axes) -> int:
 
 def layer_bytes(config: Config, axes: Axes, choice: KernelChoice) -> int:
     """Of one microbatch in both halves of a block; S and S_local as in models/gpt.py."""
-    model, train, tensor = config.model, config.train, axes.size("tensor")
+    model, train, tensor = gpt_model(config), config.train, axes.size("tensor")
     element = PRECISIONS[train.precision].model_bytes
     hidden = boundary_bytes(config, axes)
     if train.recompute == "full":

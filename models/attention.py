@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from megapipe import kernels
-from megapipe.config import ModelConfig
 from megapipe.models.context import Context
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.models.parameters import local_kv_heads
 from megapipe.stage import StageBuild
 
@@ -36,7 +36,7 @@ class KeyValueCache:
 class Attention(nn.Module):
     """Causal grouped-query attention: heads are cut over tensor ranks."""
 
-    def __init__(self, name: str, model: ModelConfig, build: StageBuild) -> None:
+    def __init__(self, name: str, model: GPTConfig, build: StageBuild) -> None:
         super().__init__()
         self.head_dim = model.head_dim
         self.heads = model.num_heads // build.tensor.size
@@ -96,7 +96,7 @@ class RotaryTable:
     to the device for which the host waits, so that it could never run ahead of the GPU.
     """
 
-    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: GPTConfig, dtype: torch.dtype, device: torch.device) -> None:
         frequencies = kernels.rope_frequencies(model.head_dim, model.rope_theta, model.rope_scaling)
         self._frequencies = frequencies.to(device)
         self._dtype = dtype

@@ -18,16 +18,17 @@ from megapipe.models.flops import (
     layer_flops_per_token,
     output_flops_per_token,
 )
+from megapipe.models.gpt_config import gpt_model
 
 
 def place_costs(config: Config, axes: Axes, place: Place) -> PlaceCosts:
     """The costs of the embedding, of a layer, or of the last norm, output layer and loss."""
     choice = wanted_kernels(config, on_gpu=config.train.device != "cpu")
     if place == FIRST:
-        moved = embedding_flops_per_token(config.model)
+        moved = embedding_flops_per_token(gpt_model(config))
         return _thirds(0.0, moved, embedding_bytes(config, axes, choice))
     if place == LAST:
-        flops = output_flops_per_token(config.model)
+        flops = output_flops_per_token(gpt_model(config))
         return _thirds(flops, flops, head_bytes(config, axes))
     return _layer(config, layer_bytes(config, axes, choice))
 
@@ -38,7 +39,7 @@ def _thirds(flops: float, work: float, activation_bytes: int) -> PlaceCosts:
 
 
 def _layer(config: Config, activation_bytes: int) -> PlaceCosts:
-    model, length = config.model, config.train.sequence_length
+    model, length = gpt_model(config), config.train.sequence_length
     flops = layer_flops_per_token(model, length)
     attention = model.num_heads * model.head_dim * attended_keys(model, length)
     products = flops - 12 * attention

@@ -16,29 +16,29 @@ times. Padding of the vocabulary and masks between documents are not counted. So
 in full, 12 * L * A * S; figures made so are higher and must not be compared with these.
 """
 
-from megapipe.config import ModelConfig
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.models.parameters import ParameterSpec, layer_table
 
 
-def attended_keys(model: ModelConfig, sequence_length: int) -> float:
+def attended_keys(model: GPTConfig, sequence_length: int) -> float:
     """Keys that a query meets on average: K of the module's docstring."""
     window = min(model.sliding_window or sequence_length, sequence_length)
     return window - window**2 / (2 * sequence_length)
 
 
-def layer_flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+def layer_flops_per_token(model: GPTConfig, sequence_length: int) -> float:
     """Forward and backward of one block for one token."""
     matmul = sum(spec.size for spec in layer_table(model, 0) if _is_matrix(spec))
     attention = model.num_heads * model.head_dim * attended_keys(model, sequence_length)
     return 6.0 * matmul + 12.0 * attention
 
 
-def output_flops_per_token(model: ModelConfig) -> float:
+def output_flops_per_token(model: GPTConfig) -> float:
     """Forward and backward of the output layer for one token."""
     return 6.0 * model.vocab_size * model.hidden_size
 
 
-def embedding_flops_per_token(model: ModelConfig) -> float:
+def embedding_flops_per_token(model: GPTConfig) -> float:
     """Stand-in for the embedding, which moves memory only: a row read, a row added to, a row sent.
 
     It matters for balancing stages alone and is in no count of FLOPs.
@@ -46,7 +46,7 @@ def embedding_flops_per_token(model: ModelConfig) -> float:
     return 6.0 * model.hidden_size
 
 
-def flops_per_token(model: ModelConfig, sequence_length: int) -> float:
+def flops_per_token(model: GPTConfig, sequence_length: int) -> float:
     """Forward and backward of the whole model for one token of a sequence of that length."""
     layers = model.num_layers * layer_flops_per_token(model, sequence_length)
     return layers + output_flops_per_token(model)

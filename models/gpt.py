@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from megapipe import kernels
-from megapipe.config import ModelConfig
 from megapipe.microbatch import MicroBatch
 from megapipe.models.attention import Attention, KeyValueCache, RotaryTable
 from megapipe.models.context import Context
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.stage import StageBuild
 from megapipe.tensor_parallel.collectives import own_sequence_slice
 from megapipe.tensor_parallel.embedding import VocabParallelEmbedding
@@ -38,7 +38,7 @@ from megapipe.tensor_parallel.loss import (
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dimension, in float32 inside."""
 
-    def __init__(self, name: str, model: ModelConfig, build: StageBuild) -> None:
+    def __init__(self, name: str, model: GPTConfig, build: StageBuild) -> None:
         super().__init__()
         self.weight = build.parameters.get(f"{name}.weight")
         self.bias = build.parameters.find(f"{name}.bias")
@@ -64,7 +64,7 @@ class Norm(nn.Module):
 class FeedForward(nn.Module):
     """down(act(up(x))), or down(silu(gate(x)) * up(x)) with SwiGLU; cut along its inner width."""
 
-    def __init__(self, name: str, model: ModelConfig, build: StageBuild) -> None:
+    def __init__(self, name: str, model: GPTConfig, build: StageBuild) -> None:
         super().__init__()
         matrices = ("gate", "up") if model.activation == "swiglu" else ("up",)
         self.up = build.column_linear(*(f"{name}.{which}" for which in matrices))
@@ -88,7 +88,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)), each branch with dropout."""
 
-    def __init__(self, layer: int, model: ModelConfig, build: StageBuild) -> None:
+    def __init__(self, layer: int, model: GPTConfig, build: StageBuild) -> None:
         super().__init__()
         name = f"layers.{layer}"
         self.attention_norm = Norm(f"{name}.attention_norm", model, build)
@@ -111,7 +111,7 @@ class Block(nn.Module):
 class Dropout(nn.Module):
     """branch -> residual + dropout(branch), with bits drawn from global indices."""
 
-    def __init__(self, name: str, model: ModelConfig, build: StageBuild) -> None:
+    def __init__(self, name: str, model: GPTConfig, build: StageBuild) -> None:
         super().__init__()
         self.probability = model.dropout
         self.seed = kernels.fold(build.seed, name)
@@ -138,7 +138,7 @@ class Dropout(nn.Module):
 class Embedding(nn.Module):
     """tokens [B, S] -> [S_local, B, H]: token rows, learned positions if any, dropout."""
 
-    def __init__(self, model: ModelConfig, build: StageBuild) -> None:
+    def __init__(self, model: GPTConfig, build: StageBuild) -> None:
         super().__init__()
         self.tokens = VocabParallelEmbedding(
             build.parameters.get("embedding.weight"),
@@ -166,7 +166,7 @@ class Head(nn.Module):
     The projection is the embedding's weight where they are tied.
     """
 
-    def __init__(self, model: ModelConfig, build: StageBuild) -> None:
+    def __init__(self, model: GPTConfig, build: StageBuild) -> None:
         super().__init__()
         self.norm = Norm("final_norm", model, build)
         self.weight = build.parameters.get(
@@ -219,7 +219,7 @@ class GPTStage(nn.Module):
     returns the same shape, or on the last stage the sum of the microbatch's token losses.
     """
 
-    def __init__(self, model: ModelConfig, build: StageBuild) -> None:
+    def __init__(self, model: GPTConfig, build: StageBuild) -> None:
         super().__init__()
         self.embedding = Embedding(model, build) if build.first else None
         self.layers = nn.ModuleList(Block(layer, model, build) for layer in build.layers)

@@ -1,7 +1,7 @@
 """The sizes at which a model calls the kernels."""
 
-from megapipe.config import ModelConfig
 from megapipe.kernels.examples.example import Shape
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.models.presets import PRESETS
 
 TOKENS, LONGEST = 8192, 8192
@@ -11,7 +11,7 @@ TOKENS, LONGEST = 8192, 8192
 def shape_of(preset: str, tensor: int, sequence_length: int | None = None) -> Shape | None:
     """None where that many ranks can't share the model's heads, vocabulary aside (it is padded).
     Without a length, the longest sequence that the model takes, up to `LONGEST`."""
-    model = ModelConfig(**PRESETS[preset])
+    model = GPTConfig(**PRESETS[preset])
     kv_heads = model.num_kv_heads
     shared = kv_heads % tensor == 0 or tensor % kv_heads == 0
     if model.num_heads % tensor or model.ffn_hidden_size % tensor or not shared:

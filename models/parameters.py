@@ -7,8 +7,8 @@ use its names, plans count with it. No torch: a trillion parameters are counted 
 import math
 from collections.abc import Iterator
 
-from megapipe.config import ModelConfig
 from megapipe.layout.parameters import FIRST, LAST, Init, ParameterSpec, Place, Split, padded_rows
+from megapipe.models.gpt_config import GPTConfig
 
 VOCABULARY_MULTIPLE = 64
 """Each rank's rows are padded to a multiple of this: GPU matmuls want it (GPT-2's 50,257 rows
@@ -18,7 +18,7 @@ _ZEROS, _ONES = Init("zeros"), Init("ones")
 _VOCABULARY = Split(0, pad_to=VOCABULARY_MULTIPLE)
 
 
-def parameter_table(model: ModelConfig) -> list[ParameterSpec]:
+def parameter_table(model: GPTConfig) -> list[ParameterSpec]:
     """All parameters in the order in which the model applies them."""
     return [
         *_before_layers(model),
@@ -27,7 +27,7 @@ def parameter_table(model: ModelConfig) -> list[ParameterSpec]:
     ]
 
 
-def _before_layers(model: ModelConfig) -> list[ParameterSpec]:
+def _before_layers(model: GPTConfig) -> list[ParameterSpec]:
     weights = Init("normal", model.init_std)
     vocabulary = (model.vocab_size, model.hidden_size)
     places: tuple[Place, ...] = (FIRST, LAST) if model.tie_embeddings else (FIRST,)
@@ -42,7 +42,7 @@ def _before_layers(model: ModelConfig) -> list[ParameterSpec]:
     return table
 
 
-def _after_layers(model: ModelConfig) -> list[ParameterSpec]:
+def _after_layers(model: GPTConfig) -> list[ParameterSpec]:
     table = list(_norm(model, "final_norm", LAST))
     if not model.tie_embeddings:
         weights = Init("normal", model.init_std)
@@ -53,7 +53,7 @@ def _after_layers(model: ModelConfig) -> list[ParameterSpec]:
     return table
 
 
-def layer_table(model: ModelConfig, layer: int) -> list[ParameterSpec]:
+def layer_table(model: GPTConfig, layer: int) -> list[ParameterSpec]:
     """The parameters of one block."""
     prefix = f"layers.{layer}"
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
@@ -104,7 +104,7 @@ def layer_table(model: ModelConfig, layer: int) -> list[ParameterSpec]:
     return table
 
 
-def _norm(model: ModelConfig, name: str, place: Place) -> Iterator[ParameterSpec]:
+def _norm(model: GPTConfig, name: str, place: Place) -> Iterator[ParameterSpec]:
     shape, places = (model.hidden_size,), (place,)
     # Each rank normalises its part of the sequence.
     yield ParameterSpec(f"{name}.weight", shape, places, _ONES, False, partial="sequence")
@@ -112,7 +112,7 @@ def _norm(model: ModelConfig, name: str, place: Place) -> Iterator[ParameterSpec
         yield ParameterSpec(f"{name}.bias", shape, places, _ZEROS, False, partial="sequence")
 
 
-def parameter_count(model: ModelConfig) -> int:
+def parameter_count(model: GPTConfig) -> int:
     """Parameters of the whole model; a tied embedding counts once, padding not at all."""
     return sum(spec.size for spec in parameter_table(model))
 
@@ -125,6 +125,6 @@ def padded_vocab_size(vocab_size: int, tensor: int) -> int:
     return padded_rows(vocab_size, tensor, VOCABULARY_MULTIPLE) * tensor
 
 
-def local_kv_heads(model: ModelConfig, tensor: int) -> int:
+def local_kv_heads(model: GPTConfig, tensor: int) -> int:
     """Key and value heads on a rank: at least one, copied where there are more ranks than heads."""
     return max(1, model.num_kv_heads // tensor)

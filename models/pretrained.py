@@ -8,14 +8,16 @@ from torch import Tensor, nn
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.checkpoint.retention import newest_valid
 from megapipe.checkpoint.steps import check_names, committed, has_manifest
-from megapipe.config import ModelConfig
+from megapipe.config import ModelConfig, family_of
 from megapipe.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from megapipe.distributed.mesh import Axis
-from megapipe.errors import CheckpointError
+from megapipe.errors import CheckpointError, ConfigError
 from megapipe.kernel_choice import KernelChoice
 from megapipe.layout.parameters import shard_of
 from megapipe.models.attention import KeyValueCache
+from megapipe.models.families import FAMILIES
 from megapipe.models.gpt import GPTStage
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.models.parameters import parameter_table
 from megapipe.stage import StageBuild
 from megapipe.tensor_parallel.parameter import StageParameters, sharded_parameters
@@ -25,7 +27,7 @@ from megapipe.tensor_parallel.weight_grad import WeightGradStore
 class PretrainedGPT(nn.Module):
     """A whole model for inference: `module(tokens_BS) -> logits_BSV`, without padded columns."""
 
-    def __init__(self, model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, model: GPTConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         shards = {
             spec.name: shard_of(spec, tensor_rank=0, tensor_size=1, sequence_parallel=False)
@@ -67,10 +69,16 @@ def load_pretrained(
 ) -> PretrainedGPT:
     """The model of a checkpoint directory, or of the newest whole checkpoint of a run directory.
 
-    Raises CheckpointError if there is none, a byte of it is damaged, or a tensor is missing.
+    Raises CheckpointError if there is none, a byte of it is damaged, a tensor is missing, or the
+    model is of another family.
     """
     reader = open_checkpoint(find_checkpoint(Path(path)))
-    module = PretrainedGPT(model_config(reader), dtype, torch.device(device))
+    model = model_config(reader)
+    if not isinstance(model, GPTConfig):
+        raise CheckpointError(
+            f'{reader.path} is of model.family = "{model.family}", and only "gpt" can be loaded.'
+        )
+    module = PretrainedGPT(model, dtype, torch.device(device))
     fill(module, reader)
     return module
 
@@ -123,8 +131,15 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def model_config(reader: CheckpointReader) -> ModelConfig:
-    """The shape of the model that the checkpoint's run trained."""
-    return ModelConfig.model_validate(reader.config["model"])
+    """The shape of the model that the checkpoint's run trained.
+
+    Raises CheckpointError where there is no such family here.
+    """
+    values = reader.config["model"]
+    try:
+        return family_of(values, FAMILIES).config.model_validate(values)
+    except ConfigError as error:
+        raise CheckpointError(f"{reader.path}: {error}") from error
 
 
 def fill(module: nn.Module, reader: CheckpointReader) -> None:

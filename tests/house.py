@@ -25,6 +25,7 @@ FLOORS = {
     "megapipe.scratch": 3,
     "megapipe.config": 3,
     "megapipe.kernel_choice": 4,
+    "megapipe.model_family": 4,
     "megapipe.distributed": 4,
     "megapipe.microbatch": 4,
     "megapipe.transfer": 4,

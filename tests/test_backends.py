@@ -20,7 +20,7 @@ from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import DataError
 from megapipe.models.build import build_stages
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.pipeline.p2p import gloo_channels, make_channels
 from megapipe.pipeline.program import lowered_program, with_program
 from megapipe.pipeline.schedule import SCHEDULES
@@ -60,7 +60,7 @@ def mesh_of(config: Config, device: str) -> Mesh:
 
 def config(*words: str) -> Config:
     small = ("--train.global_batch_size=8", "--train.micro_batch_size=1", "--parallel.data=1")
-    return load_config(CONFIG, [*small, *words], PRESETS)
+    return load_config(CONFIG, [*small, *words], FAMILIES)
 
 
 # --- Channels ------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import torch
 import triton
 
 from megapipe.config import Config, load_config
-from megapipe.config.checks import MAX_KERNEL_HEAD_DIM, MAX_KERNEL_HIDDEN
 from megapipe.errors import MegapipeError
-from megapipe.kernel_choice import Trials, choose_kernels
+from megapipe.kernel_choice import MAX_KERNEL_HEAD_DIM, MAX_KERNEL_HIDDEN, Trials, choose_kernels
+from megapipe.models.families import FAMILIES
 from tests.config.examples import write
 
 SDPA, ADDMM = "attention by scaled_dot_product_attention", "weight gradients by addmm"
@@ -31,7 +31,7 @@ def trials(adds: bool = True, fails: Exception | None = None) -> Trials:
 
 
 def config(folder: Path, *overrides: str) -> Config:
-    return load_config(write(folder), overrides)
+    return load_config(write(folder), overrides, FAMILIES)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import torch
 from megapipe.config import Config, load_config
 from megapipe.distributed.mesh import build_mesh
 from megapipe.models.build import build_stages
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.pipeline.schedule import SCHEDULES, to_csv
 from megapipe.train.proof import Verdict, prove, synthetic_tokens
 from tests.pipeline.programs import random_program
@@ -58,7 +58,7 @@ class Layout:
         }
         words = [w for key, value in keys.items() for w in (f"--parallel.{key}", str(value))]
         path = CONFIGS / f"{shape}_shape.toml"
-        return load_config(path, [*words, *self.overrides, *more], PRESETS)
+        return load_config(path, [*words, *self.overrides, *more], FAMILIES)
 
     def __str__(self) -> str:
         degrees = {"tp": self.tensor, "pp": self.pipeline, "dp": self.data, "v": self.virtual}

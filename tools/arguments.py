@@ -12,6 +12,7 @@ from megapipe.config import section_types
 from megapipe.config.paths import expand_path, is_unicode
 from megapipe.errors import UsageError
 from megapipe.files import shown
+from megapipe.models.families import FAMILIES
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -207,7 +208,11 @@ def json_argument(text: str) -> Path:
 
 
 def config_keys() -> list[str]:
-    """`section.key` of every key of a config."""
-    return [
-        f"{section}.{key}" for section, kind in section_types().items() for key in kind.model_fields
-    ]
+    """`section.key` of every key that a config may have, whatever the family of its model."""
+    keys = {
+        f"{section}.{key}": None
+        for family in FAMILIES.values()
+        for section, kind in section_types(family.config).items()
+        for key in kind.model_fields
+    }
+    return list(keys)

@@ -10,25 +10,44 @@ from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from megapipe.config import Config, section_types
+from megapipe.config import Config, Families, ModelConfig, section_types
+from megapipe.config.model import DEFAULT_FAMILY
 from megapipe.config.problems import show
 
 _WORDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "true|false"}
 
 
-def field_help() -> str:
-    """All sections, one entry a key, in the width of the terminal."""
+def field_help(families: Families) -> str:
+    """All sections, one entry a key, in the width of the terminal: [model] of the default family,
+    then the keys that others have besides or in another way."""
     width = min(shutil.get_terminal_size().columns, 120)
-    sections = section_types()
+    model = families[DEFAULT_FAMILY].config
+    sections = section_types(model)
     lines: list[str] = []
     for name, field in Config.model_fields.items():
         lines += ["", f"[{name}]  {field.description}"]
         lines += _section(name, sections[name], width)
+        if name == "model":
+            lines += _other_families(families, width)
     return "\n".join(lines).strip("\n")
 
 
-def _section(prefix: str, model: type[BaseModel], width: int) -> Iterator[str]:
+def _other_families(families: Families, width: int) -> Iterator[str]:
+    for name, family in families.items():
+        if name != DEFAULT_FAMILY:
+            yield from (
+                "",
+                f'[model] with family = "{name}" has besides the common keys:',
+            )
+            yield from _section("model", family.config, width, without=ModelConfig)
+
+
+def _section(
+    prefix: str, model: type[BaseModel], width: int, without: type[BaseModel] = BaseModel
+) -> Iterator[str]:
     for key, field in model.model_fields.items():
+        if key in without.model_fields:
+            continue
         name = f"{prefix}.{key}"
         table = table_of(field.annotation)
         words = value_words(field.annotation)

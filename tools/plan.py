@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megapipe.config import load_config
 from megapipe.errors import UsageError
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.pipeline.picture import require_matplotlib
 from megapipe.tools.arguments import Parser, check_output, path_argument
 
@@ -56,12 +56,12 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(f"--columns {columns} must be 40 or more.")
     work = None if arguments.costs is None else _costs(arguments.costs)
     out = None if arguments.out is None else _picture(arguments.out)
-    config = load_config(arguments.config, overrides, PRESETS)
+    config = load_config(arguments.config, overrides, FAMILIES)
 
-    from megapipe.models.gpt_family import FAMILY
     from megapipe.plan.schedules import plan
 
-    text = plan(config, FAMILY, arguments.schedule, work, arguments.world_size, columns, out)
+    family = FAMILIES[config.model.family]
+    text = plan(config, family, arguments.schedule, work, arguments.world_size, columns, out)
     print(text, end="")
     return 0
 

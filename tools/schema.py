@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 
 from megapipe.config import schema
+from megapipe.models.families import FAMILIES
 from megapipe.tools.arguments import Parser
 
 _DESCRIPTION = """\
@@ -18,5 +19,5 @@ editors that use Taplo (Even Better TOML in VS Code)."""
 def run(argv: Sequence[str]) -> int:
     """Writes the schema to standard output."""
     Parser("schema", _DESCRIPTION).parse(argv)
-    print(json.dumps(schema(), indent=2))
+    print(json.dumps(schema(FAMILIES), indent=2))
     return 0

@@ -1,11 +1,12 @@
 """`megapipe train CONFIG.toml [--section.key VALUE ...]`: pretrain a model."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from megapipe.config import load_config
+from megapipe.config.model import DEFAULT_FAMILY
 from megapipe.errors import UsageError
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.stop_signals import interruptible
 from megapipe.tools.arguments import Parser, path_argument
 from megapipe.tools.field_help import field_help
@@ -59,21 +60,28 @@ def run(argv: Sequence[str]) -> int:
         )
     if arguments.world_size is not None and arguments.world_size < 1:
         raise UsageError(f"--world-size {arguments.world_size} must be 1 or more.")
-    config = load_config(arguments.config, overrides, PRESETS)
+    config = load_config(arguments.config, overrides, FAMILIES)
     if arguments.dry_run:
-        from megapipe.models.gpt_family import FAMILY
         from megapipe.plan.dry_run import dry_run
 
-        print(dry_run(config, FAMILY, str(arguments.config), arguments.world_size))
+        family = FAMILIES[config.model.family]
+        print(dry_run(config, family, str(arguments.config), arguments.world_size))
         return 0
 
     with interruptible():
-        from megapipe.models.gpt_family import FAMILY
         from megapipe.train.start import start
 
-    return start(config, FAMILY, str(arguments.config), overrides)
+    return start(config, FAMILIES, str(arguments.config), overrides)
 
 
 def _epilog() -> str:
-    presets = textwrap.fill(", ".join(PRESETS), 98, initial_indent="  ", subsequent_indent="  ")
-    return f"{_KEYS}\n{field_help()}\n\npresets, for --model.preset:\n{presets}"
+    presets = [
+        _presets(f"with --model.family {name}, " * (name != DEFAULT_FAMILY), family.presets)
+        for name, family in FAMILIES.items()
+    ]
+    return "\n\n".join([f"{_KEYS}\n{field_help(FAMILIES)}", *presets])
+
+
+def _presets(condition: str, presets: Collection[str]) -> str:
+    names = textwrap.fill(", ".join(presets), 98, initial_indent="  ", subsequent_indent="  ")
+    return f"presets, {condition}for --model.preset:\n{names}"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from megapipe.config import load_config
 from megapipe.errors import UsageError
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.tools.arguments import Parser, path_argument
 
 
@@ -23,9 +23,8 @@ def run(argv: Sequence[str]) -> int:
     arguments, overrides = parser.parse(argv)
     if arguments.steps < 1:
         raise UsageError(f"--steps {arguments.steps} must be 1 or more.")
-    config = load_config(arguments.config, overrides, PRESETS)
+    config = load_config(arguments.config, overrides, FAMILIES)
 
     from megapipe.equivalence.run import verify
-    from megapipe.models.gpt_family import FAMILY
 
-    return verify(config, FAMILY, str(arguments.config), arguments.steps)
+    return verify(config, FAMILIES[config.model.family], str(arguments.config), arguments.steps)

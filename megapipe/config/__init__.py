@@ -4,9 +4,10 @@ from megapipe.config.checkpoint import CheckpointConfig
 from megapipe.config.config import Config
 from megapipe.config.data import DataConfig, SourceConfig
 from megapipe.config.difference import difference
-from megapipe.config.load import load_config, parse_config, section_types
+from megapipe.config.family import ConfigFamily, Families
+from megapipe.config.load import family_of, load_config, parse_config, section_types
 from megapipe.config.logging import LoggingConfig
-from megapipe.config.model import ModelConfig, RopeScaling
+from megapipe.config.model import ModelConfig
 from megapipe.config.optimizer import OptimizerConfig
 from megapipe.config.parallel import ParallelConfig
 from megapipe.config.save import dump_config, save_config, schema
@@ -15,16 +16,18 @@ from megapipe.config.train import TrainConfig
 __all__ = [
     "CheckpointConfig",
     "Config",
+    "ConfigFamily",
     "DataConfig",
+    "Families",
     "LoggingConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
-    "RopeScaling",
     "SourceConfig",
     "TrainConfig",
     "difference",
     "dump_config",
+    "family_of",
     "load_config",
     "parse_config",
     "save_config",

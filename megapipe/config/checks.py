@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from megapipe.amounts import counted
 from megapipe.config.axes import Splits, given_sizes
+from megapipe.config.contradiction import Problem, choices
 from megapipe.config.data import DataConfig
 from megapipe.config.logging import LoggingConfig, parse_steps, project_problem
 from megapipe.config.model import ModelConfig
@@ -14,88 +14,11 @@ from megapipe.config.parallel import ParallelConfig
 from megapipe.config.train import TrainConfig
 from megapipe.pipeline.schedule import SCHEDULES
 
-MAX_KERNEL_HIDDEN, MAX_KERNEL_HEAD_DIM = 16384, 256
-"""Of the Triton kernels; a test compares them with the kernels' own limits, which are not imported
-here because that takes torch."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    """`key` is the dotted path of what to change first; `text` is a sentence, the fix included."""
-
-    key: str
-    text: str
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return small + [number // d for d in reversed(small) if d * d != number]
-
-
-def _choices(numbers: list[int], most: int = 8) -> str:
-    shown = [str(number) for number in numbers[:most]]
-    if len(numbers) > most:
-        return ", ".join(shown) + ", ..."
-    return " or ".join([", ".join(shown[:-1]), shown[-1]]) if len(shown) > 1 else shown[0]
-
-
-def model_problems(model: ModelConfig) -> Iterator[Problem]:
-    """The shape against itself."""
-    if "head_dim" not in model.model_fields_set and model.hidden_size % model.num_heads:
-        yield Problem(
-            "model.hidden_size",
-            f"does not divide by model.num_heads = {model.num_heads}; change one of them, "
-            "or set model.head_dim",
-        )
-    if model.num_heads % model.num_kv_heads:
-        yield Problem(
-            "model.num_kv_heads",
-            f"must divide model.num_heads = {model.num_heads}: "
-            f"use {_choices(divisors(model.num_heads))}",
-        )
-    if model.position == "rope" and model.head_dim % 2:
-        yield Problem(
-            "model.head_dim", 'must be even when model.position = "rope", which turns pairs'
-        )
-    if model.position != "rope" and model.rope_scaling is not None:
-        yield Problem(
-            "model.rope_scaling",
-            f'has no effect when model.position = "{model.position}"; remove it, '
-            'or set model.position = "rope"',
-        )
-
 
 def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:
     """The shape against the tensor and pipeline sizes."""
-    tensor = parallel.tensor
-    usable = [size for size in divisors(model.num_heads) if _splits(model, size)]
-    if model.num_heads % tensor:
-        yield Problem(
-            "parallel.tensor",
-            f"must divide model.num_heads = {model.num_heads}: use {_choices(usable)}",
-        )
-    elif not _shares_kv_heads(model, tensor):
-        yield Problem(
-            "parallel.tensor",
-            f"must divide model.num_kv_heads = {model.num_kv_heads} or be a multiple of it "
-            f"(key and value heads are then copied): use {_choices(usable)}",
-        )
-    elif model.ffn_hidden_size % tensor:
-        yield Problem(
-            "parallel.tensor",
-            f"must divide model.ffn_hidden_size = {model.ffn_hidden_size}: "
-            f"use {_choices(usable)}, or change model.ffn_hidden_size",
-        )
+    yield from model.tensor_problems(parallel.tensor)
     yield from _stage_problems(model, parallel)
-
-
-def _shares_kv_heads(model: ModelConfig, tensor: int) -> bool:
-    return model.num_kv_heads % tensor == 0 or tensor % model.num_kv_heads == 0
-
-
-def _splits(model: ModelConfig, tensor: int) -> bool:
-    return _shares_kv_heads(model, tensor) and model.ffn_hidden_size % tensor == 0
 
 
 def _stage_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:
@@ -173,18 +96,9 @@ def kernel_problems(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]
                 key,
                 'is not for train.precision = "fp64"; use "auto", which takes torch for it',
             )
-    if train.attention == "triton" and model.head_dim > MAX_KERNEL_HEAD_DIM:
-        yield Problem(
-            "train.attention",
-            f"takes heads of up to {MAX_KERNEL_HEAD_DIM}, and model.head_dim = {model.head_dim}; "
-            'use "sdpa"',
-        )
-    if train.kernels == "triton" and model.hidden_size > MAX_KERNEL_HIDDEN:
-        yield Problem(
-            "train.kernels",
-            f"takes model.hidden_size up to {MAX_KERNEL_HIDDEN:,}, and it is "
-            f'{model.hidden_size:,}; use "torch"',
-        )
+    yield from model.kernel_problems(
+        kernels=train.kernels == "triton", attention=train.attention == "triton"
+    )
 
 
 def batch_problems(parallel: ParallelConfig, train: TrainConfig) -> Iterator[Problem]:
@@ -211,7 +125,7 @@ def batch_problems(parallel: ParallelConfig, train: TrainConfig) -> Iterator[Pro
 
 def _near_multiples(number: int, unit: int) -> str:
     below = number // unit * unit
-    return _choices([below, below + unit] if below else [unit])
+    return choices([below, below + unit] if below else [unit])
 
 
 def optimizer_problems(train: TrainConfig, optimizer: OptimizerConfig) -> Iterator[Problem]:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Self
 
-from pydantic import Field, PrivateAttr, model_validator
+from pydantic import Field, PrivateAttr, SerializeAsAny, model_validator
 
 from megapipe.config import checks
 from megapipe.config.checkpoint import CheckpointConfig
@@ -26,7 +26,7 @@ class Config(Section):
     is `Config(**{**dict(config), "train": changed})`; `model_copy` checks nothing.
     """
 
-    model: ModelConfig = Field(description="The shape of the network.")
+    model: SerializeAsAny[ModelConfig] = Field(description="The shape of the network.")
     parallel: ParallelConfig = Field(
         default=ParallelConfig(),
         description="The layout over processes; it never changes the loss.",
@@ -80,7 +80,7 @@ def cross_problems(sections: Mapping[str, Section]) -> list[checks.Problem]:
     train, data = sections.get("train"), sections.get("data")
     optimizer, logging = sections.get("optimizer"), sections.get("logging")
     if isinstance(model, ModelConfig):
-        found += checks.model_problems(model)
+        found += model.problems()
     if isinstance(parallel, ParallelConfig):
         found += checks.parallel_problems(parallel)
     if isinstance(model, ModelConfig) and isinstance(parallel, ParallelConfig):

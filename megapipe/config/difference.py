@@ -7,19 +7,20 @@ from typing import Any
 from megapipe.config.config import Config
 from megapipe.config.problems import show
 
-# Keys of [model] that change neither the shape of a weight nor what the network computes.
-_FREE = frozenset({"model.preset", "model.dropout", "model.attention_dropout", "model.init_std"})
-
 
 def difference(old: Config, new: Config, sections: Sequence[str] = ("model",)) -> list[str]:
     """Lines like `data.sources[0].weight: 1.0 -> 2.0`, one for each key that matters.
 
     Keys that may change within a run (the preset's name, dropout, the spread of initial weights)
-    are left out. An empty list says that weights of one config fit the other.
+    are left out. An empty list says that weights of one config fit the other. Of models of two
+    families only the families are named.
     """
     before, after = old.model_dump(), new.model_dump()
+    if old.model.family != new.model.family:
+        before["model"], after["model"] = ({"family": each.model.family} for each in (old, new))
     changes = [change for name in sections for change in _changes(name, before[name], after[name])]
-    return [f"{key}: {show(a)} -> {show(b)}" for key, a, b in changes if key not in _FREE]
+    free = {f"model.{key}" for key in new.model.MAY_CHANGE}
+    return [f"{key}: {show(a)} -> {show(b)}" for key, a, b in changes if key not in free]
 
 
 def _changes(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -1,12 +1,14 @@
 """From a TOML file, presets and the command line to a Config, or to every reason why not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from megapipe.config.config import Config, contradiction, cross_problems
+from megapipe.config.family import ConfigFamily, Families
+from megapipe.config.model import DEFAULT_FAMILY, ModelConfig
 from megapipe.config.problems import nearest, section_problem, sentence, show
 from megapipe.config.section import Section
 from megapipe.config.source import (
@@ -20,19 +22,17 @@ from megapipe.config.source import (
 from megapipe.errors import ConfigError
 from megapipe.files import shown
 
-Presets = Mapping[str, Mapping[str, object]]
 
-
-def section_types() -> dict[str, type[Section]]:
-    """The sections of the config by name, in order."""
+def section_types(model: type[ModelConfig] = ModelConfig) -> dict[str, type[Section]]:
+    """The sections of the config by name, in order; [model] is of the class that is given."""
     types: dict[str, type[Section]] = {}
     for name, field in Config.model_fields.items():
         assert isinstance(field.annotation, type), name
         types[name] = field.annotation
-    return types
+    return {**types, "model": model}
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), presets: Presets = {}) -> Config:  # noqa: B006 (read only)
+def load_config(path: str | Path, overrides: Sequence[str], families: Families) -> Config:
     """Reads a config, its preset under it and the command line over it.
 
     `overrides` are command-line words: `--parallel.tensor 4`, `--train.run_dir=runs/x`; values are
@@ -40,45 +40,82 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), presets: Preset
     """
     source = read_source(Path(path))
     problems = apply_overrides(source, parse_overrides(overrides))
-    problems += _merge_preset(source, presets)
-    return _build(source, problems)
+    family = _find_family(source, families, problems)
+    if family is not None:
+        problems += _merge_preset(source, family, families)
+    return _build(source, family, families, problems)
 
 
-def parse_config(text: str, name: str = "config") -> Config:
+def parse_config(text: str, families: Families, name: str = "config") -> Config:
     """A config that `dump_config` wrote: complete, so that no preset is consulted."""
-    return _build(parse_source(text, name), [])
+    source, problems = parse_source(text, name), list[str]()
+    return _build(source, _find_family(source, families, problems), families, problems)
 
 
-def _merge_preset(source: Source, presets: Presets) -> list[str]:
+def family_of(values: Mapping[str, object], families: Families) -> ConfigFamily:
+    """The family of a section [model]. Raises ConfigError with one sentence, without a place."""
+    name = values.get("family", DEFAULT_FAMILY)
+    if isinstance(name, str) and name in families:
+        return families[name]
+    raise ConfigError([f"model.family = {show(name)} {_not_among(name, families)}"])
+
+
+def _find_family(source: Source, families: Families, problems: list[str]) -> ConfigFamily | None:
+    """None, and a problem, where there is none of that name."""
+    model = source.tree.get("model", {})
+    try:
+        return family_of(model if isinstance(model, dict) else {}, families)
+    except ConfigError as error:
+        problems += [sentence(source.where(("model", "family")), text) for text in error.problems]
+        return None
+
+
+def _merge_preset(source: Source, family: ConfigFamily, families: Families) -> list[str]:
     model = source.tree.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("preset"), str):
         return []
-    name = model["preset"]
+    name, presets = model["preset"], family.presets
     if name == "none":
         del model["preset"]
         return []
     if name not in presets:
         source.preset_unknown = True
-        close = nearest(name, list(presets))
-        known = f'did you mean "{close}"?' if close else f"there are {', '.join(presets)}"
-        where = source.where(("model", "preset"))
-        return [sentence(where, f"model.preset = {show(name)} does not exist; {known}")]
+        text = f"model.preset = {show(name)} {_no_preset(name, family, families)}"
+        return [sentence(source.where(("model", "preset")), text)]
     source.preset, source.preset_keys = name, frozenset(presets[name])
     source.tree["model"] = merge(presets[name], model)
     return []
 
 
-def _build(source: Source, problems: list[str]) -> Config:
-    types = section_types()
+def _no_preset(name: str, family: ConfigFamily, families: Families) -> str:
+    for other in families.values():
+        if name in other.presets:
+            return f'is of another family; set model.family = "{other.name}" with it'
+    return _not_among(name, family.presets)
+
+
+def _not_among(name: object, names: Collection[str]) -> str:
+    close = nearest(name, list(names)) if isinstance(name, str) else None
+    known = f'did you mean "{close}"?' if close else f"there are {', '.join(names)}"
+    return f"does not exist; {known}"
+
+
+def _build(
+    source: Source, family: ConfigFamily | None, families: Families, problems: list[str]
+) -> Config:
+    types = section_types() if family is None else section_types(family.config)
     for name in source.tree:
         if name not in types:
             problems.append(_unknown_section(name, source, list(types)))
+    if family is None:
+        del types["model"]  # nobody knows its keys
+    owners = {key: other.name for other in families.values() for key in other.config.model_fields}
     sections: dict[str, Section] = {}
     for name, kind in types.items():
         try:
             sections[name] = kind.model_validate(source.tree.get(name, {}))
         except ValidationError as error:
-            problems += _validation_problems(name, error, source, types)
+            problems += _validation_problems(name, error, source, types, owners)
     for problem in cross_problems(sections):
         where = source.where(tuple(problem.key.split(".")))
         problems.append(sentence(where, contradiction(problem, sections)))
@@ -88,10 +125,14 @@ def _build(source: Source, problems: list[str]) -> Config:
 
 
 def _validation_problems(
-    section: str, error: ValidationError, source: Source, types: Mapping[str, type[BaseModel]]
+    section: str,
+    error: ValidationError,
+    source: Source,
+    types: Mapping[str, type[BaseModel]],
+    owners: Mapping[str, str],
 ) -> list[str]:
     sentences = [
-        section_problem(detail, (section, *detail["loc"]), source, dict(types))
+        section_problem(detail, (section, *detail["loc"]), source, dict(types), owners)
         for detail in error.errors(include_url=False)
         # What an unknown preset would have given says nothing more.
         if not (detail["type"] == "missing" and section == "model" and source.preset_unknown)

@@ -1,113 +1,86 @@
-"""[model]: the shape of the network. With train.seed it fixes the initial weights."""
+"""[model]: the shape of the network. With train.seed it fixes the initial weights.
 
-from typing import Annotated, Any, Literal
+Here are the keys of every family. A family adds its own in a subclass of `ModelConfig`, and says
+there what contradicts them.
+"""
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any, ClassVar, Self
 
-from megapipe.config.section import Section, or_none_word
+from pydantic import Field, PositiveInt
 
-Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
+from megapipe.config.contradiction import Problem
+from megapipe.config.section import Section
+
+DEFAULT_FAMILY = "gpt"
+"""Of a config that names none."""
 
 
-class RopeScaling(Section):
-    """Llama 3's stretch of rotary frequencies for contexts longer than those first trained on."""
-
-    factor: float = Field(gt=1.0, description="How many times longer the context becomes.")
-    low_frequency_factor: PositiveFloat = Field(
-        default=1.0,
-        description="Wavelengths above original_max_sequence_length / this are stretched in full.",
+def family_key(name: str) -> Any:
+    """The field `family` of a subclass: `family: Literal["gpt"] = family_key("gpt")`."""
+    return Field(
+        default=name,
+        description="What kind of network this is. It decides which other keys [model] has, and "
+        "which presets there are.",
     )
-    high_frequency_factor: PositiveFloat = Field(
-        default=4.0,
-        description="Wavelengths below original_max_sequence_length / this are left alone.",
-    )
-    original_max_sequence_length: PositiveInt = Field(
-        default=8192, description="The context length before stretching, in tokens."
-    )
-
-
-def _heads(earlier: dict[str, Any]) -> int:
-    return int(earlier["num_heads"])
-
-
-def _head_dim(earlier: dict[str, Any]) -> int:
-    # At least 1, so that a hidden size that is too small is reported as what it is.
-    return max(1, int(earlier["hidden_size"]) // int(earlier["num_heads"]))
-
-
-def _four_times_hidden(earlier: dict[str, Any]) -> int:
-    return 4 * int(earlier["hidden_size"])
 
 
 class ModelConfig(Section):
-    """One decoder-only transformer; GPT-2/3, Llama, Mistral and Qwen are settings of it."""
+    """What the engine needs to know of a model of any family. [model] is always of a subclass."""
 
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({"preset"})
+    """Keys that change neither the shape of a weight nor what the network computes."""
+
+    family: str = family_key(DEFAULT_FAMILY)
     preset: str | None = Field(
         default=None,
         description="A named shape to start from; keys written beside it win over the preset.",
     )
-    num_layers: PositiveInt = Field(description="Transformer blocks.")
+    num_layers: PositiveInt = Field(description="Blocks of the network.")
     hidden_size: PositiveInt = Field(description="Width of the residual stream.")
-    num_heads: PositiveInt = Field(description="Query heads of each attention.")
-    num_kv_heads: PositiveInt = Field(
-        default_factory=_heads,
-        description="Key and value heads (grouped-query attention). Default: num_heads.",
-    )
-    head_dim: PositiveInt = Field(
-        default_factory=_head_dim, description="Width of a head. Default: hidden_size / num_heads."
-    )
-    ffn_hidden_size: PositiveInt = Field(
-        default_factory=_four_times_hidden,
-        description="Width inside the feed-forward block. Default: 4 * hidden_size.",
-    )
     vocab_size: PositiveInt = Field(
         description="Tokens in the vocabulary, at least as many as the tokenizer has. "
         "Padding for the layout is added inside and never seen outside."
     )
     max_sequence_length: PositiveInt = Field(
-        description="The longest sequence the model is made for, in tokens; "
-        "with learned positions, the rows of their table."
+        description="The longest sequence the model is made for, in tokens."
     )
-    norm: Literal["layernorm", "rmsnorm"] = Field(
-        default="rmsnorm", description="Normalisation before attention, feed-forward and output."
-    )
-    norm_epsilon: PositiveFloat = Field(
-        default=1e-5, description="Added to the variance inside the norm."
-    )
-    activation: Literal["gelu", "gelu_tanh", "swiglu"] = Field(
-        default="swiglu",
-        description="Feed-forward activation; gelu_tanh is GPT-2's approximation, "
-        "swiglu has a gate (three matrices instead of two).",
-    )
-    position: Literal["learned", "rope"] = Field(
-        default="rope", description="Positions: a learned table, or rotary embedding."
-    )
-    rope_theta: PositiveFloat = Field(default=10000.0, description="Base of rotary frequencies.")
-    rope_scaling: Annotated[RopeScaling | None, or_none_word(RopeScaling)] = Field(
-        default=None, description='Llama 3\'s frequency scaling; "none" for none.'
-    )
-    tie_embeddings: bool = Field(
-        default=False, description="The output layer shares the weight of the token embedding."
-    )
-    bias: bool = Field(
-        default=False, description="Biases in attention's output and in the feed-forward block."
-    )
-    qkv_bias: bool = Field(default=False, description="Biases in query, key and value.")
-    qk_norm: bool = Field(
-        default=False, description="RMS norm over each head's query and key (Qwen 3)."
-    )
-    sliding_window: Annotated[PositiveInt | None, or_none_word(int)] = Field(
-        default=None,
-        description='Each token sees this many tokens, itself included; "none" for all before it.',
-    )
-    dropout: Dropout = Field(
-        default=0.0, description="Dropout after the embedding and on both residual branches."
-    )
-    attention_dropout: Dropout = Field(
-        default=0.0, description="Dropout on attention probabilities."
-    )
-    init_std: PositiveFloat = Field(
-        default=0.02,
-        description="Standard deviation of initial weights; the two matrices that write into the "
-        "residual stream have it divided by sqrt(2 * num_layers).",
-    )
+
+    def problems(self) -> Iterator[Problem]:
+        """What contradicts itself in the shape."""
+        yield from ()
+
+    def tensor_problems(self, tensor: int) -> Iterator[Problem]:
+        """Why `tensor` ranks can't share the model's matrices."""
+        yield from ()
+
+    def kernel_problems(self, *, kernels: bool, attention: bool) -> Iterator[Problem]:
+        """Why Triton can't compute the model: its `kernels`, its `attention`, or both.
+
+        The key of a problem is `train.kernels` or `train.attention`, and its text goes on from
+        "Triton": `takes heads of up to 256, and ...`.
+        """
+        yield from ()
+
+    def masks_attention(self, sequence_length: int) -> bool:
+        """Whether attention is more than plain and causal: a window, or dropout."""
+        return False
+
+    def stage_ends(self, *, first: bool, last: bool) -> list[str]:
+        """What the first and the last stage hold beside layers, in words."""
+        return ["embedding"] * first + ["output"] * last
+
+    def layout_notes(self, tensor: int) -> Iterator[str]:
+        """Lines for people on what `tensor` ranks do to the model."""
+        yield from ()
+
+    @abstractmethod
+    def narrowed(
+        self, *, tensor: int, small_tensor: int, sequence: int, small_sequence: int
+    ) -> Self:
+        """A model with the same features that is as narrow as they allow, to be proven.
+
+        It was made for `tensor` ranks and sequences of `sequence` tokens, and is made for the small
+        ones. Depth, vocabulary and max_sequence_length stay as they are.
+        """

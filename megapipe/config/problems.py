@@ -1,7 +1,7 @@
 """Sentences for what pydantic finds in a section: key, value, what is allowed, what was meant."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -57,14 +57,24 @@ def nearest(name: str, names: Sequence[str]) -> str | None:
 
 
 def section_problem(
-    error: ErrorDetails, path: KeyPath, source: Source, sections: dict[str, type[BaseModel]]
+    error: ErrorDetails,
+    path: KeyPath,
+    source: Source,
+    sections: dict[str, type[BaseModel]],
+    owners: Mapping[str, str],
 ) -> str | None:
-    """One sentence for one finding at `path`; None for one that only follows from another."""
+    """One sentence for one finding at `path`; None for one that only follows from another.
+
+    `owners` has the name of a model family for each key of [model], whatever its family.
+    """
     kind, value = error["type"], error["input"]
     key = dotted(path)
     if kind == "default_factory_not_called":
         return None
-    if kind == "extra_forbidden":
+    if kind == "extra_forbidden" and path[:-1] == ("model",) and path[-1] in owners:
+        owner = owners[str(path[-1])]
+        text = f'{key} belongs to model.family = "{owner}"; remove it, or set that'
+    elif kind == "extra_forbidden":
         text = f"{key} is not a key that exists; {_meant(path, sections)}"
     elif kind == "missing" and isinstance(path[-1], int):
         text = f"{dotted(path[:-1])} = {show(value)} has too few entries"

@@ -6,17 +6,20 @@ from typing import Any
 import tomli_w
 
 from megapipe.config.config import Config
+from megapipe.config.family import Families
+from megapipe.config.model import DEFAULT_FAMILY
 from megapipe.errors import MegapipeError
 from megapipe.files import replace_durably, write_reason
+
+_PART = "#/$defs/{model}"
 
 
 def dump_config(config: Config) -> str:
     """TOML with every value spelled out; `parse_config` and `load_config` give an equal config."""
     tree = {name: _plain(section) for name, section in config.model_dump(mode="json").items()}
     # What a preset would set is written even where it is absent, or the preset would set it again.
-    for key in ("rope_scaling", "sliding_window"):
-        if config.model.preset is not None:
-            tree["model"].setdefault(key, "none")
+    if config.model.preset is not None:
+        tree["model"] |= {key: "none" for key, value in config.model if value is None}
     return tomli_w.dumps(tree)
 
 
@@ -45,12 +48,28 @@ def write_text(text: str, path: str | Path) -> None:
         ) from error
 
 
-def schema() -> dict[str, Any]:
-    """JSON schema of the config file, for completion and checks in editors."""
+def schema(families: Families) -> dict[str, Any]:
+    """JSON schema of the config file, for completion and checks in editors.
+
+    [model] is one of the families': the default one's, or another's that `family` names.
+    """
     described = Config.model_json_schema()
-    # A preset may give the keys that have no default.
-    shape = described["$defs"]["ModelConfig"]
-    shape["anyOf"] = [{"required": ["preset"]}, {"required": shape.pop("required")}]
+    parts = described["$defs"]
+    del parts["ModelConfig"]
+    shapes = []
+    for name, family in families.items():
+        shape = family.config.model_json_schema(ref_template=_PART)
+        parts |= shape.pop("$defs", {})
+        # A preset may give the keys that have no default.
+        shape["anyOf"] = [{"required": ["preset"]}, {"required": shape.pop("required")}]
+        if name != DEFAULT_FAMILY:
+            shape["required"] = ["family"]
+        parts[family.config.__name__] = shape
+        shapes.append({"$ref": _PART.format(model=family.config.__name__)})
+    described["properties"]["model"] = {
+        "description": Config.model_fields["model"].description,
+        **(shapes[0] if len(shapes) == 1 else {"anyOf": shapes}),
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **described,

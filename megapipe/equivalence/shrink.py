@@ -7,7 +7,6 @@ from megapipe.layout.layout import microbatches
 from megapipe.layout.program import stage_count
 
 MAX_RANKS = 8
-HEAD_DIM = 8
 SEQUENCE = 32
 VOCABULARY = (256, 251)  # where the real one divides evenly over tensor ranks, and where not
 _FIRST_TO_SHRINK = (Splits.SAMPLES, Splits.STAGES, Splits.TENSORS)
@@ -16,9 +15,9 @@ _FIRST_TO_SHRINK = (Splits.SAMPLES, Splits.STAGES, Splits.TENSORS)
 def shrink(config: Config) -> tuple[Config, list[str]]:
     """The config to prove, and a sentence for each way in which it differs from the user's.
 
-    Kept: every switch of [model], head ratios, whether layers and vocabulary divide evenly, the
-    schedule, sequence parallelism, and the layout up to 8 ranks. Reduced: sizes, and degrees beyond
-    8 ranks, each to no less than 2.
+    Kept: every feature of [model], whether layers and vocabulary divide evenly, the schedule,
+    sequence parallelism, and the layout up to 8 ranks. Reduced: sizes, and degrees beyond 8 ranks,
+    each to no less than 2.
     """
     old = _axes(config)
     axes = _shrink_axes(old)
@@ -82,38 +81,23 @@ def _shrink_parallel(config: Config, axes: Axes) -> ParallelConfig:
 
 
 def _shrink_model(config: Config, parallel: ParallelConfig) -> ModelConfig:
-    old, tensor = config.model, parallel.tensor
-    ratio = old.num_heads // old.num_kv_heads
-    if old.num_kv_heads < config.parallel.tensor:  # each head on several ranks: keep it so
-        kv_heads = max(1, tensor * old.num_kv_heads // config.parallel.tensor)
-        heads = tensor * (1 if kv_heads < tensor else min(ratio, 2))
-    else:
-        kv_heads = tensor
-        heads = tensor * min(ratio, 2)
-    head_dim = min(old.head_dim, HEAD_DIM)
-    hidden = max(2, heads) * head_dim
-    if old.hidden_size != old.num_heads * old.head_dim:
-        hidden += head_dim
     stages, old_stages = stage_count(parallel), stage_count(config.parallel)
     layers = max(2, stages)
-    if old.num_layers % old_stages != 0 or config.parallel.layers_per_stage is not None:
+    if config.model.num_layers % old_stages != 0 or config.parallel.layers_per_stage is not None:
         layers = stages + 1
-    even = old.vocab_size % (64 * config.parallel.tensor) == 0
-    length = _sequence_length(config, tensor)
-    window = old.sliding_window
-    if window is not None:
-        window = length // 4 if window < config.train.sequence_length else length
-    return old.model_copy(
+    even = config.model.vocab_size % (64 * config.parallel.tensor) == 0
+    length = _sequence_length(config, parallel.tensor)
+    narrow = config.model.narrowed(
+        tensor=config.parallel.tensor,
+        small_tensor=parallel.tensor,
+        sequence=config.train.sequence_length,
+        small_sequence=length,
+    )
+    return narrow.model_copy(
         update={
-            "num_layers": min(old.num_layers, layers),
-            "hidden_size": hidden,
-            "num_heads": heads,
-            "num_kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "ffn_hidden_size": min(old.ffn_hidden_size, tensor * 12),
-            "vocab_size": min(old.vocab_size, VOCABULARY[0] if even else VOCABULARY[1]),
-            "max_sequence_length": min(old.max_sequence_length, 2 * length),
-            "sliding_window": window,
+            "num_layers": min(narrow.num_layers, layers),
+            "vocab_size": min(narrow.vocab_size, VOCABULARY[0] if even else VOCABULARY[1]),
+            "max_sequence_length": min(narrow.max_sequence_length, 2 * length),
         }
     )
 

@@ -4,11 +4,11 @@ A family is one object, handed in where a layout is resolved. It imports torch o
 stage, so that a trillion parameters are planned in milliseconds.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megapipe.config import Config, ModelConfig
+from megapipe.config import Config, ConfigFamily, ModelConfig
 from megapipe.layout.axes import Axes
 from megapipe.layout.parameters import ParameterSpec, Place
 
@@ -32,25 +32,14 @@ class PlaceCosts:
     activation_bytes: int
 
 
-class ModelFamily(Protocol):
-    """A kind of model. Functions are pure; `model` is a section of the type `config`."""
-
-    @property
-    def name(self) -> str:
-        """The value of model.family."""
-
-    @property
-    def presets(self) -> Mapping[str, Mapping[str, object]]:
-        """Named shapes: keys of [model] by the value of model.preset."""
+class ModelFamily(ConfigFamily, Protocol):
+    """A kind of model. Its functions are pure; `model` is a section of its class `config`."""
 
     def parameters(self, model: ModelConfig) -> Sequence[ParameterSpec]:
         """The table of all parameters, in the order in which the model applies them."""
 
     def costs(self, config: Config, axes: Axes, place: Place) -> PlaceCosts:
         """The costs at a place; layers may differ."""
-
-    def notes(self, model: ModelConfig, axes: Axes) -> Iterator[str]:
-        """Lines for people on how the model lies in a layout: padding, copies."""
 
     def build_stage(self, build: Any) -> Any:
         """The module (torch's) of a stage from its `megapipe.stage.StageBuild`: it maps the hidden

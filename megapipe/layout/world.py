@@ -4,7 +4,7 @@ import math
 
 from megapipe.config import Config
 from megapipe.config.axes import FOLLOWS_WORLD_SIZE, Splits, given_sizes
-from megapipe.config.checks import divisors
+from megapipe.config.contradiction import divisors
 from megapipe.errors import ConfigError
 from megapipe.layout.axes import Axes
 

@@ -13,6 +13,7 @@ from megapipe.layout.estimates import (
 )
 from megapipe.layout.family import ModelFamily
 from megapipe.layout.layout import Layout, Stage, microbatches
+from megapipe.layout.parameters import padded_rows
 from megapipe.layout.program import stage_count
 from megapipe.layout.world import resolve_axes, with_axes
 from megapipe.plan.program import plan_layout
@@ -108,7 +109,8 @@ def _shortened(rows: list[list[object]]) -> list[list[object]]:
 
 def _stages(layout: Layout) -> Iterator[str]:
     yield f"Parameters: {_exact(parameter_count(layout))} in all"
-    yield from layout.family.notes(layout.config.model, layout.axes)
+    yield from _padding(layout)
+    yield from layout.config.model.layout_notes(layout.axes.size("tensor"))
     yield ""
     described = [
         (stage, len(stage.layers), stage_parameter_count(layout, stage), _contents(layout, stage))
@@ -132,12 +134,22 @@ def _stages(layout: Layout) -> Iterator[str]:
     yield from _table(headings, rows)
 
 
+def _padding(layout: Layout) -> Iterator[str]:
+    """Of the vocabulary, which is what tensor ranks hold padded parts of."""
+    tensor, size = layout.axes.size("tensor"), layout.config.model.vocab_size
+    multiples = {spec.split.pad_to for spec in layout.parameters.values() if spec.split}
+    for multiple in filter(None, multiples):
+        rows = padded_rows(size, tensor, multiple)
+        if rows * tensor > size:
+            yield (
+                f"Vocabulary: {size:,} and {rows * tensor - size:,} rows of padding inside "
+                f"({rows:,} per tensor rank)"
+            )
+
+
 def _contents(layout: Layout, stage: Stage) -> str:
     """What a stage holds besides its layers: the ends of the model."""
-    tied = any(len(spec.places) > 1 for spec in layout.stage_parameters(layout.stages[-1]))
-    parts = ["embedding"] * stage.first
-    parts += ["output (tied)" if tied else "output"] * stage.last
-    return ", ".join(parts) or "-"
+    return ", ".join(layout.config.model.stage_ends(first=stage.first, last=stage.last)) or "-"
 
 
 def _memory(layout: Layout) -> Iterator[str]:

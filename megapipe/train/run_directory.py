@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megapipe.checkpoint.steps import check_names, committed, has_manifest
-from megapipe.config import Config, difference, dump_config, parse_config, section_types
+from megapipe.config import Config, Families, difference, dump_config, parse_config
 from megapipe.config.save import write_text
 from megapipe.config.source import parse_source
 from megapipe.distributed.rank_group import ALONE, RankGroup
@@ -40,12 +40,13 @@ class StartPlan:
     notes: list[str]
 
 
-def plan_start(config: Config, ranks: RankGroup = ALONE) -> StartPlan:
+def plan_start(config: Config, families: Families, ranks: RankGroup = ALONE) -> StartPlan:
     """How this config goes on in its run directory; reads only. Collective: all get one answer.
+    Configs that lie there may be of any of the `families`.
 
     Raises MegapipeError where that would lose checkpoints, or they are of another model.
     """
-    return StartPlan(**ranks.from_first(lambda: asdict(_plan(config))))
+    return StartPlan(**ranks.from_first(lambda: asdict(_plan(config, families))))
 
 
 def write_config(config: Config, ranks: RankGroup = ALONE) -> None:
@@ -109,18 +110,18 @@ class RunLock:
         os.pwrite(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
 
 
-def _plan(config: Config) -> StartPlan:
+def _plan(config: Config, families: Families) -> StartPlan:
     run_dir = Path(config.train.run_dir)
     check_names(run_dir / "checkpoints")
     own = list(committed(run_dir / "checkpoints").values())
     resume = config.checkpoint.resume
     notes: list[str] = []
-    last = _resolved(run_dir / NAME, notes)
+    last = _resolved(run_dir / NAME, families, notes)
     if not own:
         if resume not in ("auto", "never"):
             check_names(Path(resume) / "checkpoints")
             _check_model(
-                _config_at(Path(resume), notes),
+                _config_at(Path(resume), families, notes),
                 config,
                 Path(resume),
                 f'Put the model back, or take another checkpoint.resume (now "{resume}").',
@@ -131,7 +132,7 @@ def _plan(config: Config) -> StartPlan:
             f'checkpoint.resume = "never", and train.run_dir = "{run_dir}" holds checkpoints '
             f"(the newest is {own[0].name}), which a new run would replace. {ANOTHER}"
         )
-    last = last or _in_checkpoint(own[0])
+    last = last or _in_checkpoint(own[0], families)
     if resume != "auto":
         notes += _notes_on_path(resume, own[0], run_dir, last)
     _check_model(
@@ -145,15 +146,16 @@ def _plan(config: Config) -> StartPlan:
     return StartPlan("auto", notes)
 
 
-def _config_at(place: Path, notes: list[str]) -> Config | None:
+def _config_at(place: Path, families: Families, notes: list[str]) -> Config | None:
     """The config of a checkpoint, or of the run whose directory `place` is."""
     if has_manifest(place):
-        return _in_checkpoint(place)
+        return _in_checkpoint(place, families)
     newest = next(iter(committed(place / "checkpoints").values()), None)
-    return _resolved(place / NAME, notes) or (_in_checkpoint(newest) if newest else None)
+    resolved = _resolved(place / NAME, families, notes)
+    return resolved or (_in_checkpoint(newest, families) if newest else None)
 
 
-def _resolved(path: Path, notes: list[str]) -> Config | None:
+def _resolved(path: Path, families: Families, notes: list[str]) -> Config | None:
     """The config that the last start wrote; None, and a note, where it can't be used: a crash has
     damaged the file, or its keys are of another version.
 
@@ -172,7 +174,7 @@ def _resolved(path: Path, notes: list[str]) -> Config | None:
             "name. Rename the file."
         )
     try:
-        return parse_config(text, str(path))
+        return parse_config(text, families, str(path))
     except ConfigError as error:
         problem = f"can't be used: {error.problems[0]}"
     if not text.startswith(HEADER) or not _is_toml(text):
@@ -192,10 +194,11 @@ def _is_toml(text: str) -> bool:
     return True
 
 
-def _in_checkpoint(path: Path) -> Config | None:
+def _in_checkpoint(path: Path, families: Families) -> Config | None:
     """The config that a checkpoint holds; None where it can't be read, which restoring tells."""
     try:
-        return parse_config((path / IN_CHECKPOINT).read_bytes().decode(), str(path))
+        text = (path / IN_CHECKPOINT).read_bytes().decode()
+        return parse_config(text, families, str(path))
     except (OSError, ValueError, ConfigError):
         return None
 
@@ -228,5 +231,5 @@ def _notes_on_path(resume: str, newest: Path, run_dir: Path, last: Config | None
 
 
 def _notes_on_changes(last: Config, config: Config) -> list[str]:
-    changed = difference(last, config, [name for name in section_types() if name != "model"])
+    changed = difference(last, config, [name for name in Config.model_fields if name != "model"])
     return ["\n  ".join(["Changed since the last start:", *changed])] if changed else []

@@ -9,7 +9,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -66,17 +66,28 @@ from megapipe.train.timeline import TimelineWriter
 class Start:
     """What a user has asked for, the same for all ranks.
 
-    `config` names the size of every axis; `command` is how to ask for the same again.
+    `config` names the size of every axis; `families` are those that there are; `command` is how to
+    ask for the same again.
     """
 
     config: Config
     axes: Axes
-    family: ModelFamily
+    families: Mapping[str, ModelFamily]
     command: str
     began: float
 
+    @property
+    def family(self) -> ModelFamily:
+        """The family of the model that is trained."""
+        return self.families[self.config.model.family]
 
-def start(config: Config, family: ModelFamily, config_path: str, overrides: Sequence[str]) -> int:
+
+def start(
+    config: Config,
+    families: Mapping[str, ModelFamily],
+    config_path: str,
+    overrides: Sequence[str],
+) -> int:
     """Train in the job that this process belongs to, or in local ranks that it starts.
 
     Returns the exit status: 0 when train.steps are done; 128 + the signal's number when one asked
@@ -87,7 +98,7 @@ def start(config: Config, family: ModelFamily, config_path: str, overrides: Sequ
     rendezvous = from_environment()
     if rendezvous is None:
         axes = resolve_axes(config)
-        asked = Start(with_axes(config, axes), axes, family, command, began)
+        asked = Start(with_axes(config, axes), axes, families, command, began)
         return launch_local(partial(run_rank, asked), axes.world_size, axes.describe)
     try:
         axes = resolve_axes(config, rendezvous.world_size)
@@ -96,7 +107,7 @@ def start(config: Config, family: ModelFamily, config_path: str, overrides: Sequ
             raise  # every rank finds the same, and one of them reports it
         time.sleep(2)  # the first to leave has the others ended, and that shall not be this one
         sys.exit(1)
-    asked = Start(with_axes(config, axes), axes, family, command, began)
+    asked = Start(with_axes(config, axes), axes, families, command, began)
     return run_rank(asked, rendezvous)
 
 
@@ -204,7 +215,7 @@ def _start_or_resume(
     start: Start, mesh: Mesh, lock: RunLock, lines: RankLines, stop: StopRequest
 ) -> int:
     ranks = mesh.world.rank_group
-    plan = plan_start(start.config, ranks)
+    plan = plan_start(start.config, start.families, ranks)
     for line in [*_introduction(start, mesh.device), *plan.notes]:
         lines.say(line)
     channels = make_channels(mesh)

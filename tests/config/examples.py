@@ -1,6 +1,11 @@
-"""A small valid config as text, to be changed by tests."""
+"""A small valid config as text, to be changed by tests; a family as the config knows it."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+
+from megapipe.config import ModelConfig
+from megapipe.config.family import Preset
 
 TEXT = """\
 [model]
@@ -28,6 +33,15 @@ tokenizer = "t.model"
 [[data.sources]]
 path = "a/*.txt"
 """
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family as far as the config knows it."""
+
+    name: str
+    config: type[ModelConfig]
+    presets: Mapping[str, Preset]
 
 
 def write(directory: Path, text: str = TEXT) -> Path:

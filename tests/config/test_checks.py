@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 
 from megapipe.config import Config, dump_config, load_config, parse_config
-from megapipe.config.checks import divisors
+from megapipe.config.contradiction import divisors
 from megapipe.config.parallel import parse_memory
 from megapipe.errors import ConfigError
+from megapipe.models.families import FAMILIES
 from tests.config.examples import write
 
 
@@ -125,7 +126,7 @@ from tests.config.examples import write
 )
 def test_contradictions(tmp_path: Path, overrides: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(write(tmp_path), overrides.split())
+        load_config(write(tmp_path), overrides.split(), FAMILIES)
     assert any(said in problem for problem in caught.value.problems), caught.value.problems
 
 
@@ -142,11 +143,11 @@ def test_contradictions(tmp_path: Path, overrides: str, said: str) -> None:
     ],
 )
 def test_what_is_allowed(tmp_path: Path, overrides: str) -> None:
-    load_config(write(tmp_path), overrides.split())
+    load_config(write(tmp_path), overrides.split(), FAMILIES)
 
 
 def test_a_config_made_in_python_is_checked_too(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path))
+    config = load_config(write(tmp_path), [], FAMILIES)
     wrong = config.parallel.model_copy(update={"tensor": 3})
     with pytest.raises(ConfigError, match=r"parallel.tensor = 3 must divide model.num_heads"):
         Config(**{**dict(config), "parallel": wrong})
@@ -164,16 +165,16 @@ def test_divisors() -> None:
 def test_memory(text: str, size: int, tmp_path: Path) -> None:
     assert parse_memory(text) == size
     limit = f"--parallel.activation_limit={text}"
-    config = load_config(write(tmp_path), [limit])
+    config = load_config(write(tmp_path), [limit], FAMILIES)
     assert config.parallel.activation_limit == text
-    assert parse_config(dump_config(config)) == config
+    assert parse_config(dump_config(config), FAMILIES) == config
 
 
 @pytest.mark.parametrize(("word", "value"), [("4", 4), ("2.5", 2.5), ("none", None)])
 def test_limits_in_microbatches(word: str, value: float | None, tmp_path: Path) -> None:
-    config = load_config(write(tmp_path), [f"--parallel.activation_limit={word}"])
+    config = load_config(write(tmp_path), [f"--parallel.activation_limit={word}"], FAMILIES)
     assert config.parallel.activation_limit == value
-    assert parse_config(dump_config(config)) == config
+    assert parse_config(dump_config(config), FAMILIES) == config
 
 
 @pytest.mark.parametrize(
@@ -182,4 +183,4 @@ def test_limits_in_microbatches(word: str, value: float | None, tmp_path: Path) 
 )
 def test_waiting_has_limits(tmp_path: Path, value: str, said: str) -> None:
     with pytest.raises(ConfigError, match=f"train.collective_timeout_seconds = .* {said}"):
-        load_config(write(tmp_path), ["--train.collective_timeout_seconds", value])
+        load_config(write(tmp_path), ["--train.collective_timeout_seconds", value], FAMILIES)

@@ -7,12 +7,13 @@ from hypothesis import strategies as st
 from megapipe.config import Config, check_layout, load_config
 from megapipe.config.layout import usable_world_sizes
 from megapipe.errors import ConfigError
+from megapipe.models.families import FAMILIES
 from tests.config.examples import write
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    return load_config(write(tmp_path_factory.mktemp("config")))
+    return load_config(write(tmp_path_factory.mktemp("config")), [], FAMILIES)
 
 
 def test_data_follows_from_the_world_size(config: Config) -> None:

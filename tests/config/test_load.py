@@ -1,14 +1,18 @@
 """Loading: what a user writes, and what is said when it is wrong."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
-from megapipe.config import Config, load_config
+from megapipe.config import Config, Families, load_config
+from megapipe.config.family import Preset
 from megapipe.errors import ConfigError
+from megapipe.models.families import FAMILIES
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.pipeline.schedule import SCHEDULES
-from tests.config.examples import TEXT, write
+from tests.config.examples import TEXT, Family, write
 
 PRESETS = {
     "small": {
@@ -23,8 +27,13 @@ PRESETS = {
 }
 
 
+def gpt(presets: Mapping[str, Preset]) -> Families:
+    """The family with other presets."""
+    return {"gpt": Family("gpt", GPTConfig, presets)}
+
+
 def load(tmp_path: Path, *overrides: str, text: str = TEXT) -> Config:
-    return load_config(write(tmp_path, text), overrides, PRESETS)
+    return load_config(write(tmp_path, text), overrides, gpt(PRESETS))
 
 
 def problems(tmp_path: Path, *overrides: str, text: str = TEXT) -> list[str]:
@@ -117,7 +126,7 @@ def test_config_cannot_be_changed(tmp_path: Path) -> None:
 def test_all_problems_at_once_with_file_line_key_and_fix(tmp_path: Path) -> None:
     text = TEXT.replace("num_layers", "num_layer").replace("tensor = 2", 'tensor = "2"')
     assert problems(tmp_path, "--train.steps=0", text=text) == [
-        "run.toml:1: model.num_layers is missing; it has no default (Transformer blocks).",
+        "run.toml:1: model.num_layers is missing; it has no default (Blocks of the network).",
         "run.toml:2: model.num_layer is not a key that exists; did you mean model.num_layers?",
         'run.toml:10: parallel.tensor = "2" must be a whole number, without quotes.',
         "command line: train.steps = 0 must be more than 0.",
@@ -220,7 +229,7 @@ def test_a_bad_value_of_a_preset_is_blamed_on_the_preset(tmp_path: Path) -> None
     text = text.replace("max_sequence_length = 128\n", "")
     bad = {"small": {**PRESETS["small"], "max_sequence_length": -1}}
     with pytest.raises(ConfigError, match=r'run.toml, preset "small": model.max_sequence_length'):
-        load_config(write(tmp_path, text), [], bad)
+        load_config(write(tmp_path, text), [], gpt(bad))
 
 
 def test_a_missing_section_names_what_it_needs(tmp_path: Path) -> None:
@@ -240,12 +249,12 @@ def test_syntax_errors_name_the_line(tmp_path: Path) -> None:
 def test_a_missing_file_names_a_near_one(tmp_path: Path) -> None:
     write(tmp_path)
     with pytest.raises(ConfigError, match=r"runn.toml: there is no such file. Did you mean .*run"):
-        load_config(tmp_path / "runn.toml")
+        load_config(tmp_path / "runn.toml", [], FAMILIES)
     with pytest.raises(ConfigError, match="is a directory"):
-        load_config(tmp_path)
+        load_config(tmp_path, [], FAMILIES)
     (tmp_path / "bytes.toml").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="not UTF-8"):
-        load_config(tmp_path / "bytes.toml")
+        load_config(tmp_path / "bytes.toml", [], FAMILIES)
 
 
 ODD = "no\nbreak\r\x1b[31m\u2028"
@@ -277,15 +286,15 @@ def test_each_problem_is_one_line(tmp_path: Path, override: str) -> None:
 def test_a_file_whose_name_has_line_ends_is_told_in_one_line(tmp_path: Path) -> None:
     folder = tmp_path / ODD
     with pytest.raises(ConfigError, match=r"no\\nbreak.*x\\ny\.toml: there is no such") as missing:
-        load_config(folder / "x\ny.toml")
+        load_config(folder / "x\ny.toml", [], FAMILIES)
     assert str(missing.value).isprintable()
     folder.mkdir()
     (folder / "x\ny.toml").write_text("[train]\nsteps = 1x")
     with pytest.raises(ConfigError, match=r"x\\ny\.toml:2: is not valid TOML") as syntax:
-        load_config(folder / "x\ny.toml")
+        load_config(folder / "x\ny.toml", [], FAMILIES)
     assert str(syntax.value).count("\n") == 1, "the line with the fault follows"
     with pytest.raises(ConfigError, match=r"Did you mean .*x\\ny\.toml\?") as near:
-        load_config(folder / "x\nz.toml")
+        load_config(folder / "x\nz.toml", [], FAMILIES)
     assert str(near.value).isprintable()
 
 

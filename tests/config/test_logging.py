@@ -7,7 +7,7 @@ import pytest
 from megapipe.config import load_config
 from megapipe.config.logging import parse_steps
 from megapipe.errors import ConfigError
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from tests.config.examples import TEXT, write
 
 
@@ -22,10 +22,10 @@ def test_steps(text: str, steps: list[int]) -> None:
 def test_a_number_or_text_in_the_file_and_on_the_command_line(tmp_path: Path) -> None:
     for value in ("20", '"20-22"'):
         path = write(tmp_path, f"{TEXT}\n[logging]\ntimeline = {value}\n")
-        assert load_config(path, [], PRESETS).logging.timeline == value.strip('"')
-    assert load_config(path, ["--logging.timeline", "3-4"], PRESETS).logging.timeline == "3-4"
-    assert load_config(path, ["--logging.timeline=3"], PRESETS).logging.timeline == "3"
-    assert load_config(path, ["--logging.timeline=none"], PRESETS).logging.timeline is None
+        assert load_config(path, [], FAMILIES).logging.timeline == value.strip('"')
+    assert load_config(path, ["--logging.timeline", "3-4"], FAMILIES).logging.timeline == "3-4"
+    assert load_config(path, ["--logging.timeline=3"], FAMILIES).logging.timeline == "3"
+    assert load_config(path, ["--logging.timeline=none"], FAMILIES).logging.timeline is None
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_a_number_or_text_in_the_file_and_on_the_command_line(tmp_path: Path) ->
 )
 def test_what_it_can_not_be(tmp_path: Path, value: str, said: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(write(tmp_path), [f"--logging.timeline={value}"], PRESETS)
+        load_config(write(tmp_path), [f"--logging.timeline={value}"], FAMILIES)
     assert len(caught.value.problems) == 1
     assert said in caught.value.problems[0]
 
@@ -51,4 +51,4 @@ def test_what_it_can_not_be(tmp_path: Path, value: str, said: str) -> None:
 def test_a_project_name_that_w_and_b_refuses_is_told_at_once(tmp_path: Path) -> None:
     path = write(tmp_path, f'{TEXT}\n[logging]\nwandb_project = "team/project"\n')
     with pytest.raises(ConfigError, match=r"wandb_project = \"team/project\" has a '/', which W&B"):
-        load_config(path, [], PRESETS)
+        load_config(path, [], FAMILIES)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from megapipe.config import Config, dump_config, load_config, parse_config
 from megapipe.config.paths import escape_path, expand_path
 from megapipe.errors import ConfigError
+from megapipe.models.families import FAMILIES
 from tests.config.examples import TEXT, write
 
 ENVIRONMENT = {"HOME": "/home/me", "DATA": "/mnt/data", "NAME": "a $5 ~", "EMPTY": ""}
@@ -85,12 +86,14 @@ def test_every_key_that_is_a_path(
     }
 
     def load(value: str) -> Config:
-        return load_config(write(tmp_path, TEXT), [f"--{key}={value}", *more.get(key, [])])
+        return load_config(
+            write(tmp_path, TEXT), [f"--{key}={value}", *more.get(key, [])], FAMILIES
+        )
 
     assert KEYS[key](load("~/x")) == "/home/me/x"
     config = load("$WHERE/y")
     assert KEYS[key](config) == "/mnt/$x/y"
-    assert parse_config(dump_config(config)) == config
+    assert parse_config(dump_config(config), FAMILIES) == config
     with pytest.raises(ConfigError) as caught:
         load("$NOWHERE/y")
     assert f'{key} = "$NOWHERE/y" names the variable NOWHERE' in str(caught.value)
@@ -99,7 +102,7 @@ def test_every_key_that_is_a_path(
 def test_a_value_that_is_not_utf_8(tmp_path: Path) -> None:
     words = ["--logging.wandb_name", "caf\udce9", "--data.sources.0.path=d\udce9/x.txt"]
     with pytest.raises(ConfigError) as caught:
-        load_config(write(tmp_path, TEXT), words)
+        load_config(write(tmp_path, TEXT), words, FAMILIES)
     name, path = caught.value.problems
     assert name.startswith(r"command line: --logging.wandb_name caf\xe9 is not UTF-8")
     assert path.startswith(r"command line: --data.sources.0.path d\xe9/x.txt is not UTF-8")
@@ -109,11 +112,11 @@ def test_a_value_that_is_not_utf_8(tmp_path: Path) -> None:
 
 
 def test_a_byte_order_mark_and_line_ends_of_windows(tmp_path: Path) -> None:
-    plain = load_config(write(tmp_path, TEXT))
+    plain = load_config(write(tmp_path, TEXT), [], FAMILIES)
     path = tmp_path / "run.toml"
     for content in (b"\xef\xbb\xbf" + TEXT.encode(), TEXT.replace("\n", "\r\n").encode()):
         path.write_bytes(content)
-        assert load_config(path) == plain
+        assert load_config(path, [], FAMILIES) == plain
 
 
 @pytest.mark.parametrize(
@@ -132,7 +135,7 @@ def test_files_in_another_encoding(tmp_path: Path, content: bytes, said: str) ->
     path = tmp_path / "run.toml"
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=said) as caught:
-        load_config(path)
+        load_config(path, [], FAMILIES)
     assert len(str(caught.value).splitlines()) == 1
 
 

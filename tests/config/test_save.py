@@ -17,6 +17,8 @@ from megapipe.config import (
     section_types,
 )
 from megapipe.errors import ConfigError, MegapipeError
+from megapipe.models.families import FAMILIES
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.models.presets import PRESETS
 from tests.config.examples import TEXT, write
 
@@ -25,30 +27,30 @@ from tests.config.examples import TEXT, write
 def test_a_saved_config_loads_back_equal(tmp_path: Path, preset: str) -> None:
     start = TEXT.index("[model]")
     text = f'[model]\npreset = "{preset}"\n' + TEXT[TEXT.index("[train]", start) :]
-    config = load_config(write(tmp_path, text), ["--logging.wandb_name", 'ü "x" \\ \n'], PRESETS)
+    config = load_config(write(tmp_path, text), ["--logging.wandb_name", 'ü "x" \\ \n'], FAMILIES)
     save_config(config, tmp_path / "saved.toml")
-    assert load_config(tmp_path / "saved.toml", [], PRESETS) == config
-    assert parse_config((tmp_path / "saved.toml").read_text(encoding="utf-8")) == config
+    assert load_config(tmp_path / "saved.toml", [], FAMILIES) == config
+    assert parse_config((tmp_path / "saved.toml").read_text(encoding="utf-8"), FAMILIES) == config
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["run.toml", "saved.toml"]
 
 
 def test_what_a_preset_sets_and_a_user_takes_back_stays_taken_back(tmp_path: Path) -> None:
     text = TEXT.replace("num_layers = 8", 'preset = "mistral-7b"\nnum_layers = 8')
-    config = load_config(write(tmp_path, text), ["--model.sliding_window", "none"], PRESETS)
+    config = load_config(write(tmp_path, text), ["--model.sliding_window", "none"], FAMILIES)
     assert config.model.sliding_window is None
     (tmp_path / "saved.toml").write_text(dump_config(config), encoding="utf-8")
-    assert load_config(tmp_path / "saved.toml", [], PRESETS) == config
+    assert load_config(tmp_path / "saved.toml", [], FAMILIES) == config
 
 
 def test_a_saved_config_with_a_key_lost_is_refused(tmp_path: Path) -> None:
     text = TEXT.replace("num_layers = 8", 'preset = "mistral-7b"\nnum_layers = 8')
-    saved = dump_config(load_config(write(tmp_path, text), [], PRESETS))
+    saved = dump_config(load_config(write(tmp_path, text), [], FAMILIES))
     with pytest.raises(ConfigError, match=r"checkpoint:1: model.num_layers is missing"):
-        parse_config(saved.replace("num_layers = 8\n", ""), "checkpoint")
+        parse_config(saved.replace("num_layers = 8\n", ""), FAMILIES, "checkpoint")
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load_config(write(tmp_path))
+    config = load_config(write(tmp_path), [], FAMILIES)
     target = tmp_path / "saved.toml"
     target.write_text("old", encoding="utf-8")
 
@@ -63,19 +65,19 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_schema_describes_every_key() -> None:
-    described = schema()
-    for name, kind in section_types().items():
+    described = schema(FAMILIES)
+    for name, kind in section_types(GPTConfig).items():
         definition = described["$defs"][kind.__name__]
         assert set(definition["properties"]) == set(kind.model_fields), name
         assert all("description" in entry for entry in definition["properties"].values()), name
         assert definition["additionalProperties"] is False
-    assert {"required": ["preset"]} in described["$defs"]["ModelConfig"]["anyOf"]
-    window = described["$defs"]["ModelConfig"]["properties"]["sliding_window"]
+    assert {"required": ["preset"]} in described["$defs"]["GPTConfig"]["anyOf"]
+    window = described["$defs"]["GPTConfig"]["properties"]["sliding_window"]
     assert {"const": "none", "type": "string"} in window["anyOf"]
 
 
 def test_difference_names_keys_of_the_shape(tmp_path: Path) -> None:
-    old = load_config(write(tmp_path))
+    old = load_config(write(tmp_path), [], FAMILIES)
     changed = {
         "model.hidden_size": "128",
         "model.sliding_window": "4",
@@ -83,7 +85,9 @@ def test_difference_names_keys_of_the_shape(tmp_path: Path) -> None:
         "model.head_dim": "8",
         "train.steps": "7",
     }
-    new = load_config(write(tmp_path), [f"--{key}={value}" for key, value in changed.items()])
+    new = load_config(
+        write(tmp_path), [f"--{key}={value}" for key, value in changed.items()], FAMILIES
+    )
     assert difference(old, old) == []
     assert difference(old, new) == [
         "model.hidden_size: 64 -> 128",
@@ -94,10 +98,10 @@ def test_difference_names_keys_of_the_shape(tmp_path: Path) -> None:
 
 
 def test_difference_names_the_entry_of_a_list(tmp_path: Path) -> None:
-    old = load_config(write(tmp_path))
+    old = load_config(write(tmp_path), [], FAMILIES)
     (source,) = old.data.sources
     words = ["--data.sources.0.weight=2", "--data.sources.1.path=more.txt"]
-    new = load_config(write(tmp_path), words)
+    new = load_config(write(tmp_path), words, FAMILIES)
     added = 'path = "more.txt", weight = 1.0, text_field = "text", documents = "file", fo...'
     assert difference(old, new, sections=("data",)) == [
         f"data.sources[0].weight: {source.weight} -> 2.0",
@@ -106,7 +110,7 @@ def test_difference_names_the_entry_of_a_list(tmp_path: Path) -> None:
 
 
 def test_every_key_has_a_description() -> None:
-    for name, kind in section_types().items():
+    for name, kind in section_types(GPTConfig).items():
         for key, field in kind.model_fields.items():
             assert field.description, f"{name}.{key}"
     assert all(field.description for field in Config.model_fields.values())

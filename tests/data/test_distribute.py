@@ -15,7 +15,7 @@ from megapipe.data.feed import Batch, BatchFeed
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import DataError
 from megapipe.microbatch import MicroBatch
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from tests.ranks import run_ranks
 
 STEPS = 50
@@ -25,7 +25,7 @@ Seen = list[dict[int, dict[str, str]]]
 
 def configured(corpus: Path, *overrides: str) -> Config:
     words = ["--data.mask_documents=true", "--train.global_batch_size=8", *overrides]
-    return load_config(corpus / "run.toml", words, PRESETS)
+    return load_config(corpus / "run.toml", words, FAMILIES)
 
 
 def open_feed(

@@ -25,10 +25,10 @@ def read(path: str, passes: int, most: int) -> dict[str, Any]:
     from megapipe.data.feed import BatchFeed
     from megapipe.data.tokenizer import load_tokenizer
     from megapipe.errors import MegapipeError
-    from megapipe.models.presets import PRESETS
+    from megapipe.models.families import FAMILIES
 
     said: list[str] = []
-    config = load_config(path, [], PRESETS)
+    config = load_config(path, [], FAMILIES)
     streams = config.data.streams
     ids: dict[int, list[int]] = {stream: [] for stream in range(streams)}
     try:

@@ -28,8 +28,8 @@ from megapipe.kernels.examples.example import (
     widened,
 )
 from megapipe.models.build import build_stages
+from megapipe.models.families import FAMILIES
 from megapipe.models.kernel_shapes import shape_of
-from megapipe.models.presets import PRESETS
 from megapipe.tools.cli import main
 from megapipe.train.engine import Engine
 from megapipe.train.proof import synthetic_tokens
@@ -91,7 +91,7 @@ def check_ends(device: torch.device, rows: int) -> None:
 
 def training_losses(config: Path, words: tuple[str, ...], device: torch.device) -> list[float]:
     """Of five steps on one rank, in a process group."""
-    given = load_config(config, words, PRESETS)
+    given = load_config(config, words, FAMILIES)
     mesh = build_mesh(pipeline=1, data=1, tensor=1, device=device)
     engine, tokens = Engine(given, mesh, build_stages), synthetic_tokens(given)
     return [engine.train_step(tokens(number, mesh), 1e-2).loss for number in range(5)]

@@ -8,7 +8,7 @@ import pytest
 
 from megapipe.config import Config, load_config
 from megapipe.config.layout import usable_world_sizes
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.tools.cli import main
 from megapipe.tools.dry_run import dry_run
 
@@ -38,7 +38,7 @@ def world_sizes(path: Path) -> set[int]:
 
 
 def load(path: Path) -> Config:
-    return load_config(path, [], PRESETS)
+    return load_config(path, [], FAMILIES)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -12,8 +12,8 @@ from megapipe.distributed.mesh import Mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.models.activations import peak_bytes, stage_bytes
 from megapipe.models.build import build_stages
+from megapipe.models.families import FAMILIES
 from megapipe.models.partition import stages
-from megapipe.models.presets import PRESETS
 from megapipe.pipeline.program import boundary_bytes
 from megapipe.pipeline.schedule import build_program, from_csv, simulate
 from tests.config.examples import write
@@ -38,7 +38,7 @@ TRITON = ("llama", "gpt2", "query and key norm", "dropout", "attention dropout")
 def load(folder: Path, *words: str) -> Config:
     base = ("--train.precision=fp32", "--parallel.data=1", "--model.hidden_size=128")
     device = ("--train.device=cpu",)
-    return load_config(write(folder), [*base, *device, *words], PRESETS)
+    return load_config(write(folder), [*base, *device, *words], FAMILIES)
 
 
 def saved_bytes(config: Config) -> int:

@@ -2,13 +2,13 @@
 
 import pytest
 
-from megapipe.config import ModelConfig
 from megapipe.models.flops import attended_keys, flops_per_token
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.models.presets import PRESETS
 
 
-def model(preset: str, **changes: object) -> ModelConfig:
-    return ModelConfig.model_validate({**PRESETS[preset], **changes})
+def model(preset: str, **changes: object) -> GPTConfig:
+    return GPTConfig.model_validate({**PRESETS[preset], **changes})
 
 
 def test_gpt_against_the_formula_of_the_megatron_paper() -> None:

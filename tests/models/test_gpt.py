@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from megapipe import kernels
-from megapipe.config import ModelConfig
 from megapipe.data_parallel.buffer import build_buffers
 from megapipe.distributed.mesh import Axis
 from megapipe.kernel_choice import KernelChoice
 from megapipe.microbatch import MicroBatch
 from megapipe.models.attention import KeyValueCache
 from megapipe.models.gpt import GPTStage
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.models.parameters import parameter_table
 from megapipe.models.placement import Placement
 from megapipe.models.presets import PRESETS
@@ -51,7 +51,7 @@ GPT2_NAMES = {
 }
 
 
-def build(model: ModelConfig, weights: dict[str, Tensor], **fields: Any) -> GPTStage:
+def build(model: GPTConfig, weights: dict[str, Tensor], **fields: Any) -> GPTStage:
     """The whole model on one process, with given global weights, in float64."""
     place = Placement(
         tensor=Axis("tensor"),
@@ -72,7 +72,7 @@ def build(model: ModelConfig, weights: dict[str, Tensor], **fields: Any) -> GPTS
     return stage
 
 
-def random_weights(model: ModelConfig) -> dict[str, Tensor]:
+def random_weights(model: GPTConfig) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
         spec.name: torch.randn(spec.shape, dtype=FLOAT64, generator=generator) * 0.2
@@ -80,7 +80,7 @@ def random_weights(model: ModelConfig) -> dict[str, Tensor]:
     }
 
 
-def hugging_face(preset: str, model: ModelConfig) -> torch.nn.Module:
+def hugging_face(preset: str, model: GPTConfig) -> torch.nn.Module:
     """transformers' model of the same shape, with random weights."""
     import transformers as hf
 
@@ -125,7 +125,7 @@ def hugging_face(preset: str, model: ModelConfig) -> torch.nn.Module:
     return theirs.eval()
 
 
-def weights_of(theirs: torch.nn.Module, model: ModelConfig) -> dict[str, Tensor]:
+def weights_of(theirs: torch.nn.Module, model: GPTConfig) -> dict[str, Tensor]:
     """Their weights under our names."""
     state = {name: tensor.detach() for name, tensor in theirs.state_dict().items()}
     gpt2 = model.position == "learned"
@@ -150,7 +150,7 @@ MICRO = ["gpt2-micro", "llama-micro", "mistral-micro", "qwen2-micro", "qwen3-mic
 
 @pytest.mark.parametrize("preset", MICRO)
 def test_logits_are_those_of_transformers(preset: str) -> None:
-    model = ModelConfig(**PRESETS[preset])
+    model = GPTConfig(**PRESETS[preset])
     theirs = hugging_face(preset, model)
     ours = build(model, weights_of(theirs, model)).eval()
     tokens = torch.arange(80).view(2, 40) * 31 % model.vocab_size
@@ -164,7 +164,7 @@ def test_logits_are_those_of_transformers(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", ["gpt2-micro", "qwen3-micro", "mistral-micro"])
 def test_a_cache_changes_nothing(preset: str) -> None:
-    model = ModelConfig(**PRESETS[preset])
+    model = GPTConfig(**PRESETS[preset])
     stage = build(model, random_weights(model)).eval()
     tokens = torch.arange(30).view(1, 30) * 7 % model.vocab_size
     with torch.no_grad():
@@ -189,7 +189,7 @@ def loss_and_gradients(stage: GPTStage, batch: MicroBatch) -> tuple[Tensor, dict
 @pytest.mark.parametrize("preset", MICRO)
 def test_masked_documents_are_as_if_each_were_alone(preset: str) -> None:
     """Three documents packed into one sequence give the sum of their own losses and gradients."""
-    model = ModelConfig(**PRESETS[preset])
+    model = GPTConfig(**PRESETS[preset])
     stage = build(model, random_weights(model))
     tokens = torch.arange(49).view(1, 49) * 13 % model.vocab_size
     cuts = [0, 11, 12, 48]
@@ -214,7 +214,7 @@ def test_masked_documents_are_as_if_each_were_alone(preset: str) -> None:
 
 def test_all_layers_share_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is as large as the sequence is long, squared, and kept for the backward pass."""
-    model = ModelConfig(**PRESETS["llama-micro"])
+    model = GPTConfig(**PRESETS["llama-micro"])
     stage = build(model, random_weights(model))
     masks, attention = [], kernels.attention
 
@@ -234,7 +234,7 @@ def test_all_layers_share_one_mask(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("preset", ["gpt2-micro", "llama-micro"])
 def test_recompute_keeps_every_bit_dropout_included(preset: str) -> None:
     shape = PRESETS[preset] | {"dropout": 0.2, "attention_dropout": 0.2}
-    model = ModelConfig(**shape)
+    model = GPTConfig(**shape)
     weights = random_weights(model)
     tokens = torch.arange(34).view(2, 17) * 5 % model.vocab_size
     batch = MicroBatch(tokens[:, :-1], tokens[:, 1:], None, torch.tensor([3, 4]))

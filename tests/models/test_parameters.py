@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megapipe.config import ModelConfig
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.models.parameters import (
     local_kv_heads,
     local_parameter_count,
@@ -18,8 +18,8 @@ from megapipe.models.presets import PRESETS
 from megapipe.tensor_parallel.vocabulary import vocabulary_rows
 
 
-def model(preset: str, **changes: object) -> ModelConfig:
-    return ModelConfig.model_validate({**PRESETS[preset], **changes})
+def model(preset: str, **changes: object) -> GPTConfig:
+    return GPTConfig.model_validate({**PRESETS[preset], **changes})
 
 
 def test_names_of_a_llama_in_model_order() -> None:

@@ -2,8 +2,7 @@
 
 import pytest
 
-from megapipe.config import ModelConfig
-from megapipe.config.checks import model_problems
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.models.parameters import parameter_count
 from megapipe.models.presets import PRESETS
 
@@ -58,13 +57,13 @@ GPT3 = {
 }
 
 
-def model(preset: str, **changes: object) -> ModelConfig:
-    return ModelConfig.model_validate({**PRESETS[preset], **changes})
+def model(preset: str, **changes: object) -> GPTConfig:
+    return GPTConfig.model_validate({**PRESETS[preset], **changes})
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_is_a_valid_model(preset: str) -> None:
-    assert list(model_problems(model(preset))) == []
+    assert list(model(preset).problems()) == []
 
 
 @pytest.mark.parametrize("preset", RELEASED)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from megapipe.config import Config, load_config
+from megapipe.models.families import FAMILIES
 from megapipe.models.flops import embedding_flops_per_token, flops_per_token
 from megapipe.models.partition import stages
-from megapipe.models.presets import PRESETS
 from megapipe.models.stage_costs import Work, equal_costs, stage_costs, stage_work
 from megapipe.pipeline.program import training_program
 from megapipe.pipeline.schedule import simulate
@@ -15,7 +15,7 @@ from tests.config.examples import write
 
 
 def load(folder: Path, *words: str) -> Config:
-    return load_config(write(folder), ["--parallel.data=1", *words], PRESETS)
+    return load_config(write(folder), ["--parallel.data=1", *words], FAMILIES)
 
 
 def total(config: Config) -> Work:

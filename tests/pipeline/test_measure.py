@@ -10,7 +10,7 @@ from megapipe.data_parallel.buffer import build_buffers
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.models.build import build_stages
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.pipeline.measure import activation_bytes, measure_latency, measure_stages
 from megapipe.pipeline.p2p import make_channels
 from megapipe.pipeline.program import hidden_shape
@@ -37,7 +37,7 @@ def test_each_part_of_each_stage_takes_at_least_what_it_sleeps() -> None:
 
 
 def gpt2(*overrides: str) -> Config:
-    return load_config(CONFIGS / "gpt2_shape.toml", overrides, PRESETS)
+    return load_config(CONFIGS / "gpt2_shape.toml", overrides, FAMILIES)
 
 
 def test_nothing_is_left_behind() -> None:

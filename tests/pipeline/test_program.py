@@ -10,7 +10,7 @@ import pytest
 from megapipe.config import Config, check_layout
 from megapipe.config.load import load_config
 from megapipe.errors import ScheduleError
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.pipeline.program import (
     lowered_program,
     stage_placement,
@@ -28,7 +28,7 @@ MICROBATCHES = 8  # of the example config: 16 sequences in microbatches of 2
 
 
 def load(folder: Path, *overrides: str) -> Config:
-    config = load_config(write(folder), list(overrides), PRESETS)
+    config = load_config(write(folder), list(overrides), FAMILIES)
     return check_layout(config, config.parallel.tensor * config.parallel.pipeline)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from megapipe.config import load_config
 from megapipe.errors import ScheduleError
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.tools.auto import checked_program, without_auto
 from megapipe.tools.cli import main
 from megapipe.tools.dry_run import dry_run
@@ -45,7 +45,7 @@ def test_a_resume_takes_the_same_program_and_has_the_same_losses(
 
 
 def test_a_dry_run_searches_with_estimates(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path), [AUTO, V2, "--parallel.data=1"], PRESETS)
+    config = load_config(write(tmp_path), [AUTO, V2, "--parallel.data=1"], FAMILIES)
     shown = dry_run(config, "run.toml")
     assert "Schedule: auto, 4 stages, 8 microbatches" in shown
     (program,) = [line for line in shown.splitlines() if line.startswith("Program: ")]
@@ -59,7 +59,7 @@ def test_a_dry_run_searches_with_estimates(tmp_path: Path) -> None:
 def test_a_dry_run_takes_costs_from_a_file_or_the_program_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "costs.toml").write_text("forward = 1\nbackward_input = 1\nbackward_weight = 1")
     words = [AUTO, f"--parallel.stage_costs={tmp_path}/costs.toml", "--parallel.data=1"]
-    config = load_config(write(tmp_path), [*words, f"--train.run_dir={tmp_path}"], PRESETS)
+    config = load_config(write(tmp_path), [*words, f"--train.run_dir={tmp_path}"], FAMILIES)
     shown = dry_run(config, "run.toml")
     assert "25.000 s per step by simulation" in shown  # 8 microbatches and a stage more
     assert f"Costs: from {tmp_path}/costs.toml." in shown
@@ -70,8 +70,8 @@ def test_a_dry_run_takes_costs_from_a_file_or_the_program_of_the_run(tmp_path: P
 def test_a_program_that_does_not_fit_is_not_passed_over_in_silence(tmp_path: Path) -> None:
     """As in a proof, whose layout may be smaller than the run's."""
     words = [AUTO, f"--train.run_dir={tmp_path}"]
-    without_auto(load_config(write(tmp_path), [*words, "--parallel.data=1"], PRESETS), tmp_path)
-    smaller = load_config(write(tmp_path), [*words, "--parallel.data=2"], PRESETS)
+    without_auto(load_config(write(tmp_path), [*words, "--parallel.data=1"], FAMILIES), tmp_path)
+    smaller = load_config(write(tmp_path), [*words, "--parallel.data=2"], FAMILIES)
     _, lines = without_auto(smaller, tmp_path)
     assert lines[0].startswith(
         f"Not the program of {tmp_path}/schedule.csv, which does not fit here: {tmp_path}/schedule"
@@ -91,7 +91,7 @@ def test_a_program_that_does_not_fit_is_not_passed_over_in_silence(tmp_path: Pat
 def test_a_dry_run_refuses_what_exceeds_the_limit(
     words: list[str], message: str, tmp_path: Path
 ) -> None:
-    config = load_config(write(tmp_path), ["--parallel.data=1", *words], PRESETS)
+    config = load_config(write(tmp_path), ["--parallel.data=1", *words], FAMILIES)
     with pytest.raises(ScheduleError, match=message):
         dry_run(config, "run.toml")
 
@@ -100,7 +100,7 @@ def test_a_memory_limit_holds_by_estimated_activations(tmp_path: Path) -> None:
     config = load_config(
         write(tmp_path),
         ["--parallel.data=1", "--parallel.schedule=gpipe", "--parallel.activation_limit=2 MB"],
-        PRESETS,
+        FAMILIES,
     )
     with pytest.raises(ScheduleError, match=r'"gpipe" has activations of [\d.]+ MiB live'):
         checked_program(config)
@@ -122,7 +122,7 @@ def test_a_small_layout_keeps_the_share_of_the_limit() -> None:
     words = [AUTO, "--parallel.pipeline=16", "--model.num_layers=16", "--parallel.data=1"]
 
     def small(*more: str) -> tuple[object, object]:
-        config = load_config(CONFIGS / "gpt2_shape.toml", [*words, *more], PRESETS)
+        config = load_config(CONFIGS / "gpt2_shape.toml", [*words, *more], FAMILIES)
         parallel = shrink(config)[0].parallel
         return parallel.activation_limit, parallel.stage_costs
 

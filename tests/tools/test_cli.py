@@ -12,6 +12,7 @@ import pytest
 from megapipe import __version__
 from megapipe.config import section_types
 from megapipe.errors import ConfigError, MegapipeError
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.tools import cli
@@ -61,7 +62,7 @@ def test_train_help_lists_every_key(
     assert ended.value.code == 0
     shown = capsys.readouterr().out
     flat = " ".join(shown.split())
-    for section, kind in section_types().items():
+    for section, kind in section_types(GPTConfig).items():
         assert f"[{section}]" in shown
         for key, field in kind.model_fields.items():
             assert f"--{section}.{key} " in shown

@@ -8,10 +8,10 @@ import pytest
 
 from megapipe.config import Config, load_config, parse_config
 from megapipe.errors import ConfigError
+from megapipe.models.families import FAMILIES
 from megapipe.models.memory import rank_states, state_bytes
 from megapipe.models.parameters import parameter_count
 from megapipe.models.partition import layers_per_stage, stages
-from megapipe.models.presets import PRESETS
 from megapipe.tools.cli import main
 from megapipe.tools.dry_run import dry_run
 from tests.config.examples import write
@@ -29,7 +29,7 @@ WORLD_SIZES = {
 
 
 def load(tmp_path: Path, *overrides: str) -> Config:
-    return load_config(write(tmp_path), overrides, PRESETS)
+    return load_config(write(tmp_path), overrides, FAMILIES)
 
 
 def test_every_config_that_ships_is_tested() -> None:
@@ -43,7 +43,7 @@ def test_configs_that_ship(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert main(["train", path, "--dry-run", "--world-size", str(world_size)]) == 0
     shown = capsys.readouterr().out
     assert f"Layout: {world_size:,} rank" in shown
-    config = load_config(path, [], PRESETS)
+    config = load_config(path, [], FAMILIES)
     assert f"Parameters: {parameter_count(config.model):,} (" in shown
     assert len(shown.splitlines()) < 160
     assert max(len(line) for line in shown.splitlines()) <= 110
@@ -71,7 +71,7 @@ def test_begins_with_the_resolved_config(tmp_path: Path) -> None:
     config = load(tmp_path, "--parallel.data=1")
     shown = dry_run(config, "run.toml")
     assert shown.startswith("# run.toml, resolved\n")
-    assert parse_config(shown[: shown.index("\n\nLayout:")]) == config
+    assert parse_config(shown[: shown.index("\n\nLayout:")], FAMILIES) == config
 
 
 def test_without_a_world_size_it_is_the_fewest_that_work(tmp_path: Path) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from megapipe.config import Config, load_config
-from megapipe.models.presets import PRESETS
-from megapipe.tools.shrink import HEAD_DIM, MAX_RANKS, SEQUENCE, shrink
+from megapipe.models.families import FAMILIES
+from megapipe.models.gpt_config import NARROW_HEAD
+from megapipe.tools.shrink import MAX_RANKS, SEQUENCE, shrink
 
 CONFIGS = sorted((Path(__file__).parents[2] / "launch" / "configs").glob("*.toml"))
 SWITCHES = (
@@ -31,7 +32,7 @@ def degrees(config: Config) -> dict[str, int]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_launch_configs_shrink_to_a_laptop(path: Path) -> None:
-    config = load_config(path, [], PRESETS)
+    config = load_config(path, [], FAMILIES)
     small, changes = shrink(config)
     assert small.train.precision == "fp64"
     ranks = degrees(small)
@@ -48,14 +49,14 @@ def test_launch_configs_shrink_to_a_laptop(path: Path) -> None:
         config.model.num_kv_heads < config.model.num_heads
     )
     assert (small.parallel.virtual > 1) == (config.parallel.virtual > 1)
-    assert small.model.head_dim <= HEAD_DIM
+    assert small.model.head_dim <= NARROW_HEAD
     assert small.train.sequence_length <= SEQUENCE
     assert any(change.startswith("model.hidden_size") for change in changes)
 
 
 def shrunk(*overrides: str) -> Config:
     path = Path(__file__).parents[1] / "configs" / "llama_shape.toml"
-    return shrink(load_config(path, list(overrides), PRESETS))[0]
+    return shrink(load_config(path, list(overrides), FAMILIES))[0]
 
 
 def test_what_does_not_divide_still_does_not() -> None:

@@ -30,7 +30,7 @@ from megapipe.distributed.mesh import build_mesh
 from megapipe.distributed.rank_group import RankGroup
 from megapipe.distributed.rendezvous import Rendezvous
 from megapipe.errors import ConfigError, DataError, MegapipeError
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.tools import training
 from megapipe.tools.cli import main
 from megapipe.tools.training import _kept_files, choose_device, describe_rank, run_rank
@@ -144,14 +144,14 @@ def test_a_whole_run_as_a_user_starts_it(corpus: Path, tmp_path: Path) -> None:
     assert [step for step, loss in enumerate(validation, 1) if loss is not None] == [3, 6, 8]
     assert validation[7] < validation[2]
 
-    resolved = parse_config((run_dir / "resolved-config.toml").read_text())
+    resolved = parse_config((run_dir / "resolved-config.toml").read_text(), FAMILIES)
     assert resolved.parallel.data == 1
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == [
         "step-00000005",
         "step-00000008",
     ]
     reader = open_checkpoint(run_dir / "checkpoints" / "step-00000008")
-    assert parse_config(reader.read_file("config.toml").decode()) == resolved
+    assert parse_config(reader.read_file("config.toml").decode(), FAMILIES) == resolved
     assert reader.read_file("tokenizer.model") == (corpus / "tokenizer.model").read_bytes()
 
     again = Command(corpus, *words).finish()
@@ -287,7 +287,7 @@ def test_nothing_is_written_before_all_is_known_to_fit(corpus: Path, tmp_path: P
 def test_a_second_start_leaves_the_config_of_a_run_under_way(corpus: Path, tmp_path: Path) -> None:
     with RunLock(tmp_path, print) as lock:
         lock.take()
-        text = HEADER + dump_config(load_config(corpus / "run.toml", [], PRESETS))
+        text = HEADER + dump_config(load_config(corpus / "run.toml", [], FAMILIES))
         (tmp_path / "resolved-config.toml").write_text(text)
         said = Command(corpus, f"--train.run_dir={tmp_path}").finish(1)
     assert said.count("megapipe: another run is writing to train.run_dir") == 1
@@ -382,9 +382,9 @@ def _described() -> str:
 
 def test_ranks_are_named_as_the_mesh_has_them(corpus: Path) -> None:
     words = (PP2, "--parallel.data=2")
-    parallel = load_config(corpus / "run.toml", words, PRESETS).parallel
+    parallel = load_config(corpus / "run.toml", words, FAMILIES).parallel
     assert [describe_rank(parallel, rank) for rank in range(4)] == run_ranks(_described, 4)
-    parallel = load_config(corpus / "run.toml", [PP2, "--parallel.tensor=4"], PRESETS).parallel
+    parallel = load_config(corpus / "run.toml", [PP2, "--parallel.tensor=4"], FAMILIES).parallel
     assert describe_rank(parallel, 6) == "rank 6 (pipeline 1, data 0, tensor 2)"
 
 
@@ -446,7 +446,7 @@ def _kept_on_a_rank(config: Config) -> str:
 
 def test_a_tokenizer_that_only_the_first_rank_can_not_read(corpus: Path) -> None:
     words = ("--data.tokenizer=/none.model",)
-    config = load_config(corpus / "run.toml", words, PRESETS)
+    config = load_config(corpus / "run.toml", words, FAMILIES)
     first, second = run_ranks(_kept_on_a_rank, 2, config)
     assert first == second
     assert "/none.model" in first
@@ -466,7 +466,7 @@ def test_after_an_error_no_clock_runs(
     monkeypatch.setattr(StopRequest, "end", lambda stop: ended.append(stop))
     monkeypatch.setattr(training, "train", fail)
     words = (f"--train.run_dir={tmp_path}/run", "--parallel.data=1")
-    config = load_config(corpus / "run.toml", words, PRESETS)
+    config = load_config(corpus / "run.toml", words, FAMILIES)
     with pytest.raises(DataError, match="of the text"):
         run_rank(config, "", 0.0, Rendezvous())
     assert len(ended) == 1

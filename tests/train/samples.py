@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from megapipe.config import Config, parse_config
+from megapipe.models.families import FAMILIES
 from megapipe.train.loggers import Loggers
 from megapipe.train.metrics import Metrics
 from tests.config.examples import TEXT
@@ -35,7 +36,7 @@ def sample(step: int) -> Metrics:
 
 
 def config(logging: str = 'wandb = "off"', extra: str = "") -> Config:
-    return parse_config(f"{TEXT}\n{extra}\n[logging]\n{logging}\n", "run.toml")
+    return parse_config(f"{TEXT}\n{extra}\n[logging]\n{logging}\n", FAMILIES, "run.toml")
 
 
 def open_loggers(run_dir: Path, config: Config, said: list[str], start: int = 0) -> Loggers:

@@ -11,7 +11,7 @@ from megapipe.config import Config, load_config
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import MegapipeError, ScheduleError
 from megapipe.models.build import build_stages
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.pipeline.p2p import make_channels
 from megapipe.pipeline.program import training_program
 from megapipe.pipeline.schedule import from_csv, lower, stored, to_csv, validate
@@ -27,7 +27,7 @@ AUTO = ("--parallel.schedule=auto", "--parallel.data=1")
 
 def config_in(run_dir: Path, *overrides: str) -> Config:
     words = [f"--train.run_dir={run_dir}", *AUTO, *overrides]
-    return load_config(SHAPE, words, PRESETS)
+    return load_config(SHAPE, words, FAMILIES)
 
 
 def settle(config: Config) -> tuple[list[str], Config]:

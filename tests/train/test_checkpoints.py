@@ -12,7 +12,7 @@ from megapipe.config import Config, dump_config, load_config
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import CheckpointError
 from megapipe.models.build import build_stages
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine
 from tests.checkpoint.samples import save_sample
@@ -43,7 +43,7 @@ def test_a_linked_checkpoint_that_can_not_be_used_is_not_passed_over(
     root = tmp_path / "run" / "checkpoints"
     save_sample(root, 3)
     link(save_sample(root, 5), tmp_path / "elsewhere")
-    config = load_config(write(tmp_path), [f"--train.run_dir={tmp_path}/run"], PRESETS)
+    config = load_config(write(tmp_path), [f"--train.run_dir={tmp_path}/run"], FAMILIES)
     engine: Any = SimpleNamespace()  # which has nothing to load
     checkpoints = Checkpoints(config, Mesh.single(torch.device("cpu")), engine, {}, print)
     with pytest.raises(CheckpointError, match="step-00000005 is linked from elsewhere and can't"):
@@ -71,6 +71,6 @@ def restore_where_a_rank_can_not_read(config: Config) -> str:
 
 def test_a_rank_that_can_not_read_its_part_ends_the_start_on_all(tmp_path: Path) -> None:
     words = ("--parallel.pipeline=2", "--parallel.data=1", f"--train.run_dir={tmp_path}")
-    config = load_config(SHAPE, words, PRESETS)
+    config = load_config(SHAPE, words, FAMILIES)
     said = "CheckpointError: shard-00001 can't be read (Input/output error)"
     assert run_ranks(restore_where_a_rank_can_not_read, 2, config) == [said] * 2

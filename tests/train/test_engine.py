@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from megapipe.config import Config, load_config
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.pipeline.p2p import gloo_channels
 from megapipe.step_sums import Given, StepPart, StepSums
 from megapipe.train.engine import Engine
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def config(*words: str) -> Config:
-    return load_config(CONFIG, ["--parallel.data", "1", *words], PRESETS)
+    return load_config(CONFIG, ["--parallel.data", "1", *words], FAMILIES)
 
 
 def engine_of(given: Config) -> Engine:

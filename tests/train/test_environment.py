@@ -3,6 +3,7 @@
 import pytest
 
 from megapipe.config import Config, parse_config
+from megapipe.models.families import FAMILIES
 from megapipe.train.environment import environment_lines
 from tests.config.examples import TEXT
 
@@ -15,7 +16,7 @@ NETWORK = {
 
 
 def config(extra: str = "", path: str = "a/*.txt") -> Config:
-    return parse_config(f"{TEXT}\n{extra}".replace("a/*.txt", path), "run.toml")
+    return parse_config(f"{TEXT}\n{extra}".replace("a/*.txt", path), FAMILIES, "run.toml")
 
 
 def test_nothing_is_said_where_nothing_is_set() -> None:

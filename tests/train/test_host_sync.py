@@ -20,8 +20,8 @@ from megapipe.distributed.rank_group import Value
 from megapipe.microbatch import MicroBatch
 from megapipe.models.attention import RotaryTable
 from megapipe.models.build import build_stages
+from megapipe.models.families import FAMILIES
 from megapipe.models.gpt import GPTStage
-from megapipe.models.presets import PRESETS
 from megapipe.pipeline.program import microbatches
 from megapipe.train.bubble import BubbleMeter
 from megapipe.train.engine import Engine
@@ -57,7 +57,7 @@ def config(shape: str, *words: str) -> Config:
         *small,
         *words,
     )
-    return load_config(CONFIGS / f"{shape}_shape.toml", given, PRESETS)
+    return load_config(CONFIGS / f"{shape}_shape.toml", given, FAMILIES)
 
 
 def batches(given: Config) -> list[MicroBatch]:
@@ -151,7 +151,7 @@ class _Started(ReplicaFeed):
 def test_the_host_does_not_wait_for_a_batch(corpus: Path, words: tuple[str, ...]) -> None:
     """Neither on the rank that reads nor on those that it sends the tokens to."""
     layout = ("--parallel.pipeline=2", "--parallel.data=1", "--train.global_batch_size=4")
-    given = load_config(corpus / "run.toml", [*layout, *words], PRESETS)
+    given = load_config(corpus / "run.toml", [*layout, *words], FAMILIES)
     count = 3 * microbatches(given)
     for rank in range(2):
         assert run_ranks(take_batches, 1, given, rank, timeout=300) == [count]

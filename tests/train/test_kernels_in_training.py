@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megapipe.config import Config, load_config
 from megapipe.distributed.mesh import build_mesh
 from megapipe.models.build import build_stages
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.train.engine import Engine
 from megapipe.train.proof import synthetic_tokens
 from tests.interpreter import needs_interpreter
@@ -100,7 +100,7 @@ def test_equal_steps(name: str) -> None:
     for backend, attention in (("torch", "sdpa"), ("triton", "triton")):
         words = [f"--train.kernels={backend}", f"--train.attention={attention}"]
         path = CONFIGS / f"{case.shape}_shape.toml"
-        given = load_config(path, [*SMALL, *case.words, *words], PRESETS)
+        given = load_config(path, [*SMALL, *case.words, *words], FAMILIES)
         ranks = run_ranks(figures, 4, given, case.steps, timeout=300)
         found[backend] = ranks[0][0]
         operators[backend] = set().union(*(seen for _, seen in ranks))

@@ -14,7 +14,7 @@ import torch
 from megapipe.config import Config, load_config
 from megapipe.distributed.mesh import Mesh
 from megapipe.errors import CheckpointError, DataError
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.step_sums import StepPart, Totals
 from megapipe.train.checkpoints import Progress
 from megapipe.train.engine import StepResult
@@ -167,7 +167,7 @@ class Loggers:
 
 def make_config(folder: Path, *overrides: str) -> Config:
     words = ("--train.steps=7", "--checkpoint.every=3", "--data.validation_fraction=0.1")
-    return load_config(write(folder), [*words, *overrides], PRESETS)
+    return load_config(write(folder), [*words, *overrides], FAMILIES)
 
 
 def make_run(config: Config, **parts: Any) -> Any:

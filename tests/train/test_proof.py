@@ -13,7 +13,7 @@ from torch import nn
 from megapipe.config import Config, load_config
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.models.build import build_stages
-from megapipe.models.presets import PRESETS
+from megapipe.models.families import FAMILIES
 from megapipe.train.proof import _largest_error, prove, relative_error, synthetic_tokens
 from tests.host_sync import DEVICE
 from tests.ranks import run_ranks
@@ -32,7 +32,7 @@ def test_values_on_a_device_are_compared_with_the_reference_from_a_file() -> Non
 
 def two_stages() -> Config:
     words = ("--parallel.pipeline=2", "--parallel.data=1", "--train.global_batch_size=4")
-    return load_config(SHAPE, [*words, "--train.micro_batch_size=1"], PRESETS)
+    return load_config(SHAPE, [*words, "--train.micro_batch_size=1"], FAMILIES)
 
 
 def prove_with_nan(config: Config) -> tuple[float, int] | None:

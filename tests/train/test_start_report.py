@@ -13,6 +13,7 @@ from megapipe.data.sample import SourceSample, sample_sources
 from megapipe.data.sources import Source
 from megapipe.data.tokenizer import Tokenizer, load_tokenizer
 from megapipe.errors import DataError
+from megapipe.models.families import FAMILIES
 from megapipe.tools.cli import main
 from megapipe.train import start_report
 from megapipe.train.start_report import text_lines
@@ -26,7 +27,7 @@ RUSSIAN = ["\u041f\u0440\u0438\u0432\u0435\u0442, \u043c\u0438\u0440"] * 400
 
 def lines(tokenizer: Path, *sources: SourceConfig, **fields: Any) -> list[str]:
     """Of a run of 100 steps of 16 sequences of 64 tokens."""
-    config = parse_config(TEXT, "run.toml")
+    config = parse_config(TEXT, FAMILIES, "run.toml")
     changes = {"tokenizer": str(tokenizer), "sources": sources} | fields
     config = Config(**{**dict(config), "data": config.data.model_copy(update=changes)})
     validates = bool(config.data.validation_sources) or config.data.validation_fraction > 0

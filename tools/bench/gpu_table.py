@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megapipe.config import ModelConfig
 from megapipe.models.flops import flops_per_token
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.models.presets import PRESETS
 
 Report = Mapping[str, Any]
@@ -75,7 +75,7 @@ def kernel_lines(figures: Mapping[str, Any]) -> Iterator[Line]:
 def step_lines(figures: Mapping[str, Any], best: Mapping[str, float] | None) -> Iterator[Line]:
     """Tokens per second; the share is of a product's FLOP/s, MFU is of the maker's figure."""
     options = figures["options"]
-    model = ModelConfig(**PRESETS[options["preset"]])
+    model = GPTConfig(**PRESETS[options["preset"]])
     flops = flops_per_token(model, options["sequence_length"])
     for row in figures["results"]:
         speed = row["median_tokens_per_second"]

@@ -18,7 +18,6 @@ import torch
 from megapipe.config import (
     Config,
     DataConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     SourceConfig,
@@ -28,6 +27,7 @@ from megapipe.config import (
 from megapipe.errors import MegapipeError, UsageError
 from megapipe.layout.world import resolve_axes
 from megapipe.models.flops import flops_per_token
+from megapipe.models.gpt_config import GPTConfig
 from megapipe.models.presets import PRESETS
 from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.pipeline.schedule.build import check_chunks
@@ -171,7 +171,7 @@ def read_layout(name: str) -> ParallelConfig:
 def _config(options: Any, parallel: ParallelConfig) -> Config:
     sequences = options.microbatches * options.micro_batch_size
     return Config(
-        model=ModelConfig(**PRESETS[options.preset]),
+        model=GPTConfig(**PRESETS[options.preset]),
         parallel=parallel,
         train=TrainConfig(
             run_dir="unused",
@@ -220,7 +220,7 @@ def _measure(options: Any, tokens: int) -> list[Result]:
 def model_flops_utilization(options: Any, speed: float) -> float | None:
     """MFU at this many tokens a second; None where the device's peak is not known."""
     peak = device_peak_flops(torch.device(options.device), options.precision)
-    model = ModelConfig(**PRESETS[options.preset])
+    model = GPTConfig(**PRESETS[options.preset])
     return speed * flops_per_token(model, options.sequence_length) / peak if peak else None
 
 

@@ -18,7 +18,8 @@ from megapipe.config import Config, parse_config
 from megapipe.data.synthetic import synthetic_tokens
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.layout.layout import resolve
-from megapipe.models.gpt_family import FAMILY
+from megapipe.models.families import FAMILIES
+from megapipe.models.gpt_config import gpt_model
 from megapipe.models.parameters import parameter_count
 from megapipe.precision import keep_sums_wide
 from megapipe.tools.bench.breakdown import profile_step
@@ -33,7 +34,7 @@ def main(spec: dict[str, Any]) -> None:
     """Serve until standard input ends."""
     torch.set_num_threads(1)
     keep_sums_wide()
-    config = parse_config(spec["config"])
+    config = parse_config(spec["config"], FAMILIES)
     make = {"megapipe": _megapipe, "transformers": _transformers}[spec["contender"]]
     step = make(config, spec)
     device = torch.device(config.train.device)
@@ -65,7 +66,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _megapipe(config: Config, spec: dict[str, Any]) -> Step:
-    layout = resolve(config, None, FAMILY)
+    layout = resolve(config, None, FAMILIES[config.model.family])
     join(spec, layout.axes.world_size)
     mesh = build_mesh(layout.axes, torch.device(config.train.device))
     engine = Engine(layout, mesh)
@@ -81,7 +82,7 @@ def _transformers(config: Config, spec: dict[str, Any]) -> Step:
     """The loop that its users write: accumulate, clip, fused AdamW; the loss on plain logits."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    model, train, optimizer = config.model, config.train, config.optimizer
+    model, train, optimizer = gpt_model(config), config.train, config.optimizer
     theirs = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=model.vocab_size,
