@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from megapipe import kernels
 from megapipe.config import ModelConfig
 from megapipe.models.placement import Context, Placement
+from megapipe.parameter_role import Role
 from megapipe.tensor_parallel.linear import (
     ColumnParallelLinear,
     RowParallelLinear,
@@ -67,6 +68,7 @@ class Attention(nn.Module):
             make = partial(
                 replicated_parameter,
                 shape=(model.head_dim,),
+                role=Role.NORM,
                 tensor=tensor,
                 partial_gradient=True,  # each rank sees its heads only
                 dtype=place.dtype,

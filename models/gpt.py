@@ -26,6 +26,7 @@ from megapipe.config import ModelConfig
 from megapipe.microbatch import MicroBatch
 from megapipe.models.attention import Attention, KeyValueCache, RotaryTable
 from megapipe.models.placement import Context, Placement
+from megapipe.parameter_role import Role
 from megapipe.tensor_parallel.collectives import own_sequence_slice
 from megapipe.tensor_parallel.embedding import VocabParallelEmbedding, vocabulary_parameter
 from megapipe.tensor_parallel.linear import (
@@ -49,6 +50,7 @@ class Norm(nn.Module):
         make = partial(
             replicated_parameter,
             shape=(model.hidden_size,),
+            role=Role.NORM,
             tensor=place.tensor,
             partial_gradient=place.sequence_parallel,  # each rank sees its part of the sequence
             dtype=place.dtype,
@@ -190,11 +192,11 @@ class Embedding(nn.Module):
             self.positions = replicated_parameter(
                 "position_embedding.weight",
                 (model.max_sequence_length, model.hidden_size),
+                role=Role.EMBEDDING,
                 tensor=place.tensor,
                 partial_gradient=place.sequence_parallel,
                 dtype=place.dtype,
                 device=place.device,
-                decay=True,
             )
         self.dropout = Dropout("embedding.dropout", model, place)
         self.place = place
@@ -226,6 +228,7 @@ class Head(nn.Module):
                 "embedding.weight" if model.tie_embeddings else "output.weight",
                 model.vocab_size,
                 model.hidden_size,
+                role=Role.EMBEDDING if model.tie_embeddings else Role.OUTPUT,
                 tensor=place.tensor,
                 dtype=place.dtype,
                 device=place.device,

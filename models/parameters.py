@@ -1,4 +1,4 @@
-"""The parameters of a model: names, shapes, how they are split, how they start, which decay.
+"""The parameters of a model: names, shapes, how they are split, how they start, what they are.
 
 The one place that knows. The model file builds from this table, checkpoints and weight conversion
 use its names, plans count with it. No torch: a trillion parameters are counted in milliseconds.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from megapipe.config import ModelConfig
+from megapipe.parameter_role import Role
 from megapipe.tensor_parallel.vocabulary import vocabulary_rows
 
 
@@ -27,7 +28,7 @@ class ParameterSpec:
 
     shape: global; linear weights are [out, in].
     tensor_dim: the dimension that tensor ranks split, or None when each holds all of it.
-    decay: whether weight decay applies (not to norms and biases).
+    role: what it is to the model, by which optimizers tell parameters apart.
     layer: the block it belongs to, or None for embedding, final norm and output.
     """
 
@@ -35,7 +36,7 @@ class ParameterSpec:
     shape: tuple[int, ...]
     tensor_dim: int | None
     init: Init
-    decay: bool
+    role: Role
     layer: int | None
 
     @property
@@ -60,10 +61,11 @@ def _before_layers(model: ModelConfig) -> list[ParameterSpec]:
     weights = Init("normal", model.init_std)
     vocabulary = (model.vocab_size, model.hidden_size)
     positions = (model.max_sequence_length, model.hidden_size)
-    table = [ParameterSpec("embedding.weight", vocabulary, 0, weights, True, None)]
+    role = Role.EMBEDDING
+    table = [ParameterSpec("embedding.weight", vocabulary, 0, weights, role, None)]
     if model.position == "learned":
         table.append(
-            ParameterSpec("position_embedding.weight", positions, None, weights, True, None)
+            ParameterSpec("position_embedding.weight", positions, None, weights, role, None)
         )
     return table
 
@@ -73,7 +75,7 @@ def _after_layers(model: ModelConfig) -> list[ParameterSpec]:
     if not model.tie_embeddings:
         weights = Init("normal", model.init_std)
         vocabulary = (model.vocab_size, model.hidden_size)
-        table.append(ParameterSpec("output.weight", vocabulary, 0, weights, True, None))
+        table.append(ParameterSpec("output.weight", vocabulary, 0, weights, Role.OUTPUT, None))
     return table
 
 
@@ -90,11 +92,11 @@ def layer_table(model: ModelConfig, layer: int) -> list[ParameterSpec]:
     def linear(
         name: str, out: int, into: int, split: int, init: Init, bias: bool
     ) -> Iterator[ParameterSpec]:
-        yield ParameterSpec(f"{prefix}.{name}.weight", (out, into), split, init, True, layer)
+        yield ParameterSpec(f"{prefix}.{name}.weight", (out, into), split, init, Role.MATRIX, layer)
         if bias:
             # A bias is added after row-parallel sums, so it is whole on every rank there.
             part = 0 if split == 0 else None
-            yield ParameterSpec(f"{prefix}.{name}.bias", (out,), part, _ZEROS, False, layer)
+            yield ParameterSpec(f"{prefix}.{name}.bias", (out,), part, _ZEROS, Role.BIAS, layer)
 
     table = [*_norm(model, f"{prefix}.attention_norm", layer)]
     table += linear("attention.q", queries, hidden, 0, weights, model.qkv_bias)
@@ -103,7 +105,7 @@ def layer_table(model: ModelConfig, layer: int) -> list[ParameterSpec]:
     if model.qk_norm:
         for name in ("q_norm", "k_norm"):
             full_name = f"{prefix}.attention.{name}.weight"
-            table.append(ParameterSpec(full_name, (model.head_dim,), None, _ONES, False, layer))
+            table.append(ParameterSpec(full_name, (model.head_dim,), None, _ONES, Role.NORM, layer))
     table += linear("attention.output", hidden, queries, 1, into_residual, model.bias)
     table += _norm(model, f"{prefix}.mlp_norm", layer)
     if model.activation == "swiglu":
@@ -115,9 +117,9 @@ def layer_table(model: ModelConfig, layer: int) -> list[ParameterSpec]:
 
 def _norm(model: ModelConfig, name: str, layer: int | None) -> Iterator[ParameterSpec]:
     shape = (model.hidden_size,)
-    yield ParameterSpec(f"{name}.weight", shape, None, _ONES, False, layer)
+    yield ParameterSpec(f"{name}.weight", shape, None, _ONES, Role.NORM, layer)
     if model.norm == "layernorm":
-        yield ParameterSpec(f"{name}.bias", shape, None, _ZEROS, False, layer)
+        yield ParameterSpec(f"{name}.bias", shape, None, _ZEROS, Role.NORM, layer)
 
 
 def parameter_count(model: ModelConfig) -> int:

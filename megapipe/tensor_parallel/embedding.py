@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from megapipe.distributed.mesh import Axis
+from megapipe.parameter_role import Role
 from megapipe.tensor_parallel.collectives import all_gather, sum_partial
 from megapipe.tensor_parallel.parameter import Piece, ShardedParameter
 from megapipe.tensor_parallel.vocabulary import vocabulary_rows
@@ -16,6 +17,7 @@ def vocabulary_parameter(
     vocab_size: int,
     hidden_size: int,
     *,
+    role: Role,
     tensor: Axis,
     dtype: torch.dtype,
     device: torch.device,
@@ -25,7 +27,7 @@ def vocabulary_parameter(
     start = min(rows * tensor.rank, vocab_size)
     own = min(rows, vocab_size - start)
     piece = Piece(name, (vocab_size, hidden_size), (start, 0), (own, hidden_size))
-    return ShardedParameter((rows, hidden_size), (piece,), decay=True, dtype=dtype, device=device)
+    return ShardedParameter((rows, hidden_size), (piece,), role=role, dtype=dtype, device=device)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -47,7 +49,13 @@ class VocabParallelEmbedding(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = vocabulary_parameter(
-            name, vocab_size, hidden_size, tensor=tensor, dtype=dtype, device=device
+            name,
+            vocab_size,
+            hidden_size,
+            role=Role.EMBEDDING,
+            tensor=tensor,
+            dtype=dtype,
+            device=device,
         )
         self.tensor = tensor
         self.sequence_parallel = sequence_parallel

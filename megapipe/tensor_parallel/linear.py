@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from megapipe.distributed.mesh import Axis
 from megapipe.kernels import add_weight_grad
+from megapipe.parameter_role import Role
 from megapipe.tensor_parallel.collectives import (
     Pending,
     all_gather,
@@ -55,12 +56,14 @@ class ColumnParallelLinear(nn.Module):
         stacked = _stack(pieces)
         rows = sum(piece.shape[0] for piece in stacked)
         self.weight = ShardedParameter(
-            (rows, in_features), stacked, decay=True, dtype=dtype, device=device
+            (rows, in_features), stacked, role=Role.MATRIX, dtype=dtype, device=device
         )
         self.bias = None
         if bias:
             biases = tuple(_bias_piece(piece) for piece in stacked)
-            self.bias = ShardedParameter((rows,), biases, decay=False, dtype=dtype, device=device)
+            self.bias = ShardedParameter(
+                (rows,), biases, role=Role.BIAS, dtype=dtype, device=device
+            )
         self.tensor = tensor
         self.sequence_parallel = sequence_parallel
         self.store = store
@@ -101,12 +104,15 @@ class RowParallelLinear(nn.Module):
         local = in_features // tensor.size
         shape = (out_features, local)
         piece = Piece(name, (out_features, in_features), (0, local * tensor.rank), shape)
-        self.weight = ShardedParameter(shape, (piece,), decay=True, dtype=dtype, device=device)
+        self.weight = ShardedParameter(
+            shape, (piece,), role=Role.MATRIX, dtype=dtype, device=device
+        )
         self.bias = None
         if bias:
             self.bias = replicated_parameter(
                 name.removesuffix(".weight") + ".bias",
                 (out_features,),
+                role=Role.BIAS,
                 tensor=tensor,
                 partial_gradient=sequence_parallel,
                 dtype=dtype,
@@ -141,11 +147,11 @@ def replicated_parameter(
     name: str,
     shape: tuple[int, ...],
     *,
+    role: Role,
     tensor: Axis,
     partial_gradient: bool,
     dtype: torch.dtype,
     device: torch.device,
-    decay: bool = False,
 ) -> ShardedParameter:
     """A whole global tensor on every tensor rank.
 
@@ -160,7 +166,7 @@ def replicated_parameter(
         sum_over=tensor if partial_gradient and tensor.size > 1 else None,
         counted=tensor.is_first,
     )
-    return ShardedParameter(shape, (piece,), decay=decay, dtype=dtype, device=device)
+    return ShardedParameter(shape, (piece,), role=role, dtype=dtype, device=device)
 
 
 def _stack(pieces: Sequence[Piece]) -> tuple[Piece, ...]:

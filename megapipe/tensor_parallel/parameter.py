@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megapipe.distributed.mesh import Axis
+from megapipe.parameter_role import Role
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class ShardedParameter(nn.Parameter):
     """
 
     pieces: tuple[Piece, ...]
-    decay: bool
+    role: Role
     main_grad: Tensor
 
     def __new__(
@@ -51,14 +52,14 @@ class ShardedParameter(nn.Parameter):
         shape: tuple[int, ...],
         pieces: tuple[Piece, ...],
         *,
-        decay: bool,
+        role: Role,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> "ShardedParameter":
         data = torch.zeros(shape, dtype=dtype, device=device)
         self: ShardedParameter = super().__new__(cls, data, True)
         self.pieces = pieces
-        self.decay = decay
+        self.role = role
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -45,6 +45,7 @@ from megapipe.pipeline.schedule.search.reason import report, seconds, summary
 from megapipe.pipeline.schedule.stored import UnfitProgramError
 from megapipe.precision import PRECISIONS
 from megapipe.train.engine import BuildStages, Engine
+from megapipe.train.optimizer import GROUPS
 from megapipe.train.proof import synthetic_microbatch
 from megapipe.train.run_directory import RunLock
 
@@ -159,6 +160,7 @@ def _measure(
     stages = dict(build_stages(looped(config), mesh))
     build_buffers(
         stages.values(),
+        GROUPS,
         main_dtype=PRECISIONS[config.train.precision].main_dtype,
         data_size=mesh.data.size,
     )

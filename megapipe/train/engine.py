@@ -29,7 +29,7 @@ from megapipe.pipeline.schedule import Program, forward_program, lower, validate
 from megapipe.pipeline.schedule.timeline import KEPT_STEPS
 from megapipe.precision import PRECISIONS
 from megapipe.step_sums import Given, StepPart, StepSums, Totals
-from megapipe.train.optimizer import Optimizer
+from megapipe.train.optimizer import GROUPS, Optimizer
 
 BuildStages = Callable[[Config, Mesh], Mapping[int, nn.Module]]
 """Makes this rank's stages, by stage number; the engine knows nothing else of the model."""
@@ -72,6 +72,7 @@ class Engine:
         self.stages = dict(sorted(build_stages(config, mesh).items()))
         self.buffers = build_buffers(
             self.stages.values(),
+            GROUPS,
             main_dtype=PRECISIONS[config.train.precision].main_dtype,
             data_size=mesh.data.size,
         )

@@ -11,6 +11,7 @@ from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.microbatch import MicroBatch
 from megapipe.models.build import build_stages
 from megapipe.models.presets import PRESETS
+from megapipe.parameter_role import Role
 from megapipe.pipeline.measure import activation_bytes, measure_latency, measure_stages
 from megapipe.pipeline.p2p import make_channels
 from megapipe.pipeline.program import hidden_shape
@@ -44,7 +45,7 @@ def test_nothing_is_left_behind() -> None:
     config = gpt2("--parallel.data=1")
     mesh = Mesh.single(CPU)
     stages = build_stages(config, mesh)
-    buffers = build_buffers(stages.values(), main_dtype=torch.float32, data_size=1)
+    buffers = build_buffers(stages.values(), [Role], main_dtype=torch.float32, data_size=1)
     before = [buffer.weights.clone() for buffer in buffers]
     random = torch.get_rng_state()
     hidden = torch.empty(hidden_shape(config))
