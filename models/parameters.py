@@ -1,4 +1,4 @@
-"""The parameters of the GPT family: names, shapes, how they are split, how they start, which decay.
+"""The parameters of the GPT family: names, shapes, split, initial values and roles.
 
 The one place that knows. The model file builds from this table, checkpoints and weight conversion
 use its names, plans count with it. No torch: a trillion parameters are counted in milliseconds.
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from megapipe.layout.parameters import FIRST, LAST, Init, ParameterSpec, Place, Split, padded_rows
 from megapipe.models.gpt_config import GPTConfig
+from megapipe.parameter_role import Role
 
 VOCABULARY_MULTIPLE = 64
 """Each rank's rows are padded to a multiple of this: GPU matmuls want it (GPT-2's 50,257 rows
@@ -31,12 +32,19 @@ def _before_layers(model: GPTConfig) -> list[ParameterSpec]:
     weights = Init("normal", model.init_std)
     vocabulary = (model.vocab_size, model.hidden_size)
     places: tuple[Place, ...] = (FIRST, LAST) if model.tie_embeddings else (FIRST,)
-    table = [ParameterSpec("embedding.weight", vocabulary, places, weights, True, _VOCABULARY)]
+    table = [
+        ParameterSpec("embedding.weight", vocabulary, places, weights, Role.EMBEDDING, _VOCABULARY)
+    ]
     if model.position == "learned":
         positions = (model.max_sequence_length, model.hidden_size)
         table.append(
             ParameterSpec(
-                "position_embedding.weight", positions, (FIRST,), weights, True, partial="sequence"
+                "position_embedding.weight",
+                positions,
+                (FIRST,),
+                weights,
+                Role.EMBEDDING,
+                partial="sequence",
             )
         )
     return table
@@ -48,7 +56,7 @@ def _after_layers(model: GPTConfig) -> list[ParameterSpec]:
         weights = Init("normal", model.init_std)
         vocabulary = (model.vocab_size, model.hidden_size)
         table.append(
-            ParameterSpec("output.weight", vocabulary, (LAST,), weights, True, _VOCABULARY)
+            ParameterSpec("output.weight", vocabulary, (LAST,), weights, Role.OUTPUT, _VOCABULARY)
         )
     return table
 
@@ -66,16 +74,16 @@ def layer_table(model: GPTConfig, layer: int) -> list[ParameterSpec]:
         name: str, out: int, bias: bool, units: int | None = None
     ) -> Iterator[ParameterSpec]:
         split, places = Split(0, units), (layer,)
-        yield ParameterSpec(f"{name}.weight", (out, hidden), places, weights, True, split)
+        yield ParameterSpec(f"{name}.weight", (out, hidden), places, weights, Role.MATRIX, split)
         if bias:
-            yield ParameterSpec(f"{name}.bias", (out,), places, _ZEROS, False, split)
+            yield ParameterSpec(f"{name}.bias", (out,), places, _ZEROS, Role.BIAS, split)
 
     def row(name: str, into: int, units: int | None = None) -> Iterator[ParameterSpec]:
         shape, split = (hidden, into), Split(1, units)
-        yield ParameterSpec(f"{name}.weight", shape, (layer,), into_residual, True, split)
+        yield ParameterSpec(f"{name}.weight", shape, (layer,), into_residual, Role.MATRIX, split)
         if model.bias:  # added after the ranks' products are summed, so it is whole on each
             yield ParameterSpec(
-                f"{name}.bias", (hidden,), (layer,), _ZEROS, False, partial="sequence"
+                f"{name}.bias", (hidden,), (layer,), _ZEROS, Role.BIAS, partial="sequence"
             )
 
     attention, mlp = f"{prefix}.attention", f"{prefix}.mlp"
@@ -91,7 +99,7 @@ def layer_table(model: GPTConfig, layer: int) -> list[ParameterSpec]:
                     (width,),
                     (layer,),
                     _ONES,
-                    False,
+                    Role.NORM,
                     partial="always",  # each rank sees its heads only
                 )
             )
@@ -107,9 +115,9 @@ def layer_table(model: GPTConfig, layer: int) -> list[ParameterSpec]:
 def _norm(model: GPTConfig, name: str, place: Place) -> Iterator[ParameterSpec]:
     shape, places = (model.hidden_size,), (place,)
     # Each rank normalises its part of the sequence.
-    yield ParameterSpec(f"{name}.weight", shape, places, _ONES, False, partial="sequence")
+    yield ParameterSpec(f"{name}.weight", shape, places, _ONES, Role.NORM, partial="sequence")
     if model.norm == "layernorm":
-        yield ParameterSpec(f"{name}.bias", shape, places, _ZEROS, False, partial="sequence")
+        yield ParameterSpec(f"{name}.bias", shape, places, _ZEROS, Role.NORM, partial="sequence")
 
 
 def parameter_count(model: GPTConfig) -> int:

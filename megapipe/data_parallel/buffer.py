@@ -1,17 +1,18 @@
 """Contiguous storage: weights, main gradients and master weights of many parameters in a row.
 
-One buffer holds the parameters that share an optimizer setting (decayed or not). Offsets are the
-same in the weight, gradient and master tensors, and the length is a multiple of the number of
-replicas, so that an optimizer may later work on equal flat shards.
+One buffer holds the parameters of one group of the optimizer. Offsets are the same in the weight,
+gradient and master tensors, and the length is a multiple of the number of replicas, so that an
+optimizer may later work on equal flat shards.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from megapipe.layout.parameters import ParameterShard
+from megapipe.parameter_role import Role
 from megapipe.tensor_parallel.parameter import ShardedParameter, sharded_parameters
 
 ALIGNMENT = 64
@@ -34,24 +35,25 @@ class Slot:
 class ParameterBuffer:
     """Parameters moved into one flat tensor, beside their gradients and master weights.
 
-    `weights` [length] is in the model's dtype, `gradients` and `master` in `main_dtype`; where both
-    dtypes are the same, `master` is `weights`.
+    `group` is the number of the optimizer's group. `weights` [length] is in the model's dtype,
+    `gradients` and `master` in `main_dtype`; where both dtypes are the same, `master` is `weights`.
     """
 
     def __init__(
         self,
         parameters: Sequence[ShardedParameter],
         *,
+        group: int,
         main_dtype: torch.dtype,
         replicas: int,
     ) -> None:
         assert parameters, "a buffer without parameters"
         first = parameters[0]
-        self.decay = first.decay
+        self.group = group
         self.slots: list[Slot] = []
         length = 0
         for parameter in parameters:
-            assert (parameter.dtype, parameter.decay) == (first.dtype, first.decay)
+            assert parameter.dtype == first.dtype
             self.slots.append(Slot(parameter, length))
             length += _round_up(parameter.numel(), ALIGNMENT)
         length = _round_up(length, ALIGNMENT * replicas)
@@ -96,20 +98,27 @@ class ParameterBuffer:
 
 
 def build_buffers(
-    stages: Iterable[nn.Module], *, main_dtype: torch.dtype, replicas: int
+    stages: Iterable[nn.Module],
+    groups: Sequence[Collection[Role]],
+    *,
+    main_dtype: torch.dtype,
+    replicas: int,
 ) -> list[ParameterBuffer]:
-    """Move all parameters of this rank's stages into buffers: decayed ones, then the others.
+    """Move all parameters of this rank's stages into buffers, one for each group of roles that has
+    parameters here, in order.
 
-    A parameter that two stages share (tied embeddings on one rank) gets one slot.
+    Each role belongs to one group. A parameter that two stages share (tied embeddings on one rank)
+    gets one slot.
     """
     unique: dict[ShardedParameter, None] = {}
     for stage in stages:
         unique.update(dict.fromkeys(sharded_parameters(stage)))
-    groups = [[p for p in unique if p.decay], [p for p in unique if not p.decay]]
+    assert sorted(role for roles in groups for role in roles) == sorted(Role), groups
+    members = [[parameter for parameter in unique if parameter.role in roles] for roles in groups]
     return [
-        ParameterBuffer(group, main_dtype=main_dtype, replicas=replicas)
-        for group in groups
-        if group
+        ParameterBuffer(parameters, group=number, main_dtype=main_dtype, replicas=replicas)
+        for number, parameters in enumerate(members)
+        if parameters
     ]
 
 

@@ -8,6 +8,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from megapipe.parameter_role import Role
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -53,14 +55,14 @@ class ParameterSpec:
     partial: for one that each tensor rank holds whole, when the ranks have only parts of its
     gradient, which must be summed: "always" (each rank computes other heads with it), "sequence"
     (each applies it to its part of the sequence, under sequence parallelism), or "never".
-    decay: whether weight decay applies (not to norms and biases).
+    role: what it is to the model, by which optimizers tell parameters apart.
     """
 
     name: str
     shape: tuple[int, ...]
     places: tuple[Place, ...]
     init: Init
-    decay: bool
+    role: Role
     split: Split | None = None
     partial: Literal["never", "sequence", "always"] = "never"
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megapipe.layout.parameters import ParameterShard
+from megapipe.parameter_role import Role
 
 
 class ShardedParameter(nn.Parameter):
@@ -18,7 +19,7 @@ class ShardedParameter(nn.Parameter):
     """
 
     shards: tuple[ParameterShard, ...]
-    decay: bool
+    role: Role
     main_grad: Tensor
 
     def __new__(
@@ -36,7 +37,7 @@ class ShardedParameter(nn.Parameter):
             stacked.append(replace(shard, row=row))
             row += shard.rows
         self.shards = tuple(stacked)
-        (self.decay,) = {shard.spec.decay for shard in shards}
+        (self.role,) = {shard.spec.role for shard in shards}
         return self
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

@@ -39,6 +39,7 @@ from megapipe.pipeline.schedule.stored import UnfitProgramError
 from megapipe.precision import PRECISIONS
 from megapipe.stage import build_stages
 from megapipe.train.engine import Engine
+from megapipe.train.optimizer import GROUPS
 from megapipe.train.run_directory import RunLock
 
 REPLACED_FILE = "schedule-replaced.csv"
@@ -153,6 +154,7 @@ def _measure(layout: Layout, mesh: Mesh, channels: Channels) -> dict[str, object
     stages = build_stages(layout, mesh)
     build_buffers(
         stages.values(),
+        GROUPS,
         main_dtype=PRECISIONS[layout.config.train.precision].main_dtype,
         replicas=mesh.batch.size,
     )

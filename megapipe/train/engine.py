@@ -23,7 +23,7 @@ from megapipe.pipeline.schedule.timeline import KEPT_STEPS
 from megapipe.precision import PRECISIONS
 from megapipe.stage import build_stages
 from megapipe.step_sums import Given, StepPart, StepSums, Totals
-from megapipe.train.optimizer import Optimizer
+from megapipe.train.optimizer import GROUPS, Optimizer
 
 
 class NonFiniteError(MegapipeError):
@@ -57,6 +57,7 @@ class Engine:
         self.stages = build_stages(layout, mesh)
         self.buffers = build_buffers(
             self.stages.values(),
+            GROUPS,
             main_dtype=PRECISIONS[config.train.precision].main_dtype,
             replicas=mesh.batch.size,
         )

@@ -10,6 +10,10 @@ from megapipe.config import OptimizerConfig
 from megapipe.data_parallel.buffer import ParameterBuffer
 from megapipe.kernels import Backend, adamw_
 from megapipe.layout.parameters import ParameterShard
+from megapipe.parameter_role import Role
+
+GROUPS = ((Role.MATRIX, Role.EMBEDDING, Role.OUTPUT), (Role.NORM, Role.BIAS))
+"""Weight decay applies to the first."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Optimizer:
                 learning_rate=learning_rate,
                 betas=config.betas,
                 epsilon=config.epsilon,
-                weight_decay=config.weight_decay if buffer.decay else 0.0,
+                weight_decay=config.weight_decay if buffer.group == 0 else 0.0,
                 gradient_scale=gradient_scale,
                 weights=None if buffer.master is buffer.weights else buffer.weights,
                 backend=self.backend,

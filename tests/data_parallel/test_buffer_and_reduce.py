@@ -7,6 +7,7 @@ from torch import nn
 from megapipe.data_parallel.buffer import ALIGNMENT, build_buffers
 from megapipe.data_parallel.reduce import local_squared_norm, reduce_gradients
 from megapipe.distributed.mesh import Axis, build_mesh
+from megapipe.parameter_role import Role
 from megapipe.tensor_parallel.collectives import all_reduce_
 from megapipe.tensor_parallel.linear import replicated_parameter
 from megapipe.tensor_parallel.parameter import Piece, ShardedParameter
@@ -14,11 +15,12 @@ from tests.interpreter import needs_interpreter
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
+GROUPS = ((Role.MATRIX, Role.EMBEDDING, Role.OUTPUT), (Role.NORM, Role.BIAS))
 
 
-def parameter(name: str, *shape: int, decay: bool = True, dtype: torch.dtype = torch.float32):
+def parameter(name: str, *shape: int, role: Role = Role.MATRIX, dtype: torch.dtype = torch.float32):
     piece = Piece(name, shape, (0,) * len(shape), shape)
-    made = ShardedParameter(shape, (piece,), decay=decay, dtype=dtype, device=CPU)
+    made = ShardedParameter(shape, (piece,), role=role, dtype=dtype, device=CPU)
     made.data.copy_(torch.arange(made.numel()).view(shape))
     return made
 
@@ -31,9 +33,9 @@ class Holder(nn.Module):
 
 
 def test_parameters_move_into_the_buffer_with_their_values() -> None:
-    a, b, c = parameter("a", 3, 5), parameter("b", 7, decay=False), parameter("c", 130)
+    a, b, c = parameter("a", 3, 5), parameter("b", 7, role=Role.NORM), parameter("c", 130)
     stages = [Holder(a, b), Holder(c, a)]  # a is shared by two stages
-    buffers = build_buffers(stages, main_dtype=torch.float32, data_size=3)
+    buffers = build_buffers(stages, GROUPS, main_dtype=torch.float32, data_size=3)
     assert [[slot.parameter for slot in buffer.slots] for buffer in buffers] == [[a, c], [b]]
     for buffer in buffers:
         assert len(buffer.weights) % (ALIGNMENT * 3) == 0
@@ -50,7 +52,7 @@ def test_parameters_move_into_the_buffer_with_their_values() -> None:
 
 def test_bfloat16_weights_have_float32_masters_that_are_published() -> None:
     a = parameter("a", 4, dtype=torch.bfloat16)
-    (buffer,) = build_buffers([Holder(a)], main_dtype=torch.float32, data_size=1)
+    (buffer,) = build_buffers([Holder(a)], GROUPS, main_dtype=torch.float32, data_size=1)
     assert buffer.master.dtype == buffer.gradients.dtype == torch.float32
     buffer.master.fill_(1 + 2**-12)
     assert a[0] == 0
@@ -67,6 +69,7 @@ def _reduced(pipeline: int, data: int, tensor: int) -> None:
         return replicated_parameter(
             name,
             (5,),
+            role=Role.NORM,
             tensor=mesh.tensor,
             partial_gradient=partial,
             dtype=torch.float64,
@@ -74,7 +77,7 @@ def _reduced(pipeline: int, data: int, tensor: int) -> None:
         )
 
     rows = Piece("rows", (4 * tensor, 3), (4 * mesh.tensor.rank, 0), (4, 3))
-    cut = ShardedParameter((4, 3), (rows,), decay=True, dtype=torch.float64, device=CPU)
+    cut = ShardedParameter((4, 3), (rows,), role=Role.MATRIX, dtype=torch.float64, device=CPU)
     tied = parameter("tied", 2, 3, dtype=torch.float64)
     tied.retarget(sum_over=mesh.pipeline, counted=mesh.pipeline.is_first)
     members = {
@@ -84,7 +87,9 @@ def _reduced(pipeline: int, data: int, tensor: int) -> None:
         "rows": cut,
         "tied": tied,
     }
-    buffers = build_buffers([Holder(*members.values())], main_dtype=torch.float64, data_size=data)
+    buffers = build_buffers(
+        [Holder(*members.values())], GROUPS, main_dtype=torch.float64, data_size=data
+    )
     for one in members.values():
         one.main_grad.fill_(mesh.rank + 1)
     reduce_gradients(buffers, mesh.data)
@@ -136,10 +141,12 @@ def test_counted_runs_are_the_counted_elements_and_padding() -> None:
             for i, own in enumerate(counted)
         ]
         shape = (2 * len(counted) + 1, 3)  # the last row belongs to no piece
-        return ShardedParameter(shape, tuple(cut), decay=True, dtype=torch.float32, device=CPU)
+        return ShardedParameter(
+            shape, tuple(cut), role=Role.MATRIX, dtype=torch.float32, device=CPU
+        )
 
     members = [pieces(True, True), pieces(True, False, True), pieces(False), pieces(True)]
-    (buffer,) = build_buffers([Holder(*members)], main_dtype=torch.float32, data_size=1)
+    (buffer,) = build_buffers([Holder(*members)], [Role], main_dtype=torch.float32, data_size=1)
     # Parameters begin at multiples of 64 elements; a piece has 6.
     assert buffer.counted_runs() == [slice(0, 70), slice(76, 82), slice(192, 198)]
     generator = torch.Generator().manual_seed(0)

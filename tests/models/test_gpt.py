@@ -19,6 +19,7 @@ from megapipe.models.gpt_config import GPTConfig
 from megapipe.models.parameters import parameter_table
 from megapipe.models.placement import Placement
 from megapipe.models.presets import PRESETS
+from megapipe.parameter_role import Role
 from megapipe.tensor_parallel.parameter import sharded_parameters
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 
@@ -64,11 +65,16 @@ def build(model: GPTConfig, weights: dict[str, Tensor], **fields: Any) -> GPTSta
         kernels=KernelChoice("torch", "torch", "torch"),
         **({"recompute": False} | fields),
     )
+
+
+def build(model: ModelConfig, weights: dict[str, Tensor], **fields: Any) -> GPTStage:
+    """The whole model on one process, with given global weights, in float64."""
+    place = placement(**fields)
     stage = GPTStage(model, place, layers=range(model.num_layers), is_first=True, is_last=True)
     for parameter in sharded_parameters(stage):
         for piece in parameter.pieces:
             piece.view(parameter.data).copy_(weights[piece.name])
-    build_buffers([stage], main_dtype=FLOAT64, data_size=1)
+    build_buffers([stage], [Role], main_dtype=FLOAT64, data_size=1)
     return stage
 
 
@@ -146,6 +152,27 @@ def weights_of(theirs: torch.nn.Module, model: GPTConfig) -> dict[str, Tensor]:
 
 
 MICRO = ["gpt2-micro", "llama-micro", "mistral-micro", "qwen2-micro", "qwen3-micro"]
+
+
+@pytest.mark.parametrize("preset", MICRO)
+def test_parameters_have_the_roles_of_the_table(preset: str) -> None:
+    model = ModelConfig(**PRESETS[preset])
+    roles = {spec.name: spec.role for spec in parameter_table(model)}
+    half = model.num_layers // 2
+    first = GPTStage(model, placement(), layers=range(half), is_first=True, is_last=False)
+    last = GPTStage(
+        model, placement(), layers=range(half, model.num_layers), is_first=False, is_last=True
+    )
+    built = [
+        (piece.name, parameter.role)
+        for stage in (first, last)
+        for parameter in sharded_parameters(stage)
+        for piece in parameter.pieces
+    ]
+    # Where the embedding is tied, the last stage has a copy of it.
+    assert len(built) == len(roles) + model.tie_embeddings
+    assert {name for name, _ in built} == set(roles)
+    assert [(name, role) for name, role in built if role != roles[name]] == []
 
 
 @pytest.mark.parametrize("preset", MICRO)

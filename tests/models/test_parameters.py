@@ -15,6 +15,7 @@ from megapipe.models.parameters import (
     stage_table,
 )
 from megapipe.models.presets import PRESETS
+from megapipe.parameter_role import Role
 from megapipe.tensor_parallel.vocabulary import vocabulary_rows
 
 
@@ -59,13 +60,24 @@ def test_qwen3_norms_heads_and_qwen2_has_biases_on_qkv_only() -> None:
     assert "layers.0.attention.k.bias" in biases
 
 
+def expected_role(name: str) -> Role:
+    if name in ("embedding.weight", "position_embedding.weight"):
+        return Role.EMBEDDING
+    if name == "output.weight":
+        return Role.OUTPUT
+    if "norm" in name:
+        return Role.NORM
+    return Role.BIAS if name.endswith(".bias") else Role.MATRIX
+
+
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name.endswith("-micro")])
-def test_decay_and_start_of_every_parameter(preset: str) -> None:
+def test_role_and_start_of_every_parameter(preset: str) -> None:
     shape = model(preset, init_std=0.5)
     table = parameter_table(shape)
     assert len({spec.name for spec in table}) == len(table)
     for spec in table:
-        assert spec.decay == (len(spec.shape) == 2), spec
+        assert spec.role == expected_role(spec.name), spec
+        assert (spec.role in (Role.NORM, Role.BIAS)) == (len(spec.shape) == 1), spec
         assert (spec.layer is not None) == spec.name.startswith("layers.")
         if spec.name.endswith((".attention.output.weight", ".mlp.down.weight")):
             assert spec.tensor_dim == 1

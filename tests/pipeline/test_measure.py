@@ -44,7 +44,7 @@ def test_nothing_is_left_behind() -> None:
     config = gpt2("--parallel.data=1")
     mesh = Mesh.single(CPU)
     stages = build_stages(config, mesh)
-    buffers = build_buffers(stages.values(), main_dtype=torch.float32, data_size=1)
+    buffers = build_buffers(stages.values(), [Role], main_dtype=torch.float32, data_size=1)
     before = [buffer.weights.clone() for buffer in buffers]
     random = torch.get_rng_state()
     hidden = torch.empty(hidden_shape(config))

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from megapipe.config import OptimizerConfig
 from megapipe.data_parallel.buffer import build_buffers
 from megapipe.kernels import Backend
+from megapipe.parameter_role import Role
 from megapipe.tensor_parallel.parameter import Piece, ShardedParameter
-from megapipe.train.optimizer import Optimizer
+from megapipe.train.optimizer import GROUPS, Optimizer
 from tests.interpreter import needs_interpreter
 
 SHAPES = {"matrix": (5, 7), "embedding": (33, 4), "norm": (7,), "bias": (5,)}
@@ -23,7 +24,7 @@ def values(shape: tuple[int, ...], seed: int) -> Tensor:
 def sharded(name: str, dtype: torch.dtype) -> ShardedParameter:
     shape = SHAPES[name]
     piece = Piece(name, shape, (0,) * len(shape), shape)
-    made = ShardedParameter(shape, (piece,), decay=len(shape) > 1, dtype=dtype, device="cpu")
+    made = ShardedParameter(shape, (piece,), role=Role(name), dtype=dtype, device="cpu")
     made.data.copy_(values(shape, 0))
     return made
 
@@ -34,7 +35,7 @@ def build(
     module = nn.Module()
     for name in SHAPES:
         module.register_parameter(name, sharded(name, dtype))
-    buffers = build_buffers([module], main_dtype=main_dtype, data_size=2)
+    buffers = build_buffers([module], GROUPS, main_dtype=main_dtype, data_size=2)
     return module, Optimizer(buffers, CONFIG, backend)
 
 
