@@ -17,7 +17,7 @@ def find_families(package: str = __package__, folder: Path | None = None) -> dic
     families: list[ModelFamily] = [
         import_module(f"{package}.{module.name}").FAMILY
         for module in iter_modules([str(folder or Path(__file__).parent)])
-        if module.ispkg or module.name.endswith("_family")
+        if module.ispkg
     ]
     families.sort(key=lambda family: (family.name != DEFAULT_FAMILY, family.name))
     return {family.name: family for family in families}

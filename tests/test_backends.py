@@ -18,15 +18,17 @@ from megapipe.config import Config, dump_config, load_config
 from megapipe.data.distribute import _broadcast
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.distributed.rank_group import RankGroup
+from megapipe.equivalence.check import Verdict, one_process, prove, synthetic_tokens
 from megapipe.errors import DataError
+from megapipe.layout.axes import Axes
+from megapipe.layout.program import lowered_program, with_program
 from megapipe.models.build import build_stages
 from megapipe.models.families import FAMILIES
 from megapipe.pipeline.p2p import gloo_channels, make_channels
-from megapipe.pipeline.program import lowered_program, with_program
 from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine, StepResult
-from megapipe.train.proof import Verdict, one_process, prove, synthetic_tokens
+from tests.layouts import engine_of
 from tests.ranks import run_ranks
 
 CONFIG = Path(__file__).parent / "configs" / "llama_shape.toml"
@@ -51,10 +53,8 @@ def mesh_of(config: Config, device: str) -> Mesh:
     parallel = config.parallel
     assert parallel.data is not None
     return build_mesh(
-        pipeline=parallel.pipeline,
-        data=parallel.data,
-        tensor=parallel.tensor,
-        device=device_of(device),
+        Axes.of(pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor),
+        device_of(device),
     )
 
 
@@ -70,7 +70,7 @@ def ping_pong(device: str) -> list[tuple[int, int, float]]:
     """Each rank sends to both neighbours and receives from both, receives posted first; what came,
     as (source, round, value)."""
     size = dist.get_world_size()
-    mesh = build_mesh(pipeline=size, data=1, tensor=1, device=device_of(device))
+    mesh = build_mesh(Axes.of(pipeline=size, data=1, tensor=1), device_of(device))
     channels = make_channels(mesh) if device == "cuda" else gloo_channels(mesh)
     rank, found = mesh.rank, []
     neighbours = sorted({(rank - 1) % size, (rank + 1) % size})
@@ -136,7 +136,7 @@ def broadcast(device: str) -> tuple[list[int], str]:
     """What a rank of one replica gets of its reader's words, and on which device."""
     mesh = replica_mesh(device)
     wire = torch.zeros(1000, dtype=torch.int32)
-    if mesh.replica.is_first:
+    if mesh.model_parallel.is_first:
         wire.copy_(torch.arange(1000, dtype=torch.int32))
     got = _broadcast(mesh, wire)
     return got.tolist(), got.device.type
@@ -173,7 +173,7 @@ def stepped(given: Config, device: str) -> Verdict | None:
 def loss_on_a_cpu(given: Config) -> float:
     """Of the first step in one process."""
     mesh, one = Mesh.single(torch.device("cpu")), one_process(given)
-    return Engine(one, mesh, build_stages).train_step(synthetic_tokens(one)(0, mesh), 0.0).loss
+    return engine_of(one, mesh).train_step(synthetic_tokens(one)(0, mesh), 0.0).loss
 
 
 def layouts(size: int) -> list[tuple[str, ...]]:
@@ -233,7 +233,7 @@ def saved_and_loaded(given: Config, device: str) -> tuple[list[float], list[floa
         return engine.train_step(tokens(number), 1e-2)
 
     def fresh() -> tuple[Engine, Checkpoints]:
-        engine = Engine(given, mesh, build_stages)
+        engine = engine_of(given, mesh)
         return engine, Checkpoints(
             given, mesh, engine, {"config.toml": dump_config(given).encode()}, say=str
         )

@@ -10,7 +10,7 @@ import pytest
 from megapipe.config import Config, section_types
 from megapipe.config.load import load_config
 from megapipe.models.families import FAMILIES
-from megapipe.models.gpt_config import GPTConfig
+from megapipe.models.gpt.config import GPTConfig
 from megapipe.pipeline import build_program, lower, validate
 from megapipe.pipeline.costs import read_costs
 from megapipe.pipeline.schedule import SCHEDULES

@@ -19,10 +19,11 @@ import torch
 
 from megapipe.config import Config, load_config
 from megapipe.distributed.mesh import build_mesh
+from megapipe.equivalence.check import Verdict, prove, synthetic_tokens
+from megapipe.layout.axes import Axes
 from megapipe.models.build import build_stages
 from megapipe.models.families import FAMILIES
 from megapipe.pipeline.schedule import SCHEDULES, to_csv
-from megapipe.train.proof import Verdict, prove, synthetic_tokens
 from tests.pipeline.programs import random_program
 from tests.ranks import POOL, run_ranks
 
@@ -106,10 +107,8 @@ def _prove(config: Config, steps: int) -> Verdict | None:
     parallel = config.parallel
     assert parallel.data is not None
     mesh = build_mesh(
-        pipeline=parallel.pipeline,
-        data=parallel.data,
-        tensor=parallel.tensor,
-        device=torch.device("cpu"),
+        Axes.of(pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor),
+        torch.device("cpu"),
     )
     return prove(config, mesh, build_stages, synthetic_tokens(config), steps)
 

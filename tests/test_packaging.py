@@ -83,7 +83,7 @@ def test_linked_folders_are_real_in_the_wheel(wheel: Path) -> None:
     expected = {f"megapipe/{name}" for name in sources("megapipe")}
     for folder in LINKED:
         expected |= {f"megapipe/{folder}/{name}" for name in sources(folder)}
-    assert {"megapipe/kernels/__init__.py", "megapipe/models/gpt.py"} < expected
+    assert {"megapipe/kernels/__init__.py", "megapipe/models/gpt/model.py"} < expected
     assert modules == expected
 
 
@@ -124,7 +124,9 @@ def test_the_installed_command_works_from_an_empty_directory(
 ) -> None:
     assert run(installed / "megapipe", "--version", cwd=tmp_path) == f"megapipe {__version__}\n"
     assert not list(tmp_path.iterdir())
-    program = "import megapipe.models.presets as m, megapipe as p; print(p.__file__, m.__file__)"
+    program = (
+        "import megapipe.models.gpt.presets as m, megapipe as p; print(p.__file__, m.__file__)"
+    )
     for file in run(installed / "python", "-c", program, cwd=tmp_path).split():
         assert Path(file).is_relative_to(installed.parent), file
     config = ROOT / "launch" / "configs" / "quickstart.toml"

@@ -11,12 +11,13 @@ from torch import nn
 
 from megapipe.config import Config
 from megapipe.distributed.mesh import Mesh, build_mesh
+from megapipe.equivalence.check import Difference, Verdict, prove, synthetic_tokens
+from megapipe.layout.axes import Axes
+from megapipe.layout.program import microbatches
 from megapipe.microbatch import MicroBatch
 from megapipe.models.build import build_stages
-from megapipe.pipeline.program import microbatches
 from megapipe.tensor_parallel.parameter import sharded_parameters
 from megapipe.train.engine import BuildStages, Engine
-from megapipe.train.proof import Difference, Verdict, prove, synthetic_tokens
 from tests.ranks import run_ranks
 from tests.test_layouts import TOLERANCE, Layout
 
@@ -27,8 +28,8 @@ def _forget_to_sum(stages: Stages, name: str) -> None:
     """The gradient of a global tensor stays partial on each rank that holds it."""
     for stage in stages.values():
         for parameter in sharded_parameters(stage):
-            if any(piece.name == name and piece.sum_over for piece in parameter.pieces):
-                parameter.retarget(sum_over=None, counted=parameter.pieces[0].counted)
+            if any(piece.name == name and piece.sum_over for piece in parameter.shards):
+                parameter.retarget(sum_over=None, counted=parameter.shards[0].owner)
 
 
 def norm_not_reduced(stages: Stages) -> None:
@@ -65,10 +66,8 @@ def _prove_with_bug(config: Config, plant: Plant | None) -> Difference | None:
     parallel = config.parallel
     assert parallel.data is not None
     mesh = build_mesh(
-        pipeline=parallel.pipeline,
-        data=parallel.data,
-        tensor=parallel.tensor,
-        device=torch.device("cpu"),
+        Axes.of(pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor),
+        torch.device("cpu"),
     )
     verdict: Verdict | None = prove(config, mesh, build, synthetic_tokens(config), 2)
     return verdict.first_beyond(TOLERANCE) if verdict else None

@@ -119,12 +119,12 @@ def build(root: Path, files: Mapping[str, str]) -> Path:
             "megapipe.distributed.mesh imports megapipe.train.loop",
         ),
         (
-            "models/gpt.py",
+            "models/gpt/model.py",
             "import importlib\nimportlib.import_module('megapipe.tools.cli')",
             "megapipe.models.gpt imports megapipe.tools.cli",
         ),
         (
-            "models/gpt.py",
+            "models/gpt/model.py",
             "import importlib\nimportlib.import_module(f'megapipe.tools.{n}')",
             "megapipe.models.gpt imports megapipe.tools",
         ),
@@ -152,7 +152,7 @@ def test_upward_edges_are_found(tmp_path: Path, file: str, text: str, said: str)
         "megapipe/pipeline/schedule/build.py": "x = 1",
         "megapipe/data_parallel/__init__.py": "",
         "megapipe/data_parallel/reduce.py": "",
-        "models/gpt.py": "from megapipe.train import loop",
+        "models/gpt/model.py": "from megapipe.train import loop",
         "tools/cli.py": "from megapipe.models.gpt import loop\nfrom megapipe import __version__",
     }
     assert upward_edges(import_graph(build(tmp_path / "sound", sound))) == []

@@ -18,7 +18,7 @@ def run(argv: Sequence[str]) -> int:
 
     import torch
 
-    from megapipe.models.generation import continue_text
+    from megapipe.models.gpt.generation import continue_text
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device cuda, and torch {torch.__version__} finds no GPU here.")

@@ -10,7 +10,7 @@ from megapipe.config import Config, Families, load_config
 from megapipe.config.family import Preset
 from megapipe.errors import ConfigError
 from megapipe.models.families import FAMILIES
-from megapipe.models.gpt_config import GPTConfig
+from megapipe.models.gpt.config import GPTConfig
 from megapipe.pipeline.schedule import SCHEDULES
 from tests.config.examples import TEXT, Family, write
 

@@ -18,8 +18,8 @@ from megapipe.config import (
 )
 from megapipe.errors import ConfigError, MegapipeError
 from megapipe.models.families import FAMILIES
-from megapipe.models.gpt_config import GPTConfig
-from megapipe.models.presets import PRESETS
+from megapipe.models.gpt.config import GPTConfig
+from megapipe.models.gpt.presets import PRESETS
 from tests.config.examples import TEXT, write
 
 

@@ -14,6 +14,7 @@ from megapipe.data.distribute import ReplicaFeed
 from megapipe.data.feed import Batch, BatchFeed
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import DataError
+from megapipe.layout.axes import Axes
 from megapipe.microbatch import MicroBatch
 from megapipe.models.families import FAMILIES
 from tests.ranks import run_ranks
@@ -60,7 +61,7 @@ def hashes(batches: Sequence[MicroBatch]) -> dict[int, dict[str, str]]:
 
 def _mesh(layout: tuple[int, int, int]) -> Mesh:
     pipeline, data, tensor = layout
-    return build_mesh(pipeline=pipeline, data=data, tensor=tensor, device=torch.device("cpu"))
+    return build_mesh(Axes.of(pipeline=pipeline, data=data, tensor=tensor), torch.device("cpu"))
 
 
 def _read(config: Config, layout: tuple[int, int, int]) -> tuple[tuple[int, int], Seen]:
@@ -69,7 +70,7 @@ def _read(config: Config, layout: tuple[int, int, int]) -> tuple[tuple[int, int]
     feed = open_feed(config, mesh)
     seen = [hashes(feed.next()) for _ in range(STEPS)]
     feed.close()
-    return (mesh.pipeline.rank, mesh.data.rank), seen
+    return (mesh.pipeline.rank, mesh.batch.rank), seen
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +142,7 @@ def _validation(config: Config, layout: tuple[int, int, int]) -> tuple[int, Seen
     again = [hashes(feed.next()) for _ in range(2)]
     feed.close()
     assert again == first, "each validation loss is of the same text"
-    return mesh.data.rank, first
+    return mesh.batch.rank, first
 
 
 def test_validation_text_is_the_same_in_every_layout_and_none_of_the_training_text(

@@ -7,6 +7,7 @@ from torch import nn
 from megapipe.data_parallel.buffer import ALIGNMENT, build_buffers
 from megapipe.data_parallel.reduce import local_squared_norm, reduce_gradients
 from megapipe.distributed.mesh import Axis, build_mesh
+from megapipe.layout.axes import Axes
 from megapipe.parameter_role import Role
 from megapipe.tensor_parallel.collectives import all_reduce_
 from megapipe.tensor_parallel.linear import replicated_parameter
@@ -35,7 +36,7 @@ class Holder(nn.Module):
 def test_parameters_move_into_the_buffer_with_their_values() -> None:
     a, b, c = parameter("a", 3, 5), parameter("b", 7, role=Role.NORM), parameter("c", 130)
     stages = [Holder(a, b), Holder(c, a)]  # a is shared by two stages
-    buffers = build_buffers(stages, GROUPS, main_dtype=torch.float32, data_size=3)
+    buffers = build_buffers(stages, GROUPS, main_dtype=torch.float32, replicas=3)
     assert [[slot.parameter for slot in buffer.slots] for buffer in buffers] == [[a, c], [b]]
     for buffer in buffers:
         assert len(buffer.weights) % (ALIGNMENT * 3) == 0
@@ -52,7 +53,7 @@ def test_parameters_move_into_the_buffer_with_their_values() -> None:
 
 def test_bfloat16_weights_have_float32_masters_that_are_published() -> None:
     a = parameter("a", 4, dtype=torch.bfloat16)
-    (buffer,) = build_buffers([Holder(a)], GROUPS, main_dtype=torch.float32, data_size=1)
+    (buffer,) = build_buffers([Holder(a)], GROUPS, main_dtype=torch.float32, replicas=1)
     assert buffer.master.dtype == buffer.gradients.dtype == torch.float32
     buffer.master.fill_(1 + 2**-12)
     assert a[0] == 0
@@ -63,7 +64,7 @@ def test_bfloat16_weights_have_float32_masters_that_are_published() -> None:
 
 def _reduced(pipeline: int, data: int, tensor: int) -> None:
     """Rank r adds r + 1 to every gradient; each kind of parameter is summed over its own ranks."""
-    mesh = build_mesh(pipeline=pipeline, data=data, tensor=tensor, device=CPU)
+    mesh = build_mesh(Axes.of(pipeline=pipeline, data=data, tensor=tensor), CPU)
 
     def norm(name: str, *, partial: bool) -> ShardedParameter:
         return replicated_parameter(
@@ -88,11 +89,11 @@ def _reduced(pipeline: int, data: int, tensor: int) -> None:
         "tied": tied,
     }
     buffers = build_buffers(
-        [Holder(*members.values())], GROUPS, main_dtype=torch.float64, data_size=data
+        [Holder(*members.values())], GROUPS, main_dtype=torch.float64, replicas=data
     )
     for one in members.values():
         one.main_grad.fill_(mesh.rank + 1)
-    reduce_gradients(buffers, mesh.data)
+    reduce_gradients(buffers, mesh.batch)
 
     def expected(over: Axis) -> int:
         """Sum over the axis and the replicas of what the ranks gave."""
@@ -119,7 +120,7 @@ def _reduced(pipeline: int, data: int, tensor: int) -> None:
     # The norm over a replica counts every global element once.
     for one in members.values():
         one.main_grad.fill_(1.0)
-    squared = all_reduce_(local_squared_norm(buffers, "torch").clone(), mesh.replica)
+    squared = all_reduce_(local_squared_norm(buffers, "torch").clone(), mesh.model_parallel)
     per_stage = 3 * 5 + 4 * 3 * tensor
     assert abs(float(squared) - (pipeline * per_stage + 2 * 3 * tensor)) < 1e-9
 
@@ -132,7 +133,7 @@ def test_partial_gradients_are_summed_over_their_ranks_and_replicas() -> None:
 
 
 @needs_interpreter
-def test_counted_runs_are_the_counted_elements_and_padding() -> None:
+def test_owned_runs_are_the_counted_elements_and_padding() -> None:
     """Two counted in a row are one run, over rows of no piece too; what is not counted ends it."""
 
     def pieces(*counted: bool) -> ShardedParameter:
@@ -146,15 +147,15 @@ def test_counted_runs_are_the_counted_elements_and_padding() -> None:
         )
 
     members = [pieces(True, True), pieces(True, False, True), pieces(False), pieces(True)]
-    (buffer,) = build_buffers([Holder(*members)], [Role], main_dtype=torch.float32, data_size=1)
+    (buffer,) = build_buffers([Holder(*members)], [Role], main_dtype=torch.float32, replicas=1)
     # Parameters begin at multiples of 64 elements; a piece has 6.
-    assert buffer.counted_runs() == [slice(0, 70), slice(76, 82), slice(192, 198)]
+    assert buffer.owned_runs() == [slice(0, 70), slice(76, 82), slice(192, 198)]
     generator = torch.Generator().manual_seed(0)
-    for piece, view in buffer.pieces(buffer.gradients):
+    for piece, view in buffer.shards(buffer.gradients):
         view.copy_(torch.randn(piece.shape, generator=generator))
     norms = [float(local_squared_norm([buffer], backend)) for backend in ("torch", "triton")]
     assert norms[1] == pytest.approx(norms[0], rel=1e-6)
     buffer.gradients.zero_()
-    for piece, view in buffer.pieces(buffer.gradients):
-        view.fill_(0.0 if piece.counted else 1.0)
+    for piece, view in buffer.shards(buffer.gradients):
+        view.fill_(0.0 if piece.owner else 1.0)
     assert float(local_squared_norm([buffer], "triton")) == 0

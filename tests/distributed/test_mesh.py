@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megapipe.distributed.mesh import Axis, Mesh, build_mesh, set_group_timeout, split_world
+from megapipe.layout.axes import Axes
 from megapipe.tensor_parallel.collectives import all_gather
 from tests.ranks import run_ranks
 
@@ -20,10 +21,10 @@ LAYOUTS = [(2, 1, 2), (1, 2, 2), (2, 2, 1), (4, 1, 1)]
 
 def _describe_mesh(pipeline: int, data: int, tensor: int) -> dict[str, list[int]]:
     """For each axis, the ranks that a gather over it brings together."""
-    mesh = build_mesh(pipeline=pipeline, data=data, tensor=tensor, device=CPU)
+    mesh = build_mesh(Axes.of(pipeline=pipeline, data=data, tensor=tensor), CPU)
     assert mesh.rank == dist.get_rank()
-    assert mesh.rank == mesh.global_rank(mesh.pipeline.rank, mesh.data.rank, mesh.tensor.rank)
-    axes = (mesh.pipeline, mesh.data, mesh.tensor, mesh.replica, mesh.world)
+    assert mesh.rank == mesh.global_rank(mesh.pipeline.rank, mesh.batch.rank, mesh.tensor.rank)
+    axes = (mesh.pipeline, mesh.batch, mesh.tensor, mesh.model_parallel, mesh.world)
     for axis in axes:
         gathered = all_gather(torch.tensor([mesh.rank]), axis)
         assert gathered.tolist() == list(axis.ranks)
@@ -52,10 +53,10 @@ def test_axes_join_the_ranks_that_share_the_other_coordinates(
 
 
 def test_one_process_is_a_mesh_of_ones_without_a_process_group() -> None:
-    mesh = build_mesh(pipeline=1, data=1, tensor=1, device=CPU)
+    mesh = build_mesh(Axes.of(pipeline=1, data=1, tensor=1), CPU)
     assert mesh == Mesh.single(CPU)
     assert not dist.is_initialized()
-    axes = (mesh.pipeline, mesh.data, mesh.tensor, mesh.replica, mesh.world)
+    axes = (mesh.pipeline, mesh.batch, mesh.tensor, mesh.model_parallel, mesh.world)
     assert all(axis.size == 1 and axis.group is None and axis.is_first for axis in axes)
     assert torch.equal(all_gather(torch.arange(3), mesh.tensor), torch.arange(3))
 
@@ -80,8 +81,8 @@ def test_a_group_has_the_timeout_that_it_is_given() -> None:
 
 def _two_meshes() -> tuple[int, int]:
     """Two meshes over the same ranks live side by side and do not mix."""
-    one = build_mesh(pipeline=1, data=1, tensor=2, device=CPU)
-    other = build_mesh(pipeline=2, data=1, tensor=1, device=CPU)
+    one = build_mesh(Axes.of(pipeline=1, data=1, tensor=2), CPU)
+    other = build_mesh(Axes.of(pipeline=2, data=1, tensor=1), CPU)
     value = torch.tensor([dist.get_rank() + 1])
     return (
         int(all_gather(value, one.tensor).sum()) * int(all_gather(value, one.pipeline).sum()),

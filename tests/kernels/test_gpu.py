@@ -18,6 +18,7 @@ from torch import Tensor
 
 from megapipe.config import load_config
 from megapipe.distributed.mesh import build_mesh
+from megapipe.equivalence.check import synthetic_tokens
 from megapipe.kernels import Vocabulary, cross_entropy_stats_, grad_norm, rms_norm, swiglu
 from megapipe.kernels.examples import EXAMPLES
 from megapipe.kernels.examples.example import (
@@ -27,13 +28,12 @@ from megapipe.kernels.examples.example import (
     values_and_gradients,
     widened,
 )
-from megapipe.models.build import build_stages
+from megapipe.layout.axes import Axes
 from megapipe.models.families import FAMILIES
-from megapipe.models.kernel_shapes import shape_of
+from megapipe.models.gpt.kernel_shapes import shape_of
 from megapipe.tools.cli import main
-from megapipe.train.engine import Engine
-from megapipe.train.proof import synthetic_tokens
 from tests.kernels.proof import TOY, assert_as_accurate, assert_same_bits
+from tests.layouts import engine_of
 from tests.ranks import run_ranks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -92,8 +92,8 @@ def check_ends(device: torch.device, rows: int) -> None:
 def training_losses(config: Path, words: tuple[str, ...], device: torch.device) -> list[float]:
     """Of five steps on one rank, in a process group."""
     given = load_config(config, words, FAMILIES)
-    mesh = build_mesh(pipeline=1, data=1, tensor=1, device=device)
-    engine, tokens = Engine(given, mesh, build_stages), synthetic_tokens(given)
+    mesh = build_mesh(Axes.of(pipeline=1, data=1, tensor=1), device)
+    engine, tokens = engine_of(given, mesh), synthetic_tokens(given)
     return [engine.train_step(tokens(number, mesh), 1e-2).loss for number in range(5)]
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megapipe import kernels
-from megapipe.models.gpt_config import RopeScaling
+from megapipe.models.gpt.config import RopeScaling
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:

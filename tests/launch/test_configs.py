@@ -9,8 +9,8 @@ import pytest
 from megapipe.config import Config, load_config
 from megapipe.config.layout import usable_world_sizes
 from megapipe.models.families import FAMILIES
+from megapipe.plan.dry_run import dry_run
 from megapipe.tools.cli import main
-from megapipe.tools.dry_run import dry_run
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "launch" / "configs").glob("*.toml"))

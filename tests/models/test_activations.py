@@ -9,12 +9,12 @@ from torch.autograd.graph import Node
 
 from megapipe.config import Config, load_config
 from megapipe.distributed.mesh import Mesh
+from megapipe.layout.program import boundary_bytes
 from megapipe.microbatch import MicroBatch
-from megapipe.models.activations import peak_bytes, stage_bytes
 from megapipe.models.build import build_stages
 from megapipe.models.families import FAMILIES
+from megapipe.models.gpt.activations import peak_bytes, stage_bytes
 from megapipe.models.partition import stages
-from megapipe.pipeline.program import boundary_bytes
 from megapipe.pipeline.schedule import build_program, from_csv, simulate
 from tests.config.examples import write
 from tests.interpreter import needs_interpreter

@@ -42,7 +42,7 @@ def test_a_folder_is_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         (folder / "__init__.py").touch()
     (package / "convolution" / "__init__.py").write_text(CONVOLUTION)
     (package / "attention.py").write_text("raise AssertionError('this is no family')")
-    gpt = "from megapipe.models.gpt_family import FAMILY\n"
+    gpt = "from megapipe.models.gpt.family import FAMILY\n"
     (package / "gpt_family.py").write_text(gpt)
     monkeypatch.syspath_prepend(tmp_path)
     families = find_families("house_of_models", package)

@@ -2,9 +2,9 @@
 
 import pytest
 
-from megapipe.models.flops import attended_keys, flops_per_token
-from megapipe.models.gpt_config import GPTConfig
-from megapipe.models.presets import PRESETS
+from megapipe.models.gpt.config import GPTConfig
+from megapipe.models.gpt.flops import attended_keys, flops_per_token
+from megapipe.models.gpt.presets import PRESETS
 
 
 def model(preset: str, **changes: object) -> GPTConfig:

@@ -13,12 +13,12 @@ from megapipe.data_parallel.buffer import build_buffers
 from megapipe.distributed.mesh import Axis
 from megapipe.kernel_choice import KernelChoice
 from megapipe.microbatch import MicroBatch
-from megapipe.models.attention import KeyValueCache
-from megapipe.models.gpt import GPTStage
-from megapipe.models.gpt_config import GPTConfig
-from megapipe.models.parameters import parameter_table
+from megapipe.models.gpt.attention import KeyValueCache
+from megapipe.models.gpt.config import GPTConfig
+from megapipe.models.gpt.model import GPTStage
+from megapipe.models.gpt.parameters import parameter_table
+from megapipe.models.gpt.presets import PRESETS
 from megapipe.models.placement import Placement
-from megapipe.models.presets import PRESETS
 from megapipe.parameter_role import Role
 from megapipe.tensor_parallel.parameter import sharded_parameters
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
@@ -72,9 +72,9 @@ def build(model: ModelConfig, weights: dict[str, Tensor], **fields: Any) -> GPTS
     place = placement(**fields)
     stage = GPTStage(model, place, layers=range(model.num_layers), is_first=True, is_last=True)
     for parameter in sharded_parameters(stage):
-        for piece in parameter.pieces:
+        for piece in parameter.shards:
             piece.view(parameter.data).copy_(weights[piece.name])
-    build_buffers([stage], [Role], main_dtype=FLOAT64, data_size=1)
+    build_buffers([stage], [Role], main_dtype=FLOAT64, replicas=1)
     return stage
 
 
@@ -167,7 +167,7 @@ def test_parameters_have_the_roles_of_the_table(preset: str) -> None:
         (piece.name, parameter.role)
         for stage in (first, last)
         for parameter in sharded_parameters(stage)
-        for piece in parameter.pieces
+        for piece in parameter.shards
     ]
     # Where the embedding is tied, the last stage has a copy of it.
     assert len(built) == len(roles) + model.tie_embeddings
@@ -209,7 +209,7 @@ def loss_and_gradients(stage: GPTStage, batch: MicroBatch) -> tuple[Tensor, dict
     return loss.detach(), {
         piece.name: piece.view(parameter.main_grad).clone()
         for parameter in sharded_parameters(stage)
-        for piece in parameter.pieces
+        for piece in parameter.shards
     }
 
 

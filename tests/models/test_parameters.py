@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from megapipe.models.gpt_config import GPTConfig
-from megapipe.models.parameters import (
+from megapipe.models.gpt.config import GPTConfig
+from megapipe.models.gpt.parameters import (
     local_kv_heads,
     local_parameter_count,
     local_shape,
@@ -14,7 +14,7 @@ from megapipe.models.parameters import (
     parameter_table,
     stage_table,
 )
-from megapipe.models.presets import PRESETS
+from megapipe.models.gpt.presets import PRESETS
 from megapipe.parameter_role import Role
 from megapipe.tensor_parallel.vocabulary import vocabulary_rows
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from megapipe.models.gpt_config import GPTConfig
-from megapipe.models.parameters import parameter_count
-from megapipe.models.presets import PRESETS
+from megapipe.models.gpt.config import GPTConfig
+from megapipe.models.gpt.parameters import parameter_count
+from megapipe.models.gpt.presets import PRESETS
 
 # What the released weights hold, as their pages on the Hugging Face hub say.
 RELEASED = {

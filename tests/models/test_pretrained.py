@@ -12,7 +12,7 @@ from megapipe.config import dump_config, load_config
 from megapipe.errors import CheckpointError
 from megapipe.models import load_pretrained, pretrained
 from megapipe.models.families import FAMILIES
-from megapipe.models.pretrained import model_config
+from megapipe.models.gpt.pretrained import model_config
 from tests.config.convolution import BOTH
 from tests.config.examples import TEXT, write
 

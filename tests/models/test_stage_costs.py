@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from megapipe.config import Config, load_config
+from megapipe.layout.program import training_program
 from megapipe.models.families import FAMILIES
-from megapipe.models.flops import embedding_flops_per_token, flops_per_token
+from megapipe.models.gpt.flops import embedding_flops_per_token, flops_per_token
 from megapipe.models.partition import stages
 from megapipe.models.stage_costs import Work, equal_costs, stage_costs, stage_work
-from megapipe.pipeline.program import training_program
 from megapipe.pipeline.schedule import simulate
 from tests.config.examples import write
 

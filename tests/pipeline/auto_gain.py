@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megapipe.distributed.mesh import build_mesh
+from megapipe.layout.axes import Axes
 from megapipe.microbatch import MicroBatch
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import make_channels
@@ -41,7 +42,7 @@ def unequal_seconds(seed: int) -> list[float]:
 
 def steps(programs: Sequence[Program], seconds_of: Sequence[float]) -> list[list[float]]:
     """On one rank: seconds of the steps of each, in turns."""
-    mesh = build_mesh(pipeline=RANKS, data=1, tensor=1, device=torch.device("cpu"))
+    mesh = build_mesh(Axes.of(pipeline=RANKS, data=1, tensor=1), torch.device("cpu"))
     channels, executors = make_channels(mesh), []
     for program in programs:
         lowered = lower(program)

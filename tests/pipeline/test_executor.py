@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import DataError
+from megapipe.layout.axes import Axes
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import Channels, make_channels
 from megapipe.pipeline.schedule import (
@@ -45,7 +46,7 @@ CPU = torch.device("cpu")
 
 
 def mesh_of(ranks: int) -> Mesh:
-    return build_mesh(pipeline=ranks, data=1, tensor=1, device=CPU)
+    return build_mesh(Axes.of(pipeline=ranks, data=1, tensor=1), CPU)
 
 
 def executor_of(

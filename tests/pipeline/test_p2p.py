@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megapipe.distributed.mesh import Mesh, build_mesh
+from megapipe.layout.axes import Axes
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import (
     UNDER_WAY,
@@ -46,7 +47,7 @@ def test_all_neighbours_both_ways_once(size: int) -> None:
 
 
 def send_and_receive() -> list[float]:
-    mesh = build_mesh(pipeline=2, data=1, tensor=1, device=CPU)
+    mesh = build_mesh(Axes.of(pipeline=2, data=1, tensor=1), CPU)
     channels = gloo_channels(mesh)
     there, back = channels[0, 1], channels[1, 0]
     count = 5

@@ -10,13 +10,13 @@ import pytest
 from megapipe.config import Config, check_layout
 from megapipe.config.load import load_config
 from megapipe.errors import ScheduleError
-from megapipe.models.families import FAMILIES
-from megapipe.pipeline.program import (
+from megapipe.layout.program import (
     lowered_program,
     stage_placement,
     training_program,
     with_program,
 )
+from megapipe.models.families import FAMILIES
 from megapipe.pipeline.schedule import SCHEDULES, Program, build_program, lower, to_csv
 from megapipe.pipeline.schedule.action import stage_ranks
 from megapipe.tools.cli import main

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megapipe.distributed.mesh import Axis, build_mesh
+from megapipe.layout.axes import Axes
 from megapipe.tensor_parallel.collectives import all_reduce_, own_sequence_slice
 from megapipe.tensor_parallel.embedding import VocabParallelEmbedding
 from megapipe.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -32,14 +33,14 @@ def values(name: str, shape: Sequence[int]) -> Tensor:
 
 
 def tensor_axis(size: int) -> Axis:
-    return build_mesh(pipeline=1, data=1, tensor=size, device=CPU).tensor
+    return build_mesh(Axes.of(pipeline=1, data=1, tensor=size), CPU).tensor
 
 
 def prepare(module: nn.Module) -> None:
     """Global values into every piece, and a gradient buffer behind every parameter."""
     for parameter in sharded_parameters(module):
         parameter.attach_main_grad(torch.zeros_like(parameter))
-        for piece in parameter.pieces:
+        for piece in parameter.shards:
             whole = values(piece.name, piece.global_shape)
             piece.view(parameter.data).copy_(whole[cut(piece)])
 
@@ -51,7 +52,7 @@ def cut(piece: Piece) -> tuple[slice, ...]:
 def check_gradients(module: nn.Module, expected: dict[str, Tensor]) -> None:
     for parameter in sharded_parameters(module):
         assert parameter.grad is None
-        for piece in parameter.pieces:
+        for piece in parameter.shards:
             found = piece.view(parameter.main_grad)
             if piece.sum_over is not None:
                 found = all_reduce_(found.contiguous(), piece.sum_over)
@@ -157,7 +158,7 @@ def _embedding(size: int, sequence_parallel: bool, vocab_size: int) -> None:
     torch.testing.assert_close(own_x, own(x.detach()))
     own_x.backward(own(grad))
     check_gradients(layer, {"embedding": expected})
-    (piece,) = layer.weight.pieces
+    (piece,) = layer.weight.shards
     assert not layer.weight.main_grad[piece.shape[0] :].any(), "padding has no gradient"
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megapipe.distributed.mesh import Axis, build_mesh
+from megapipe.layout.axes import Axes
 from megapipe.tensor_parallel.collectives import own_sequence_slice
 from megapipe.tensor_parallel.embedding import vocabulary_parameter
 from megapipe.tensor_parallel.linear import column_parallel_linear
@@ -44,7 +45,7 @@ def weight_of(tensor: Axis, vocab_size: int) -> ShardedParameter:
     weight = vocabulary_parameter(
         "output.weight", vocab_size, H, tensor=tensor, dtype=FLOAT64, device=CPU
     )
-    (piece,) = weight.pieces
+    (piece,) = weight.shards
     whole = torch.randn(piece.global_shape, generator=generator(1), dtype=FLOAT64)
     start = piece.start[0]
     piece.view(weight.data).copy_(whole[start : start + piece.shape[0]])
@@ -64,7 +65,7 @@ def both_ways(size: int, vocab_size: int, sequence_parallel: bool) -> None:
 
 
 def compare(size: int, vocab_size: int, sequence_parallel: bool) -> None:
-    tensor = build_mesh(pipeline=1, data=1, tensor=size, device=CPU).tensor
+    tensor = build_mesh(Axes.of(pipeline=1, data=1, tensor=size), CPU).tensor
     whole = torch.randn(S, B, H, generator=generator(2), dtype=FLOAT64)
     hidden = own_sequence_slice(whole, tensor) if sequence_parallel else whole
     targets = torch.randint(vocab_size, (S, B), generator=generator(3))

@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from megapipe.config import load_config
+from megapipe.equivalence.shrink import shrink
 from megapipe.errors import ScheduleError
 from megapipe.models.families import FAMILIES
-from megapipe.tools.auto import checked_program, without_auto
+from megapipe.plan.dry_run import dry_run
+from megapipe.plan.program import checked_program, without_auto
 from megapipe.tools.cli import main
-from megapipe.tools.dry_run import dry_run
-from megapipe.tools.shrink import shrink
 from tests.config.examples import write
 from tests.tools.test_training import Command, column
 

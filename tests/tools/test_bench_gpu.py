@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from megapipe.errors import MegapipeError, UsageError
-from megapipe.models.flops import flops_per_token
-from megapipe.models.gpt_config import GPTConfig
-from megapipe.models.presets import PRESETS
+from megapipe.models.gpt.config import GPTConfig
+from megapipe.models.gpt.flops import flops_per_token
+from megapipe.models.gpt.presets import PRESETS
 from megapipe.tools.bench import gpu, run
 from megapipe.tools.bench.gpu import KERNELS, TESTS, Part, parts
 from megapipe.tools.bench.gpu_table import print_table

@@ -23,7 +23,7 @@ from megapipe.kernels.examples.example import (
     values_and_gradients,
     widened,
 )
-from megapipe.models.kernel_shapes import shape_of
+from megapipe.models.gpt.kernel_shapes import shape_of
 from megapipe.tools.bench import kernels, run
 from megapipe.tools.bench.kernels import (
     BASE,

@@ -12,8 +12,8 @@ import pytest
 from megapipe import __version__
 from megapipe.config import section_types
 from megapipe.errors import ConfigError, MegapipeError
-from megapipe.models.gpt_config import GPTConfig
-from megapipe.models.presets import PRESETS
+from megapipe.models.gpt.config import GPTConfig
+from megapipe.models.gpt.presets import PRESETS
 from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.tools import cli
 from megapipe.tools.arguments import config_keys, split_overrides

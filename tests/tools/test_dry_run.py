@@ -9,11 +9,11 @@ import pytest
 from megapipe.config import Config, load_config, parse_config
 from megapipe.errors import ConfigError
 from megapipe.models.families import FAMILIES
+from megapipe.models.gpt.parameters import parameter_count
 from megapipe.models.memory import rank_states, state_bytes
-from megapipe.models.parameters import parameter_count
 from megapipe.models.partition import layers_per_stage, stages
+from megapipe.plan.dry_run import dry_run
 from megapipe.tools.cli import main
-from megapipe.tools.dry_run import dry_run
 from tests.config.examples import write
 
 CONFIGS = Path(__file__).parents[2] / "launch" / "configs"

@@ -13,8 +13,8 @@ import torch
 from megapipe.data.tokenizer import load_tokenizer
 from megapipe.errors import CheckpointError, DataError, UsageError
 from megapipe.models import load_pretrained
-from megapipe.models.pretrained import load_kept_tokenizer
-from megapipe.models.sampling import sample
+from megapipe.models.gpt.pretrained import load_kept_tokenizer
+from megapipe.models.gpt.sampling import sample
 from megapipe.tools.cli import main
 from megapipe.tools.generate import run
 from tests.corpus import VOCABULARY
@@ -189,7 +189,7 @@ def test_a_character_that_is_not_whole_is_printed_at_the_end(
     tokenizer = load_kept_tokenizer(trained)
     half = tokenizer.encode("\U0001f642")[:-1]  # of the bytes that spell it
     assert tokenizer.decode(half).endswith("\ufffd")
-    monkeypatch.setattr("megapipe.models.generation.sample", lambda *_, **__: iter(half))
+    monkeypatch.setattr("megapipe.models.gpt.generation.sample", lambda *_, **__: iter(half))
     said = generate(capsys, trained)
     assert said.rstrip("\ufffd\n") == PROMPT
     assert said.endswith("\ufffd\n")
@@ -200,8 +200,8 @@ def test_a_tokenizer_too_large_for_the_model_is_found_before_weights_are_read(
 ) -> None:
     large = load_tokenizer(save(tmp_path / "large.json", byte_level(text="a b", size=VOCABULARY)))
     monkeypatch.setattr(large, "vocab_size", 5000)
-    monkeypatch.setattr("megapipe.models.generation.load_kept_tokenizer", lambda _: large)
-    monkeypatch.setattr("megapipe.models.generation.load_pretrained", None)  # is not reached
+    monkeypatch.setattr("megapipe.models.gpt.generation.load_kept_tokenizer", lambda _: large)
+    monkeypatch.setattr("megapipe.models.gpt.generation.load_pretrained", None)  # is not reached
     newest = trained / "checkpoints" / "step-00000008"
     said = f"{newest}: its tokenizer large.json numbers tokens up to 4,999, and its model has only"
     with pytest.raises(CheckpointError, match=re.escape(said)):

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from megapipe.pipeline.schedule import SCHEDULES, build_program, to_csv
+from megapipe.plan.schedules import size
 from megapipe.tools.cli import main
-from megapipe.tools.planning import size
 from tests.config.examples import TEXT, write
 
 CONFIGS = Path(__file__).parents[2] / "launch" / "configs"

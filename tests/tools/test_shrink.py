@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from megapipe.config import Config, load_config
+from megapipe.equivalence.shrink import MAX_RANKS, SEQUENCE, shrink
 from megapipe.models.families import FAMILIES
-from megapipe.models.gpt_config import NARROW_HEAD
-from megapipe.tools.shrink import MAX_RANKS, SEQUENCE, shrink
+from megapipe.models.gpt.config import NARROW_HEAD
 
 CONFIGS = sorted((Path(__file__).parents[2] / "launch" / "configs").glob("*.toml"))
 SWITCHES = (

@@ -30,17 +30,18 @@ from megapipe.distributed.mesh import build_mesh
 from megapipe.distributed.rank_group import RankGroup
 from megapipe.distributed.rendezvous import Rendezvous
 from megapipe.errors import ConfigError, DataError, MegapipeError
+from megapipe.layout.axes import Axes
 from megapipe.models.families import FAMILIES
 from megapipe.tools import training
 from megapipe.tools.cli import main
-from megapipe.tools.training import _kept_files, choose_device, describe_rank, run_rank
 from megapipe.train.loop import Run
 from megapipe.train.run_directory import HEADER, RunLock
 from megapipe.train.signals import StopRequest
+from megapipe.train.start import _kept_files, choose_device, describe_rank, run_rank
 from tests.ranks import run_ranks
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["megapipe.tools.cli", "megapipe.tools.training"])
+FORKS.set_forkserver_preload(["megapipe.tools.cli", "megapipe.train.start"])
 NUMBERS = count()
 
 PP2 = "--parallel.pipeline=2"
@@ -377,7 +378,7 @@ def test_a_job_that_has_lost_a_rank_ends_in_one_line(
 
 
 def _described() -> str:
-    return build_mesh(pipeline=2, data=2, tensor=1, device=torch.device("cpu")).describe()
+    return build_mesh(Axes.of(pipeline=2, data=2, tensor=1), torch.device("cpu")).describe()
 
 
 def test_ranks_are_named_as_the_mesh_has_them(corpus: Path) -> None:

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from megapipe.equivalence.check import Difference, Verdict
+from megapipe.equivalence.report import print_report
 from megapipe.tools.cli import main
-from megapipe.tools.proving import print_report
-from megapipe.train.proof import Difference, Verdict
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

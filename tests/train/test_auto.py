@@ -10,14 +10,15 @@ import torch
 from megapipe.config import Config, load_config
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import MegapipeError, ScheduleError
+from megapipe.layout.axes import Axes
+from megapipe.layout.program import training_program
 from megapipe.models.build import build_stages
 from megapipe.models.families import FAMILIES
 from megapipe.pipeline.p2p import make_channels
-from megapipe.pipeline.program import training_program
 from megapipe.pipeline.schedule import from_csv, lower, stored, to_csv, validate
 from megapipe.train.auto import check_activation_bytes, settle_program
-from megapipe.train.engine import Engine
 from megapipe.train.run_directory import RunLock
+from tests.layouts import engine_of
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -35,7 +36,7 @@ def settle(config: Config) -> tuple[list[str], Config]:
     parallel = config.parallel
     assert parallel.data is not None
     mesh = build_mesh(
-        pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor, device=CPU
+        Axes.of(pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor), CPU
     )
     said: list[str] = []
     with RunLock(Path(config.train.run_dir), said.append, mesh.world.rank_group) as lock:
@@ -164,7 +165,7 @@ def test_the_program_is_read_and_proved_once(
         _, settled = settle(config)
         (tmp_path / "schedule.csv").rename(tmp_path / "away")
         mesh = Mesh.single(CPU)
-        engine = Engine(settled, mesh, build_stages)
+        engine = engine_of(settled, mesh)
         check_activation_bytes(settled, engine)
         assert done == ["from_csv", "validate"]
         assert engine.program == lower(training_program(settled))
@@ -190,8 +191,8 @@ def test_limits_that_nothing_keeps(tmp_path: Path) -> None:
 
 
 def bytes_of_a_run(config: Config) -> None:
-    mesh = build_mesh(pipeline=2, data=1, tensor=1, device=CPU)
-    check_activation_bytes(config, Engine(config, mesh, build_stages))
+    mesh = build_mesh(Axes.of(pipeline=2, data=1, tensor=1), CPU)
+    check_activation_bytes(config, engine_of(config, mesh))
 
 
 def test_memory_limits_hold_for_published_schedules(tmp_path: Path) -> None:

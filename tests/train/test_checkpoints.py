@@ -11,12 +11,12 @@ from megapipe.checkpoint.load import CheckpointReader
 from megapipe.config import Config, dump_config, load_config
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import CheckpointError
-from megapipe.models.build import build_stages
+from megapipe.layout.axes import Axes
 from megapipe.models.families import FAMILIES
 from megapipe.train.checkpoints import Checkpoints, Progress
-from megapipe.train.engine import Engine
 from tests.checkpoint.samples import save_sample
 from tests.config.examples import write
+from tests.layouts import engine_of
 from tests.ranks import run_ranks
 
 SHAPE = Path(__file__).parents[1] / "configs" / "llama_shape.toml"
@@ -51,9 +51,9 @@ def test_a_linked_checkpoint_that_can_not_be_used_is_not_passed_over(
 
 
 def restore_where_a_rank_can_not_read(config: Config) -> str:
-    mesh = build_mesh(pipeline=2, data=1, tensor=1, device=torch.device("cpu"))
+    mesh = build_mesh(Axes.of(pipeline=2, data=1, tensor=1), torch.device("cpu"))
     files = {"config.toml": dump_config(config).encode()}
-    checkpoints = Checkpoints(config, mesh, Engine(config, mesh, build_stages), files, say=str)
+    checkpoints = Checkpoints(config, mesh, engine_of(config, mesh), files, say=str)
     checkpoints.save(Progress(1, 10), {})
 
     def fail(reader: CheckpointReader, *tensor: object) -> NoReturn:

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from megapipe.config import Config, load_config
 from megapipe.distributed.mesh import Mesh, build_mesh
+from megapipe.equivalence.check import synthetic_tokens
+from megapipe.layout.axes import Axes
 from megapipe.models.build import build_stages
 from megapipe.models.families import FAMILIES
 from megapipe.pipeline.p2p import gloo_channels
 from megapipe.step_sums import Given, StepPart, StepSums
 from megapipe.train.engine import Engine
-from megapipe.train.proof import synthetic_tokens
+from tests.layouts import engine_of
 from tests.ranks import run_ranks
 
 CONFIG = Path(__file__).parents[1] / "configs" / "llama_shape.toml"
@@ -29,7 +31,7 @@ def config(*words: str) -> Config:
 
 
 def engine_of(given: Config) -> Engine:
-    return Engine(given, Mesh.single(CPU), build_stages)
+    return engine_of(given, Mesh.single(CPU))
 
 
 def named(engine: Engine, kind: str) -> dict[str, Tensor]:
@@ -37,7 +39,7 @@ def named(engine: Engine, kind: str) -> dict[str, Tensor]:
     return {
         piece.name: view.clone()
         for buffer in engine.buffers
-        for piece, view in buffer.pieces(getattr(buffer, kind))
+        for piece, view in buffer.shards(getattr(buffer, kind))
     }
 
 
@@ -60,7 +62,7 @@ def test_a_step_is_torchs_clipping_and_adamw(limit: float) -> None:
     probe.zero_gradients()
     probe._training.run(tokens)
     gradients = named(probe, "gradients")
-    decayed = {piece.name for b in probe.buffers[:1] for piece, _ in b.pieces(b.weights)}
+    decayed = {piece.name for b in probe.buffers[:1] for piece, _ in b.shards(b.weights)}
     parameters = {name: nn.Parameter(value) for name, value in named(probe, "weights").items()}
     for name, parameter in parameters.items():
         parameter.grad = gradients[name] / (16 * given.train.sequence_length)
@@ -113,13 +115,13 @@ def test_validation_has_no_dropout() -> None:
 def bf16_gradients(given: Config) -> dict[str, tuple[tuple[int, ...], Tensor]]:
     """Called on each rank: (start, gradient) of each piece that this rank holds."""
     parallel = given.parallel
-    mesh = build_mesh(pipeline=parallel.pipeline, data=1, tensor=parallel.tensor, device=CPU)
-    engine = Engine(given, mesh, build_stages)
+    mesh = build_mesh(Axes.of(pipeline=parallel.pipeline, data=1, tensor=parallel.tensor), CPU)
+    engine = engine_of(given, mesh)
     engine.train_step(synthetic_tokens(given)(0, mesh), 0.0)
     return {
         f"{piece.name} {piece.start}": (piece.start, view.clone())
         for buffer in engine.buffers
-        for piece, view in buffer.pieces(buffer.gradients)
+        for piece, view in buffer.shards(buffer.gradients)
         if view.numel() > 0
     }
 
@@ -159,7 +161,7 @@ def _waits_for_one_that_is_late() -> list[str]:
     """What becomes of a reduction over each group to which rank 1 comes late: when the engine is
     patient, and then with a short limit."""
     words = ("--parallel.pipeline=2", "--parallel.virtual=1", "--model.tie_embeddings=true")
-    mesh = build_mesh(pipeline=2, data=1, tensor=1, device=CPU)
+    mesh = build_mesh(Axes.of(pipeline=2, data=1, tensor=1), CPU)
     engine = Engine(config(*words), mesh, build_stages, gloo_channels(mesh))
     engine.wait_at_most(timedelta(milliseconds=200))
     with engine.patient():

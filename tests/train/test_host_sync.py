@@ -17,16 +17,16 @@ from megapipe.config import Config, load_config
 from megapipe.data.distribute import ReplicaFeed
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.distributed.rank_group import Value
+from megapipe.layout.axes import Axes
+from megapipe.layout.program import microbatches
 from megapipe.microbatch import MicroBatch
-from megapipe.models.attention import RotaryTable
-from megapipe.models.build import build_stages
 from megapipe.models.families import FAMILIES
-from megapipe.models.gpt import GPTStage
-from megapipe.pipeline.program import microbatches
+from megapipe.models.gpt.attention import RotaryTable
+from megapipe.models.gpt.model import GPTStage
 from megapipe.train.bubble import BubbleMeter
-from megapipe.train.engine import Engine
 from megapipe.transfer import to_device
 from tests.host_sync import DEVICE, HostSyncError, watch_host
+from tests.layouts import engine_of
 from tests.ranks import run_ranks
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -89,14 +89,14 @@ def mesh_of(given: Config, rank: int) -> Mesh:
         words = {"store": FakeStore(), "rank": rank, "world_size": size}
         dist.init_process_group("cpu:fake,meta:fake", **words)
     return build_mesh(
-        pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor, device=DEVICE
+        Axes.of(pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor), DEVICE
     )
 
 
 def reads_of_steps(given: Config, rank: int, steps: int = 2) -> list[str]:
     """Where one rank of the layout reads from the device in these steps."""
     mesh = mesh_of(given, rank)
-    engine, given_batches = Engine(given, mesh, build_stages), batches(given)
+    engine, given_batches = engine_of(given, mesh), batches(given)
     engine.join(BubbleMeter(mesh, engine.program, engine.recorder))
     with watch_host(read_in="reduce") as reads:
         for _ in range(steps):
@@ -144,7 +144,7 @@ class _Started(ReplicaFeed):
     """Without what ranks tell each other at the start, where the host may wait."""
 
     def _on_readers(self, action: Callable[[], Value]) -> Value | None:
-        return action() if self._mesh.replica.is_first else None
+        return action() if self._mesh.model_parallel.is_first else None
 
 
 @pytest.mark.parametrize("words", [(), ("--data.mask_documents=true",)], ids=["plain", "documents"])

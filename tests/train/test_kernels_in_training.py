@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megapipe.config import Config, load_config
 from megapipe.distributed.mesh import build_mesh
-from megapipe.models.build import build_stages
+from megapipe.equivalence.check import synthetic_tokens
+from megapipe.layout.axes import Axes
 from megapipe.models.families import FAMILIES
-from megapipe.train.engine import Engine
-from megapipe.train.proof import synthetic_tokens
 from tests.interpreter import needs_interpreter
+from tests.layouts import engine_of
 from tests.ranks import run_ranks
 
 pytestmark = needs_interpreter
@@ -82,9 +82,9 @@ def figures(given: Config, steps: int) -> tuple[list[float], set[str]]:
     """Called on each rank: the losses and gradient norms of some steps, and our operators."""
     parallel = given.parallel
     mesh = build_mesh(
-        pipeline=parallel.pipeline, data=1, tensor=parallel.tensor, device=torch.device("cpu")
+        Axes.of(pipeline=parallel.pipeline, data=1, tensor=parallel.tensor), torch.device("cpu")
     )
-    engine, tokens = Engine(given, mesh, build_stages), synthetic_tokens(given)
+    engine, tokens = engine_of(given, mesh), synthetic_tokens(given)
     found = []
     with Operators() as operators:
         for number in range(steps):

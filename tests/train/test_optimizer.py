@@ -35,7 +35,7 @@ def build(
     module = nn.Module()
     for name in SHAPES:
         module.register_parameter(name, sharded(name, dtype))
-    buffers = build_buffers([module], GROUPS, main_dtype=main_dtype, data_size=2)
+    buffers = build_buffers([module], GROUPS, main_dtype=main_dtype, replicas=2)
     return module, Optimizer(buffers, CONFIG, backend)
 
 

@@ -12,9 +12,10 @@ from torch import nn
 
 from megapipe.config import Config, load_config
 from megapipe.distributed.mesh import Mesh, build_mesh
+from megapipe.equivalence.check import _largest_error, prove, relative_error, synthetic_tokens
+from megapipe.layout.axes import Axes
 from megapipe.models.build import build_stages
 from megapipe.models.families import FAMILIES
-from megapipe.train.proof import _largest_error, prove, relative_error, synthetic_tokens
 from tests.host_sync import DEVICE
 from tests.ranks import run_ranks
 
@@ -45,7 +46,7 @@ def prove_with_nan(config: Config) -> tuple[float, int] | None:
                 parameter.data.fill_(math.nan)
         return stages
 
-    mesh = build_mesh(pipeline=2, data=1, tensor=1, device=torch.device("cpu"))
+    mesh = build_mesh(Axes.of(pipeline=2, data=1, tensor=1), torch.device("cpu"))
     verdict = prove(config, mesh, build, synthetic_tokens(config), steps=0)
     if verdict is None:
         return None
@@ -63,7 +64,7 @@ def test_nan_on_another_rank_is_a_difference() -> None:
 
 
 def prove_in(config: Config, folder: Path) -> str:
-    mesh = build_mesh(pipeline=2, data=1, tensor=1, device=torch.device("cpu"))
+    mesh = build_mesh(Axes.of(pipeline=2, data=1, tensor=1), torch.device("cpu"))
     try:
         prove(config, mesh, build_stages, synthetic_tokens(config), steps=0, folder=folder)
     except Exception as error:

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megapipe.models.flops import flops_per_token
-from megapipe.models.gpt_config import GPTConfig
-from megapipe.models.presets import PRESETS
+from megapipe.models.gpt.config import GPTConfig
+from megapipe.models.gpt.flops import flops_per_token
+from megapipe.models.gpt.presets import PRESETS
 
 Report = Mapping[str, Any]
 """Of a part: `part`, `ended`, `seconds`, `output`, and the bench's `figures` or None."""

@@ -28,8 +28,8 @@ from megapipe.kernels.examples.example import (
     values_and_gradients,
     widened,
 )
-from megapipe.models.kernel_shapes import shape_of
-from megapipe.models.presets import PRESETS
+from megapipe.models.gpt.kernel_shapes import shape_of
+from megapipe.models.gpt.presets import PRESETS
 from megapipe.precision import keep_sums_wide
 from megapipe.tools.arguments import Parser, json_argument
 from megapipe.tools.bench import kernels_elementwise, kernels_optimizer, kernels_products

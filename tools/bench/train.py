@@ -26,9 +26,9 @@ from megapipe.config import (
 )
 from megapipe.errors import MegapipeError, UsageError
 from megapipe.layout.world import resolve_axes
-from megapipe.models.flops import flops_per_token
-from megapipe.models.gpt_config import GPTConfig
-from megapipe.models.presets import PRESETS
+from megapipe.models.gpt.config import GPTConfig
+from megapipe.models.gpt.flops import flops_per_token
+from megapipe.models.gpt.presets import PRESETS
 from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.pipeline.schedule.build import check_chunks
 from megapipe.scratch import scratch_directory

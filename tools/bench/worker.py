@@ -19,8 +19,8 @@ from megapipe.data.synthetic import synthetic_tokens
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.layout.layout import resolve
 from megapipe.models.families import FAMILIES
-from megapipe.models.gpt_config import gpt_model
-from megapipe.models.parameters import parameter_count
+from megapipe.models.gpt.config import gpt_model
+from megapipe.models.gpt.parameters import parameter_count
 from megapipe.precision import keep_sums_wide
 from megapipe.tools.bench.breakdown import profile_step
 from megapipe.tools.bench.serving import answer, join

@@ -20,6 +20,7 @@ from megapipe.distributed.mesh import build_mesh
 from megapipe.distributed.shared_memory import connect
 from megapipe.distributed.shared_memory.channel import AT_A_TIME, LARGE, Link, SharedMemoryChannel
 from megapipe.errors import MegapipeError
+from megapipe.layout.axes import Axes
 from megapipe.pipeline.p2p import BackendChannel, make_channels
 from tests.ranks import run_ranks
 
@@ -263,7 +264,7 @@ Hinder = Callable[[pytest.MonkeyPatch], None]
 def kind_of_channels(unable: int | None, hinder: Hinder) -> tuple[set[type], list[float]]:
     """Of this rank of a ring of three, of which `unable` is hindered; and what comes from the rank
     before and the one after."""
-    mesh = build_mesh(pipeline=3, data=1, tensor=1, device=CPU)
+    mesh = build_mesh(Axes.of(pipeline=3, data=1, tensor=1), CPU)
     rank, after, before = mesh.rank, (mesh.rank + 1) % 3, (mesh.rank - 1) % 3
     with pytest.MonkeyPatch.context() as patch:
         if rank == unable:
@@ -309,7 +310,7 @@ def connect_under(folder: str, strangers: bool) -> bool:
         patch.setattr(tempfile, "tempdir", folder)
         if strangers:  # of another user, as each rank sees it
             patch.setattr(os, "getuid", lambda: 4711)
-        channels = make_channels(build_mesh(pipeline=2, data=1, tensor=1, device=CPU))
+        channels = make_channels(build_mesh(Axes.of(pipeline=2, data=1, tensor=1), CPU))
     return isinstance(channels[0, 1], SharedMemoryChannel)
 
 

@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from megapipe.distributed.mesh import Axis, Mesh, build_mesh
 from megapipe.distributed.shared_memory import connect
+from megapipe.layout.axes import Axes
 from megapipe.tensor_parallel.collectives import (
     all_gather,
     all_reduce_,
@@ -19,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def tensor_mesh(size: int) -> Mesh:
-    return build_mesh(pipeline=1, data=1, tensor=size, device=CPU)
+    return build_mesh(Axes.of(pipeline=1, data=1, tensor=size), CPU)
 
 
 def part(rank: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
@@ -140,8 +141,8 @@ def test_all_ranks_use_the_group_where_one_can_not_share() -> None:
 
 
 def axes_that_share() -> list[str]:
-    mesh = build_mesh(pipeline=2, data=1, tensor=2, device=CPU)
-    axes = (mesh.pipeline, mesh.data, mesh.tensor, mesh.replica, mesh.world)
+    mesh = build_mesh(Axes.of(pipeline=2, data=1, tensor=2), CPU)
+    axes = (mesh.pipeline, mesh.batch, mesh.tensor, mesh.model_parallel, mesh.world)
     assert mesh.tensor.shared is not None
     assert list(mesh.tensor.shared._outward) == [1 - mesh.tensor.rank], "of two ranks, the other"
     return [axis.name for axis in axes if axis.shared is not None]

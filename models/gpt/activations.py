@@ -1,6 +1,6 @@
 """Memory of the activations that a microbatch leaves at a stage, from its forward to its backward.
 
-Counted is what the layers of `models/gpt.py` save for the backward pass: inputs of matrix products,
+Counted is what the layers of `model.py` save for the backward pass: inputs of matrix products,
 norms and activations, query, key, value and output of attention, exponentials over the vocabulary.
 The Triton kernels save less, and are counted where the config would choose them, train.device =
 "auto" being taken for a GPU. `tests/models/test_activations.py` compares all with what autograd
@@ -12,8 +12,8 @@ from megapipe.config import Config
 from megapipe.kernel_choice import KernelChoice
 from megapipe.layout.axes import Axes
 from megapipe.layout.shapes import boundary_bytes
-from megapipe.models.gpt_config import gpt_model
-from megapipe.models.parameters import local_kv_heads, padded_vocab_size
+from megapipe.models.gpt.config import gpt_model
+from megapipe.models.gpt.parameters import local_kv_heads, padded_vocab_size
 from megapipe.precision import PRECISIONS
 
 
@@ -39,7 +39,7 @@ def head_bytes(config: Config, axes: Axes) -> int:
 
 
 def layer_bytes(config: Config, axes: Axes, choice: KernelChoice) -> int:
-    """Of one microbatch in both halves of a block; S and S_local as in models/gpt.py."""
+    """Of one microbatch in both halves of a block; S and S_local as in models/gpt/model.py."""
     model, train, tensor = gpt_model(config), config.train, axes.size("tensor")
     element = PRECISIONS[train.precision].model_bytes
     hidden = boundary_bytes(config, axes)

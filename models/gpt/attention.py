@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from megapipe import kernels
-from megapipe.models.context import Context
-from megapipe.models.gpt_config import GPTConfig
-from megapipe.models.parameters import local_kv_heads
+from megapipe.models.gpt.config import GPTConfig
+from megapipe.models.gpt.context import Context
+from megapipe.models.gpt.parameters import local_kv_heads
 from megapipe.stage import StageBuild
 
 

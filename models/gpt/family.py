@@ -8,10 +8,10 @@ from megapipe.config.family import Preset
 from megapipe.layout.axes import Axes
 from megapipe.layout.family import ModelFamily, PlaceCosts
 from megapipe.layout.parameters import ParameterSpec, Place
-from megapipe.models.costs import place_costs
-from megapipe.models.gpt_config import GPTConfig
-from megapipe.models.parameters import parameter_table
-from megapipe.models.presets import PRESETS
+from megapipe.models.gpt.config import GPTConfig
+from megapipe.models.gpt.costs import place_costs
+from megapipe.models.gpt.parameters import parameter_table
+from megapipe.models.gpt.presets import PRESETS
 
 
 class GPTFamily:
@@ -29,7 +29,7 @@ class GPTFamily:
         return place_costs(config, axes, place)
 
     def build_stage(self, build: Any) -> Any:
-        from megapipe.models.gpt import GPTStage
+        from megapipe.models.gpt.model import GPTStage
 
         assert isinstance(build.model, GPTConfig), build.model.family
         return GPTStage(build.model, build)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 
 from megapipe.layout.parameters import FIRST, LAST, Init, ParameterSpec, Place, Split, padded_rows
-from megapipe.models.gpt_config import GPTConfig
+from megapipe.models.gpt.config import GPTConfig
 from megapipe.parameter_role import Role
 
 VOCABULARY_MULTIPLE = 64

@@ -8,13 +8,13 @@ import torch
 from megapipe.amounts import counted
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.errors import DataError
-from megapipe.models.pretrained import (
+from megapipe.models.gpt.pretrained import (
     check_kept_vocabulary,
     find_checkpoint,
     load_kept_tokenizer,
     load_pretrained,
 )
-from megapipe.models.sampling import sample
+from megapipe.models.gpt.sampling import sample
 
 
 def continue_text(

@@ -11,14 +11,14 @@ from megapipe.kernel_choice import wanted_kernels
 from megapipe.layout.axes import Axes
 from megapipe.layout.family import PlaceCosts
 from megapipe.layout.parameters import FIRST, LAST, Place
-from megapipe.models.activations import embedding_bytes, head_bytes, layer_bytes
-from megapipe.models.flops import (
+from megapipe.models.gpt.activations import embedding_bytes, head_bytes, layer_bytes
+from megapipe.models.gpt.config import gpt_model
+from megapipe.models.gpt.flops import (
     attended_keys,
     embedding_flops_per_token,
     layer_flops_per_token,
     output_flops_per_token,
 )
-from megapipe.models.gpt_config import gpt_model
 
 
 def place_costs(config: Config, axes: Axes, place: Place) -> PlaceCosts:

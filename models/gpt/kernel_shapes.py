@@ -1,8 +1,8 @@
 """The sizes at which a model calls the kernels."""
 
 from megapipe.kernels.examples.example import Shape
-from megapipe.models.gpt_config import GPTConfig
-from megapipe.models.presets import PRESETS
+from megapipe.models.gpt.config import GPTConfig
+from megapipe.models.gpt.presets import PRESETS
 
 TOKENS, LONGEST = 8192, 8192
 """Of a microbatch, in as few sequences as the model takes."""

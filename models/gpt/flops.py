@@ -16,8 +16,8 @@ times. Padding of the vocabulary and masks between documents are not counted. So
 in full, 12 * L * A * S; figures made so are higher and must not be compared with these.
 """
 
-from megapipe.models.gpt_config import GPTConfig
-from megapipe.models.parameters import ParameterSpec, layer_table
+from megapipe.models.gpt.config import GPTConfig
+from megapipe.models.gpt.parameters import ParameterSpec, layer_table
 
 
 def attended_keys(model: GPTConfig, sequence_length: int) -> float:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from megapipe.errors import CheckpointError
-from megapipe.models.pretrained import PretrainedGPT
+from megapipe.models.gpt.pretrained import PretrainedGPT
 
 
 def sample(

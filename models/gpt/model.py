@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 from megapipe import kernels
 from megapipe.microbatch import MicroBatch
-from megapipe.models.attention import Attention, KeyValueCache, RotaryTable
-from megapipe.models.context import Context
-from megapipe.models.gpt_config import GPTConfig
+from megapipe.models.gpt.attention import Attention, KeyValueCache, RotaryTable
+from megapipe.models.gpt.config import GPTConfig
+from megapipe.models.gpt.context import Context
 from megapipe.stage import StageBuild
 from megapipe.tensor_parallel.collectives import own_sequence_slice
 from megapipe.tensor_parallel.embedding import VocabParallelEmbedding

@@ -14,11 +14,11 @@ from megapipe.distributed.mesh import Axis
 from megapipe.errors import CheckpointError, ConfigError
 from megapipe.kernel_choice import KernelChoice
 from megapipe.layout.parameters import shard_of
-from megapipe.models.attention import KeyValueCache
 from megapipe.models.families import FAMILIES
-from megapipe.models.gpt import GPTStage
-from megapipe.models.gpt_config import GPTConfig
-from megapipe.models.parameters import parameter_table
+from megapipe.models.gpt.attention import KeyValueCache
+from megapipe.models.gpt.config import GPTConfig
+from megapipe.models.gpt.model import GPTStage
+from megapipe.models.gpt.parameters import parameter_table
 from megapipe.stage import StageBuild
 from megapipe.tensor_parallel.parameter import StageParameters, sharded_parameters
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
