@@ -22,7 +22,7 @@ def layout_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Pr
 
 
 def _stage_problems(model: ModelConfig, parallel: ParallelConfig) -> Iterator[Problem]:
-    stages = parallel.pipeline * parallel.virtual
+    stages = parallel.stages
     product = f"parallel.pipeline {parallel.pipeline} * parallel.virtual {parallel.virtual}"
     given = parallel.layers_per_stage
     if stages > model.num_layers:

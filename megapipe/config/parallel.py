@@ -105,3 +105,8 @@ class ParallelConfig(Section):
         description="Layers of each of the pipeline * virtual stages, first to last. "
         "Default: balanced by cost, embedding and output counted.",
     )
+
+    @property
+    def stages(self) -> int:
+        """Stages of the whole pipeline."""
+        return self.pipeline * self.virtual

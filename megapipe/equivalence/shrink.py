@@ -4,7 +4,6 @@ from megapipe.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from megapipe.config.axes import FOLLOWS_WORLD_SIZE, Splits, given_sizes
 from megapipe.layout.axes import Axes
 from megapipe.layout.layout import microbatches
-from megapipe.layout.program import stage_count
 
 MAX_RANKS = 8
 SEQUENCE = 32
@@ -81,7 +80,7 @@ def _shrink_parallel(config: Config, axes: Axes) -> ParallelConfig:
 
 
 def _shrink_model(config: Config, parallel: ParallelConfig) -> ModelConfig:
-    stages, old_stages = stage_count(parallel), stage_count(config.parallel)
+    stages, old_stages = parallel.stages, config.parallel.stages
     layers = max(2, stages)
     if config.model.num_layers % old_stages != 0 or config.parallel.layers_per_stage is not None:
         layers = stages + 1
@@ -107,7 +106,7 @@ def _shrink_layers_per_stage(
 ) -> ParallelConfig:
     """Keep the pattern of an explicit split: the smallest stages get one layer, others two."""
     old = config.parallel.layers_per_stage
-    stages = stage_count(parallel)
+    stages = parallel.stages
     if old is None or len(old) != stages:
         return parallel
     extra = model.num_layers - stages

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from megapipe.config import Config, ParallelConfig
+from megapipe.config import Config
 from megapipe.config.parallel import parse_memory
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule import SCHEDULES, Program, build_program, lower, validate
@@ -91,11 +91,6 @@ def byte_limit(config: Config) -> Memory | None:
     most = parse_memory(text)
     assert most is not None, "the config was checked"
     return Memory(most, text)
-
-
-def stage_count(parallel: ParallelConfig) -> int:
-    """Stages of the whole pipeline."""
-    return parallel.pipeline * parallel.virtual
 
 
 def looped(config: Config) -> Config:

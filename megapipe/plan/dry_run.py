@@ -14,7 +14,6 @@ from megapipe.layout.estimates import (
 from megapipe.layout.family import ModelFamily
 from megapipe.layout.layout import Layout, Stage, microbatches
 from megapipe.layout.parameters import padded_rows
-from megapipe.layout.program import stage_count
 from megapipe.layout.world import resolve_axes, with_axes
 from megapipe.plan.program import plan_layout
 from megapipe.scratch import scratch_directory
@@ -50,7 +49,7 @@ def layout_lines(config: Config, axes: Axes) -> Iterator[str]:
     sizes = " * ".join(f"{name} {size}" for name, size in axes.sizes.items())
     yield f"Layout: {_count(axes.world_size, 'rank')} = {sizes}"
     yield (
-        f"Schedule: {config.parallel.schedule}, {_count(stage_count(config.parallel), 'stage')}, "
+        f"Schedule: {config.parallel.schedule}, {_count(config.parallel.stages, 'stage')}, "
         f"{_count(microbatches(config, axes), 'microbatch')} of "
         f"{_count(config.train.micro_batch_size, 'sequence')} per replica and step"
     )

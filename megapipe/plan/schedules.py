@@ -20,7 +20,6 @@ from megapipe.layout.axes import Axes
 from megapipe.layout.estimates import activation_bytes, peak_bytes
 from megapipe.layout.family import ModelFamily
 from megapipe.layout.layout import microbatches
-from megapipe.layout.program import stage_count
 from megapipe.layout.world import resolve_axes, with_axes
 from megapipe.pipeline.picture import Panel, draw, save
 from megapipe.pipeline.schedule import SCHEDULES, Costs, Kind, Timeline, critical_path, simulate
@@ -178,11 +177,11 @@ def _times(
     if work is not None:
         costs = Costs(*(part / config.parallel.virtual for part in work))
         return EstimatedTimes(costs, "units of --costs", "{:.4g} units".format, "from --costs")
-    file, stages = own.parallel.stage_costs, stage_count(config.parallel)
-    if file is not None and stages != stage_count(own.parallel):
+    file, stages = own.parallel.stage_costs, config.parallel.stages
+    if file is not None and stages != own.parallel.stages:
         raise ScheduleError(
             f'parallel.stage_costs = "{file}" has the times of '
-            f"{stage_count(own.parallel)} stages, and {config.parallel.schedule} has {stages}: "
+            f"{own.parallel.stages} stages, and {config.parallel.schedule} has {stages}: "
             "compare it with --costs F,I,W, or with --parallel.stage_costs none."
         )
     costed = config.parallel.model_copy(update={"stage_costs": file})
