@@ -53,7 +53,7 @@ class StageBuild:
         """Weights `NAME.weight` in one matmul, with the biases `NAME.bias` where there are any."""
         return ColumnParallelLinear(
             self.parameters.get(*(f"{name}.weight" for name in names)),
-            self.parameters.find(*(f"{name}.bias" for name in names)),
+            self.parameters.optional(*(f"{name}.bias" for name in names)),
             tensor=self.tensor,
             sequence_parallel=self.sequence_parallel,
             store=self.store,
@@ -63,7 +63,7 @@ class StageBuild:
         """The weight `NAME.weight`, with the bias `NAME.bias` where there is one."""
         return RowParallelLinear(
             self.parameters.get(f"{name}.weight"),
-            self.parameters.find(f"{name}.bias"),
+            self.parameters.optional(f"{name}.bias"),
             tensor=self.tensor,
             sequence_parallel=self.sequence_parallel,
             store=self.store,

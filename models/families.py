@@ -1,7 +1,7 @@
 """All model families, found by looking for them.
 
-A family is a folder beside this file, or a file named `..._family.py`, whose `FAMILY` says what it
-brings. A new one is a new value of `model.family`; nothing else has to know it.
+A family is a folder beside this file, whose `FAMILY` says what it brings. A new one is a new value
+of `model.family`; nothing else has to know it.
 """
 
 from importlib import import_module

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Self
 
-from pydantic import Field, PrivateAttr, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 
 from megapipe.config import checks
 from megapipe.config.checkpoint import CheckpointConfig
@@ -16,7 +16,6 @@ from megapipe.config.problems import show
 from megapipe.config.section import Section
 from megapipe.config.train import TrainConfig
 from megapipe.errors import ConfigError
-from megapipe.pipeline.schedule.stored import StoredProgram
 
 
 class Config(Section):
@@ -42,21 +41,6 @@ class Config(Section):
     logging: LoggingConfig = Field(
         default=LoggingConfig(), description="Console, Weights & Biases, TensorBoard."
     )
-
-    _stored_program: StoredProgram | None = PrivateAttr(default=None)
-
-    @property
-    def stored_program(self) -> StoredProgram | None:
-        """The program of parallel.schedule_file or of the run directory, where it has been read.
-
-        It is no key and not written anywhere; see `megapipe.pipeline.program`."""
-        return self._stored_program
-
-    def carrying(self, program: StoredProgram) -> Self:
-        """A copy that has this as its `stored_program`, and whose copies have it too."""
-        copy = self.model_copy()
-        copy._stored_program = program
-        return copy
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:

@@ -32,7 +32,7 @@ def stage_costs(layout: Layout) -> Costs:
     )
 
 
-def activation_bytes(layout: Layout, stage: Stage) -> int:
+def stage_activation_bytes(layout: Layout, stage: Stage) -> int:
     """What one microbatch leaves at a stage from its forward to its backward, on a tensor rank."""
     return sum(layout.costs[place].activation_bytes for place in stage.places)
 

@@ -123,7 +123,7 @@ class ParameterShard:
 
 
 @dataclass(frozen=True)
-class Block:
+class SplitPart:
     """The part of a dimension that one tensor rank holds, and the ranks that hold the same."""
 
     start: int
@@ -132,18 +132,18 @@ class Block:
     copies: tuple[int, ...]
 
 
-def block(split: Split, length: int, rank: int, ranks: int) -> Block:
-    """The block of a dimension of `length` that `rank` of `ranks` holds."""
+def split_part(split: Split, length: int, rank: int, ranks: int) -> SplitPart:
+    """The part of a dimension of `length` that `rank` of `ranks` holds."""
     if split.pad_to is not None:
         rows = padded_rows(length, ranks, split.pad_to)
         start = min(rows * rank, length)
         held = min(rows, length - start)
-        return Block(start, held, rows - held, (rank,))
+        return SplitPart(start, held, rows - held, (rank,))
     units = split.units or length
     width, count = length // units, max(1, units // ranks)
     copies = max(1, ranks // units)
     first = rank // copies * copies
-    return Block(
+    return SplitPart(
         start=rank * units // ranks * width,
         length=count * width,
         padding=0,
@@ -174,7 +174,7 @@ def shard_of(
     sharing = tuple(range(tensor_size))  # tensor ranks that hold the same rectangle
     partial = spec.partial == "always" or (spec.partial == "sequence" and sequence_parallel)
     if spec.split is not None:
-        held = block(spec.split, spec.shape[spec.split.dim], tensor_rank, tensor_size)
+        held = split_part(spec.split, spec.shape[spec.split.dim], tensor_rank, tensor_size)
         start[spec.split.dim], shape[spec.split.dim] = held.start, held.length
         padding, sharing, partial = held.padding, held.copies, True
     sum_over: SumGroup = ()

@@ -93,7 +93,7 @@ def byte_limit(config: Config) -> Memory | None:
     return Memory(most, text)
 
 
-def looped(config: Config) -> Config:
+def looped_config(config: Config) -> Config:
     """The same stages, placed in a loop, under a schedule that needs no file and has no limit."""
     name = "1f1b" if config.parallel.virtual == 1 else "interleaved-1f1b"
     update = {"schedule": name, "schedule_file": None, "activation_limit": None}

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from megapipe.config import Config
 from megapipe.layout.axes import Axes
-from megapipe.layout.estimates import activation_bytes, stage_costs
+from megapipe.layout.estimates import stage_activation_bytes, stage_costs
 from megapipe.layout.family import ModelFamily
 from megapipe.layout.layout import Layout, resolve
-from megapipe.layout.program import PROGRAM_FILE, byte_limit, looped, microbatch_limit
+from megapipe.layout.program import PROGRAM_FILE, byte_limit, looped_config, microbatch_limit
 from megapipe.layout.world import resolve_axes
 from megapipe.pipeline.costs import read_costs
 from megapipe.pipeline.schedule import Costs, to_csv
@@ -36,7 +36,7 @@ class EstimatedTimes(NamedTuple):
 
 def estimated_times(config: Config, axes: Axes, family: ModelFamily) -> EstimatedTimes:
     """Those of parallel.stage_costs, or else by arithmetic."""
-    layout, file = resolve(looped(config), axes, family), config.parallel.stage_costs
+    layout, file = resolve(looped_config(config), axes, family), config.parallel.stage_costs
     if file is None:
         return EstimatedTimes(stage_costs(layout), FLOPS_UNIT, forwards, "estimated by FLOPs")
     costs = read_costs(file, len(layout.stages), layout.boundary_bytes)
@@ -103,7 +103,7 @@ def _estimated_search(config: Config, axes: Axes, family: ModelFamily, costs: Co
     """What `auto` would choose. Raises ScheduleError for a limit that nothing keeps."""
     limit = _estimated_byte_limit(config, axes, family) or microbatch_limit(config)
     assert limit is not None, "auto always has a limit"
-    layout = resolve(looped(config), axes, family)
+    layout = resolve(looped_config(config), axes, family)
     parallel = config.parallel
     return search(parallel.pipeline, parallel.virtual, layout.microbatches, costs, limit)
 
@@ -113,5 +113,7 @@ def _estimated_byte_limit(config: Config, axes: Axes, family: ModelFamily) -> Li
     most = byte_limit(config)
     if most is None:
         return None
-    layout = resolve(looped(config), axes, family)
-    return Limit.in_bytes(most, [float(activation_bytes(layout, one)) for one in layout.stages])
+    layout = resolve(looped_config(config), axes, family)
+    return Limit.in_bytes(
+        most, [float(stage_activation_bytes(layout, one)) for one in layout.stages]
+    )

@@ -17,7 +17,7 @@ from rich.table import Table
 from megapipe.config import Config
 from megapipe.errors import ConfigError, ScheduleError, UsageError
 from megapipe.layout.axes import Axes
-from megapipe.layout.estimates import activation_bytes, peak_bytes
+from megapipe.layout.estimates import peak_bytes, stage_activation_bytes
 from megapipe.layout.family import ModelFamily
 from megapipe.layout.layout import microbatches
 from megapipe.layout.world import resolve_axes, with_axes
@@ -195,7 +195,7 @@ def make_plan(config: Config, axes: Axes, family: ModelFamily, times: EstimatedT
         layout, found = plan_layout(config, axes, family, folder, times)
     timeline = simulate(layout.program.compute, times.costs)
     sent = _tensors_sent(layout.placement, axes.size("pipeline"))
-    held = [activation_bytes(layout, stage) for stage in layout.stages]
+    held = [stage_activation_bytes(layout, stage) for stage in layout.stages]
     return Plan(
         config=config,
         axes=axes,

@@ -81,7 +81,7 @@ class StageParameters:
             self.made |= dict.fromkeys(names, parameter)
         return self.made[names[0]]
 
-    def find(self, *names: str) -> ShardedParameter | None:
+    def optional(self, *names: str) -> ShardedParameter | None:
         """As `get`; None where the model has no such parameters (biases)."""
         return self.get(*names) if names[0] in self._shards else None
 

@@ -25,7 +25,7 @@ from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import MegapipeError, ScheduleError
 from megapipe.layout.family import ModelFamily
 from megapipe.layout.layout import Layout, resolve
-from megapipe.layout.program import PROGRAM_FILE, byte_limit, looped, microbatch_limit
+from megapipe.layout.program import PROGRAM_FILE, byte_limit, looped_config, microbatch_limit
 from megapipe.microbatch import MicroBatch
 from megapipe.pipeline.costs import read_costs
 from megapipe.pipeline.measure import activation_bytes, measure_latency, measure_stages
@@ -86,7 +86,7 @@ def settle_layout(
                 "is searched for anew"
             )
             return settled
-    measured = resolve(looped(config), mesh.axes, family)
+    measured = resolve(looped_config(config), mesh.axes, family)
     costs, sizes = _costs(config, measured, mesh, channels)
     lines = ranks.from_first(lambda: _choose(config, measured.microbatches, costs, sizes, file))
     for line in lines:

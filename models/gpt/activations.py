@@ -3,7 +3,7 @@
 Counted is what the layers of `model.py` save for the backward pass: inputs of matrix products,
 norms and activations, query, key, value and output of attention, exponentials over the vocabulary.
 The Triton kernels save less, and are counted where the config would choose them, train.device =
-"auto" being taken for a GPU. `tests/models/test_activations.py` compares all with what autograd
+"auto" being taken for a GPU. `tests/models/gpt/test_activations.py` compares all with what autograd
 holds. With torch on CPUs the output of attention is there twice, in two orders. Memory that is
 freed within an action (and the layer that full recompute computes again at a time) comes on top.
 """

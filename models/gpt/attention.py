@@ -44,8 +44,8 @@ class Attention(nn.Module):
         self.kv_heads = local_kv_heads(model, build.tensor.size)
         self.qkv = build.column_linear(f"{name}.q", f"{name}.k", f"{name}.v")
         self.output = build.row_linear(f"{name}.output")
-        self.q_norm = build.parameters.find(f"{name}.q_norm.weight")
-        self.k_norm = build.parameters.find(f"{name}.k_norm.weight")
+        self.q_norm = build.parameters.optional(f"{name}.q_norm.weight")
+        self.k_norm = build.parameters.optional(f"{name}.k_norm.weight")
         self.norm_epsilon = model.norm_epsilon
         self.window = model.sliding_window
         self.choice = build.kernels

@@ -41,7 +41,7 @@ class Norm(nn.Module):
     def __init__(self, name: str, model: GPTConfig, build: StageBuild) -> None:
         super().__init__()
         self.weight = build.parameters.get(f"{name}.weight")
-        self.bias = build.parameters.find(f"{name}.bias")
+        self.bias = build.parameters.optional(f"{name}.bias")
         self.epsilon = model.norm_epsilon
         self.backend = build.kernels.kernels
 
@@ -145,7 +145,7 @@ class Embedding(nn.Module):
             tensor=build.tensor,
             sequence_parallel=build.sequence_parallel,
         )
-        self.positions = build.parameters.find("position_embedding.weight")
+        self.positions = build.parameters.optional("position_embedding.weight")
         self.dropout = Dropout("embedding.dropout", model, build)
         self.build = build
 

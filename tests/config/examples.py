@@ -44,6 +44,11 @@ class Family:
     presets: Mapping[str, Preset]
 
 
+def preset_text(preset: str) -> str:
+    """The same config of another shape."""
+    return f'[model]\npreset = "{preset}"\n\n' + TEXT[TEXT.index("[parallel]") :]
+
+
 def write(directory: Path, text: str = TEXT) -> Path:
     """The text as a file named run.toml."""
     path = directory / "run.toml"

@@ -37,13 +37,11 @@ FAMILY = Family()
 
 def test_a_folder_is_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "house_of_models"
-    for folder in (package, package / "convolution"):
-        folder.mkdir()
-        (folder / "__init__.py").touch()
-    (package / "convolution" / "__init__.py").write_text(CONVOLUTION)
-    (package / "attention.py").write_text("raise AssertionError('this is no family')")
     gpt = "from megapipe.models.gpt.family import FAMILY\n"
-    (package / "gpt_family.py").write_text(gpt)
+    for folder, text in (("", ""), ("convolution", CONVOLUTION), ("gpt", gpt)):
+        (package / folder).mkdir()
+        (package / folder / "__init__.py").write_text(text)
+    (package / "attention.py").write_text("raise AssertionError('this is no family')")
     monkeypatch.syspath_prepend(tmp_path)
     families = find_families("house_of_models", package)
     assert list(families) == ["gpt", "convolution"], "the default one is first"

@@ -1,39 +1,42 @@
-"""The rules of the command line, read off the source: how long its files are, and who uses the
-benches."""
+"""tools/ is the command line and nothing else: how many lines it has, and who uses the benches."""
 
+import ast
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from tests.house import imports
+from tests.structure.imports import imports
+from tests.structure.modules import parsed
 
-LONGEST = 120
-"""Lines of a command's file: it parses, calls one function and prints."""
-BENCHES = "megapipe.tools.bench"
-
-
-def command_lines(root: Path) -> dict[str, int]:
-    """The files of `tools/` and their lines, without the benches."""
-    return {
-        path.name: len(path.read_text(encoding="utf-8").splitlines())
-        for path in sorted((root / "tools").glob("*.py"))
-    }
+BENCHES = "tools/bench/"
+MOST_LINES_OF_A_COMMAND = 120
+MOST_LINES = 1500
 
 
-def too_long(root: Path, allowed: Collection[str]) -> list[str]:
-    """Files above the limit, and entries of `allowed` that no longer need to be there."""
-    lines = command_lines(root)
-    long = [name for name, count in lines.items() if count > LONGEST]
-    return [
-        *(f"tools/{name} has {lines[name]} lines" for name in long if name not in allowed),
-        *(f"{name} needs no exception" for name in allowed if name not in long),
-    ]
+def violations(root: Path) -> list[str]:
+    """Each command that is too long, and tools/ without benches if that is.
+
+    A command is a file with a function `run` at its top level.
+    """
+    total, found = 0, []
+    for file, tree in parsed(root):
+        if not file.startswith("tools/") or file.startswith(BENCHES):
+            continue
+        lines = len((root / file).read_text(encoding="utf-8").splitlines())
+        total += lines
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        if "run" in functions and lines > MOST_LINES_OF_A_COMMAND:
+            found.append(f"{file}: more than {MOST_LINES_OF_A_COMMAND} lines")
+    if total > MOST_LINES:
+        found.append(f"tools/: more than {MOST_LINES} lines")
+    return found
 
 
 def uses_of_benches(root: Path, allowed: Collection[str]) -> Iterator[str]:
     """Tests outside `allowed` that import a bench: what they share belongs to the package."""
+    benches = "megapipe.tools.bench"
     for path in sorted((root / "tests").rglob("*.py")):
         name = path.relative_to(root).as_posix()
         module = name.removesuffix(".py").replace("/", ".")
-        found = [one for one in imports(module, path) if f"{one}.".startswith(f"{BENCHES}.")]
+        found = [one for one in imports(module, path) if f"{one}.".startswith(f"{benches}.")]
         if found and name not in allowed:
             yield f"{name} imports {min(found)}"

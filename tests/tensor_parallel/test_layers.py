@@ -1,6 +1,6 @@
 """Layers cut over ranks compute what the whole layer computes: outputs, input and weight gradients.
 
-Each rank holds its pieces of global weights that are a function of their names, and every piece's
+Each rank holds its shards of global weights that are a function of their names, and every shard's
 gradient is compared with that rectangle of the whole gradient.
 """
 
@@ -11,19 +11,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megapipe.distributed.mesh import Axis, build_mesh
-from megapipe.layout.axes import Axes
+from megapipe.distributed.mesh import Axis
+from megapipe.layout.parameters import (
+    Init,
+    ParameterShard,
+    ParameterSpec,
+    Split,
+    padded_rows,
+)
+from megapipe.parameter_role import Role
 from megapipe.tensor_parallel.collectives import all_reduce_, own_sequence_slice
 from megapipe.tensor_parallel.embedding import VocabParallelEmbedding
 from megapipe.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megapipe.tensor_parallel.loss import vocab_parallel_cross_entropy
-from megapipe.tensor_parallel.parameter import Piece, sharded_parameters
-from megapipe.tensor_parallel.vocabulary import VOCABULARY_MULTIPLE, vocabulary_rows
+from megapipe.tensor_parallel.parameter import sharded_parameters
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 from tests.ranks import run_ranks
+from tests.tensor_parallel.samples import (
+    FLOAT64,
+    MULTIPLE,
+    matrix,
+    parameters_of,
+    tensor_axis,
+    vocabulary,
+)
 
 S, B, H, OUT = 8, 2, 12, 16
-CPU, FLOAT64 = torch.device("cpu"), torch.float64
 
 
 def values(name: str, shape: Sequence[int]) -> Tensor:
@@ -32,80 +45,83 @@ def values(name: str, shape: Sequence[int]) -> Tensor:
     return torch.randn(*shape, dtype=FLOAT64, generator=generator)
 
 
-def tensor_axis(size: int) -> Axis:
-    return build_mesh(Axes.of(pipeline=1, data=1, tensor=size), CPU).tensor
-
-
 def prepare(module: nn.Module) -> None:
-    """Global values into every piece, and a gradient buffer behind every parameter."""
+    """Global values into every shard, and a gradient buffer behind every parameter."""
     for parameter in sharded_parameters(module):
         parameter.attach_main_grad(torch.zeros_like(parameter))
-        for piece in parameter.shards:
-            whole = values(piece.name, piece.global_shape)
-            piece.view(parameter.data).copy_(whole[cut(piece)])
+        for shard in parameter.shards:
+            whole = values(shard.name, shard.global_shape)
+            shard.view(parameter.data).copy_(whole[cut(shard)])
 
 
-def cut(piece: Piece) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(piece.start, piece.shape, strict=True))
+def cut(shard: ParameterShard) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(shard.start, shard.shape, strict=True))
 
 
-def check_gradients(module: nn.Module, expected: dict[str, Tensor]) -> None:
+def check_gradients(module: nn.Module, tensor: Axis, expected: dict[str, Tensor]) -> None:
+    """Of all shards; those whose gradients are partial are summed over the whole axis."""
+    checked = []
     for parameter in sharded_parameters(module):
         assert parameter.grad is None
-        for piece in parameter.shards:
-            found = piece.view(parameter.main_grad)
-            if piece.sum_over is not None:
-                found = all_reduce_(found.contiguous(), piece.sum_over)
-            torch.testing.assert_close(found, expected[piece.name][cut(piece)])
+        for shard in parameter.shards:
+            found = shard.view(parameter.main_grad)
+            if shard.sum_over is not None:
+                assert shard.sum_over == (("tensor", tuple(range(tensor.size))),)
+                found = all_reduce_(found.contiguous(), tensor)
+            torch.testing.assert_close(found, expected[shard.name][cut(shard)])
+            checked.append(shard.name)
+    assert sorted(checked) == sorted(expected)
 
 
 def leaf(name: str, shape: Sequence[int]) -> Tensor:
     return values(name, shape).requires_grad_()
 
 
+def bias(name: str, length: int, split: Split | None) -> ParameterSpec:
+    """Where it is whole, ranks under sequence parallelism have parts of its gradient."""
+    partial = "sequence" if split is None else "never"
+    return ParameterSpec(name, (length,), (0,), Init("zeros"), Role.BIAS, split, partial)
+
+
+TABLE = (
+    matrix("a.weight", OUT, H),
+    matrix("b.weight", OUT, H),
+    bias("a.bias", OUT, Split(0)),
+    bias("b.bias", OUT, Split(0)),
+    matrix("row.weight", H, OUT, dim=1),
+    bias("row.bias", H, None),
+)
+
+
 def _linear_pair(size: int, sequence_parallel: bool, deferred: bool) -> None:
     """column(x) -> relu -> row: as in a feed-forward block, two weights stacked in the first."""
     tensor, store = tensor_axis(size), WeightGradStore()
-    rows = OUT // size
-    pieces = [
-        Piece(f"{which}.weight", (OUT, H), (rows * tensor.rank, 0), (rows, H)) for which in "ab"
-    ]
+    own_parameters = parameters_of(TABLE, tensor, sequence_parallel=sequence_parallel)
     column = ColumnParallelLinear(
-        H,
-        pieces,
-        bias=True,
+        own_parameters.get("a.weight", "b.weight"),
+        own_parameters.get("a.bias", "b.bias"),
         tensor=tensor,
         sequence_parallel=sequence_parallel,
         store=store,
-        dtype=FLOAT64,
-        device=CPU,
     )
     row = RowParallelLinear(
-        OUT,
-        H,
-        "row.weight",
-        bias=True,
+        own_parameters.get("row.weight"),
+        own_parameters.get("row.bias"),
         tensor=tensor,
         sequence_parallel=sequence_parallel,
         store=store,
-        dtype=FLOAT64,
-        device=CPU,
     )
     module = nn.ModuleList([column, row])
     prepare(module)
 
     # The whole computation.
-    names = {"a.weight": (OUT, H), "b.weight": (OUT, H), "a.bias": (OUT,), "b.bias": (OUT,)}
-    weights = {name: leaf(name, shape) for name, shape in names.items()}
-    weights |= {"row.weight": leaf("row.weight", (H, OUT)), "row.bias": leaf("row.bias", (H,))}
+    weights = {spec.name: leaf(spec.name, spec.shape) for spec in TABLE}
     x = leaf("x", (S, B, H))
     a = F.linear(x, weights["a.weight"], weights["a.bias"])
     b = F.linear(x, weights["b.weight"], weights["b.bias"])
     y = F.linear(a.relu() * b, weights["row.weight"], weights["row.bias"])
     grad = values("grad", y.shape)
-    expected = dict(
-        zip(["x", *weights], torch.autograd.grad(y, [x, *weights.values()], grad), strict=True)
-    )
+    grad_x, *grads = torch.autograd.grad(y, [x, *weights.values()], grad)
 
     # The rank's part of it.
     own = (lambda t: own_sequence_slice(t, tensor)) if sequence_parallel else (lambda t: t)
@@ -123,8 +139,8 @@ def _linear_pair(size: int, sequence_parallel: bool, deferred: bool) -> None:
     else:
         own_y.backward(own(grad))
     assert own_x.grad is not None
-    torch.testing.assert_close(own_x.grad, own(expected["x"]))
-    check_gradients(module, expected)
+    torch.testing.assert_close(own_x.grad, own(grad_x))
+    check_gradients(module, tensor, dict(zip(weights, grads, strict=True)))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -136,30 +152,24 @@ def test_column_and_row_parallel_linear(size: int, sequence_parallel: bool, defe
 
 def _embedding(size: int, sequence_parallel: bool, vocab_size: int) -> None:
     tensor = tensor_axis(size)
-    layer = VocabParallelEmbedding(
-        "embedding",
-        vocab_size,
-        H,
-        tensor=tensor,
-        sequence_parallel=sequence_parallel,
-        dtype=FLOAT64,
-        device=CPU,
-    )
+    weight = parameters_of([vocabulary("embedding", vocab_size, H)], tensor).get("embedding")
+    layer = VocabParallelEmbedding(weight, tensor=tensor, sequence_parallel=sequence_parallel)
     prepare(layer)
     tokens = torch.arange(B * S).view(B, S) * 7 % vocab_size
     tokens[0, :3] = vocab_size - 1  # the last row, and one that is read more than once
-    weight = leaf("embedding", (vocab_size, H))
-    x = F.embedding(tokens.t(), weight)
+    whole = leaf("embedding", (vocab_size, H))
+    x = F.embedding(tokens.t(), whole)
     grad = values("grad", x.shape)
-    (expected,) = torch.autograd.grad(x, weight, grad)
+    (expected,) = torch.autograd.grad(x, whole, grad)
 
     own = (lambda t: own_sequence_slice(t, tensor)) if sequence_parallel else (lambda t: t)
     own_x = layer(tokens)
     torch.testing.assert_close(own_x, own(x.detach()))
     own_x.backward(own(grad))
-    check_gradients(layer, {"embedding": expected})
-    (piece,) = layer.weight.shards
-    assert not layer.weight.main_grad[piece.shape[0] :].any(), "padding has no gradient"
+    check_gradients(layer, tensor, {"embedding": expected})
+    (shard,) = weight.shards
+    assert weight.shape[0] == shard.shape[0] + shard.padding
+    assert not weight.main_grad[shard.shape[0] :].any(), "padding has no gradient"
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -171,7 +181,7 @@ def test_vocab_parallel_embedding(size: int, sequence_parallel: bool, vocab_size
 
 def _loss(size: int, vocab_size: int) -> None:
     tensor = tensor_axis(size)
-    rows = vocabulary_rows(vocab_size, size)
+    rows = padded_rows(vocab_size, size, MULTIPLE)
     whole = values("logits", (S, B, rows * size)) * 5
     targets = torch.arange(S * B).view(S, B) * 11 % vocab_size
     targets[3, 1] = -100
@@ -196,12 +206,3 @@ def _loss(size: int, vocab_size: int) -> None:
 @pytest.mark.parametrize("vocab_size", [256, 131, 5])
 def test_vocab_parallel_cross_entropy(size: int, vocab_size: int) -> None:
     run_ranks(_loss, size, size, vocab_size)
-
-
-def test_vocabulary_rows_are_padded_and_hold_the_vocabulary() -> None:
-    assert vocabulary_rows(50257, 1) == 50304
-    for vocab_size in (1, 64, 65, 50257):
-        for size in (1, 2, 3, 8):
-            rows = vocabulary_rows(vocab_size, size)
-            assert rows % VOCABULARY_MULTIPLE == 0
-            assert rows * size >= vocab_size

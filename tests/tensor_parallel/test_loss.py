@@ -8,10 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megapipe.distributed.mesh import Axis, build_mesh
-from megapipe.layout.axes import Axes
+from megapipe.distributed.mesh import Axis
 from megapipe.tensor_parallel.collectives import own_sequence_slice
-from megapipe.tensor_parallel.embedding import vocabulary_parameter
 from megapipe.tensor_parallel.linear import column_parallel_linear
 from megapipe.tensor_parallel.loss import (
     vocab_parallel_cross_entropy,
@@ -20,10 +18,10 @@ from megapipe.tensor_parallel.loss import (
 from megapipe.tensor_parallel.parameter import ShardedParameter
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 from tests.ranks import run_ranks
+from tests.tensor_parallel.samples import FLOAT64, parameters_of, tensor_axis, vocabulary
 
 S, B, H = 32, 2, 12
 Z_LOSS = 1e-2
-CPU, FLOAT64 = torch.device("cpu"), torch.float64
 
 
 class LargestTensor(TorchDispatchMode):
@@ -42,13 +40,12 @@ class LargestTensor(TorchDispatchMode):
 
 
 def weight_of(tensor: Axis, vocab_size: int) -> ShardedParameter:
-    weight = vocabulary_parameter(
-        "output.weight", vocab_size, H, tensor=tensor, dtype=FLOAT64, device=CPU
-    )
-    (piece,) = weight.shards
-    whole = torch.randn(piece.global_shape, generator=generator(1), dtype=FLOAT64)
-    start = piece.start[0]
-    piece.view(weight.data).copy_(whole[start : start + piece.shape[0]])
+    table = [vocabulary("output.weight", vocab_size, H)]
+    weight = parameters_of(table, tensor).get("output.weight")
+    (shard,) = weight.shards
+    whole = torch.randn(shard.global_shape, generator=generator(1), dtype=FLOAT64)
+    start = shard.start[0]
+    shard.view(weight.data).copy_(whole[start : start + shard.shape[0]])
     weight.attach_main_grad(torch.zeros_like(weight))
     return weight
 
@@ -65,7 +62,7 @@ def both_ways(size: int, vocab_size: int, sequence_parallel: bool) -> None:
 
 
 def compare(size: int, vocab_size: int, sequence_parallel: bool) -> None:
-    tensor = build_mesh(Axes.of(pipeline=1, data=1, tensor=size), CPU).tensor
+    tensor = tensor_axis(size)
     whole = torch.randn(S, B, H, generator=generator(2), dtype=FLOAT64)
     hidden = own_sequence_slice(whole, tensor) if sequence_parallel else whole
     targets = torch.randint(vocab_size, (S, B), generator=generator(3))

@@ -12,18 +12,19 @@ from megapipe import kernels
 from megapipe.data_parallel.buffer import build_buffers
 from megapipe.distributed.mesh import Axis
 from megapipe.kernel_choice import KernelChoice
+from megapipe.layout.parameters import shard_of
 from megapipe.microbatch import MicroBatch
 from megapipe.models.gpt.attention import KeyValueCache
 from megapipe.models.gpt.config import GPTConfig
 from megapipe.models.gpt.model import GPTStage
 from megapipe.models.gpt.parameters import parameter_table
 from megapipe.models.gpt.presets import PRESETS
-from megapipe.models.placement import Placement
 from megapipe.parameter_role import Role
-from megapipe.tensor_parallel.parameter import sharded_parameters
+from megapipe.stage import StageBuild
+from megapipe.tensor_parallel.parameter import StageParameters, sharded_parameters
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 
-FLOAT64 = torch.float64
+CPU, FLOAT64 = torch.device("cpu"), torch.float64
 LLAMA_NAMES = {
     "embedding": "model.embed_tokens",
     "final_norm": "model.norm",
@@ -52,28 +53,31 @@ GPT2_NAMES = {
 }
 
 
-def build(model: GPTConfig, weights: dict[str, Tensor], **fields: Any) -> GPTStage:
+def build(model: GPTConfig, weights: dict[str, Tensor], *, recompute: bool = False) -> GPTStage:
     """The whole model on one process, with given global weights, in float64."""
-    place = Placement(
+    shards = {
+        spec.name: shard_of(spec, tensor_rank=0, tensor_size=1, sequence_parallel=False)
+        for spec in parameter_table(model)
+    }
+    whole = StageBuild(
+        model=model,
+        layers=range(model.num_layers),
+        first=True,
+        last=True,
+        parameters=StageParameters(shards, dtype=FLOAT64, device=CPU),
         tensor=Axis("tensor"),
-        key_value_copies=Axis("key_value_copies"),
         sequence_parallel=False,
+        recompute=recompute,
         dtype=FLOAT64,
-        device=torch.device("cpu"),
+        device=CPU,
         seed=0,
         store=WeightGradStore(),
         kernels=KernelChoice("torch", "torch", "torch"),
-        **({"recompute": False} | fields),
     )
-
-
-def build(model: ModelConfig, weights: dict[str, Tensor], **fields: Any) -> GPTStage:
-    """The whole model on one process, with given global weights, in float64."""
-    place = placement(**fields)
-    stage = GPTStage(model, place, layers=range(model.num_layers), is_first=True, is_last=True)
+    stage = GPTStage(model, whole)
     for parameter in sharded_parameters(stage):
-        for piece in parameter.shards:
-            piece.view(parameter.data).copy_(weights[piece.name])
+        for shard in parameter.shards:
+            shard.view(parameter.data).copy_(weights[shard.name])
     build_buffers([stage], [Role], main_dtype=FLOAT64, replicas=1)
     return stage
 
@@ -139,8 +143,9 @@ def weights_of(theirs: torch.nn.Module, model: GPTConfig) -> dict[str, Tensor]:
     weights = {}
     for spec in parameter_table(model):
         prefix, _, kind = spec.name.rpartition(".")
-        part = prefix.removeprefix(f"layers.{spec.layer}.")
-        place = "" if spec.layer is None else f"{layers}.{spec.layer}."
+        layer = spec.places[0]
+        part = prefix.removeprefix(f"layers.{layer}.")
+        place = f"{layers}.{layer}." if isinstance(layer, int) else ""
         linear = gpt2 and part.startswith(("attention.", "mlp.")) and kind == "weight"
         if gpt2 and part in ("attention.q", "attention.k", "attention.v"):
             fused = state[f"{place}attn.c_attn.{kind}"]
@@ -152,27 +157,6 @@ def weights_of(theirs: torch.nn.Module, model: GPTConfig) -> dict[str, Tensor]:
 
 
 MICRO = ["gpt2-micro", "llama-micro", "mistral-micro", "qwen2-micro", "qwen3-micro"]
-
-
-@pytest.mark.parametrize("preset", MICRO)
-def test_parameters_have_the_roles_of_the_table(preset: str) -> None:
-    model = ModelConfig(**PRESETS[preset])
-    roles = {spec.name: spec.role for spec in parameter_table(model)}
-    half = model.num_layers // 2
-    first = GPTStage(model, placement(), layers=range(half), is_first=True, is_last=False)
-    last = GPTStage(
-        model, placement(), layers=range(half, model.num_layers), is_first=False, is_last=True
-    )
-    built = [
-        (piece.name, parameter.role)
-        for stage in (first, last)
-        for parameter in sharded_parameters(stage)
-        for piece in parameter.shards
-    ]
-    # Where the embedding is tied, the last stage has a copy of it.
-    assert len(built) == len(roles) + model.tie_embeddings
-    assert {name for name, _ in built} == set(roles)
-    assert [(name, role) for name, role in built if role != roles[name]] == []
 
 
 @pytest.mark.parametrize("preset", MICRO)
@@ -207,9 +191,9 @@ def loss_and_gradients(stage: GPTStage, batch: MicroBatch) -> tuple[Tensor, dict
     loss = stage(None, batch)
     loss.backward()
     return loss.detach(), {
-        piece.name: piece.view(parameter.main_grad).clone()
+        shard.name: shard.view(parameter.main_grad).clone()
         for parameter in sharded_parameters(stage)
-        for piece in parameter.shards
+        for shard in parameter.shards
     }
 
 

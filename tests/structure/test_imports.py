@@ -8,17 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.house import (
-    FOLDERS,
+from tests.structure.imports import (
     cycles,
-    find_modules,
     forbidden,
     heavy_imports,
     import_graph,
+    part_of,
+    read_floors,
     upward_edges,
 )
-
-ROOT = Path(__file__).parents[1]
+from tests.structure.modules import ROOT, find_modules, plant
 
 # --- The house as it stands ----------------------------------------------------------------------
 
@@ -27,7 +26,12 @@ def test_nothing_imports_upwards() -> None:
     graph = import_graph(ROOT)
     assert len(graph) > 80, "the walk finds the modules"
     assert {"megapipe.distributed.mesh", "megapipe.config"} <= graph["megapipe.train.engine"]
-    assert upward_edges(graph) == []
+    assert upward_edges(graph, read_floors(ROOT)) == []
+
+
+def test_every_part_of_the_design_page_is_there() -> None:
+    floors = read_floors(ROOT)
+    assert {part_of(name, floors) for name in find_modules(ROOT) if name != "megapipe"} == {*floors}
 
 
 def test_no_import_cycles() -> None:
@@ -88,16 +92,54 @@ def test_the_command_leaves_the_name_kernels_to_others(tmp_path: Path) -> None:
 # --- The rules themselves, on houses with a fault ------------------------------------------------
 
 
+PAGE = """\
+# Design
+
+| `tools` | not one of the floors |
+|---|---|
+
+### Floors
+
+Text with `names`.
+
+| parts | what |
+|---|---|
+| `kernels` | functions; used by `models` |
+| `errors` | |
+| `config`, `pipeline.schedule` | light |
+| `distributed` | |
+| `pipeline`, `data_parallel` | |
+| `train` | |
+| `models` | |
+| `tools` | |
+
+## Other
+
+| `attic` | is on no floor |
+"""
+
+
 def build(root: Path, files: Mapping[str, str]) -> Path:
-    """A small tree with the four folders and the files given."""
-    for folder in FOLDERS.values():
-        (root / folder).mkdir(parents=True)
-        (root / folder / "__init__.py").write_text("")
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return root
+    return plant(root, {"docs/design.md": PAGE, **files})
+
+
+def upward(root: Path) -> list[str]:
+    return upward_edges(import_graph(root), read_floors(root))
+
+
+def test_floors_are_read_from_the_design_page(tmp_path: Path) -> None:
+    floors = read_floors(build(tmp_path, {}))
+    assert floors["megapipe.kernels"] == 0
+    assert floors["megapipe.config"] == floors["megapipe.pipeline.schedule"] == 2
+    assert floors["megapipe.pipeline"] == 4
+    assert "megapipe.attic" not in floors
+    assert len(floors) == 10
+
+
+def test_a_page_without_floors_is_an_error(tmp_path: Path) -> None:
+    root = plant(tmp_path, {"docs/design.md": PAGE.replace("### Floors", "### Stairs")})
+    with pytest.raises(AssertionError, match="no table"):
+        read_floors(root)
 
 
 @pytest.mark.parametrize(
@@ -155,14 +197,14 @@ def test_upward_edges_are_found(tmp_path: Path, file: str, text: str, said: str)
         "models/gpt/model.py": "from megapipe.train import loop",
         "tools/cli.py": "from megapipe.models.gpt import loop\nfrom megapipe import __version__",
     }
-    assert upward_edges(import_graph(build(tmp_path / "sound", sound))) == []
-    assert upward_edges(import_graph(build(tmp_path / "bad", sound | {file: text}))) == [said]
+    assert upward(build(tmp_path / "sound", sound)) == []
+    assert upward(build(tmp_path / "bad", sound | {file: text})) == [said]
 
 
 def test_a_part_without_a_floor_is_an_error(tmp_path: Path) -> None:
     root = build(tmp_path, {"megapipe/attic.py": "import megapipe.tools"})
     with pytest.raises(AssertionError, match=r"megapipe\.attic stands on no floor"):
-        upward_edges(import_graph(root))
+        upward(root)
 
 
 def test_cycles_are_found(tmp_path: Path) -> None:

@@ -1,50 +1,19 @@
-"""The rules of the house, read off the source: who may import whom, and what nobody may use.
+"""Who may import whom, and what nobody may use, read off the source.
 
-Imports inside functions and under TYPE_CHECKING count too. tests/test_structure.py applies them.
+The floors stand in docs/design.md and nowhere else. Imports inside functions and under
+TYPE_CHECKING count too.
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-FOLDERS = {
-    "megapipe.kernels": "kernels",
-    "megapipe": "megapipe",
-    "megapipe.models": "models",
-    "megapipe.tools": "tools",
-}
-FLOORS = {
-    "megapipe.kernels": 0,  # and nothing above: kernels know only torch and triton
-    "megapipe.errors": 1,
-    "megapipe.amounts": 1,
-    "megapipe.pipeline.schedule": 2,
-    "megapipe.files": 2,
-    "megapipe.precision": 2,
-    "megapipe.stop_signals": 2,
-    "megapipe.parameter_role": 2,
-    "megapipe.scratch": 3,
-    "megapipe.config": 3,
-    "megapipe.kernel_choice": 4,
-    "megapipe.model_family": 4,
-    "megapipe.distributed": 4,
-    "megapipe.microbatch": 4,
-    "megapipe.transfer": 4,
-    "megapipe.tensor_parallel": 5,
-    "megapipe.pipeline": 6,
-    "megapipe.step_sums": 6,
-    "megapipe.data_parallel": 6,
-    "megapipe.checkpoint": 7,
-    "megapipe.data": 7,
-    "megapipe.train": 8,
-    "megapipe.models": 9,
-    "megapipe.tools": 10,
-    "megapipe.__main__": 11,
-}
-"""A module stands on the floor of the longest name here that leads to it. It imports from lower
-floors and from its own part, never from another part of its own floor. (The engine, below
-megapipe.models, is handed a function that builds a stage.)"""
+from tests.structure.modules import find_modules, syntax_tree
 
+PAGE = Path("docs/design.md")
+HEADING = "### Floors"
 GROUND = "megapipe"  # its __init__ holds the version and may be imported from everywhere
 LIGHT = {
     "megapipe": frozenset[str](),
@@ -63,24 +32,11 @@ LIGHT = {
 # --- Reading imports -----------------------------------------------------------------------------
 
 
-def find_modules(root: Path) -> dict[str, Path]:
-    """Every module by the name under which it is installed; links in megapipe/ lead to FOLDERS."""
-    modules = {}
-    for package, folder in FOLDERS.items():
-        for path in sorted((root / folder).rglob("*.py")):
-            parts = path.relative_to(root / folder).with_suffix("").parts
-            if (root / folder / parts[0]).is_symlink():
-                continue
-            names = parts[:-1] if parts[-1] == "__init__" else parts
-            modules[".".join((package, *names))] = path
-    return modules
-
-
 def imports(name: str, path: Path) -> set[str]:
     """Dotted names that a module imports, as far as the source says."""
     found: set[str] = set()
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+    for node in ast.walk(syntax_tree(path)):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -126,24 +82,36 @@ def _module_of(name: str, modules: Iterable[str]) -> str | None:
 # --- Rules ---------------------------------------------------------------------------------------
 
 
-def part_of(name: str) -> str:
+def read_floors(root: Path) -> dict[str, int]:
+    """part -> its floor, counted from the ground: the rows of the table under HEADING in PAGE."""
+    page = (root / PAGE).read_text(encoding="utf-8")
+    table = page.partition(f"\n{HEADING}\n")[2].partition("\n#")[0]
+    rows = re.findall(r"^\| (`[^|]*)\|", table, re.MULTILINE)
+    assert rows, f"{PAGE} has no table under {HEADING!r}"
+    return {
+        f"{GROUND}.{part}": floor
+        for floor, row in enumerate(rows)
+        for part in re.findall(r"`([^`]+)`", row)
+    }
+
+
+def part_of(name: str, floors: Mapping[str, int]) -> str:
     """The part of the house in which a module stands; AssertionError for one without a floor."""
     part = name
-    while part not in FLOORS:
-        assert "." in part, f"{name} stands on no floor: give its part one in FLOORS"
+    while part not in floors:
+        assert "." in part, f"{name} stands on no floor: give its part one in {PAGE}"
         part = part.rpartition(".")[0]
     return part
 
 
-def upward_edges(graph: Mapping[str, Iterable[str]]) -> list[str]:
+def upward_edges(graph: Mapping[str, Iterable[str]], floors: Mapping[str, int]) -> list[str]:
     """Imports that do not go down, one line each."""
+    parts = {name: part_of(name, floors) for name in graph if name != GROUND}
     return [
         f"{name} imports {target}"
-        for name, targets in graph.items()
-        for target in sorted(targets)
-        if target != GROUND
-        and part_of(name) != part_of(target)
-        and FLOORS[part_of(name)] <= FLOORS[part_of(target)]
+        for name, part in parts.items()
+        for target in sorted(graph[name])
+        if target != GROUND and part != parts[target] and floors[part] <= floors[parts[target]]
     ]
 
 
@@ -166,9 +134,9 @@ def cycles(graph: Mapping[str, Iterable[str]]) -> list[str]:
 
 def heavy_imports(root: Path) -> list[str]:
     """What the light parts import besides the standard library and what LIGHT allows them."""
-    found = []
+    found, floors = [], read_floors(root)
     for name, path in find_modules(root).items():
-        part = name if name == GROUND else part_of(name)
+        part = name if name == GROUND else part_of(name, floors)
         if part not in LIGHT:
             continue
         allowed = LIGHT[part] | sys.stdlib_module_names | {"megapipe"}

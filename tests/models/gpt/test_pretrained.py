@@ -10,8 +10,9 @@ from megapipe.checkpoint.load import open_checkpoint
 from megapipe.checkpoint.save import save_checkpoint
 from megapipe.config import dump_config, load_config
 from megapipe.errors import CheckpointError
-from megapipe.models import load_pretrained, pretrained
+from megapipe.models import load_pretrained
 from megapipe.models.families import FAMILIES
+from megapipe.models.gpt import pretrained
 from megapipe.models.gpt.pretrained import model_config
 from tests.config.convolution import BOTH
 from tests.config.examples import TEXT, write
