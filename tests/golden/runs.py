@@ -1,6 +1,6 @@
 """Tiny trainings whose results are kept, and what trains them.
 
-    python -m tests.golden.runs FOLDER        trains every case below FOLDER
+    python -m tests.golden.runs FOLDER [CASE ...]       trains every case, or those named, in FOLDER
 
 A case is a setting (the model and whatever else changes the loss) in a layout (which changes
 nothing). Text, tokenizer and config are written here from fixed rules and named by relative paths,
@@ -14,6 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch
 import json
 import shutil
 import sys
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,11 @@ from megapipe.tools.cli import main as megapipe
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
 CHECKPOINT = HERE / "checkpoint"
-"""Written in tensor 2, pipeline 2, virtual 2 after step SAVED_STEP of the setting "resumed"."""
+"""Written by RESUMED after step SAVED_STEP."""
 
 STEPS, SAVED_STEP = 4, 2
 EXACT = ("step", "tokens", "epoch", "skipped_rows")
 ROUNDED = ("loss", "grad_norm", "validation_loss", "learning_rate")
-TIMEOUT = 120
 
 
 # --- Settings ------------------------------------------------------------------------------------
@@ -140,6 +140,7 @@ LAYOUTS = {
     "pp2-zb-v": "pipeline=2 virtual=2 schedule=zb-v",
     "dp2": "data=2",
     "dp2-tp2": "data=2 tensor=2",
+    "dp2-pp2": "data=2 pipeline=2",
     "tp2-pp2-v2": "tensor=2 pipeline=2 virtual=2 schedule=interleaved-1f1b",
     "tp2-pp2-zb-h1": "tensor=2 pipeline=2 schedule=zb-h1 sequence_parallel=true",
 }
@@ -164,21 +165,23 @@ class Case:
         return [*(f"--parallel.{word}" for word in LAYOUTS[self.layout].split()), *self.more]
 
 
+RESUMED = Case("resumed", "tp2-pp2-v2")
+"""The run that wrote CHECKPOINT; all cases of its setting go on from there."""
 CASES = [
     Case("gpt2", "one"),
     Case("gpt2", "tp2-sp"),
     Case("gpt2", "pp2-v2"),
     Case("gpt2", "dp2"),
+    Case("gpt2", "dp2-pp2"),
+    Case("gpt2", "tp2-pp2-v2"),
     Case("llama", "one"),
     Case("llama", "dp2-tp2"),
     Case("documents", "tp2-sp", (RECOMPUTE,)),
     Case("documents", "pp2-zb-v"),
     Case("qwen", "tp2-pp2-zb-h1"),
     Case("resumed", "one"),
-    Case("resumed", "tp2-pp2-v2"),
+    RESUMED,
 ]
-RECORDED_IN = {"resumed": "tp2-pp2-v2"}
-"""Where a setting is not recorded in one process."""
 
 # --- Inputs --------------------------------------------------------------------------------------
 
@@ -251,6 +254,8 @@ def _become_command(folder: Path, words: list[str]) -> None:
         os.dup2(output, 2)
         status = megapipe(words)
         sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(status)
 
@@ -271,10 +276,12 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return [{name: row[name] for name in (*EXACT, *ROUNDED)} for row in logged]
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, *names: str) -> None:
     for case in CASES:
-        (resume if case.setting == "resumed" else train)(case, folder / str(case))
+        if names and str(case) not in names:
+            continue
+        (resume if case.setting == RESUMED.setting else train)(case, folder / str(case))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])
