@@ -23,6 +23,7 @@ FLOORS = {
     "megapipe.stop_signals": 2,
     "megapipe.scratch": 3,
     "megapipe.config": 3,
+    "megapipe.kernel_limits": 1,
     "megapipe.kernel_choice": 4,
     "megapipe.model_family": 4,
     "megapipe.distributed": 4,

@@ -20,7 +20,7 @@ class Gate(Section):
 
 
 class ConvolutionConfig(ModelConfig):
-    """Keys of every kind: required, derived, a table, one that may be absent, one that may change."""
+    """Keys of every kind: required, derived, a table, one that may be absent or change."""
 
     MAY_CHANGE: ClassVar[frozenset[str]] = ModelConfig.MAY_CHANGE | {"noise"}
 
