@@ -19,10 +19,6 @@ if TYPE_CHECKING:  # what is planned needs neither torch nor triton
 
     from megapipe.kernels import Backend, WeightGradBackend
 
-MAX_KERNEL_HIDDEN, MAX_KERNEL_HEAD_DIM = 16384, 256
-"""Of the Triton kernels; a test compares them with the kernels' own limits, which are not imported
-here because that takes torch."""
-
 
 @dataclass(frozen=True)
 class KernelChoice:

@@ -11,7 +11,8 @@ import triton
 
 from megapipe.config import Config, load_config
 from megapipe.errors import MegapipeError
-from megapipe.kernel_choice import MAX_KERNEL_HEAD_DIM, MAX_KERNEL_HIDDEN, Trials, choose_kernels
+from megapipe.kernel_choice import Trials, choose_kernels
+from megapipe.kernel_limits import MAX_KERNEL_HEAD_DIM, MAX_KERNEL_HIDDEN
 from megapipe.models.families import FAMILIES
 from tests.config.examples import write
 

@@ -6,7 +6,7 @@ from megapipe.config import ModelConfig
 from megapipe.models.families import FAMILIES
 from megapipe.tools import train
 from megapipe.tools.field_help import field_help
-from tests.config.test_family import BOTH
+from tests.config.convolution import BOTH
 
 
 def test_keys_of_another_family_follow_those_of_the_default_one(

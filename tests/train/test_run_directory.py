@@ -13,7 +13,8 @@ from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import CheckpointError, MegapipeError
 from megapipe.models.families import FAMILIES
 from megapipe.train.run_directory import RunLock, StartPlan, plan_start, write_config
-from tests.config.examples import write
+from tests.config.convolution import BOTH
+from tests.config.examples import TEXT, write
 from tests.ranks import run_ranks
 
 Make = Callable[..., Config]
@@ -161,6 +162,17 @@ def test_another_model_is_refused_with_the_difference(make: Make) -> None:
     assert "model.num_layers: 8 -> 6" in said
     assert "model.tie_embeddings: false -> true" in said
     assert "choose another train.run_dir" in said
+
+
+def test_a_model_of_another_family_is_refused(make: Make, tmp_path: Path) -> None:
+    begin(make(), 5)
+    text = '[model]\nfamily = "convolution"\npreset = "wide"\n' + TEXT[TEXT.index("[parallel]") :]
+    other = load_config(write(tmp_path, text), [f"--train.run_dir={tmp_path}/run"], BOTH)
+    with pytest.raises(CheckpointError, match=r'model\.family: "gpt" -> "convolution"\n'):
+        plan_start(other, BOTH)
+    lock_and_write(other)
+    with pytest.raises(CheckpointError, match=r'model\.family: "convolution" -> "gpt"\n'):
+        plan_start(make(), BOTH)
 
 
 def test_another_model_may_begin_where_nothing_was_saved(make: Make) -> None:
