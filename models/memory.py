@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from megapipe.config import Config
 from megapipe.models.partition import Stage, stage_parameters
-from megapipe.precision import PRECISIONS
+from megapipe.optim import ParameterGroup, parameter_groups
+from megapipe.precision import BYTES, PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,14 @@ class StateBytes:
         """All four."""
         return self.weights + self.gradients + self.master + self.moments
 
+    def __add__(self, other: "StateBytes") -> "StateBytes":
+        return StateBytes(
+            self.weights + other.weights,
+            self.gradients + other.gradients,
+            self.master + other.master,
+            self.moments + other.moments,
+        )
+
     def __mul__(self, parameters: int) -> "StateBytes":
         return StateBytes(
             self.weights * parameters,
@@ -35,25 +44,23 @@ class StateBytes:
         )
 
 
-MOMENTS = 2
-"""Values that AdamW keeps for each parameter."""
-
-
-def state_bytes(precision: str) -> StateBytes:
-    """Of one parameter, with this train.precision."""
+def state_bytes(precision: str, group: ParameterGroup) -> StateBytes:
+    """Of one parameter of an optimizer's group, with this train.precision."""
     dtypes = PRECISIONS[precision]
+    kept = [dtypes.main if one.dtype is None else one.dtype for one in group.state]
     return StateBytes(
         weights=dtypes.model_bytes,
         gradients=dtypes.main_bytes,
         master=dtypes.main_bytes if dtypes.has_master else 0,
-        moments=MOMENTS * dtypes.main_bytes,
+        moments=sum(BYTES[dtype] for dtype in kept),
     )
 
 
 def rank_states(config: Config, stages: Sequence[Stage]) -> list[StateBytes]:
     """What each pipeline rank holds, all of its stages together."""
-    per_parameter = state_bytes(config.train.precision)
-    counts = [0] * config.parallel.pipeline
-    for stage in stages:
-        counts[stage.rank] += stage_parameters(config, stage)
-    return [per_parameter * count for count in counts]
+    held = [StateBytes(0, 0, 0, 0)] * config.parallel.pipeline
+    for group in parameter_groups(config.optimizer):
+        per_parameter = state_bytes(config.train.precision, group)
+        for stage in stages:
+            held[stage.rank] += per_parameter * stage_parameters(config, stage, group.roles)
+    return held

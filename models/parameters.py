@@ -5,7 +5,7 @@ use its names, plans count with it. No torch: a trillion parameters are counted 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -173,8 +173,15 @@ def stage_table(
 
 
 def local_parameter_count(
-    model: ModelConfig, layers: range, *, tensor: int, first: bool, last: bool
+    model: ModelConfig,
+    layers: range,
+    *,
+    tensor: int,
+    first: bool,
+    last: bool,
+    roles: Collection[Role] = tuple(Role),
 ) -> int:
-    """Elements that one rank holds of a stage: see `stage_table` and `local_shape`."""
+    """Elements that one rank holds of a stage's parameters of these roles: see `stage_table` and
+    `local_shape`."""
     table = stage_table(model, layers, first=first, last=last)
-    return sum(math.prod(local_shape(spec, model, tensor)) for spec in table)
+    return sum(math.prod(local_shape(spec, model, tensor)) for spec in table if spec.role in roles)

@@ -1,5 +1,6 @@
 """Which layers lie on which pipeline stage, and which stage on which rank."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from megapipe.config import Config
@@ -9,6 +10,7 @@ from megapipe.models.flops import (
     output_flops_per_token,
 )
 from megapipe.models.parameters import local_parameter_count
+from megapipe.parameter_role import Role
 from megapipe.pipeline.program import stage_placement
 from megapipe.pipeline.schedule import balance
 
@@ -57,12 +59,14 @@ def stages(config: Config) -> list[Stage]:
     return placed
 
 
-def stage_parameters(config: Config, stage: Stage) -> int:
-    """Parameters of a stage on each of its tensor ranks, padding and copies included."""
+def stage_parameters(config: Config, stage: Stage, roles: Collection[Role] = tuple(Role)) -> int:
+    """Parameters of a stage on each of its tensor ranks that have one of the roles, padding and
+    copies included."""
     return local_parameter_count(
         config.model,
         stage.layers,
         tensor=config.parallel.tensor,
         first=stage.first,
         last=stage.last,
+        roles=roles,
     )

@@ -17,11 +17,13 @@ FOLDERS = {
 FLOORS = {
     "megapipe.kernels": 0,  # and nothing above: kernels know only torch and triton
     "megapipe.errors": 1,
+    "megapipe.parameter_role": 1,
+    "megapipe.section": 1,
+    "megapipe.optim": 2,
     "megapipe.pipeline.schedule": 2,
     "megapipe.files": 2,
     "megapipe.precision": 2,
     "megapipe.stop_signals": 2,
-    "megapipe.parameter_role": 2,
     "megapipe.scratch": 3,
     "megapipe.config": 3,
     "megapipe.kernel_choice": 4,
@@ -51,6 +53,7 @@ LIGHT = {
     "megapipe.stop_signals": frozenset[str](),
     "megapipe.parameter_role": frozenset[str](),
     "megapipe.scratch": frozenset[str](),
+    "megapipe.section": frozenset({"pydantic"}),
     "megapipe.config": frozenset({"pydantic", "pydantic_core", "annotated_types", "tomli_w"}),
     "megapipe.pipeline.schedule": frozenset[str](),
 }

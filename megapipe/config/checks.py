@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from megapipe.config.data import DataConfig
 from megapipe.config.logging import LoggingConfig, parse_steps, project_problem
 from megapipe.config.model import ModelConfig
-from megapipe.config.optimizer import OptimizerConfig
 from megapipe.config.parallel import ParallelConfig
 from megapipe.config.train import TrainConfig
+from megapipe.optim import OptimizerConfig
 from megapipe.pipeline.schedule import SCHEDULES
 
 MAX_KERNEL_HIDDEN, MAX_KERNEL_HEAD_DIM = 16384, 256

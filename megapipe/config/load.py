@@ -7,8 +7,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from megapipe.config.config import Config, contradiction, cross_problems
+from megapipe.config.optimizer import (
+    DEFAULT_OPTIMIZER,
+    AnyOptimizerConfig,
+    optimizer_type,
+    without_effect,
+)
 from megapipe.config.problems import nearest, section_problem, sentence, show
-from megapipe.config.section import Section
 from megapipe.config.source import (
     Source,
     apply_overrides,
@@ -19,17 +24,18 @@ from megapipe.config.source import (
 )
 from megapipe.errors import ConfigError
 from megapipe.files import shown
+from megapipe.section import Section
 
 Presets = Mapping[str, Mapping[str, object]]
 
 
 def section_types() -> dict[str, type[Section]]:
-    """The sections of the config by name, in order."""
+    """The sections of the config by name, in order, with all keys that they may have."""
     types: dict[str, type[Section]] = {}
     for name, field in Config.model_fields.items():
         assert isinstance(field.annotation, type), name
         types[name] = field.annotation
-    return types
+    return types | {"optimizer": AnyOptimizerConfig}
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), presets: Presets = {}) -> Config:  # noqa: B006 (read only)
@@ -76,7 +82,9 @@ def _build(source: Source, problems: list[str]) -> Config:
     sections: dict[str, Section] = {}
     for name, kind in types.items():
         try:
-            sections[name] = kind.model_validate(source.tree.get(name, {}))
+            values = source.tree.get(name, {})
+            chosen = optimizer_type(values) if name == "optimizer" else kind
+            sections[name] = chosen.model_validate(values)
         except ValidationError as error:
             problems += _validation_problems(name, error, source, types)
     for problem in cross_problems(sections):
@@ -91,13 +99,24 @@ def _validation_problems(
     section: str, error: ValidationError, source: Source, types: Mapping[str, type[BaseModel]]
 ) -> list[str]:
     sentences = [
-        section_problem(detail, (section, *detail["loc"]), source, dict(types))
+        _problem(section, detail, source, types)
         for detail in error.errors(include_url=False)
         # What an unknown preset would have given says nothing more.
         if not (detail["type"] == "missing" and section == "model" and source.preset_unknown)
         and not _follows(detail, error)
     ]
     return [sentence for sentence in sentences if sentence is not None]
+
+
+def _problem(
+    section: str, detail: ErrorDetails, source: Source, types: Mapping[str, type[BaseModel]]
+) -> str | None:
+    path = (section, *detail["loc"])
+    if detail["type"] == "extra_forbidden" and section == "optimizer":
+        name = source.tree["optimizer"].get("name", DEFAULT_OPTIMIZER)
+        if text := without_effect(str(path[-1]), detail["input"], name):
+            return sentence(source.where(path), text)
+    return section_problem(detail, path, source, dict(types))
 
 
 def _follows(detail: ErrorDetails, error: ValidationError) -> bool:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from megapipe.config.section import Section, or_none_word
+from megapipe.section import Section, or_none_word
 
 Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
 

@@ -6,6 +6,7 @@ from typing import Any
 import tomli_w
 
 from megapipe.config.config import Config
+from megapipe.config.optimizer import AnyOptimizerConfig
 from megapipe.errors import MegapipeError
 from megapipe.files import replace_durably, write_reason
 
@@ -48,6 +49,7 @@ def write_text(text: str, path: str | Path) -> None:
 def schema() -> dict[str, Any]:
     """JSON schema of the config file, for completion and checks in editors."""
     described = Config.model_json_schema()
+    described["$defs"]["OptimizerConfig"] = AnyOptimizerConfig.model_json_schema()
     # A preset may give the keys that have no default.
     shape = described["$defs"]["ModelConfig"]
     shape["anyOf"] = [{"required": ["preset"]}, {"required": shape.pop("required")}]

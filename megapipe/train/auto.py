@@ -23,6 +23,7 @@ from megapipe.distributed.mesh import Mesh
 from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import MegapipeError, ScheduleError
 from megapipe.microbatch import MicroBatch
+from megapipe.optim import parameter_groups
 from megapipe.pipeline.costs import read_costs
 from megapipe.pipeline.measure import activation_bytes, measure_latency, measure_stages
 from megapipe.pipeline.p2p import Channels
@@ -45,7 +46,6 @@ from megapipe.pipeline.schedule.search.reason import report, seconds, summary
 from megapipe.pipeline.schedule.stored import UnfitProgramError
 from megapipe.precision import PRECISIONS
 from megapipe.train.engine import BuildStages, Engine
-from megapipe.train.optimizer import GROUPS
 from megapipe.train.proof import synthetic_microbatch
 from megapipe.train.run_directory import RunLock
 
@@ -160,7 +160,7 @@ def _measure(
     stages = dict(build_stages(looped(config), mesh))
     build_buffers(
         stages.values(),
-        GROUPS,
+        [group.roles for group in parameter_groups(config.optimizer)],
         main_dtype=PRECISIONS[config.train.precision].main_dtype,
         data_size=mesh.data.size,
     )

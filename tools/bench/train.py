@@ -19,7 +19,6 @@ from megapipe.config import (
     Config,
     DataConfig,
     ModelConfig,
-    OptimizerConfig,
     ParallelConfig,
     SourceConfig,
     TrainConfig,
@@ -181,7 +180,6 @@ def _config(options: Any, parallel: ParallelConfig) -> Config:
             precision=options.precision,
             device=options.device,
         ),
-        optimizer=OptimizerConfig(),
         data=DataConfig(tokenizer="unused", sources=(SourceConfig(path="unused"),)),
     )
 

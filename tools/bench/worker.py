@@ -18,6 +18,7 @@ from megapipe.config import Config, parse_config
 from megapipe.distributed.mesh import build_mesh
 from megapipe.models.build import build_stages
 from megapipe.models.parameters import parameter_count
+from megapipe.optim.rules.adamw import AdamWConfig
 from megapipe.precision import keep_sums_wide
 from megapipe.tools.bench.breakdown import profile_step
 from megapipe.tools.bench.serving import answer, join
@@ -87,6 +88,7 @@ def _transformers(config: Config, spec: dict[str, Any]) -> Step:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model, train, optimizer = config.model, config.train, config.optimizer
+    assert isinstance(optimizer, AdamWConfig)
     theirs = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=model.vocab_size,
