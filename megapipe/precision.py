@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-_BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+BYTES = {"bfloat16": 2, "float32": 4, "float64": 8}
+"""Of one element, by the names of torch's dtypes."""
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,21 @@ class Precision:
 
     @property
     def model_dtype(self) -> "torch.dtype":
-        return _torch_dtype(self.model)
+        return torch_dtype(self.model)
 
     @property
     def main_dtype(self) -> "torch.dtype":
-        return _torch_dtype(self.main)
+        return torch_dtype(self.main)
 
     @property
     def model_bytes(self) -> int:
         """Of one element."""
-        return _BYTES[self.model]
+        return BYTES[self.model]
 
     @property
     def main_bytes(self) -> int:
         """Of one element."""
-        return _BYTES[self.main]
+        return BYTES[self.main]
 
     @property
     def has_master(self) -> bool:
@@ -52,7 +53,8 @@ PRECISIONS = {
 """By the values of train.precision."""
 
 
-def _torch_dtype(name: str) -> "torch.dtype":
+def torch_dtype(name: str) -> "torch.dtype":
+    """The dtype of one of the names in `BYTES`."""
     import torch
 
     return {"bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}[name]

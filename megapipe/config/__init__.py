@@ -8,10 +8,10 @@ from megapipe.config.family import ConfigFamily, Families
 from megapipe.config.load import family_of, load_config, parse_config, section_types
 from megapipe.config.logging import LoggingConfig
 from megapipe.config.model import ModelConfig
-from megapipe.config.optimizer import OptimizerConfig
 from megapipe.config.parallel import ParallelConfig
 from megapipe.config.save import dump_config, save_config, schema
 from megapipe.config.train import TrainConfig
+from megapipe.optim import OptimizerConfig
 
 __all__ = [
     "CheckpointConfig",

@@ -3,7 +3,7 @@
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from megapipe.config.paths import PathText
-from megapipe.config.section import Section
+from megapipe.section import Section
 
 
 class CheckpointConfig(Section):

@@ -9,9 +9,9 @@ from megapipe.config.contradiction import Problem, choices
 from megapipe.config.data import DataConfig
 from megapipe.config.logging import LoggingConfig, parse_steps, project_problem
 from megapipe.config.model import ModelConfig
-from megapipe.config.optimizer import OptimizerConfig
 from megapipe.config.parallel import ParallelConfig
 from megapipe.config.train import TrainConfig
+from megapipe.optim import OptimizerConfig
 from megapipe.pipeline.schedule import SCHEDULES
 
 

@@ -1,21 +1,22 @@
 """The whole config, and what must hold between its sections."""
 
 from collections.abc import Mapping
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, SerializeAsAny, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from megapipe.config import checks
 from megapipe.config.checkpoint import CheckpointConfig
 from megapipe.config.data import DataConfig
 from megapipe.config.logging import LoggingConfig
 from megapipe.config.model import ModelConfig
-from megapipe.config.optimizer import OptimizerConfig
+from megapipe.config.optimizer import read_optimizer
 from megapipe.config.parallel import ParallelConfig
 from megapipe.config.problems import show
-from megapipe.config.section import Section
 from megapipe.config.train import TrainConfig
 from megapipe.errors import ConfigError
+from megapipe.optim import OptimizerConfig
+from megapipe.section import Section
 
 
 class Config(Section):
@@ -31,8 +32,8 @@ class Config(Section):
         description="The layout over processes; it never changes the loss.",
     )
     train: TrainConfig = Field(description="How long, how much at a time, in which arithmetic.")
-    optimizer: OptimizerConfig = Field(
-        default=OptimizerConfig(), description="The update rule and its learning rate over time."
+    optimizer: Annotated[SerializeAsAny[OptimizerConfig], BeforeValidator(read_optimizer)] = Field(
+        default=read_optimizer({}), description="The update rule and its learning rate over time."
     )
     data: DataConfig = Field(description="The text, the tokenizer, the order.")
     checkpoint: CheckpointConfig = Field(

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megapipe.config.paths import PathText
-from megapipe.config.section import Section
+from megapipe.section import Section
 
 
 class SourceConfig(Section):

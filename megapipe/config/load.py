@@ -9,8 +9,13 @@ from pydantic_core import ErrorDetails
 from megapipe.config.config import Config, contradiction, cross_problems
 from megapipe.config.family import ConfigFamily, Families
 from megapipe.config.model import DEFAULT_FAMILY, ModelConfig
+from megapipe.config.optimizer import (
+    DEFAULT_OPTIMIZER,
+    AnyOptimizerConfig,
+    optimizer_type,
+    without_effect,
+)
 from megapipe.config.problems import nearest, section_problem, sentence, show
-from megapipe.config.section import Section
 from megapipe.config.source import (
     Source,
     apply_overrides,
@@ -21,15 +26,19 @@ from megapipe.config.source import (
 )
 from megapipe.errors import ConfigError
 from megapipe.files import shown
+from megapipe.section import Section
 
 
 def section_types(model: type[ModelConfig] = ModelConfig) -> dict[str, type[Section]]:
-    """The sections of the config by name, in order; [model] is of the class that is given."""
+    """The sections of the config by name, in order, with all keys that they may have.
+
+    [model] is of the class that is given.
+    """
     types: dict[str, type[Section]] = {}
     for name, field in Config.model_fields.items():
         assert isinstance(field.annotation, type), name
         types[name] = field.annotation
-    return {**types, "model": model}
+    return {**types, "model": model, "optimizer": AnyOptimizerConfig}
 
 
 def load_config(path: str | Path, overrides: Sequence[str], families: Families) -> Config:
@@ -113,7 +122,9 @@ def _build(
     sections: dict[str, Section] = {}
     for name, kind in types.items():
         try:
-            sections[name] = kind.model_validate(source.tree.get(name, {}))
+            values = source.tree.get(name, {})
+            chosen = optimizer_type(values) if name == "optimizer" else kind
+            sections[name] = chosen.model_validate(values)
         except ValidationError as error:
             problems += _validation_problems(name, error, source, types, owners)
     for problem in cross_problems(sections):
@@ -132,13 +143,28 @@ def _validation_problems(
     owners: Mapping[str, str],
 ) -> list[str]:
     sentences = [
-        section_problem(detail, (section, *detail["loc"]), source, dict(types), owners)
+        _problem(section, detail, source, types, owners)
         for detail in error.errors(include_url=False)
         # What an unknown preset would have given says nothing more.
         if not (detail["type"] == "missing" and section == "model" and source.preset_unknown)
         and not _follows(detail, error)
     ]
     return [sentence for sentence in sentences if sentence is not None]
+
+
+def _problem(
+    section: str,
+    detail: ErrorDetails,
+    source: Source,
+    types: Mapping[str, type[BaseModel]],
+    owners: Mapping[str, str],
+) -> str | None:
+    path = (section, *detail["loc"])
+    if detail["type"] == "extra_forbidden" and section == "optimizer":
+        name = source.tree["optimizer"].get("name", DEFAULT_OPTIMIZER)
+        if text := without_effect(str(path[-1]), detail["input"], name):
+            return sentence(source.where(path), text)
+    return section_problem(detail, path, source, dict(types), owners)
 
 
 def _follows(detail: ErrorDetails, error: ValidationError) -> bool:

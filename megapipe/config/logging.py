@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveInt
 
-from megapipe.config.section import Section, or_none_word
 from megapipe.pipeline.schedule.timeline import KEPT_STEPS
+from megapipe.section import Section, or_none_word
 
 
 def parse_steps(text: str) -> range:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 from pydantic import Field, PositiveInt
 
 from megapipe.config.contradiction import Problem
-from megapipe.config.section import Section
+from megapipe.section import Section
 
 DEFAULT_FAMILY = "gpt"
 """Of a config that names none."""

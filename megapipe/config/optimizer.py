@@ -1,50 +1,83 @@
-"""[optimizer]: the update rule and its learning rate over time."""
+"""[optimizer]: the keys of the optimizer that `optimizer.name` chooses.
 
-from typing import Annotated, Any, Literal
+Each optimizer brings a type with its keys (`megapipe.optim`), by which the section is validated.
+"""
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from collections.abc import Mapping
+from typing import Any, Literal, Union
 
-from megapipe.config.section import Section, or_none_word
+from pydantic import Field, create_model
+from pydantic.fields import FieldInfo
 
-Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+from megapipe.config.problems import one_of, show
+from megapipe.optim import RULES, OptimizerConfig
+
+DEFAULT_OPTIMIZER = "adamw"
 
 
-def _tenth_of_peak(earlier: dict[str, Any]) -> float:
-    return float(earlier["learning_rate"]) / 10
+def optimizer_type(values: object) -> type[OptimizerConfig]:
+    """The type that a section with these values has to fit; without a name, the default's.
+
+    Where the name is wrong it is a type with all keys, which refuses the name.
+    """
+    name = values.get("name", DEFAULT_OPTIMIZER) if isinstance(values, Mapping) else None
+    known = isinstance(name, str) and name in RULES
+    return RULES[str(name)].config if known else AnyOptimizerConfig
 
 
-class OptimizerConfig(Section):
-    """AdamW with decoupled weight decay (none on norms and biases)."""
+def read_optimizer(values: object) -> OptimizerConfig:
+    """A section as a table, or one that has been read. Raises pydantic's ValidationError."""
+    if isinstance(values, OptimizerConfig):
+        return values
+    return optimizer_type(values).model_validate(values)
 
-    name: Literal["adamw"] = Field(default="adamw", description="The update rule.")
-    learning_rate: PositiveFloat = Field(default=3e-4, description="The highest learning rate.")
-    min_learning_rate: NonNegativeFloat = Field(
-        default_factory=_tenth_of_peak,
-        description="Where the decay ends. Default: learning_rate / 10.",
+
+def without_effect(key: str, value: object, name: str) -> str | None:
+    """What is wrong with a key that another optimizer has; None for one that no optimizer has."""
+    owners = [rule.name for rule in RULES.values() if key in rule.config.model_fields]
+    if not owners:
+        return None
+    return (
+        f"optimizer.{key} = {show(value)} has no effect with optimizer.name = {show(name)}; "
+        f"remove it, or set optimizer.name = {one_of(owners)}"
     )
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = Field(
-        default=(0.9, 0.95), description="Decay of the running means of gradient and square."
-    )
-    epsilon: PositiveFloat = Field(
-        default=1e-8, description="Added to the root of the running mean square."
-    )
-    weight_decay: NonNegativeFloat = Field(
-        default=0.1, description="Decoupled decay of matrices and embeddings, per unit of rate."
-    )
-    clip_grad_norm: NonNegativeFloat = Field(
-        default=1.0,
-        description="Gradients with a larger global norm are scaled down to it; 0 for no clipping.",
-    )
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
-        default="cosine",
-        description="Learning rate after warm-up: constant; linear or cosine decay to "
-        "min_learning_rate; wsd stays up and decays linearly at the end.",
-    )
-    warmup_steps: NonNegativeInt = Field(
-        default=0, description="Steps over which the rate rises linearly from 0."
-    )
-    decay_steps: Annotated[PositiveInt | None, or_none_word(int)] = Field(
-        default=None,
-        description="Length of the decay in steps. Default: from the end of warm-up to "
-        "train.steps (linear, cosine); the last tenth of train.steps (wsd).",
-    )
+
+
+def _all_keys() -> type[OptimizerConfig]:
+    names = Literal[tuple(RULES)]  # type: ignore[valid-type]  # known only when it runs
+    fields: dict[str, Any] = {
+        "name": (names, Field(default=DEFAULT_OPTIMIZER, description="The update rule."))
+    }
+    for rule in RULES.values():
+        for key, field in rule.config.model_fields.items():
+            common = OptimizerConfig.model_fields.get(key)
+            if key not in fields and (common is None or _differ(common, field)):
+                fields[key] = _described(key)
+    return create_model("OptimizerConfig", __base__=OptimizerConfig, **fields)
+
+
+def _differ(one: FieldInfo, other: FieldInfo) -> bool:
+    return (one.default, one.description) != (other.default, other.description)
+
+
+def _described(key: str) -> tuple[Any, Any]:
+    """Type and description of a key as the optimizers have it, with their names."""
+    fields = {
+        rule.name: rule.config.model_fields[key]
+        for rule in RULES.values()
+        if key in rule.config.model_fields
+    }
+    kinds: Any = Union[tuple(field.rebuild_annotation() for field in fields.values())]  # noqa: UP007
+    (first, *others) = fields.values()
+    if not any(_differ(first, other) for other in others):
+        text = f"{', '.join(fields)}: {first.description}"
+        return kinds, Field(default=first.default, description=text)
+    texts = [
+        f"{name}: {field.description} Default: {show(field.default)}."
+        for name, field in fields.items()
+    ]
+    return kinds | None, Field(default=None, description=" ".join(texts))
+
+
+AnyOptimizerConfig = _all_keys()
+"""The keys of all optimizers in one type, for lists of keys and their descriptions."""

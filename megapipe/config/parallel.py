@@ -7,8 +7,8 @@ from pydantic import BeforeValidator, Field, PositiveInt
 from pydantic_core import PydanticCustomError
 
 from megapipe.config.paths import PathText
-from megapipe.config.section import Section, or_none_word
 from megapipe.pipeline.schedule import SCHEDULES
+from megapipe.section import Section, or_none_word
 
 if TYPE_CHECKING:
     ScheduleName = str

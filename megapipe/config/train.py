@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from megapipe.config.paths import PathText
-from megapipe.config.section import Section, or_none_word
+from megapipe.section import Section, or_none_word
 
 
 class TrainConfig(Section):

@@ -5,13 +5,15 @@ knows better.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from megapipe.layout.layout import Layout, Stage
+from megapipe.optim import ParameterGroup, parameter_groups
+from megapipe.parameter_role import Role
 from megapipe.pipeline.schedule import Costs, Timeline
 from megapipe.pipeline.schedule.limit import peak_amounts
-from megapipe.precision import PRECISIONS
+from megapipe.precision import BYTES, PRECISIONS
 
 
 def flops_per_token(layout: Layout) -> float:
@@ -48,10 +50,14 @@ def parameter_count(layout: Layout) -> int:
     return sum(spec.size for spec in layout.parameters.values())
 
 
-def stage_parameter_count(layout: Layout, stage: Stage) -> int:
-    """Elements that each tensor rank holds of a stage, padding and copies included."""
+def stage_parameter_count(
+    layout: Layout, stage: Stage, roles: Collection[Role] = tuple(Role)
+) -> int:
+    """Elements that each tensor rank holds of a stage's parameters that have one of the roles,
+    padding and copies included."""
     rank = layout.axes.rank(dict.fromkeys(layout.axes.names, 0) | {"pipeline": stage.rank})
-    return sum(shard.local_size for shard in layout.shards(stage, rank).values())
+    shards = layout.shards(stage, rank).values()
+    return sum(shard.local_size for shard in shards if shard.spec.role in roles)
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,14 @@ class StateBytes:
         """All four."""
         return self.weights + self.gradients + self.master + self.moments
 
+    def __add__(self, other: "StateBytes") -> "StateBytes":
+        return StateBytes(
+            self.weights + other.weights,
+            self.gradients + other.gradients,
+            self.master + other.master,
+            self.moments + other.moments,
+        )
+
     def __mul__(self, parameters: int) -> "StateBytes":
         return StateBytes(
             self.weights * parameters,
@@ -81,25 +95,23 @@ class StateBytes:
         )
 
 
-MOMENTS = 2
-"""Values that AdamW keeps for each parameter."""
-
-
-def state_bytes(precision: str) -> StateBytes:
-    """Of one parameter, with this train.precision."""
+def state_bytes(precision: str, group: ParameterGroup) -> StateBytes:
+    """Of one parameter of an optimizer's group, with this train.precision."""
     dtypes = PRECISIONS[precision]
+    kept = [dtypes.main if one.dtype is None else one.dtype for one in group.state]
     return StateBytes(
         weights=dtypes.model_bytes,
         gradients=dtypes.main_bytes,
         master=dtypes.main_bytes if dtypes.has_master else 0,
-        moments=MOMENTS * dtypes.main_bytes,
+        moments=sum(BYTES[dtype] for dtype in kept),
     )
 
 
 def rank_states(layout: Layout) -> list[StateBytes]:
     """What each pipeline rank holds, all of its stages together."""
-    per_parameter = state_bytes(layout.config.train.precision)
-    counts = [0] * layout.axes.size("pipeline")
-    for stage in layout.stages:
-        counts[stage.rank] += stage_parameter_count(layout, stage)
-    return [per_parameter * count for count in counts]
+    held = [StateBytes(0, 0, 0, 0)] * layout.axes.size("pipeline")
+    for group in parameter_groups(layout.config.optimizer):
+        per_parameter = state_bytes(layout.config.train.precision, group)
+        for stage in layout.stages:
+            held[stage.rank] += per_parameter * stage_parameter_count(layout, stage, group.roles)
+    return held

@@ -1,1 +1,1 @@
-"""From parts to a run: engine, optimizer, learning rate, checkpoints, metrics, the loop."""
+"""From parts to a run: engine, checkpoints, metrics, the loop."""

@@ -27,6 +27,7 @@ from megapipe.layout.family import ModelFamily
 from megapipe.layout.layout import Layout, resolve
 from megapipe.layout.program import PROGRAM_FILE, byte_limit, looped_config, microbatch_limit
 from megapipe.microbatch import MicroBatch
+from megapipe.optim import parameter_groups
 from megapipe.pipeline.costs import read_costs
 from megapipe.pipeline.measure import activation_bytes, measure_latency, measure_stages
 from megapipe.pipeline.p2p import Channels
@@ -39,7 +40,6 @@ from megapipe.pipeline.schedule.stored import UnfitProgramError
 from megapipe.precision import PRECISIONS
 from megapipe.stage import build_stages
 from megapipe.train.engine import Engine
-from megapipe.train.optimizer import GROUPS
 from megapipe.train.run_directory import RunLock
 
 REPLACED_FILE = "schedule-replaced.csv"
@@ -154,7 +154,7 @@ def _measure(layout: Layout, mesh: Mesh, channels: Channels) -> dict[str, object
     stages = build_stages(layout, mesh)
     build_buffers(
         stages.values(),
-        GROUPS,
+        [group.roles for group in parameter_groups(layout.config.optimizer)],
         main_dtype=PRECISIONS[layout.config.train.precision].main_dtype,
         replicas=mesh.batch.size,
     )

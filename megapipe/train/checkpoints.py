@@ -12,12 +12,16 @@ from megapipe.checkpoint.save import MANIFEST_ALLOWANCE, save_checkpoint
 from megapipe.checkpoint.shard import Shard
 from megapipe.checkpoint.storage import require_space
 from megapipe.config import Config
-from megapipe.config.optimizer import OptimizerConfig
+from megapipe.config.optimizer import read_optimizer
+from megapipe.config.problems import show
+from megapipe.data_parallel.optimizer import WEIGHTS
 from megapipe.distributed.mesh import Mesh
 from megapipe.errors import CheckpointError
 from megapipe.files import shown
+from megapipe.optim import parameter_groups
+from megapipe.optim.learning_rate import Course
+from megapipe.train.course_change import course_change
 from megapipe.train.engine import Engine
-from megapipe.train.learning_rate import Course, course_change
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class Checkpoints:
             self._shards(),
             state={
                 "tokens": progress.tokens,
-                "optimizer_steps": self.engine.optimizer.steps,
+                **self.engine.optimizer.scalars(),
                 "data": data_state,
                 "layout": parallel.model_dump(mode="json"),
             },
@@ -160,13 +164,31 @@ class Checkpoints:
         """Fill every shard, copies included, then round the master weights into the model's."""
         reader = open_checkpoint(path)
         state = list(self.engine.optimizer.state())
+        self._require_optimizer(reader, {kind for kind, _, _ in state})
         reader.require({f"{kind}/{shard.name}": shard.global_shape for kind, shard, _ in state})
         for kind, shard, values in state:
             values.copy_(reader.read(f"{kind}/{shard.name}", shard.start, shard.shape))
-        self.engine.optimizer.steps = int(reader.state["optimizer_steps"])
+        self.engine.optimizer.load_scalars(reader.state)
         for buffer in self.engine.buffers:
             buffer.publish_master()
         return reader
+
+    def _require_optimizer(self, reader: CheckpointReader, own: set[str]) -> None:
+        """Raises CheckpointError where the run that saved it had another optimizer, or one that
+        kept other state than this one's, of which this rank has the kinds `own`."""
+        name = reader.config["optimizer"]["name"]
+        saved = {name.partition("/")[0] for name in reader.manifest.tensors} - {WEIGHTS}
+        groups = parameter_groups(self.config.optimizer)
+        kept = {one.name for group in groups for one in group.state}
+        same_state = saved <= kept and own <= saved | {WEIGHTS}
+        if name == self.config.optimizer.name and same_state:
+            return
+        raise CheckpointError(
+            f"{shown(reader.path)} is of a run with optimizer.name = {show(name)}, which kept "
+            f"{_names(saved)} of each parameter; here it is {show(self.config.optimizer.name)}, "
+            f"which keeps {_names(kept)}. Set the keys of [optimizer] as they were there, or start "
+            'a new run: checkpoint.resume = "never" and another train.run_dir.'
+        )
 
 
 def _refuse_links(skipped: Skipped) -> None:
@@ -183,7 +205,10 @@ def _refuse_links(skipped: Skipped) -> None:
         )
 
 
+def _names(state: set[str]) -> str:
+    return " and ".join(sorted(state)) or "nothing"
+
+
 def _course(config: dict[str, Any]) -> Course:
     """Of the run that saved a checkpoint, whose config has every value."""
-    optimizer = OptimizerConfig.model_validate(config["optimizer"])
-    return Course(optimizer, config["train"]["steps"])
+    return Course(read_optimizer(config["optimizer"]), config["train"]["steps"])

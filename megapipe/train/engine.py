@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from megapipe.data_parallel.buffer import build_buffers
+from megapipe.data_parallel.optimizer import Optimizer
 from megapipe.data_parallel.reduce import local_squared_norm, reduce_gradients
 from megapipe.distributed.mesh import COLLECTIVE_TIMEOUT, Mesh, set_group_timeout
 from megapipe.errors import MegapipeError
 from megapipe.kernel_choice import wanted_kernels
 from megapipe.layout.layout import Layout
 from megapipe.microbatch import IGNORED_TARGET, MicroBatch
+from megapipe.optim import parameter_groups
+from megapipe.optim.clipping import clip_factor
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import Channels, make_channels
 from megapipe.pipeline.schedule import Program, forward_program, lower, validate
@@ -23,7 +26,6 @@ from megapipe.pipeline.schedule.timeline import KEPT_STEPS
 from megapipe.precision import PRECISIONS
 from megapipe.stage import build_stages
 from megapipe.step_sums import Given, StepPart, StepSums, Totals
-from megapipe.train.optimizer import GROUPS, Optimizer
 
 
 class NonFiniteError(MegapipeError):
@@ -57,7 +59,7 @@ class Engine:
         self.stages = build_stages(layout, mesh)
         self.buffers = build_buffers(
             self.stages.values(),
-            GROUPS,
+            [group.roles for group in parameter_groups(config.optimizer)],
             main_dtype=PRECISIONS[config.train.precision].main_dtype,
             replicas=mesh.batch.size,
         )
@@ -190,11 +192,10 @@ class Engine:
         if tokens == 0:
             raise MegapipeError("a global batch has no target that counts towards the loss")
         norm = math.sqrt(squared) / tokens if squared >= 0 else math.nan
-        limit = self.config.optimizer.clip_grad_norm
         return StepResult(
             loss=totals["loss"] / tokens,
             grad_norm=norm,
-            clip=limit / norm if 0 < limit < norm else 1.0,
+            clip=clip_factor(norm, self.config.optimizer.clip_grad_norm),
             tokens=int(tokens),
             totals=totals,
             taken=totals["unready"] == 0,

@@ -14,11 +14,11 @@ from megapipe.config import Config
 from megapipe.data.distribute import COUNTS, ReplicaFeed
 from megapipe.data.rows import too_many_bad_rows
 from megapipe.errors import CheckpointError
+from megapipe.optim.learning_rate import learning_rate
 from megapipe.step_sums import Given, StepPart, StepSums
 from megapipe.train.bubble import BubbleMeter
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine, StepResult
-from megapipe.train.learning_rate import learning_rate
 from megapipe.train.loggers import Loggers
 from megapipe.train.metrics import Metrics, device_peak_flops, peak_memory_bytes
 from megapipe.train.signals import StopRequest

@@ -8,8 +8,8 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from megapipe.config import Config, ModelConfig
 from megapipe.config.contradiction import Problem, choices, divisors
 from megapipe.config.model import family_key
-from megapipe.config.section import Section, or_none_word
 from megapipe.kernel_limits import MAX_KERNEL_HEAD_DIM, MAX_KERNEL_HIDDEN
+from megapipe.section import Section, or_none_word
 
 Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
 

@@ -8,7 +8,7 @@ from pydantic import Field, PositiveInt
 from megapipe.config import ModelConfig
 from megapipe.config.contradiction import Problem
 from megapipe.config.model import family_key
-from megapipe.config.section import Section, or_none_word
+from megapipe.section import Section, or_none_word
 from megapipe.models.families import FAMILIES
 from tests.config.examples import Family
 

@@ -23,6 +23,7 @@ LIGHT = {
     "megapipe.stop_signals": frozenset[str](),
     "megapipe.parameter_role": frozenset[str](),
     "megapipe.scratch": frozenset[str](),
+    "megapipe.section": frozenset({"pydantic"}),
     "megapipe.config": frozenset({"pydantic", "pydantic_core", "annotated_types", "tomli_w"}),
     "megapipe.pipeline.schedule": frozenset[str](),
 }

@@ -12,6 +12,7 @@ from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.parameters import parameter_count
 from megapipe.models.memory import rank_states, state_bytes
 from megapipe.models.partition import layers_per_stage, stages
+from megapipe.optim import parameter_groups
 from megapipe.plan.dry_run import dry_run
 from megapipe.tools.cli import main
 from tests.config.examples import write
@@ -101,8 +102,9 @@ def test_tokens_and_arithmetic(tmp_path: Path) -> None:
 
 def test_states_follow_precision(tmp_path: Path) -> None:
     for precision, bytes_each in (("bf16", 18), ("fp32", 16), ("fp64", 32)):
-        assert state_bytes(precision).total == bytes_each
         config = load(tmp_path, f"--train.precision={precision}")
+        for group in parameter_groups(config.optimizer):
+            assert state_bytes(precision, group).total == bytes_each
         halves = rank_states(config, stages(config))
         assert len(halves) == 2
         assert all(states.total % bytes_each == 0 for states in halves)

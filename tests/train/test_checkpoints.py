@@ -1,8 +1,9 @@
 """From which checkpoint of its run directory a run goes on, and what stops it instead."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import CheckpointError
 from megapipe.layout.axes import Axes
 from megapipe.models.families import FAMILIES
+from megapipe.optim import RULES, OptimizerConfig, UpdateRule, decay_groups
 from megapipe.train.checkpoints import Checkpoints, Progress
 from tests.checkpoint.samples import save_sample
 from tests.config.examples import write
@@ -74,3 +76,54 @@ def test_a_rank_that_can_not_read_its_part_ends_the_start_on_all(tmp_path: Path)
     config = load_config(SHAPE, words, FAMILIES)
     said = "CheckpointError: shard-00001 can't be read (Input/output error)"
     assert run_ranks(restore_where_a_rank_can_not_read, 2, config) == [said] * 2
+
+
+@dataclass(frozen=True)
+class Kind:
+    """An optimizer as a user chooses it, and what it keeps of each parameter."""
+
+    name: str
+    words: str
+    kept: str
+
+
+KINDS = (
+    Kind("adamw", "", "exp_avg and exp_avg_sq"),
+    Kind("sgd", "--optimizer.name=sgd", "momentum_buffer"),
+    Kind("sgd", "--optimizer.name=sgd --optimizer.momentum=0", "nothing"),
+    Kind("plain", "--optimizer.name=plain", "nothing"),
+)
+
+
+class PlainConfig(OptimizerConfig):
+    name: Literal["plain"] = "plain"
+
+
+@pytest.mark.parametrize("now", KINDS, ids=lambda kind: f"{kind.name}-{kind.kept}")
+@pytest.mark.parametrize("then", KINDS, ids=lambda kind: f"{kind.name}-{kind.kept}")
+def test_a_resume_with_another_optimizer_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: Kind, now: Kind
+) -> None:
+    """Its state would be missing, or thrown away, or mean something else."""
+    plain = UpdateRule(PlainConfig, decay_groups, RULES["sgd"].update)
+    monkeypatch.setitem(RULES, "plain", plain)
+    mesh = Mesh.single(torch.device("cpu"))
+
+    def start(kind: Kind) -> Checkpoints:
+        words = f"--parallel.data=1 --train.run_dir={tmp_path} {kind.words}"
+        config = load_config(SHAPE, words.split(), FAMILIES)
+        files = {"config.toml": dump_config(config).encode()}
+        return Checkpoints(config, mesh, engine_of(config, mesh), files, say=str)
+
+    start(then).save(Progress(1, 10), {})
+    resumed = start(now)
+    if then == now:
+        assert resumed.restore()[0] == Progress(1, 10)
+        return
+    with pytest.raises(CheckpointError) as caught:
+        resumed.restore()
+    said = str(caught.value)
+    assert said.startswith(f"{tmp_path}/checkpoints/step-00000001 ")
+    assert f'optimizer.name = "{then.name}", which kept {then.kept} of each parameter' in said
+    assert f'here it is "{now.name}", which keeps {now.kept}.' in said
+    assert 'checkpoint.resume = "never"' in said

@@ -15,10 +15,10 @@ from megapipe.config import Config, load_config
 from megapipe.distributed.mesh import Mesh
 from megapipe.errors import CheckpointError, DataError
 from megapipe.models.families import FAMILIES
+from megapipe.optim.learning_rate import learning_rate
 from megapipe.step_sums import StepPart, Totals
 from megapipe.train.checkpoints import Progress
 from megapipe.train.engine import StepResult
-from megapipe.train.learning_rate import learning_rate
 from megapipe.train.loop import Run, train
 from megapipe.train.metrics import Metrics
 from tests.config.examples import write

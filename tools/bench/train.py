@@ -18,7 +18,6 @@ import torch
 from megapipe.config import (
     Config,
     DataConfig,
-    OptimizerConfig,
     ParallelConfig,
     SourceConfig,
     TrainConfig,
@@ -182,7 +181,6 @@ def _config(options: Any, parallel: ParallelConfig) -> Config:
             precision=options.precision,
             device=options.device,
         ),
-        optimizer=OptimizerConfig(),
         data=DataConfig(tokenizer="unused", sources=(SourceConfig(path="unused"),)),
     )
 

@@ -21,6 +21,7 @@ from megapipe.layout.layout import resolve
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.config import gpt_model
 from megapipe.models.gpt.parameters import parameter_count
+from megapipe.optim.rules.adamw import AdamWConfig
 from megapipe.precision import keep_sums_wide
 from megapipe.tools.bench.breakdown import profile_step
 from megapipe.tools.bench.serving import answer, join
@@ -83,6 +84,7 @@ def _transformers(config: Config, spec: dict[str, Any]) -> Step:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model, train, optimizer = gpt_model(config), config.train, config.optimizer
+    assert isinstance(optimizer, AdamWConfig)
     theirs = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=model.vocab_size,

@@ -3,7 +3,7 @@
 import pytest
 
 from megapipe.models.gpt.config import NARROW_HEAD, GPTConfig
-from megapipe.models.presets import PRESETS
+from megapipe.models.gpt.presets import PRESETS
 
 
 def model(preset: str, **changes: object) -> GPTConfig:
