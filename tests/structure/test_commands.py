@@ -17,7 +17,7 @@ LONG = {
     "training.py": "waits for the model family: starting a run moves into megapipe/train/",
 }
 """Files of more than LONGEST lines, and why."""
-MOST = 2_380
+MOST = 2_400
 """Lines of tools/ without benches. To be 1,500 when those that wait have moved."""
 TESTS_OF_BENCHES = {
     "tests/tools/test_arguments.py",  # options of all commands, benches among them
