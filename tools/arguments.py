@@ -81,13 +81,30 @@ class Parser(argparse.ArgumentParser):
         return arguments, []
 
     def error(self, message: str) -> NoReturn:
+        message = message.removeprefix("argument ")
+        message = message.replace(": expected one argument", " needs a value")
         raise UsageError(f"{message}. Type `{self.prog} --help`.")
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """argparse's conversion of a value, whose message for numbers names a type of Python."""
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            if action.type not in (int, float):
+                raise
+            number = "a whole number" if action.type is int else "a number"
+            name = error.argument_name
+            raise UsageError(f"{name} {shown(arg_string)} must be {number}.") from None
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """argparse's check of choices, of which subcommands have messages of their own."""
-        if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
+        """argparse's check of choices."""
+        if action.choices is None or value in action.choices:
+            return
+        if isinstance(action, argparse._SubParsersAction):
             raise UsageError(unknown_command(value, "a subcommand", self.prog, action.choices))
-        super()._check_value(action, value)
+        name = argparse.ArgumentError(action, "").argument_name
+        choices = ", ".join(map(str, action.choices))
+        raise UsageError(f"{name} {shown(str(value))} is not one of {choices}.")
 
     def _unknown_options(self, words: Sequence[str]) -> list[str]:
         """Those of this parser's own words, which end where a subcommand begins."""
@@ -127,10 +144,20 @@ class Parser(argparse.ArgumentParser):
         return None
 
 
-def unknown_command(name: str, kind: str, command: str, names: Collection[str]) -> str:
-    """The message for a `name` that is none of the `names` that may follow `command`."""
-    close = difflib.get_close_matches(name, names, n=1)
+def unknown_command(
+    name: str,
+    kind: str,
+    command: str,
+    names: Collection[str],
+    options: Collection[str] = ("--help",),
+) -> str:
+    """The message for a `name` that is none of the `names` or `options` that may follow
+    `command`."""
+    is_option = name.startswith("--")
+    close = difflib.get_close_matches(name, options if is_option else names, n=1)
     meant = f"did you mean `{command} {close[0]}`?" if close else f"see `{command} --help`."
+    if is_option:
+        return f"{name} is not an option of `{command}`; {meant}"
     return f"{name!r} is not {kind}; {meant} There are {', '.join(names)}."
 
 

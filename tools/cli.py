@@ -126,6 +126,7 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
     if name not in COMMANDS:
         from megapipe.tools.arguments import unknown_command
 
-        raise MegapipeError(unknown_command(name, "a command", "megapipe", COMMANDS))
+        options = ("--help", "--version")
+        raise MegapipeError(unknown_command(name, "a command", "megapipe", COMMANDS, options))
     run: Callable[[Sequence[str]], int] = importlib.import_module(f"megapipe.tools.{name}").run
     return run

@@ -66,7 +66,7 @@ def _parser() -> Parser:
 def _train(arguments: argparse.Namespace) -> int:
     _check(arguments)
 
-    from megapipe.data.tokenizer_training import report, train_tokenizer
+    from megapipe.data.tokenizer_training import train_tokenizer, training_report
 
     trained = train_tokenizer(
         arguments.files,
@@ -76,7 +76,7 @@ def _train(arguments: argparse.Namespace) -> int:
         text_field=arguments.text_field,
         say=print,
     )
-    for line in report(trained):
+    for line in training_report(trained):
         print(line)
     return 0
 

@@ -5,18 +5,18 @@ from torch import Tensor
 
 from megapipe import kernels
 from megapipe.kernels.backend import Backend
-from megapipe.kernels.examples.example import Example, Shape, Source
+from megapipe.kernels.examples.example import Example, LayerShape, RandomInputs
 
 EPSILON = 1e-5
 DROPOUT, KEY = 0.1, 1234
 
 
-def _tokens(shape: Shape, source: Source) -> Tensor:
-    return source.normal(shape.sequence_part, shape.batch, shape.hidden)
+def _tokens(shape: LayerShape, draw: RandomInputs) -> Tensor:
+    return draw.normal(shape.sequence_part, shape.batch, shape.hidden)
 
 
-def _rms_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    return [_tokens(shape, source), _tokens(shape, source), source.normal(shape.hidden)]
+def _rms_inputs(shape: LayerShape, draw: RandomInputs) -> list[Tensor]:
+    return [_tokens(shape, draw), _tokens(shape, draw), draw.normal(shape.hidden)]
 
 
 def _rms_call(x: Tensor, residual: Tensor, weight: Tensor, backend: Backend) -> tuple[Tensor, ...]:
@@ -26,8 +26,8 @@ def _rms_call(x: Tensor, residual: Tensor, weight: Tensor, backend: Backend) -> 
 RMS_NORM = Example("rms_norm", _rms_inputs, _rms_call, differentiable=(0, 1, 2))
 
 
-def _layer_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    return [*_rms_inputs(shape, source), source.normal(shape.hidden)]
+def _layer_inputs(shape: LayerShape, draw: RandomInputs) -> list[Tensor]:
+    return [*_rms_inputs(shape, draw), draw.normal(shape.hidden)]
 
 
 def _layer_call(
@@ -39,8 +39,8 @@ def _layer_call(
 LAYER_NORM = Example("layer_norm", _layer_inputs, _layer_call, differentiable=(0, 1, 2, 3))
 
 
-def _swiglu_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    return [source.normal(shape.sequence, shape.batch, 2 * shape.ffn)]
+def _swiglu_inputs(shape: LayerShape, draw: RandomInputs) -> list[Tensor]:
+    return [draw.normal(shape.sequence, shape.batch, 2 * shape.ffn)]
 
 
 def _swiglu_call(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
@@ -50,8 +50,8 @@ def _swiglu_call(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
 SWIGLU = Example("swiglu", _swiglu_inputs, _swiglu_call, differentiable=(0,))
 
 
-def _gelu_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    return [source.normal(shape.sequence, shape.batch, shape.ffn), source.normal(shape.ffn)]
+def _gelu_inputs(shape: LayerShape, draw: RandomInputs) -> list[Tensor]:
+    return [draw.normal(shape.sequence, shape.batch, shape.ffn), draw.normal(shape.ffn)]
 
 
 def _gelu_call(x: Tensor, bias: Tensor, backend: Backend) -> tuple[Tensor, ...]:
@@ -61,16 +61,14 @@ def _gelu_call(x: Tensor, bias: Tensor, backend: Backend) -> tuple[Tensor, ...]:
 BIAS_GELU = Example("gelu", _gelu_inputs, _gelu_call, differentiable=(0, 1))
 
 
-def _rope_inputs(shape: Shape, source: Source) -> list[Tensor]:
+def _rope_inputs(shape: LayerShape, draw: RandomInputs) -> list[Tensor]:
     """Queries and keys as views of the output of one projection, and angles of positions. (The
     model turns them in place, `rope_qkv_`, which moves as much.)"""
-    qkv = source.normal(
-        shape.sequence, shape.batch, shape.heads + 2 * shape.kv_heads, shape.head_dim
-    )
+    qkv = draw.normal(shape.sequence, shape.batch, shape.heads + 2 * shape.kv_heads, shape.head_dim)
     q, k, _ = qkv.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=2)
     frequencies = kernels.rope_frequencies(shape.head_dim, 10000.0, None)
     angles = torch.outer(torch.arange(shape.sequence, dtype=torch.float64), frequencies)
-    tables = [f(angles).to(source.wide).to(source.device) for f in (torch.cos, torch.sin)]
+    tables = [f(angles).to(draw.wide).to(draw.device) for f in (torch.cos, torch.sin)]
     return [q.detach(), k.detach(), *tables]
 
 
@@ -83,9 +81,9 @@ def _rope_call(
 ROPE = Example("rope", _rope_inputs, _rope_call, differentiable=(0, 1))
 
 
-def _dropout_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    samples_B = torch.arange(shape.batch, device=source.device)
-    return [_tokens(shape, source), _tokens(shape, source), samples_B]
+def _dropout_inputs(shape: LayerShape, draw: RandomInputs) -> list[Tensor]:
+    samples_B = torch.arange(shape.batch, device=draw.device)
+    return [_tokens(shape, draw), _tokens(shape, draw), samples_B]
 
 
 def _dropout_call(

@@ -16,7 +16,7 @@ CHECKED_SEQUENCE, CHECKED_SHARD = 1024, 2**24
 
 
 @dataclass(frozen=True)
-class Shape:
+class LayerShape:
     """What one rank of `tensor` ranks computes of a layer of a model."""
 
     model: str
@@ -44,7 +44,7 @@ class Shape:
     def tokens_part(self) -> int:
         return self.batch * self.sequence_part
 
-    def checked(self) -> "Shape":
+    def checked(self) -> "LayerShape":
         """The same with one short sequence."""
         sequence = min(self.sequence, CHECKED_SEQUENCE)
         return replace(
@@ -56,7 +56,7 @@ class Shape:
         )
 
 
-class Source:
+class RandomInputs:
     """Draws inputs, the same for the same seed; on the meta device they have no values."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> None:
@@ -87,12 +87,12 @@ class Example:
     """A call of one kernel; `name` is that of its file, `call` takes the inputs and `backend`."""
 
     name: str
-    make: Callable[[Shape, Source], list[Tensor]]
+    make: Callable[[LayerShape, RandomInputs], list[Tensor]]
     call: Function
     differentiable: Sequence[int]  # which inputs
 
-    def inputs(self, shape: Shape, source: Source) -> list[Tensor]:
-        made = self.make(shape, source)
+    def inputs(self, shape: LayerShape, draw: RandomInputs) -> list[Tensor]:
+        made = self.make(shape, draw)
         for index in self.differentiable:
             made[index].requires_grad_()
         return made
@@ -113,7 +113,7 @@ def gradients_for(outputs: Sequence[Tensor]) -> list[Tensor]:
         torch.ones_like(y)
         if y.dim() == 0
         else torch.empty_like(y).copy_(
-            Source(y.device, torch.float32, seed=1 + i).normal(*y.shape).bfloat16()
+            RandomInputs(y.device, torch.float32, seed=1 + i).normal(*y.shape).bfloat16()
         )
         for i, y in enumerate(outputs)
     ]

@@ -4,16 +4,16 @@ from torch import Tensor
 
 from megapipe import kernels
 from megapipe.kernels.backend import Backend
-from megapipe.kernels.examples.example import Example, Shape, Source
+from megapipe.kernels.examples.example import Example, LayerShape, RandomInputs
 
 EPSILON = 1e-8
 RATE, BETAS, DECAY, STEP = 3e-4, (0.9, 0.95), 0.1, 100
 
 
-def _adamw_inputs(shape: Shape, source: Source) -> list[Tensor]:
+def _adamw_inputs(shape: LayerShape, draw: RandomInputs) -> list[Tensor]:
     """Master weights, gradient, moments, weights."""
-    master, gradient, exp_avg, root = (source.normal(shape.shard, wide=True) for _ in range(4))
-    return [master, gradient, exp_avg, root.square(), master.to(source.dtype)]
+    master, gradient, exp_avg, root = (draw.normal(shape.shard, wide=True) for _ in range(4))
+    return [master, gradient, exp_avg, root.square(), master.to(draw.dtype)]
 
 
 def _adamw_call(
@@ -43,8 +43,8 @@ def _adamw_call(
 ADAMW = Example("adamw", _adamw_inputs, _adamw_call, differentiable=())
 
 
-def _grad_norm_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    return [source.normal(shape.shard, wide=True)]
+def _grad_norm_inputs(shape: LayerShape, draw: RandomInputs) -> list[Tensor]:
+    return [draw.normal(shape.shard, wide=True)]
 
 
 def _grad_norm_call(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
@@ -54,12 +54,12 @@ def _grad_norm_call(x: Tensor, backend: Backend) -> tuple[Tensor, ...]:
 GRAD_NORM = Example("grad_norm", _grad_norm_inputs, _grad_norm_call, differentiable=())
 
 
-def _weight_inputs(shape: Shape, source: Source) -> list[Tensor]:
+def _weight_inputs(shape: LayerShape, draw: RandomInputs) -> list[Tensor]:
     """Of the layer into the feed-forward width."""
     return [
-        source.normal(shape.ffn, shape.hidden, wide=True),
-        source.normal(shape.tokens, shape.ffn),
-        source.normal(shape.tokens, shape.hidden),
+        draw.normal(shape.ffn, shape.hidden, wide=True),
+        draw.normal(shape.tokens, shape.ffn),
+        draw.normal(shape.tokens, shape.hidden),
     ]
 
 

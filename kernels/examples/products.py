@@ -4,12 +4,12 @@ from torch import Tensor
 
 from megapipe import kernels
 from megapipe.kernels.backend import Backend
-from megapipe.kernels.examples.example import Example, Shape, Source
+from megapipe.kernels.examples.example import Example, LayerShape, RandomInputs
 
 
-def _loss_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    logits = source.normal(shape.tokens, shape.vocab, scale=3)
-    return [logits, source.below(shape.vocab, shape.tokens)]
+def _loss_inputs(shape: LayerShape, draw: RandomInputs) -> list[Tensor]:
+    logits = draw.normal(shape.tokens, shape.vocab, scale=3)
+    return [logits, draw.below(shape.vocab, shape.tokens)]
 
 
 def _loss_call(logits: Tensor, targets: Tensor, backend: Backend) -> tuple[Tensor, ...]:
@@ -20,10 +20,10 @@ def _loss_call(logits: Tensor, targets: Tensor, backend: Backend) -> tuple[Tenso
 CROSS_ENTROPY = Example("cross_entropy", _loss_inputs, _loss_call, differentiable=(0,))
 
 
-def _linear_inputs(shape: Shape, source: Source) -> list[Tensor]:
-    hidden = source.normal(shape.tokens, shape.hidden)
-    weight = source.normal(shape.vocab, shape.hidden, scale=shape.hidden**-0.5)
-    return [hidden, weight, source.below(shape.vocab, shape.tokens)]
+def _linear_inputs(shape: LayerShape, draw: RandomInputs) -> list[Tensor]:
+    hidden = draw.normal(shape.tokens, shape.hidden)
+    weight = draw.normal(shape.vocab, shape.hidden, scale=shape.hidden**-0.5)
+    return [hidden, weight, draw.below(shape.vocab, shape.tokens)]
 
 
 def _linear_call(
@@ -37,10 +37,10 @@ LINEAR_CROSS_ENTROPY = Example(
 )
 
 
-def _attention_inputs(shape: Shape, source: Source) -> list[Tensor]:
+def _attention_inputs(shape: LayerShape, draw: RandomInputs) -> list[Tensor]:
     """[B, heads, S, D], in memory [S, B, heads, D]."""
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-    made = [source.normal(shape.sequence, shape.batch, n, shape.head_dim) for n in heads]
+    made = [draw.normal(shape.sequence, shape.batch, n, shape.head_dim) for n in heads]
     return [x.permute(1, 2, 0, 3) for x in made]
 
 

@@ -227,7 +227,7 @@ def check_source(
         )
     reasons = [f"{count} {reason}" for reason, count in bad.most_common()]
     if without_rows:
-        reasons.insert(0, f"{without_rows} without rows")
+        reasons.insert(0, f"{counted(without_rows, 'file')} without rows")
     why = f": {'; '.join(reasons)}{example}" if reasons else ""
     advice = "Name files with text, or take the source out."
     if any("field" in reason for reason in bad):

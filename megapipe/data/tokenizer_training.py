@@ -69,7 +69,7 @@ def train_tokenizer(
     return TrainedTokenizer(tokenizer, corpus, time.perf_counter() - started, replaced)
 
 
-def report(trained: TrainedTokenizer) -> Iterator[str]:
+def training_report(trained: TrainedTokenizer) -> Iterator[str]:
     """Lines for people: what was trained on what, and how well it does."""
     tokenizer, corpus = trained.tokenizer, trained.corpus
     tokens = counted(tokenizer.vocab_size, "token")

@@ -1,6 +1,6 @@
 """The sizes at which a model calls the kernels."""
 
-from megapipe.kernels.examples.example import Shape
+from megapipe.kernels.examples.example import LayerShape
 from megapipe.models.gpt.config import GPTConfig
 from megapipe.models.gpt.presets import PRESETS
 
@@ -8,7 +8,7 @@ TOKENS, LONGEST = 8192, 8192
 """Of a microbatch, in as few sequences as the model takes."""
 
 
-def shape_of(preset: str, tensor: int, sequence_length: int | None = None) -> Shape | None:
+def shape_of(preset: str, tensor: int, sequence_length: int | None = None) -> LayerShape | None:
     """None where that many ranks can't share the model's heads, vocabulary aside (it is padded).
     Without a length, the longest sequence that the model takes, up to `LONGEST`."""
     model = GPTConfig(**PRESETS[preset])
@@ -21,7 +21,7 @@ def shape_of(preset: str, tensor: int, sequence_length: int | None = None) -> Sh
     ffn = model.ffn_hidden_size // tensor
     matrices = 3 if model.activation == "swiglu" else 2
     attention = model.hidden_size * model.head_dim * 2 * (heads + kv_heads)
-    return Shape(
+    return LayerShape(
         model=preset,
         tensor=tensor,
         batch=max(1, TOKENS // sequence),

@@ -103,7 +103,7 @@ def test_a_source_without_text_is_an_error_that_names_its_key(tmp_path: Path) ->
 
 def test_a_table_without_rows_is_an_error(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"1 file\(s\) with 0 row\(s\): 1 file\(s\) without rows\."):
+    with pytest.raises(DataError, match=r"1 file with 0 rows: 1 file without rows\."):
         block_rows(opened(tmp_path / "a.parquet"))
 
 

@@ -26,11 +26,11 @@ from triton.runtime.jit import JITFunction
 
 from megapipe import kernels as K
 from megapipe.kernels.examples import EXAMPLES
-from megapipe.kernels.examples.example import Shape, Source, values_and_gradients
+from megapipe.kernels.examples.example import LayerShape, RandomInputs, values_and_gradients
 from tests.kernels.proof import TOY
 
 CPU = torch.device("cpu")
-ONES = Shape("ones", *[1] * 7, head_dim=2, ffn=1, vocab=1, shard=1)
+ONES = LayerShape("ones", *[1] * 7, head_dim=2, ffn=1, vocab=1, shard=1)
 """All numbers are 1, which a launch turns into constants."""
 
 
@@ -102,7 +102,7 @@ def examples() -> Iterator[Call]:
     forms = ((TOY, torch.bfloat16), (ONES, torch.float32))
     for example, (shape, dtype) in product(EXAMPLES.values(), forms):
         call = partial(example.call, backend="triton")
-        inputs = example.inputs(shape, Source(CPU, dtype))
+        inputs = example.inputs(shape, RandomInputs(CPU, dtype))
         yield partial(values_and_gradients, example, call, inputs)
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megapipe.kernels.examples.example import Shape
+from megapipe.kernels.examples.example import LayerShape
 
-TOY = Shape(
+TOY = LayerShape(
     model="toy",
     tensor=2,
     batch=2,

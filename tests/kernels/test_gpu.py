@@ -23,8 +23,8 @@ from megapipe.kernels import Vocabulary, cross_entropy_stats_, grad_norm, rms_no
 from megapipe.kernels.examples import EXAMPLES
 from megapipe.kernels.examples.example import (
     Example,
-    Shape,
-    Source,
+    LayerShape,
+    RandomInputs,
     values_and_gradients,
     widened,
 )
@@ -44,10 +44,10 @@ SHAPES = pytest.mark.parametrize(
 
 
 def check_accuracy(
-    example: Example, shape: Shape, device: torch.device, dtype: torch.dtype
+    example: Example, shape: LayerShape, device: torch.device, dtype: torch.dtype
 ) -> None:
     """1.5 times the error of the torch reference in the same dtype, both against float64."""
-    inputs = [example.inputs(shape, Source(device, dtype)) for _ in range(3)]
+    inputs = [example.inputs(shape, RandomInputs(device, dtype)) for _ in range(3)]
     torch_way, triton_way = (partial(example.call, backend=b) for b in ("torch", "triton"))
     exact = values_and_gradients(example, torch_way, widened(inputs[0]))
     reference = values_and_gradients(example, torch_way, inputs[1])
@@ -58,11 +58,15 @@ def check_accuracy(
     assert_as_accurate(kernel, reference, exact)
 
 
-def check_bits(example: Example, shape: Shape, device: torch.device, dtype: torch.dtype) -> None:
+def check_bits(
+    example: Example, shape: LayerShape, device: torch.device, dtype: torch.dtype
+) -> None:
     """Nothing depends on which program comes first."""
     triton_way = partial(example.call, backend="triton")
     runs = [
-        values_and_gradients(example, triton_way, example.inputs(shape, Source(device, dtype)))
+        values_and_gradients(
+            example, triton_way, example.inputs(shape, RandomInputs(device, dtype))
+        )
         for _ in range(3)
     ]
     assert_same_bits(runs[0], runs[1])
@@ -185,7 +189,9 @@ def test_compiled_by_torch(example: Example) -> None:
     """A custom operator inside torch.compile gives what it gives outside."""
     triton_way = partial(example.call, backend="triton")
     runs = [
-        values_and_gradients(example, function, example.inputs(TOY, Source(GPU, torch.float32)))
+        values_and_gradients(
+            example, function, example.inputs(TOY, RandomInputs(GPU, torch.float32))
+        )
         for function in (triton_way, torch.compile(triton_way))
     ]
     for own, other in zip(*runs, strict=True):

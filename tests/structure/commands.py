@@ -1,10 +1,8 @@
-"""tools/ is the command line and nothing else: how many lines it has, and who uses the benches."""
+"""tools/ is the command line and nothing else: how many lines it may have."""
 
 import ast
-from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from tests.structure.imports import imports
 from tests.structure.modules import parsed
 
 BENCHES = "tools/bench/"
@@ -29,14 +27,3 @@ def violations(root: Path) -> list[str]:
     if total > MOST_LINES:
         found.append(f"tools/: more than {MOST_LINES} lines")
     return found
-
-
-def uses_of_benches(root: Path, allowed: Collection[str]) -> Iterator[str]:
-    """Tests outside `allowed` that import a bench: what they share belongs to the package."""
-    benches = "megapipe.tools.bench"
-    for path in sorted((root / "tests").rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        module = name.removesuffix(".py").replace("/", ".")
-        found = [one for one in imports(module, path) if f"{one}.".startswith(f"{benches}.")]
-        if found and name not in allowed:
-            yield f"{name} imports {min(found)}"

@@ -1,13 +1,22 @@
 """Words of the command line that several commands understand."""
 
+import argparse
+import importlib
 import os
 from argparse import ArgumentTypeError
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from megapipe.errors import UsageError
-from megapipe.tools.arguments import check_output, path_argument, text_argument
+from megapipe.tools.arguments import (
+    Parser,
+    check_output,
+    path_argument,
+    text_argument,
+)
 from megapipe.tools.bench import BENCHES
 from megapipe.tools.cli import COMMANDS, main
 
@@ -70,6 +79,7 @@ def test_an_output_that_can_not_be_written(tmp_path: Path, monkeypatch: pytest.M
         ["plan"],
         ["verify", "a.toml", "--steps", "many"],
         ["bench", "train", "--json"],
+        ["bench"],
         ["bench", "pipeline", "--no-such-option"],
         ["bench", "train", "--json", "/dev/null/x"],
         ["tokenizer", "train", "x", "--vocab-size", "300", "--out", "/dev/null/x.model"],
@@ -164,6 +174,79 @@ def test_a_wrong_command_names_the_nearest(
 ) -> None:
     assert main(line.split()) == 1
     assert capsys.readouterr().err.startswith(f"megapipe: {said} There are ")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "--verison",
+            "--verison is not an option of `megapipe`; did you mean `megapipe --ver",
+        ),
+        (
+            "bench --hlep",
+            "--hlep is not an option of `megapipe bench`; did you mean `megapipe b",
+        ),
+        (
+            "bench --jsno x",
+            "--jsno is not an option of `megapipe bench`; see `megapipe bench --h",
+        ),
+        ("verify a.toml --steps many", "--steps many must be a whole number."),
+        ("generate x --temperature hot", "--temperature hot must be a number."),
+        ("generate x --device tpu", "--device tpu is not one of cpu, cuda."),
+        ("bench train --json", "--json needs a value. Type `megapipe bench train --help`."),
+    ],
+)
+def test_wrong_options_and_values_have_one_form(
+    line: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line.split()) == 1
+    assert capsys.readouterr().err.startswith(f"megapipe: {said}")
+
+
+class ParserFound(Exception):
+    """Ends a command that has made its parser."""
+
+    def __init__(self, parser: Parser) -> None:
+        self.parser = parser
+
+
+def parsers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Parser]:
+    """Those of all commands, benches and subcommands."""
+
+    def found(parser: Parser, argv: Sequence[str]) -> NoReturn:
+        raise ParserFound(parser)
+
+    commands = [f"megapipe.tools.{name}" for name in COMMANDS if name != "bench"]
+    benches = [f"megapipe.tools.bench.{name}" for name in BENCHES]
+    for name in (*commands, *benches):
+        module = importlib.import_module(name)
+        with monkeypatch.context() as patch:
+            patch.setattr(Parser, "parse", found)
+            with pytest.raises(ParserFound) as caught:
+                module.run([])
+        yield caught.value.parser
+        for action in caught.value.parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                yield from action.choices.values()
+
+
+def test_every_option_of_every_command_is_found_by_a_name_that_is_nearly_right(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tried = set()
+    for parser in parsers(monkeypatch):
+        command = parser.prog.split()[1:]
+        for option in set(parser._option_string_actions) - {"-h", "--help"}:
+            wrong = f"{option}x"
+            assert main([*command, wrong]) == 1
+            said = capsys.readouterr()
+            assert (said.out, said.err) == (
+                "",
+                f"megapipe: {wrong} is not an option of `{parser.prog}`; did you mean {option}?\n",
+            )
+            tried.add(command[0])
+    assert tried == set(COMMANDS) - {"schema"}, "schema has no options"
 
 
 def test_words_after_two_dashes_are_no_options(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,8 +18,8 @@ from megapipe.kernels import UnsupportedError
 from megapipe.kernels.examples.elementwise import DROPOUT
 from megapipe.kernels.examples.example import (
     Function,
-    Shape,
-    Source,
+    LayerShape,
+    RandomInputs,
     values_and_gradients,
     widened,
 )
@@ -66,7 +66,7 @@ def host_timer(work: Callable[[], object]) -> list[float]:
 @EACH
 def test_ours_and_the_exact_composition_agree(case: Case) -> None:
     """In float64: what is compared is the same function of the same inputs, gradients too."""
-    inputs = [case.example.inputs(TOY, Source(CPU, torch.float64)) for _ in range(2)]
+    inputs = [case.example.inputs(TOY, RandomInputs(CPU, torch.float64)) for _ in range(2)]
     own = values_and_gradients(case.example, partial(case.example.call, backend="torch"), inputs[0])
     exact = values_and_gradients(case.example, case.exact or case.eager, inputs[1])
     assert len(own) == len(exact) > len(case.example.differentiable)
@@ -78,7 +78,7 @@ def test_ours_and_the_exact_composition_agree(case: Case) -> None:
 
 @EACH
 def test_eager_and_the_exact_composition_agree(case: Case) -> None:
-    inputs = [case.example.inputs(TOY, Source(CPU, torch.float64)) for _ in range(2)]
+    inputs = [case.example.inputs(TOY, RandomInputs(CPU, torch.float64)) for _ in range(2)]
     eager = values_and_gradients(case.example, case.eager, inputs[0])
     exact = values_and_gradients(case.example, case.exact or case.eager, inputs[1])
     assert [x.shape for x in eager] == [x.shape for x in exact]
@@ -88,7 +88,7 @@ def test_eager_and_the_exact_composition_agree(case: Case) -> None:
 
 def test_eager_dropout_keeps_as_many() -> None:
     case, shape = CASES["dropout"], replace(TOY, sequence_part=64, hidden=256)
-    x, residual, samples_B = case.example.inputs(shape, Source(CPU, torch.float32))
+    x, residual, samples_B = case.example.inputs(shape, RandomInputs(CPU, torch.float32))
     for function in (case.eager, case.exact):
         assert function is not None
         (y,) = function(x, torch.zeros_like(residual), samples_B)
@@ -99,7 +99,7 @@ def test_eager_dropout_keeps_as_many() -> None:
 
 @EACH
 def test_inputs_are_the_same_for_all(case: Case) -> None:
-    first, second = (case.example.inputs(TOY, Source(CPU, torch.bfloat16)) for _ in range(2))
+    first, second = (case.example.inputs(TOY, RandomInputs(CPU, torch.bfloat16)) for _ in range(2))
     for x, y in zip(first, second, strict=True):
         assert torch.equal(x, y)
         assert x.requires_grad == y.requires_grad
@@ -122,7 +122,7 @@ def test_liger_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch) -> N
         if case.liger is None:
             continue
         tried.add(case.name)
-        inputs = [case.example.inputs(TOY, Source(CPU, torch.float64)) for _ in range(2)]
+        inputs = [case.example.inputs(TOY, RandomInputs(CPU, torch.float64)) for _ in range(2)]
         own = values_and_gradients(case.example, case.liger, inputs[0])
         exact = values_and_gradients(case.example, case.eager, inputs[1])
         for x, y in zip(own, exact, strict=True):
@@ -359,7 +359,7 @@ def test_the_file_has_what_came_before_the_end(
     monkeypatch.setattr(kernels, "DeviceTimer", lambda device, runs: host_timer)
     monkeypatch.setattr(kernels, "measure_best", lambda timer, device: best)
 
-    def compare(case: Case, shapes: list[Shape], *rest: object) -> list[kernels.Result]:
+    def compare(case: Case, shapes: list[LayerShape], *rest: object) -> list[kernels.Result]:
         if case.name == "gelu":
             raise KeyboardInterrupt
         assert [(shape.batch, shape.sequence) for shape in shapes] == [(2, 4096)]
@@ -472,22 +472,6 @@ def test_the_least_time_is_of_data_or_of_arithmetic() -> None:
     # 8192 tokens, 14336 wide: 6 bytes each at 3.35 TB/s; 2 * 8192 * 14336 * 4096 at 989 TFLOP/s.
     assert rows["swiglu", "forward"].seconds["H100"] == pytest.approx(210.3e-6, rel=1e-3)
     assert rows["weight_grad", "forward"].seconds["H200"] == pytest.approx(972.8e-6, rel=1e-3)
-
-
-def test_the_part_of_one_rank() -> None:
-    whole, part = shape_of("llama3-8b", 1), shape_of("llama3-8b", 8)
-    assert whole is not None
-    assert part is not None
-    assert (whole.heads, whole.kv_heads, whole.ffn, whole.vocab) == (32, 8, 14336, 128256)
-    assert (part.heads, part.kv_heads, part.ffn, part.vocab) == (4, 1, 1792, 16032)
-    assert (part.tokens, part.tokens_part) == (8192, 1024)
-    # q and o 4096 x 4096, k and v 4096 x 1024, three matrices 4096 x 14336.
-    assert whole.shard == 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
-    assert part.shard * 8 == whole.shard
-    assert shape_of("gpt2", 8) is None, "12 heads"
-    small = shape_of("gpt2", 1)
-    assert small is not None
-    assert (small.batch, small.sequence, small.checked().tokens) == (8, 1024, 1024)
 
 
 # --- The command ---------------------------------------------------------------------------------

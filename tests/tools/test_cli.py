@@ -146,8 +146,9 @@ def test_errors_are_one_message_and_status_1(
         (["RUN", "more"], "'more' is one word too many"),
         (["RUN", "--world-size", "8"], "--world-size belongs to --dry-run"),
         (["RUN", "--dry-run", "--world-size", "0"], "--world-size 0 must be 1 or more"),
-        (["RUN", "--dry-run", "--world-size", "x"], "argument --world-size: invalid int value"),
+        (["RUN", "--dry-run", "--world-size", "x"], "--world-size x must be a whole number"),
         (["RUN", "--train.steps"], "--train.steps needs a value"),
+        (["RUN", "--timeline"], "--timeline needs a value. Type `megapipe train --help`."),
     ],
 )
 def test_wrong_words(

@@ -17,7 +17,9 @@ BENCHES = {
 def run(argv: Sequence[str]) -> int:
     """Run the bench that the first word names."""
     words = list(argv)
-    if not words or words[0] in ("--help", "-h"):
+    if not words:
+        raise UsageError("a bench is missing: name one. Type `megapipe bench --help`.")
+    if words[0] in ("--help", "-h"):
         width = max(map(len, BENCHES)) + 2
         print("usage: megapipe bench NAME [options]\n")
         print("\n".join(f"  {name:<{width}}{summary}" for name, summary in BENCHES.items()))

@@ -22,8 +22,8 @@ from torch import Tensor
 from megapipe.errors import UsageError
 from megapipe.kernels.examples.example import (
     Function,
-    Shape,
-    Source,
+    LayerShape,
+    RandomInputs,
     gradients_for,
     values_and_gradients,
     widened,
@@ -64,7 +64,7 @@ class Result:
     """What one contender did; `problem` says why it did not."""
 
     kernel: str
-    shape: Shape
+    shape: LayerShape
     contender: str
     passes: str
     share: float | None = None
@@ -141,7 +141,7 @@ def run(argv: Sequence[str]) -> int:
 def _measure_all(
     options: Any,
     cases: Sequence[Case],
-    shapes: Sequence[Shape],
+    shapes: Sequence[LayerShape],
     timer: Timer,
     device: torch.device,
     dtype: torch.dtype,
@@ -173,7 +173,7 @@ def _measure_all(
 
 def compare(
     case: Case,
-    shapes: Sequence[Shape],
+    shapes: Sequence[LayerShape],
     timer: Timer,
     best: Best,
     device: torch.device,
@@ -200,7 +200,7 @@ def _kernels(options: Any) -> list[str]:
     return names
 
 
-def _shapes(options: Any) -> list[Shape]:
+def _shapes(options: Any) -> list[LayerShape]:
     """Of each preset and size that go together."""
     length = options.sequence_length
     if length is not None and length < 1:
@@ -219,7 +219,7 @@ def _shapes(options: Any) -> list[Shape]:
     return found
 
 
-def _say_what_is_left_out(options: Any, shapes: Sequence[Shape]) -> None:
+def _say_what_is_left_out(options: Any, shapes: Sequence[LayerShape]) -> None:
     there = {(shape.model, str(shape.tensor)) for shape in shapes}
     for preset in options.shapes.split(","):
         for degree in options.tensor.split(","):
@@ -246,7 +246,7 @@ def contenders(case: Case) -> dict[str, Function]:
 
 def measure(
     case: Case,
-    shape: Shape,
+    shape: LayerShape,
     functions: Mapping[str, Function],
     timer: Timer,
     best: Best,
@@ -264,7 +264,7 @@ def measure(
             if name in (OURS, "megapipe in torch") or not case.draws:
                 rows[0].errors = rows[-1].errors = _errors(case, shape, function, device, dtype)
             for row in rows:
-                _run(row, case, function, timer, best, Source(device, dtype))
+                _run(row, case, function, timer, best, RandomInputs(device, dtype))
         except Exception as error:  # theirs, of whatever kind: no memory, no such argument, ...
             problem = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
             for row in rows:
@@ -277,14 +277,14 @@ def measure(
 
 
 def _run(
-    row: Result, case: Case, function: Function, timer: Timer, best: Best, source: Source
+    row: Result, case: Case, function: Function, timer: Timer, best: Best, draw: RandomInputs
 ) -> None:
     """Time, memory and share of a contender's row. What it held is free afterwards, after a failure
     as well."""
     both = row.passes != "forward"
-    job = _job(case, function, case.example.inputs(row.shape, source), both)
+    job = _job(case, function, case.example.inputs(row.shape, draw), both)
     row.seconds = timer(job)
-    row.peak_bytes = peak_bytes(job, source.device)
+    row.peak_bytes = peak_bytes(job, draw.device)
     work = case.work(row.shape, both)
     reached = work.bytes if case.bound == "memory" else work.flops
     limit = best.copied_bytes if case.bound == "memory" else best.matmul_flops
@@ -303,13 +303,13 @@ def _job(
 
 
 def _errors(
-    case: Case, shape: Shape, function: Function, device: torch.device, dtype: torch.dtype
+    case: Case, shape: LayerShape, function: Function, device: torch.device, dtype: torch.dtype
 ) -> list[float]:
     """Of each output and gradient, on a part of the shape."""
     shape, example = shape.checked(), case.example
-    exact = widened(example.inputs(shape, Source(device, dtype)))
+    exact = widened(example.inputs(shape, RandomInputs(device, dtype)))
     truth = values_and_gradients(example, case.exact or case.eager, exact)
-    inputs = example.inputs(shape, Source(device, dtype))
+    inputs = example.inputs(shape, RandomInputs(device, dtype))
     own = values_and_gradients(example, function, inputs)
     return [relative_error(x, y) for x, y in zip(own, truth, strict=True)]
 

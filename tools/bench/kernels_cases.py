@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megapipe.kernels.examples.example import Example, Function, Shape
+from megapipe.kernels.examples.example import Example, Function, LayerShape
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Case:
     example: Example
     bound: Literal["memory", "matmul"]
     eager: Function
-    forward: Callable[[Shape], Work]
-    backward: Callable[[Shape], Work] | None = None
+    forward: Callable[[LayerShape], Work]
+    backward: Callable[[LayerShape], Work] | None = None
     liger: Function | None = None
     exact: Function | None = None
     others: Mapping[str, Function] = field(default_factory=dict)  # further contenders
@@ -55,7 +55,7 @@ class Case:
     def name(self) -> str:
         return self.example.name
 
-    def work(self, shape: Shape, backward: bool) -> Work:
+    def work(self, shape: LayerShape, backward: bool) -> Work:
         """Of the forward pass, or of both."""
         assert self.backward is not None or not backward
         forward = self.forward(shape)

@@ -10,7 +10,7 @@ from torch import Tensor
 from megapipe.kernels.dropout import keep_mask
 from megapipe.kernels.examples import elementwise as examples
 from megapipe.kernels.examples.elementwise import DROPOUT, EPSILON, KEY
-from megapipe.kernels.examples.example import Shape
+from megapipe.kernels.examples.example import LayerShape
 from megapipe.kernels.gelu import _backward_grid as gelu_groups
 from megapipe.kernels.row_tiles import row_tiles
 from megapipe.tools.bench.kernels_cases import Case, Work
@@ -41,7 +41,7 @@ def _rms_liger(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, ...
     return y, total
 
 
-def _norm_forward(shape: Shape, vectors: int, statistics: int, flops: int) -> Work:
+def _norm_forward(shape: LayerShape, vectors: int, statistics: int, flops: int) -> Work:
     elements = shape.tokens_part * shape.hidden
     return Work(
         {
@@ -54,7 +54,7 @@ def _norm_forward(shape: Shape, vectors: int, statistics: int, flops: int) -> Wo
     )
 
 
-def _norm_backward(shape: Shape, vectors: int, statistics: int, flops: int) -> Work:
+def _norm_backward(shape: LayerShape, vectors: int, statistics: int, flops: int) -> Work:
     elements = shape.tokens_part * shape.hidden
     groups = row_tiles("rms_norm", shape.hidden, 8192).backward_grid(shape.tokens_part)[1]
     return Work(
@@ -118,13 +118,13 @@ def _swiglu_liger(x: Tensor) -> tuple[Tensor, ...]:
     return (liger_swiglu(*x.chunk(2, dim=-1)),)
 
 
-def _swiglu_forward(shape: Shape) -> Work:
+def _swiglu_forward(shape: LayerShape) -> Work:
     elements = shape.tokens * shape.ffn
     moved = {"gate, up": 2 * elements * narrow, "y": elements * narrow}
     return Work(moved, 5 * elements)  # exp, 1 +, division, times the gate, times up
 
 
-def _swiglu_backward(shape: Shape) -> Work:
+def _swiglu_backward(shape: LayerShape) -> Work:
     elements = shape.tokens * shape.ffn
     moved = {
         "dy": elements * narrow,
@@ -148,13 +148,13 @@ def _gelu_eager(x: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     return (F.gelu(x + bias, approximate="tanh"),)
 
 
-def _gelu_forward(shape: Shape) -> Work:
+def _gelu_forward(shape: LayerShape) -> Work:
     elements = shape.tokens * shape.ffn
     moved = {"x": elements * narrow, "bias": shape.ffn * narrow, "y": elements * narrow}
     return Work(moved, 10 * elements)  # +, the polynomial's 5, exp, 1 +, division, times h
 
 
-def _gelu_backward(shape: Shape) -> Work:
+def _gelu_backward(shape: LayerShape) -> Work:
     elements = shape.tokens * shape.ffn
     groups = gelu_groups(shape.tokens, shape.ffn, True)[0]
     moved = {
@@ -197,7 +197,7 @@ def _rope_liger(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
     return tuple(x.permute(2, 0, 1, 3) for x in turned)
 
 
-def _rope_work(shape: Shape) -> Work:
+def _rope_work(shape: LayerShape) -> Work:
     """Of either direction."""
     elements = shape.tokens * (shape.heads + shape.kv_heads) * shape.head_dim
     moved = {
@@ -230,12 +230,12 @@ def _dropout_exact(x: Tensor, residual: Tensor, samples_B: Tensor) -> tuple[Tens
     return (residual + x * kept / (1 - DROPOUT),)
 
 
-def _dropout_forward(shape: Shape) -> Work:
+def _dropout_forward(shape: LayerShape) -> Work:
     elements = shape.tokens_part * shape.hidden
     return Work({"x, residual": 2 * elements * narrow, "y": elements * narrow}, 2 * elements)
 
 
-def _dropout_backward(shape: Shape) -> Work:
+def _dropout_backward(shape: LayerShape) -> Work:
     elements = shape.tokens_part * shape.hidden
     return Work({"dy, also the residual's": elements * narrow, "dx": elements * narrow}, elements)
 

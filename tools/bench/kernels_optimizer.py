@@ -7,7 +7,7 @@ from torch import Tensor
 
 from megapipe import kernels
 from megapipe.kernels.examples import optimizer as examples
-from megapipe.kernels.examples.example import Shape
+from megapipe.kernels.examples.example import LayerShape
 from megapipe.kernels.examples.optimizer import BETAS, DECAY, EPSILON, RATE, STEP
 from megapipe.tools.bench.kernels_cases import Case, Work
 from megapipe.tools.bench.kernels_elementwise import narrow, wide
@@ -27,7 +27,7 @@ def _adamw_eager(
     return master, exp_avg, exp_avg_sq, weights
 
 
-def _adamw_work(shape: Shape) -> Work:
+def _adamw_work(shape: LayerShape) -> Work:
     moved = {
         "master weights, moments, read and written": 2 * 3 * shape.shard * wide,
         "gradient": shape.shard * wide,
@@ -70,7 +70,7 @@ def _weight_matmul(main_grad: Tensor, grad_out: Tensor, inputs: Tensor) -> tuple
     return (main_grad,)
 
 
-def _weight_work(shape: Shape) -> Work:
+def _weight_work(shape: LayerShape) -> Work:
     moved = {
         "dy": shape.tokens * shape.ffn * narrow,
         "x": shape.tokens * shape.hidden * narrow,

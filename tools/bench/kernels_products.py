@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megapipe.kernels.examples import products as examples
-from megapipe.kernels.examples.example import Shape
+from megapipe.kernels.examples.example import LayerShape
 from megapipe.kernels.linear_cross_entropy import row_parts
 from megapipe.tools.bench.kernels_cases import Case, Work
 from megapipe.tools.bench.kernels_elementwise import at_least_float32, narrow, wide
@@ -25,7 +25,7 @@ def _loss_liger(logits: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
     return (liger_cross_entropy(logits, targets, reduction="sum"),)
 
 
-def _loss_forward(shape: Shape) -> Work:
+def _loss_forward(shape: LayerShape) -> Work:
     elements = shape.tokens * shape.vocab
     moved = {
         "logits": elements * narrow,
@@ -35,7 +35,7 @@ def _loss_forward(shape: Shape) -> Work:
     return Work(moved, 4 * elements)  # maximum, difference, exp, sum
 
 
-def _loss_backward(shape: Shape) -> Work:
+def _loss_backward(shape: LayerShape) -> Work:
     elements = shape.tokens * shape.vocab
     moved = {
         "logits": elements * narrow,
@@ -66,7 +66,7 @@ def _linear_liger(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tens
     return (liger_fused_linear_cross_entropy(hidden, weight, targets, reduction="sum"),)
 
 
-def _linear_forward(shape: Shape) -> Work:
+def _linear_forward(shape: LayerShape) -> Work:
     parts, logits = len(row_parts(shape.tokens)), shape.tokens * shape.vocab
     moved = {
         "h": shape.tokens * shape.hidden * narrow,
@@ -76,7 +76,7 @@ def _linear_forward(shape: Shape) -> Work:
     return Work(moved, 2 * logits * shape.hidden)
 
 
-def _linear_backward(shape: Shape) -> Work:
+def _linear_backward(shape: LayerShape) -> Work:
     parts, logits = len(row_parts(shape.tokens)), shape.tokens * shape.vocab
     weights = shape.vocab * shape.hidden
     moved = {
@@ -113,7 +113,7 @@ def _attention_eager(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
     return (wide_scores.softmax(-1).to(q.dtype) @ v,)
 
 
-def _attention_forward(shape: Shape) -> Work:
+def _attention_forward(shape: LayerShape) -> Work:
     queries = shape.tokens * shape.heads * shape.head_dim
     keys = shape.tokens * shape.kv_heads * shape.head_dim
     moved = {
@@ -125,7 +125,7 @@ def _attention_forward(shape: Shape) -> Work:
     return Work(moved, 2 * queries * shape.sequence)  # two products, half of each masked
 
 
-def _attention_backward(shape: Shape) -> Work:
+def _attention_backward(shape: LayerShape) -> Work:
     """FLOPs of five products, as speeds of attention are usually given; our two passes take seven
     (scores and do v^T in each)."""
     queries = shape.tokens * shape.heads * shape.head_dim

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megapipe.kernels.examples.example import Shape, Source, gradients_for
+from megapipe.kernels.examples.example import LayerShape, RandomInputs, gradients_for
 from megapipe.tools.bench.kernels_cases import Case, Work
 
 BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12}
@@ -59,9 +59,9 @@ def _bytes(x: Tensor) -> int:
     return math.prod(sizes) * x.element_size() if x.numel() else 0
 
 
-def unfused(case: Case, shape: Shape) -> tuple[Operations, Operations]:
+def unfused(case: Case, shape: LayerShape) -> tuple[Operations, Operations]:
     """What the eager composition moves, forward and backward."""
-    inputs = case.example.inputs(shape, Source(torch.device("meta"), torch.bfloat16))
+    inputs = case.example.inputs(shape, RandomInputs(torch.device("meta"), torch.bfloat16))
     with Traffic() as forward:
         outputs = case.eager(*inputs)
     if not case.example.differentiable:
@@ -77,7 +77,7 @@ class Row:
     """One direction of one kernel at one shape."""
 
     kernel: str
-    shape: Shape
+    shape: LayerShape
     direction: str
     work: Work
     unfused: Operations
@@ -91,7 +91,7 @@ class Row:
         return {name: self.work.seconds(speed, PEAK) for name, speed in BANDWIDTHS.items()}
 
 
-def roofline(cases: Iterable[Case], shapes: Iterable[Shape]) -> Iterator[Row]:
+def roofline(cases: Iterable[Case], shapes: Iterable[LayerShape]) -> Iterator[Row]:
     """Kernel by kernel."""
     shapes = list(shapes)
     for case in cases:
