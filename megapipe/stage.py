@@ -13,14 +13,16 @@ from megapipe.kernel_choice import KernelChoice, choose_kernels
 from megapipe.layout.layout import Layout, Stage
 from megapipe.layout.parameters import ParameterShard
 from megapipe.precision import PRECISIONS
+from megapipe.tensor_parallel.embedding import VocabParallelEmbedding
 from megapipe.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
+from megapipe.tensor_parallel.output import VocabParallelOutput
 from megapipe.tensor_parallel.parameter import ShardedParameter, StageParameters, sharded_parameters
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """How the head computes the loss: see train.linear_cross_entropy and train.z_loss."""
+    """How the output layer computes the loss: see train.linear_cross_entropy and train.z_loss."""
 
     linear: bool = False
     z_loss: float = 0.0
@@ -67,6 +69,27 @@ class StageBuild:
             tensor=self.tensor,
             sequence_parallel=self.sequence_parallel,
             store=self.store,
+        )
+
+    def embedding(self, name: str) -> VocabParallelEmbedding:
+        """The lookup in the weight `NAME.weight`, whose rows are tokens."""
+        return VocabParallelEmbedding(
+            self.parameters.get(f"{name}.weight"),
+            tensor=self.tensor,
+            sequence_parallel=self.sequence_parallel,
+        )
+
+    def output(self, name: str) -> VocabParallelOutput:
+        """The product with the weight `NAME.weight`, whose rows are tokens, and the loss."""
+        return VocabParallelOutput(
+            self.parameters.get(f"{name}.weight"),
+            vocab_size=self.model.vocab_size,
+            tensor=self.tensor,
+            sequence_parallel=self.sequence_parallel,
+            store=self.store,
+            linear=self.loss.linear,
+            z_loss=self.loss.z_loss,
+            backend=self.kernels.kernels,
         )
 
 

@@ -67,33 +67,37 @@ def _ranks(layout: Layout) -> list[str]:
             place = axes.coordinates(rank)
             rows.append([rank, *place.values(), held[place["pipeline"]]])
         return _table(["rank", *axes.names, "stages"], rows)
-    inner = axes.names[1:]  # of ranks that hold the same stages
+    outer = axes.names[: axes.names.index("pipeline") + 1]  # a line for each place on these
+    inner = axes.names[len(outer) :]
     count = axes.size(*inner)
-    rows = [
-        [
-            _from_to(rank * count, (rank + 1) * count - 1),
-            rank,
-            *(_from_to(0, axes.size(name) - 1) for name in inner),
-            held[rank],
-        ]
-        for rank in range(axes.size("pipeline"))
-    ]
+    rows = []
+    for first in range(0, axes.world_size, count):
+        place = axes.coordinates(first)
+        rows.append(
+            [
+                _from_to(first, first + count - 1),
+                *(place[name] for name in outer),
+                *(_from_to(0, axes.size(name) - 1) for name in inner),
+                held[place["pipeline"]],
+            ]
+        )
     table = _table(["ranks", *axes.names, "stages"], _shortened(rows))
-    table += _numbering(axes)
+    table += _numbering(axes, inner)
     return table
 
 
-def _numbering(axes: Axes) -> Iterator[str]:
-    """How ranks of a line follow from their coordinates, where more than one axis says it."""
-    size = axes.size(axes.names[-1])
-    if sum(axes.size(name) > 1 for name in axes.names[1:]) < 2:
+def _numbering(axes: Axes, inner: Sequence[str]) -> Iterator[str]:
+    """How the ranks of a line, which differ in `inner`, follow from their coordinates, where more
+    than one axis says it."""
+    if sum(axes.size(name) > 1 for name in inner) < 2:
         return
     formula = axes.names[0]
     for name in axes.names[1:]:
         formula = f"({formula} * {axes.size(name)} + {name})"
     formula = formula[1:-1]
-    outer = ", ".join(f"{name} 0" for name in axes.names[1:-1])
-    yield f"  rank = {formula}, so the first {size} ranks of a line are {outer}"
+    zero = ", ".join(f"{name} 0" for name in inner[:-1])
+    size = axes.size(inner[-1])
+    yield f"  rank = {formula}, so the first {size} ranks of a line are {zero}"
 
 
 def _shortened(rows: list[list[object]]) -> list[list[object]]:

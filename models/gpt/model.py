@@ -27,12 +27,6 @@ from megapipe.models.gpt.config import GPTConfig
 from megapipe.models.gpt.context import Context
 from megapipe.stage import StageBuild
 from megapipe.tensor_parallel.collectives import own_sequence_slice
-from megapipe.tensor_parallel.embedding import VocabParallelEmbedding
-from megapipe.tensor_parallel.linear import column_parallel_linear
-from megapipe.tensor_parallel.loss import (
-    vocab_parallel_cross_entropy,
-    vocab_parallel_linear_cross_entropy,
-)
 
 
 class Norm(nn.Module):
@@ -140,11 +134,7 @@ class Embedding(nn.Module):
 
     def __init__(self, model: GPTConfig, build: StageBuild) -> None:
         super().__init__()
-        self.tokens = VocabParallelEmbedding(
-            build.parameters.get("embedding.weight"),
-            tensor=build.tensor,
-            sequence_parallel=build.sequence_parallel,
-        )
+        self.tokens = build.embedding("embedding")
         self.positions = build.parameters.optional("position_embedding.weight")
         self.dropout = Dropout("embedding.dropout", model, build)
         self.build = build
@@ -169,47 +159,17 @@ class Head(nn.Module):
     def __init__(self, model: GPTConfig, build: StageBuild) -> None:
         super().__init__()
         self.norm = Norm("final_norm", model, build)
-        self.weight = build.parameters.get(
-            "embedding.weight" if model.tie_embeddings else "output.weight"
-        )
-        self.vocab_size = model.vocab_size
-        self.build = build
+        self.output = build.output("embedding" if model.tie_embeddings else "output")
 
     def logits(self, x: Tensor) -> Tensor:
         """[S_local, B, H] -> [S, B, V]: this rank's columns, padding included."""
-        return column_parallel_linear(
-            self.norm(x),
-            self.weight,
-            None,
-            tensor=self.build.tensor,
-            sequence_parallel=self.build.sequence_parallel,
-            store=self.build.store,
-        )
+        return self.output.logits(self.norm(x))
 
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
-        """The sum of the losses of all targets that are not ignored.
-
-        z-loss is part of what is trained; a validation loss leaves it out.
-        """
+        """The sum of the losses of all targets that are not ignored."""
         assert batch.targets_BS is not None
-        build = self.build
-        settings: dict[str, Any] = {
-            "vocab_size": self.vocab_size,
-            "tensor": build.tensor,
-            "z_loss": build.loss.z_loss if self.training else 0.0,
-            "backend": build.kernels.kernels,
-        }
-        targets_SB = batch.targets_BS.t()
-        if not build.loss.linear:
-            return vocab_parallel_cross_entropy(self.logits(x), targets_SB, **settings)
-        return vocab_parallel_linear_cross_entropy(
-            self.norm(x),
-            self.weight,
-            targets_SB,
-            sequence_parallel=build.sequence_parallel,
-            weight_grad_backend=build.store.backend,
-            **settings,
-        )
+        loss: Tensor = self.output(self.norm(x), batch.targets_BS)
+        return loss
 
 
 class GPTStage(nn.Module):

@@ -1,0 +1,76 @@
+"""The output layer of a model whose vocabulary is cut over tensor ranks, and its loss."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from megapipe.distributed.mesh import Axis
+from megapipe.kernels import Backend
+from megapipe.tensor_parallel.linear import column_parallel_linear
+from megapipe.tensor_parallel.loss import (
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+)
+from megapipe.tensor_parallel.parameter import ShardedParameter
+from megapipe.tensor_parallel.weight_grad import WeightGradStore
+
+
+class VocabParallelOutput(nn.Module):
+    """[S_local, B, H], targets [B, S] -> the sum of the losses of all targets that are not ignored.
+
+    `weight` holds this rank's rows of a [vocab_size, H] weight, padding included. With `linear` the
+    product and the loss are one, and no logits of all tokens are ever there. `z_loss` is part of
+    what is trained; a validation loss leaves it out.
+    """
+
+    def __init__(
+        self,
+        weight: ShardedParameter,
+        *,
+        vocab_size: int,
+        tensor: Axis,
+        sequence_parallel: bool,
+        store: WeightGradStore,
+        linear: bool,
+        z_loss: float,
+        backend: Backend,
+    ) -> None:
+        super().__init__()
+        self.weight = weight
+        self.vocab_size = vocab_size
+        self.tensor = tensor
+        self.sequence_parallel = sequence_parallel
+        self.store = store
+        self.linear = linear
+        self.z_loss = z_loss
+        self.backend = backend
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[S_local, B, H] -> [S, B, V]: this rank's columns, padding included."""
+        return column_parallel_linear(
+            hidden,
+            self.weight,
+            None,
+            tensor=self.tensor,
+            sequence_parallel=self.sequence_parallel,
+            store=self.store,
+        )
+
+    def forward(self, hidden: Tensor, targets_BS: Tensor) -> Tensor:
+        settings: dict[str, Any] = {
+            "vocab_size": self.vocab_size,
+            "tensor": self.tensor,
+            "z_loss": self.z_loss if self.training else 0.0,
+            "backend": self.backend,
+        }
+        targets_SB = targets_BS.t()
+        if not self.linear:
+            return vocab_parallel_cross_entropy(self.logits(hidden), targets_SB, **settings)
+        return vocab_parallel_linear_cross_entropy(
+            hidden,
+            self.weight,
+            targets_SB,
+            sequence_parallel=self.sequence_parallel,
+            weight_grad_backend=self.store.backend,
+            **settings,
+        )
