@@ -51,7 +51,7 @@ def start_triton() -> None:
     triton.runtime.driver.active.get_current_target()
 
 
-def matmul_adds(device: "torch.device") -> bool:
+def _matmul_adds(device: "torch.device") -> bool:
     """Whether torch.addmm adds bf16 factors to a float32 sum on the device without rounding."""
     from megapipe import kernels
 
@@ -63,7 +63,7 @@ class Trials:
     """What is tried on the device before the choice is made."""
 
     start_triton: Callable[[], None] = start_triton
-    matmul_adds: Callable[["torch.device"], bool] = matmul_adds
+    matmul_adds: Callable[["torch.device"], bool] = _matmul_adds
 
 
 def choose_kernels(

@@ -16,19 +16,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from megapipe.config import Config, dump_config, load_config
 from megapipe.data.distribute import _broadcast
+from megapipe.data.synthetic import synthetic_tokens
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.distributed.rank_group import RankGroup
-from megapipe.equivalence.check import Verdict, one_process, prove, synthetic_tokens
+from megapipe.equivalence.check import Verdict, check_equivalence, one_process
 from megapipe.errors import DataError
 from megapipe.layout.axes import Axes
-from megapipe.layout.program import lowered_program, with_program
-from megapipe.models.build import build_stages
 from megapipe.models.families import FAMILIES
 from megapipe.pipeline.p2p import gloo_channels, make_channels
 from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine, StepResult
-from tests.layouts import engine_of
+from tests.layouts import CPU, engine_of, layout_of
 from tests.ranks import run_ranks
 
 CONFIG = Path(__file__).parent / "configs" / "llama_shape.toml"
@@ -50,12 +49,7 @@ def device_of(name: str) -> torch.device:
 
 
 def mesh_of(config: Config, device: str) -> Mesh:
-    parallel = config.parallel
-    assert parallel.data is not None
-    return build_mesh(
-        Axes.of(pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor),
-        device_of(device),
-    )
+    return build_mesh(layout_of(config).axes, device_of(device))
 
 
 def config(*words: str) -> Config:
@@ -70,7 +64,7 @@ def ping_pong(device: str) -> list[tuple[int, int, float]]:
     """Each rank sends to both neighbours and receives from both, receives posted first; what came,
     as (source, round, value)."""
     size = dist.get_world_size()
-    mesh = build_mesh(Axes.of(pipeline=size, data=1, tensor=1), device_of(device))
+    mesh = build_mesh(Axes.of(pipeline=size), device_of(device))
     channels = make_channels(mesh) if device == "cuda" else gloo_channels(mesh)
     rank, found = mesh.rank, []
     neighbours = sorted({(rank - 1) % size, (rank + 1) % size})
@@ -129,7 +123,7 @@ def test_values_reach_all_ranks_or_the_first(device: str, size: int) -> None:
 
 def replica_mesh(device: str) -> Mesh:
     """All ranks are one replica."""
-    return build_mesh(pipeline=dist.get_world_size(), data=1, tensor=1, device=device_of(device))
+    return build_mesh(Axes.of(pipeline=dist.get_world_size()), device_of(device))
 
 
 def broadcast(device: str) -> tuple[list[int], str]:
@@ -147,12 +141,12 @@ def test_every_rank_of_a_replica_gets_the_tokens(device: str, size: int) -> None
     assert run(broadcast, device, size, device) == [(list(range(1000)), device)] * size
 
 
-def told_error(device: str) -> str:
+def readers_error(device: str) -> str:
     def read() -> None:
         raise DataError("no text in corpus.jsonl: é")
 
     try:
-        replica_mesh(device).replica.rank_group.on_first(read)
+        replica_mesh(device).model_parallel.rank_group.on_first(read)
     except DataError as error:
         return str(error)
     return "nothing"
@@ -160,20 +154,21 @@ def told_error(device: str) -> str:
 
 @DEVICES
 def test_every_rank_of_a_replica_gets_the_readers_error(device: str, size: int) -> None:
-    assert run(told_error, device, size, device) == ["no text in corpus.jsonl: é"] * size
+    assert run(readers_error, device, size, device) == ["no text in corpus.jsonl: é"] * size
 
 
 # --- Steps ---------------------------------------------------------------------------------------
 
 
 def stepped(given: Config, device: str) -> Verdict | None:
-    return prove(given, mesh_of(given, device), build_stages, synthetic_tokens(given), steps=1)
+    mesh = mesh_of(given, device)
+    return check_equivalence(layout_of(given), mesh, synthetic_tokens(given), steps=1)
 
 
 def loss_on_a_cpu(given: Config) -> float:
     """Of the first step in one process."""
-    mesh, one = Mesh.single(torch.device("cpu")), one_process(given)
-    return engine_of(one, mesh).train_step(synthetic_tokens(one)(0, mesh), 0.0).loss
+    mesh, one = Mesh.single(CPU), one_process(layout_of(given))
+    return Engine(one, mesh).train_step(synthetic_tokens(given)(0, mesh), 0.0).loss
 
 
 def layouts(size: int) -> list[tuple[str, ...]]:
@@ -214,10 +209,11 @@ def test_a_step_is_that_of_one_process(device: str, size: int, words: tuple[str,
 def test_the_layouts_for_gpus_have_programs(size: int) -> None:
     """What runs there only must not fail there for its config."""
     for words in layouts(size):
-        given = config("--model.num_layers=8", *(f"--parallel.{word}" for word in words))
-        parallel = given.parallel
-        assert len(lowered_program(with_program(given))) == parallel.pipeline
-        assert parallel.pipeline * parallel.tensor * (parallel.data or 1) == size
+        layout = layout_of(
+            config("--model.num_layers=8", *(f"--parallel.{word}" for word in words))
+        )
+        assert len(layout.lowered) == layout.axes.size("pipeline")
+        assert layout.axes.world_size == size
 
 
 # --- Checkpoints ---------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """THE test: every layout computes what one process computes, in float64.
 
 Each case steps a model in its layout and in one process on the same tokens, and compares losses,
-every gradient and every updated weight (see megapipe/train/proof.py). As a program it takes more
-steps and prints the largest errors: `python -m tests.test_layouts --steps 20`.
+every gradient and every updated weight (see megapipe/equivalence/check.py). As a program it takes
+more steps and prints the largest errors: `python -m tests.test_layouts --steps 20`.
 """
 
 import os
@@ -15,15 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 
 from megapipe.config import Config, load_config
-from megapipe.distributed.mesh import build_mesh
-from megapipe.equivalence.check import Verdict, prove, synthetic_tokens
-from megapipe.layout.axes import Axes
-from megapipe.models.build import build_stages
+from megapipe.data.synthetic import synthetic_tokens
+from megapipe.equivalence.check import Verdict, check_equivalence
 from megapipe.models.families import FAMILIES
 from megapipe.pipeline.schedule import SCHEDULES, to_csv
+from tests.layouts import layout_of, mesh_of
 from tests.pipeline.programs import random_program
 from tests.ranks import POOL, run_ranks
 
@@ -33,7 +31,7 @@ STEPS = 3
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayoutCase:
     """Degrees and schedule; `overrides` are config keys as a user would type them."""
 
     tensor: int = 1
@@ -43,10 +41,6 @@ class Layout:
     schedule: str = "1f1b"
     sequence_parallel: bool = False
     overrides: tuple[str, ...] = field(default=())
-
-    @property
-    def ranks(self) -> int:
-        return self.tensor * self.pipeline * self.data
 
     def config(self, shape: str, *more: str) -> Config:
         keys = {
@@ -76,19 +70,19 @@ DROPOUT = ("--model.dropout=0.1", "--model.attention_dropout=0.1")
 LINEAR_LOSS = ("--train.linear_cross_entropy=true", "--train.z_loss=1e-3")
 DOCUMENTS = ("--data.mask_documents=true",)
 LAYOUTS = [
-    Layout(tensor=2),
-    Layout(tensor=4),
-    Layout(pipeline=2),
-    Layout(pipeline=4),
-    Layout(pipeline=2, schedule="gpipe"),
-    Layout(pipeline=2, virtual=2, schedule=INTERLEAVED),
-    Layout(pipeline=3, overrides=("--parallel.layers_per_stage=[1, 2, 3]",)),
-    Layout(data=2),
-    Layout(data=4),
-    Layout(tensor=2, sequence_parallel=True),
-    Layout(tensor=4, sequence_parallel=True, overrides=DROPOUT),
-    Layout(tensor=2, pipeline=2),
-    Layout(
+    LayoutCase(tensor=2),
+    LayoutCase(tensor=4),
+    LayoutCase(pipeline=2),
+    LayoutCase(pipeline=4),
+    LayoutCase(pipeline=2, schedule="gpipe"),
+    LayoutCase(pipeline=2, virtual=2, schedule=INTERLEAVED),
+    LayoutCase(pipeline=3, overrides=("--parallel.layers_per_stage=[1, 2, 3]",)),
+    LayoutCase(data=2),
+    LayoutCase(data=4),
+    LayoutCase(tensor=2, sequence_parallel=True),
+    LayoutCase(tensor=4, sequence_parallel=True, overrides=DROPOUT),
+    LayoutCase(tensor=2, pipeline=2),
+    LayoutCase(
         tensor=2,
         pipeline=2,
         virtual=2,
@@ -96,27 +90,20 @@ LAYOUTS = [
         sequence_parallel=True,
         overrides=DOCUMENTS + DROPOUT,
     ),
-    Layout(tensor=2, pipeline=2, data=2, sequence_parallel=True, overrides=DOCUMENTS + DROPOUT),
-    Layout(tensor=2, pipeline=2, overrides=("--train.recompute=full", *DROPOUT)),
-    Layout(tensor=2, pipeline=2, sequence_parallel=True, overrides=LINEAR_LOSS),
-    Layout(tensor=2, pipeline=2, schedule="zb-h1", overrides=LINEAR_LOSS),
+    LayoutCase(tensor=2, pipeline=2, data=2, sequence_parallel=True, overrides=DOCUMENTS + DROPOUT),
+    LayoutCase(tensor=2, pipeline=2, overrides=("--train.recompute=full", *DROPOUT)),
+    LayoutCase(tensor=2, pipeline=2, sequence_parallel=True, overrides=LINEAR_LOSS),
+    LayoutCase(tensor=2, pipeline=2, schedule="zb-h1", overrides=LINEAR_LOSS),
 ]
 
 
-def _prove(config: Config, steps: int) -> Verdict | None:
-    parallel = config.parallel
-    assert parallel.data is not None
-    mesh = build_mesh(
-        Axes.of(pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor),
-        torch.device("cpu"),
-    )
-    return prove(config, mesh, build_stages, synthetic_tokens(config), steps)
+def _check_rank(config: Config, steps: int) -> Verdict | None:
+    return check_equivalence(layout_of(config), mesh_of(config), synthetic_tokens(config), steps)
 
 
 def check(config: Config, steps: int = STEPS) -> Verdict:
-    parallel = config.parallel
-    ranks = parallel.tensor * parallel.pipeline * (parallel.data or 1)
-    verdict: Verdict | None = run_ranks(_prove, ranks, config, steps, timeout=300)[0]
+    ranks = layout_of(config).axes.world_size
+    verdict: Verdict | None = run_ranks(_check_rank, ranks, config, steps, timeout=300)[0]
     assert verdict is not None
     kinds = {row.kind for row in verdict.differences}
     assert kinds == {"initial weight", "loss", "gradient norm", "gradient", "weight"}
@@ -129,7 +116,7 @@ def check(config: Config, steps: int = STEPS) -> Verdict:
 SHAPES = ("gpt2", "llama")
 
 
-def schedule_layouts(*pipelines: int) -> list[Layout]:
+def schedule_layouts(*pipelines: int) -> list[LayoutCase]:
     """Every schedule with layers that do not divide over the stages."""
     layouts = []
     for pipeline in pipelines:
@@ -139,18 +126,20 @@ def schedule_layouts(*pipelines: int) -> list[Layout]:
                 continue
             layers = (f"--model.num_layers={pipeline * virtual + 1}",)
             layouts.append(
-                Layout(pipeline=pipeline, virtual=virtual, schedule=name, overrides=layers)
+                LayoutCase(pipeline=pipeline, virtual=virtual, schedule=name, overrides=layers)
             )
     return layouts
 
 
 RECOMPUTE = ("--train.recompute=full",)
 COMBINED = [
-    Layout(pipeline=2, schedule="zb-h1", overrides=RECOMPUTE + DROPOUT),
-    Layout(pipeline=2, virtual=2, schedule="zb-v", overrides=(*RECOMPUTE, *DROPOUT, *DOCUMENTS)),
-    Layout(pipeline=2, tensor=2, sequence_parallel=True, schedule="zb-h1"),
+    LayoutCase(pipeline=2, schedule="zb-h1", overrides=RECOMPUTE + DROPOUT),
+    LayoutCase(
+        pipeline=2, virtual=2, schedule="zb-v", overrides=(*RECOMPUTE, *DROPOUT, *DOCUMENTS)
+    ),
+    LayoutCase(pipeline=2, tensor=2, sequence_parallel=True, schedule="zb-h1"),
     *(
-        Layout(
+        LayoutCase(
             pipeline=2,
             tensor=2,
             virtual=schedule.chunks[0],
@@ -160,40 +149,40 @@ COMBINED = [
         )
         for name, schedule in SCHEDULES.items()
     ),
-    Layout(pipeline=2, data=2, virtual=2, schedule="dualpipe-v"),
+    LayoutCase(pipeline=2, data=2, virtual=2, schedule="dualpipe-v"),
     # Microbatches: 3 (fewer than the pattern of ZB-V needs), 5 and 16.
-    Layout(pipeline=2, virtual=2, schedule="zb-v", overrides=("--train.global_batch_size=6",)),
-    Layout(pipeline=4, schedule="zb-h2", overrides=("--train.global_batch_size=10",)),
-    Layout(pipeline=2, virtual=2, schedule="v-half", overrides=("--train.micro_batch_size=1",)),
+    LayoutCase(pipeline=2, virtual=2, schedule="zb-v", overrides=("--train.global_batch_size=6",)),
+    LayoutCase(pipeline=4, schedule="zb-h2", overrides=("--train.global_batch_size=10",)),
+    LayoutCase(pipeline=2, virtual=2, schedule="v-half", overrides=("--train.micro_batch_size=1",)),
 ]
 """Schedules together with recompute, dropout, documents, tensor ranks, replicas."""
 
 
-def configured(layout: Layout, shape: str) -> Config:
+def configured(layout: LayoutCase, shape: str) -> Config:
     if shape == "gpt2" and layout.pipeline == 3:
-        layout = Layout(pipeline=3)  # 7 layers, balanced by cost
+        layout = LayoutCase(pipeline=3)  # 7 layers, balanced by cost
     return layout.config(shape)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_layout_equals_one_process(layout: Layout, shape: str) -> None:
+def test_layout_equals_one_process(layout: LayoutCase, shape: str) -> None:
     check(configured(layout, shape))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", schedule_layouts(2), ids=str)
-def test_schedule_equals_one_process(layout: Layout, shape: str) -> None:
+def test_schedule_equals_one_process(layout: LayoutCase, shape: str) -> None:
     check(layout.config(shape), 2)
 
 
 @pytest.mark.parametrize("layout", schedule_layouts(4), ids=str)
-def test_schedule_on_four_ranks_equals_one_process(layout: Layout) -> None:
+def test_schedule_on_four_ranks_equals_one_process(layout: LayoutCase) -> None:
     check(layout.config("gpt2"), 2)
 
 
 @pytest.mark.parametrize("layout", COMBINED, ids=str)
-def test_schedule_combined_equals_one_process(layout: Layout) -> None:
+def test_schedule_combined_equals_one_process(layout: LayoutCase) -> None:
     check(layout.config("gpt2"), 2)
 
 
@@ -202,7 +191,7 @@ def test_stages_placed_unevenly_equal_one_process(tmp_path: Path) -> None:
     program = random_program(0, [1, 0, 1, 1], 8, split=True)  # 16 sequences in twos
     (tmp_path / "program.csv").write_text(to_csv(program), encoding="utf-8")
     file = f"--parallel.schedule_file={tmp_path}/program.csv"
-    check(Layout(pipeline=2, virtual=2, schedule="csv", overrides=(file,)).config("gpt2"), 2)
+    check(LayoutCase(pipeline=2, virtual=2, schedule="csv", overrides=(file,)).config("gpt2"), 2)
 
 
 def main() -> None:

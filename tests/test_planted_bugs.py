@@ -1,35 +1,35 @@
-"""The proof fails where it must: bugs that other stacks have shipped, planted one at a time.
+"""The equivalence check fails where it must: bugs that other stacks have shipped, one at a time.
 
-Each is planted in the layout alone, and the proof has to name a tensor that it spoils.
+Each is planted in the layout alone, and the check has to name a tensor that it spoils.
 """
 
-from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from megapipe.config import Config
-from megapipe.distributed.mesh import Mesh, build_mesh
-from megapipe.equivalence.check import Difference, Verdict, prove, synthetic_tokens
-from megapipe.layout.axes import Axes
-from megapipe.layout.program import microbatches
+from megapipe.data.synthetic import synthetic_tokens
+from megapipe.distributed.mesh import Mesh
+from megapipe.equivalence.check import Difference, Verdict, check_equivalence
+from megapipe.layout.layout import Layout
 from megapipe.microbatch import MicroBatch
-from megapipe.models.build import build_stages
 from megapipe.tensor_parallel.parameter import sharded_parameters
-from megapipe.train.engine import BuildStages, Engine
+from megapipe.train.engine import Engine
+from tests.equivalence.planting import Plant, Stages, planted
+from tests.layouts import layout_of, mesh_of
 from tests.ranks import run_ranks
-from tests.test_layouts import TOLERANCE, Layout
-
-Stages = Mapping[int, nn.Module]
+from tests.test_layouts import TOLERANCE, LayoutCase
 
 
 def _forget_to_sum(stages: Stages, name: str) -> None:
     """The gradient of a global tensor stays partial on each rank that holds it."""
     for stage in stages.values():
         for parameter in sharded_parameters(stage):
-            if any(piece.name == name and piece.sum_over for piece in parameter.shards):
-                parameter.retarget(sum_over=None, counted=parameter.shards[0].owner)
+            if any(shard.name == name and shard.sum_over for shard in parameter.shards):
+                parameter.shards = tuple(replace(s, sum_over=None) for s in parameter.shards)
 
 
 def norm_not_reduced(stages: Stages) -> None:
@@ -53,24 +53,16 @@ def microbatches_scaled_wrongly(stages: Stages) -> None:
         stage.register_forward_hook(halve)
 
 
-Plant = Callable[[Stages], None]
-
-
-def _prove_with_bug(config: Config, plant: Plant | None) -> Difference | None:
-    def build(config: Config, mesh: Mesh) -> Stages:
-        stages = build_stages(config, mesh)
-        if plant is not None and mesh.world_size > 1:
-            plant(stages)
-        return stages
-
-    parallel = config.parallel
-    assert parallel.data is not None
-    mesh = build_mesh(
-        Axes.of(pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor),
-        torch.device("cpu"),
-    )
-    verdict: Verdict | None = prove(config, mesh, build, synthetic_tokens(config), 2)
+def _check(config: Config) -> Difference | None:
+    """The first difference, on rank 0."""
+    tokens = synthetic_tokens(config)
+    verdict: Verdict | None = check_equivalence(layout_of(config), mesh_of(config), tokens, 2)
     return verdict.first_beyond(TOLERANCE) if verdict else None
+
+
+def _check_with_bug(config: Config, plant: Plant | None) -> Difference | None:
+    with planted(plant) if plant else nullcontext():
+        return _check(config)
 
 
 @pytest.mark.parametrize(
@@ -82,10 +74,9 @@ def _prove_with_bug(config: Config, plant: Plant | None) -> Difference | None:
     ],
 )
 def test_a_planted_bug_is_found_and_named(plant: Plant, kind: str, name: str) -> None:
-    layout = Layout(tensor=2, pipeline=2, sequence_parallel=True)
-    config = layout.config("gpt2")
-    assert run_ranks(_prove_with_bug, 4, config, None)[0] is None
-    first = run_ranks(_prove_with_bug, 4, config, plant)[0]
+    config = LayoutCase(tensor=2, pipeline=2, sequence_parallel=True).config("gpt2")
+    assert run_ranks(_check_with_bug, 4, config, None)[0] is None
+    first = run_ranks(_check_with_bug, 4, config, plant)[0]
     assert first is not None
     assert (first.step, first.kind, first.name) == (0, kind, name)
 
@@ -94,9 +85,9 @@ def _scaled_gradients(config: Config) -> Difference | None:
     """All gradients of the layout are too large by one factor, which clipping would hide."""
     build = Engine.__init__
 
-    def wrong(self: Engine, config: Config, mesh: Mesh, build_stages: BuildStages) -> None:
-        build(self, config, mesh, build_stages)
-        factor = microbatches(config) if mesh.world_size > 1 else 1
+    def wrong(self: Engine, layout: Layout, mesh: Mesh) -> None:
+        build(self, layout, mesh)
+        factor = layout.microbatches if mesh.world_size > 1 else 1
         step = self.optimizer.step
         patch.setattr(
             self.optimizer, "step", lambda rate, gradient_scale: step(rate, gradient_scale * factor)
@@ -104,11 +95,11 @@ def _scaled_gradients(config: Config) -> Difference | None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "__init__", wrong)
-        return _prove_with_bug(config, None)
+        return _check(config)
 
 
 def test_gradients_all_too_large_by_one_factor_are_found() -> None:
     """Adam's updates would be the same: only the comparison of gradients shows it."""
-    first = run_ranks(_scaled_gradients, 2, Layout(data=2).config("llama"))[0]
+    first = run_ranks(_scaled_gradients, 2, LayoutCase(data=2).config("llama"))[0]
     assert first is not None
     assert (first.step, first.kind) == (0, "gradient")

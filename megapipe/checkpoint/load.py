@@ -19,7 +19,7 @@ from megapipe.checkpoint.storage import (
     read_into,
     read_small,
 )
-from megapipe.checkpoint.verify import Span, damage, describe, read_manifest
+from megapipe.checkpoint.verify import ByteRange, damage, describe, read_manifest
 from megapipe.errors import CheckpointError
 
 READ_BYTES = 64 * 2**20
@@ -104,7 +104,7 @@ class CheckpointReader:
         extra = self.manifest.files[name]
         content = read_small(self.path / name, extra.bytes)
         if len(content) != extra.bytes or checksum(content) != extra.checksum:
-            span = Span(name, 0, extra.bytes, extra.checksum, "the file")
+            span = ByteRange(name, 0, extra.bytes, extra.checksum, "the file")
             raise CheckpointError(describe(self.path / name, span))
         return content
 
@@ -189,6 +189,6 @@ class CheckpointReader:
             read_into(descriptor, block, offset, path)
             expected = chunk.checksums[(low + begin) // BLOCK_BYTES]
             if checksum(block) != expected:
-                span = Span(chunk.file, offset, len(block), expected, f"tensor {name}")
+                span = ByteRange(chunk.file, offset, len(block), expected, f"tensor {name}")
                 raise CheckpointError(describe(path, span))
             self._verified.add((chunk.file, offset))

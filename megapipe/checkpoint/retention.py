@@ -20,7 +20,7 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Found:
+class NewestCheckpoint:
     """The newest checkpoint that verifies, and the newer ones that don't.
 
     With `path` None and something in `skipped`, checkpoints exist but none is whole: not a reason
@@ -31,7 +31,7 @@ class Found:
     skipped: tuple[Skipped, ...]
 
 
-def newest_valid(root: Path, ranks: RankGroup = ALONE) -> Found:
+def newest_valid(root: Path, ranks: RankGroup = ALONE) -> NewestCheckpoint:
     """The newest checkpoint in `root` of which every byte verifies; collective over `ranks`.
 
     The ranks share the reading, and all get the same answer.
@@ -40,9 +40,9 @@ def newest_valid(root: Path, ranks: RankGroup = ALONE) -> Found:
     for path in _candidates(ranks, root):
         problems = _problems(ranks, path, read=True)
         if not problems:
-            return Found(path, tuple(skipped))
+            return NewestCheckpoint(path, tuple(skipped))
         skipped.append(Skipped(path, problems))
-    return Found(None, tuple(skipped))
+    return NewestCheckpoint(None, tuple(skipped))
 
 
 def prune(

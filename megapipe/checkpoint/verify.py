@@ -20,7 +20,7 @@ from megapipe.files import shown
 
 
 @dataclass(frozen=True)
-class Span:
+class ByteRange:
     """A range of bytes under one checksum."""
 
     file: str
@@ -55,18 +55,20 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{shown(path)} is damaged: {error}") from error
 
 
-def spans(manifest: Manifest) -> Iterator[Span]:
+def byte_ranges(manifest: Manifest) -> Iterator[ByteRange]:
     """Every byte of every file but the manifest, each exactly once."""
     for name, extra in manifest.files.items():
-        yield Span(name, 0, extra.bytes, extra.checksum, "the file")
+        yield ByteRange(name, 0, extra.bytes, extra.checksum, "the file")
     for name, shard in manifest.shards.items():
-        yield Span(name, 0, shard.header_bytes, shard.header_checksum, "the safetensors header")
+        yield ByteRange(
+            name, 0, shard.header_bytes, shard.header_checksum, "the safetensors header"
+        )
     for name, entry in manifest.tensors.items():
         for chunk in entry.chunks:
             for number, expected in enumerate(chunk.checksums):
                 begin = number * BLOCK_BYTES
                 size = min(BLOCK_BYTES, chunk.bytes - begin)
-                yield Span(chunk.file, chunk.offset + begin, size, expected, f"tensor {name}")
+                yield ByteRange(chunk.file, chunk.offset + begin, size, expected, f"tensor {name}")
 
 
 def damage(
@@ -78,7 +80,7 @@ def damage(
     `parts` > 1 this process looks at its share only: of `parts` equal shares, number `part`.
     """
     sizes = {name: file.bytes for name, file in (manifest.files | manifest.shards).items()}
-    by_place = sorted(spans(manifest), key=lambda span: (span.file, span.offset))
+    by_place = sorted(byte_ranges(manifest), key=lambda span: (span.file, span.offset))
     share = by_place[len(by_place) * part // parts : len(by_place) * (part + 1) // parts]
     buffer = memoryview(bytearray(max((span.bytes for span in share), default=0) if read else 0))
     problems = []
@@ -97,7 +99,7 @@ def damage(
     return problems
 
 
-def describe(path: Path, span: Span) -> str:
+def describe(path: Path, span: ByteRange) -> str:
     return (
         f"{path} is damaged: bytes {span.offset} to {span.offset + span.bytes} ({span.holds}) "
         "are not the ones that were written"

@@ -17,7 +17,7 @@ from megapipe.config.optimizer import (
 )
 from megapipe.config.problems import nearest, section_problem, sentence, show
 from megapipe.config.source import (
-    Source,
+    ConfigSource,
     apply_overrides,
     merge,
     parse_overrides,
@@ -69,7 +69,9 @@ def family_of(values: Mapping[str, object], families: Families) -> ConfigFamily:
     raise ConfigError([f"model.family = {show(name)} {_not_among(name, families)}"])
 
 
-def _find_family(source: Source, families: Families, problems: list[str]) -> ConfigFamily | None:
+def _find_family(
+    source: ConfigSource, families: Families, problems: list[str]
+) -> ConfigFamily | None:
     """None, and a problem, where there is none of that name."""
     model = source.tree.get("model", {})
     try:
@@ -79,7 +81,7 @@ def _find_family(source: Source, families: Families, problems: list[str]) -> Con
         return None
 
 
-def _merge_preset(source: Source, family: ConfigFamily, families: Families) -> list[str]:
+def _merge_preset(source: ConfigSource, family: ConfigFamily, families: Families) -> list[str]:
     model = source.tree.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("preset"), str):
         return []
@@ -110,7 +112,7 @@ def _not_among(name: object, names: Collection[str]) -> str:
 
 
 def _build(
-    source: Source, family: ConfigFamily | None, families: Families, problems: list[str]
+    source: ConfigSource, family: ConfigFamily | None, families: Families, problems: list[str]
 ) -> Config:
     types = section_types() if family is None else section_types(family.config)
     for name in source.tree:
@@ -138,7 +140,7 @@ def _build(
 def _validation_problems(
     section: str,
     error: ValidationError,
-    source: Source,
+    source: ConfigSource,
     types: Mapping[str, type[BaseModel]],
     owners: Mapping[str, str],
 ) -> list[str]:
@@ -155,7 +157,7 @@ def _validation_problems(
 def _problem(
     section: str,
     detail: ErrorDetails,
-    source: Source,
+    source: ConfigSource,
     types: Mapping[str, type[BaseModel]],
     owners: Mapping[str, str],
 ) -> str | None:
@@ -176,7 +178,7 @@ def _follows(detail: ErrorDetails, error: ValidationError) -> bool:
     )
 
 
-def _unknown_section(name: str, source: Source, names: list[str]) -> str:
+def _unknown_section(name: str, source: ConfigSource, names: list[str]) -> str:
     close = nearest(name, names)
     meant = f"did you mean [{close}]?" if close else f"the sections are {', '.join(names)}"
     return sentence(source.where((name,)), f"{shown(name)} is not a section; {meant}")

@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
-from megapipe.config.source import KeyPath, Source, dotted
+from megapipe.config.source import ConfigSource, KeyPath, dotted
 from megapipe.files import shown
 
 _EXPECTED = {
@@ -59,7 +59,7 @@ def nearest(name: str, names: Sequence[str]) -> str | None:
 def section_problem(
     error: ErrorDetails,
     path: KeyPath,
-    source: Source,
+    source: ConfigSource,
     sections: dict[str, type[BaseModel]],
     owners: Mapping[str, str],
 ) -> str | None:

@@ -8,7 +8,6 @@ import tomli_w
 from megapipe.config.config import Config
 from megapipe.config.family import Families
 from megapipe.config.model import DEFAULT_FAMILY
-from megapipe.config.optimizer import AnyOptimizerConfig
 from megapipe.errors import MegapipeError
 from megapipe.files import replace_durably, write_reason
 

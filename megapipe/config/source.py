@@ -31,7 +31,7 @@ def dotted(path: KeyPath) -> str:
 
 
 @dataclass
-class Source:
+class ConfigSource:
     """Raw values under `tree`, and what is needed to say where a value was written.
 
     `preset` is the name of the one that was merged, `preset_keys` the keys of [model] it gives.
@@ -79,7 +79,7 @@ class Source:
         return best_line, best
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path) -> ConfigSource:
     """The TOML file as it is written. Raises ConfigError when it can't be read."""
     name = shown(path)
     try:
@@ -109,10 +109,10 @@ def decode_toml(content: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def parse_source(text: str, name: str) -> Source:
+def parse_source(text: str, name: str) -> ConfigSource:
     """TOML text; `name` stands for the file in messages."""
     try:
-        return Source(name, text, tomllib.loads(text))
+        return ConfigSource(name, text, tomllib.loads(text))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError([_syntax_problem(text, name, str(error))]) from None
     except BEYOND_PYTHON as error:
@@ -198,7 +198,7 @@ def _is_index(part: str) -> bool:
     return part.isdecimal() and len(part) <= LONGEST_INDEX
 
 
-def apply_overrides(source: Source, overrides: Sequence[tuple[KeyPath, Any]]) -> list[str]:
+def apply_overrides(source: ConfigSource, overrides: Sequence[tuple[KeyPath, Any]]) -> list[str]:
     """Puts the values into the tree; returns what can't be put."""
     problems = []
     for path, value in overrides:

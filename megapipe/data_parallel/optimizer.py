@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megapipe.data_parallel.buffer import ParameterBuffer
 from megapipe.kernels import Backend
+from megapipe.layout.parameters import ParameterShard
 from megapipe.optim import (
     RULES,
     FlatParameters,
@@ -17,7 +18,6 @@ from megapipe.optim import (
     parameter_groups,
 )
 from megapipe.precision import torch_dtype
-from megapipe.layout.parameters import ParameterShard
 
 WEIGHTS = "weights"
 """Kind of the master weights, beside the names of the optimizer's state."""

@@ -33,7 +33,7 @@ def verify(config: Config, family: ModelFamily, name: str, steps: int) -> int:
 def _introduce(name: str, changes: Sequence[str]) -> None:
     print(f"Proving the layout of {name} against one process, in float64 on the CPU.")
     if changes:
-        print("Changed for the proof, with every feature kept:")
+        print("Changed for the check, with every feature kept:")
         print("".join(f"  {change}\n" for change in changes), end="")
     sys.stdout.flush()
 

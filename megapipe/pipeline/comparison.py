@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import NamedTuple
 
-from megapipe.pipeline.recording import Run
+from megapipe.pipeline.recording import ProgramRun
 from megapipe.pipeline.schedule import (
     Action,
     Costs,
@@ -44,13 +44,13 @@ Medians = dict[tuple[int, Kind], float]
 class Reality:
     """A step as all pipeline ranks recorded it, on the clock of the first.
 
-    `program` was lowered; `runs` has a Run for each of its ranks. Times may be wrong between ranks
-    by `clock_error` seconds.
+    `program` was lowered; `runs` has one for each of its ranks. Times may be wrong between ranks by
+    `clock_error` seconds.
     """
 
     step: int
     program: Program
-    runs: list[Run]
+    runs: list[ProgramRun]
     clock_error: float = 0.0
 
     def work(self) -> Timeline:
@@ -69,7 +69,7 @@ class Reality:
         )
 
 
-class Row(NamedTuple):
+class ComparisonRow(NamedTuple):
     """A part of a step's time; those before "the plan" add up to it, all to reality."""
 
     label: str
@@ -96,8 +96,8 @@ class Comparison:
     plan: Timeline
     real: Timeline
     equal_bubble: float  # of the program, were all stages alike
-    plan_rows: list[Row]
-    reality_rows: list[Row]
+    plan_rows: list[ComparisonRow]
+    reality_rows: list[ComparisonRow]
     ranks: list[RankTimes]
 
 
@@ -162,9 +162,9 @@ def compare(reality: Reality) -> Comparison:
         real=real,
         equal_bubble=equal.bubble,
         plan_rows=[
-            Row("work, shared equally", share),
-            Row("bubble, were stages equal", equal.makespan - share),
-            Row("stages are not equal", plan.makespan - equal.makespan, _extremes(costs)),
+            ComparisonRow("work, shared equally", share),
+            ComparisonRow("bubble, were stages equal", equal.makespan - share),
+            ComparisonRow("stages are not equal", plan.makespan - equal.makespan, _extremes(costs)),
         ],
         reality_rows=_reality_rows(reality, replay, planned, real, plan.makespan),
         ranks=_rank_times(reality, planned),
@@ -209,13 +209,13 @@ def _reality_rows(
     planned: Mapping[Action, float],
     real: Timeline,
     makespan: float,
-) -> list[Row]:
+) -> list[ComparisonRow]:
     rows = []
     work = dict(planned)
 
     def charge(label: str, longer: float, note: str = "") -> None:
         nonlocal makespan
-        rows.append(Row(label, longer - makespan, note))
+        rows.append(ComparisonRow(label, longer - makespan, note))
         makespan = longer
 
     lost = [sum(s.duration - planned[s.action] for s in spans) for spans in real.spans]

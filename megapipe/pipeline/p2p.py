@@ -121,7 +121,7 @@ def make_channels(mesh: Mesh) -> Channels:
         shared = connect_pairs(axis.group, ring_pairs(axis.size), axis.name, COLLECTIVE_TIMEOUT)
         return gloo_channels(mesh) if shared is None else Channels(axis.rank, shared)
     channels = _own_ends(mesh, pair_groups(mesh))
-    connect(channels, axis.size, mesh.device)
+    connect_channels(channels, axis.size, mesh.device)
     return channels
 
 
@@ -152,7 +152,7 @@ def pair_groups(mesh: Mesh) -> dict[Pair, dist.ProcessGroup]:
     return groups
 
 
-def connect(channels: Channels, size: int, device: torch.device) -> None:
+def connect_channels(channels: Channels, size: int, device: torch.device) -> None:
     """Send one element over every channel, so that NCCL makes its communicators here: making one
     waits for the other end, which posting a receive must never do.
 

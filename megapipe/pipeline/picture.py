@@ -87,7 +87,7 @@ def draw(panels: Sequence[Panel], unit: str = "s", width: float = WIDTH) -> "Fig
     return figure
 
 
-def save(figure: "Figure", path: Path) -> None:
+def save_picture(figure: "Figure", path: Path) -> None:
     """Write a PNG at once or not at all; few colours, so a third as large as it would be.
 
     Raises MegapipeError where that is not possible.

@@ -29,7 +29,7 @@ class Moment(NamedTuple):
     ended: float
 
 
-class Run(NamedTuple):
+class ProgramRun(NamedTuple):
     """A run of a rank's program: when it was entered, and a moment for each action, in order."""
 
     entered: float
@@ -78,7 +78,7 @@ class Recorder:
         called when the host has given the GPU more to do; a run that is followed by another before
         it was settled is lost."""
 
-    def run(self, ago: int = 0) -> Run:
+    def run(self, ago: int = 0) -> ProgramRun:
         """The last run, or the one `ago` before it; an aborted one has its first actions only."""
         assert 0 <= ago < min(self.kept, self._runs), (ago, self.kept, self._runs)
         if ago == 0:
@@ -87,7 +87,7 @@ class Recorder:
         times = self._ring[slot]
         count = self._counts[slot] if ago else self.count
         moments = [Moment(*times[3 * i : 3 * i + 3]) for i in range(count)]
-        return Run(self._entered[slot], moments)
+        return ProgramRun(self._entered[slot], moments)
 
     def _slot(self, ago: int) -> int:
         return (self._runs - 1 - ago) % self.kept

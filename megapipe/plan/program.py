@@ -18,7 +18,7 @@ from megapipe.pipeline.costs import read_costs
 from megapipe.pipeline.schedule import Costs, to_csv
 from megapipe.pipeline.schedule.fitting import check_limit
 from megapipe.pipeline.schedule.limit import Limit
-from megapipe.pipeline.schedule.search import Found, search
+from megapipe.pipeline.schedule.search import FoundProgram, search
 from megapipe.pipeline.schedule.search.reason import Unit, forwards, seconds, summary
 from megapipe.pipeline.schedule.stored import UnfitProgramError
 
@@ -99,7 +99,9 @@ def _settled(
     return resolve(chosen, axes, family), lines
 
 
-def _estimated_search(config: Config, axes: Axes, family: ModelFamily, costs: Costs) -> Found:
+def _estimated_search(
+    config: Config, axes: Axes, family: ModelFamily, costs: Costs
+) -> FoundProgram:
     """What `auto` would choose. Raises ScheduleError for a limit that nothing keeps."""
     limit = _estimated_byte_limit(config, axes, family) or microbatch_limit(config)
     assert limit is not None, "auto always has a limit"

@@ -21,7 +21,7 @@ from megapipe.layout.estimates import peak_bytes, stage_activation_bytes
 from megapipe.layout.family import ModelFamily
 from megapipe.layout.layout import microbatches
 from megapipe.layout.world import resolve_axes, with_axes
-from megapipe.pipeline.picture import Panel, draw, save
+from megapipe.pipeline.picture import Panel, draw, save_picture
 from megapipe.pipeline.schedule import SCHEDULES, Costs, Kind, Timeline, critical_path, simulate
 from megapipe.plan.dry_run import layout_lines
 from megapipe.plan.program import EstimatedTimes, estimated_times, plan_layout
@@ -118,7 +118,7 @@ def plan(
     text = _report(plans, notes, columns)
     if out is not None:
         panels = [Panel(plan.title, plan.timeline) for plan in plans]
-        save(draw(panels, plans[0].times.unit), out)
+        save_picture(draw(panels, plans[0].times.unit), out)
         text += f"Picture: {out}\n"
     return text
 

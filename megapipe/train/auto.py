@@ -35,7 +35,7 @@ from megapipe.pipeline.schedule import Costs, to_csv
 from megapipe.pipeline.schedule.fitting import check_limit
 from megapipe.pipeline.schedule.limit import Limit
 from megapipe.pipeline.schedule.search import search
-from megapipe.pipeline.schedule.search.reason import report, seconds, summary
+from megapipe.pipeline.schedule.search.reason import search_report, seconds, summary
 from megapipe.pipeline.schedule.stored import UnfitProgramError
 from megapipe.precision import PRECISIONS
 from megapipe.stage import build_stages
@@ -202,7 +202,7 @@ def _choose(
     source = "measured at the start of the run"
     if parallel.stage_costs is not None:
         source = f"from {parallel.stage_costs} (parallel.stage_costs)"
-    reason = report(found, seconds, source, written)
+    reason = search_report(found, seconds, source, written)
     write_text(reason, file.parent / REASON_FILE)
     with suppress(FileNotFoundError):
         file.replace(file.parent / REPLACED_FILE)

@@ -6,7 +6,7 @@ from pathlib import Path
 from megapipe.config import Config
 from megapipe.data.sources import HUB
 from megapipe.files import shown
-from megapipe.train.loggers.wandb_environment import choose, not_used
+from megapipe.train.loggers.wandb_environment import not_used, wandb_choice
 
 HUB_NAMES = (
     "HF_HOME",
@@ -28,7 +28,7 @@ def environment_lines(config: Config, environ: Mapping[str, str]) -> Iterator[st
 
     Values that can't be used are not listed: they are reported when W&B starts.
     """
-    choice = choose(config.logging, Path(config.train.run_dir), environ)
+    choice = wandb_choice(config.logging, Path(config.train.run_dir), environ)
     mode = choice.mode
     sources = (*config.data.sources, *config.data.validation_sources)
     hub = any(source.path.startswith(HUB) for source in sources)

@@ -22,9 +22,9 @@ from megapipe.config.logging import parse_steps
 from megapipe.distributed.mesh import Mesh
 from megapipe.files import replace_durably
 from megapipe.pipeline.clocks import clock_offsets
-from megapipe.pipeline.comparison import Comparison, Reality, Row, compare
-from megapipe.pipeline.picture import Panel, draw, save
-from megapipe.pipeline.recording import Moment, Recorder, Run
+from megapipe.pipeline.comparison import Comparison, ComparisonRow, Reality, compare
+from megapipe.pipeline.picture import Panel, draw, save_picture
+from megapipe.pipeline.recording import Moment, ProgramRun, Recorder
 from megapipe.pipeline.schedule import Program, Span, Timeline
 from megapipe.pipeline.trace import chrome_trace
 
@@ -80,7 +80,7 @@ class TimelineWriter:
         replace_durably(self._run_dir / "timeline.txt", [text.encode()])
         replace_durably(self._run_dir / "timeline.json", [json.dumps(trace).encode()])
         path = self._run_dir / "timeline.png"
-        save(draw(panels(comparison, self._schedule)), path)
+        save_picture(draw(panels(comparison, self._schedule)), path)
         self._say(f"{text}Timeline of step {comparison.step}: {path}, .txt and .json (Perfetto)")
         self._show(path, comparison.step)
 
@@ -111,9 +111,9 @@ def gather_steps(
     ]
 
 
-def _run(times: list[float]) -> Run:
+def _run(times: list[float]) -> ProgramRun:
     entered, *rest = times
-    return Run(entered, [Moment(*rest[i : i + 3]) for i in range(0, len(rest), 3)])
+    return ProgramRun(entered, [Moment(*rest[i : i + 3]) for i in range(0, len(rest), 3)])
 
 
 def absolute(reality: Reality) -> Timeline:
@@ -166,19 +166,19 @@ def _parts(comparison: Comparison) -> Table:
     table.add_column("", overflow="fold")
     planned = comparison.plan.makespan
 
-    def add(row: Row, sign: str) -> None:
+    def add(row: ComparisonRow, sign: str) -> None:
         share = f"{row.seconds / planned:{sign}.1%}"
         table.add_row(row.label, f"{1e3 * row.seconds:{sign},.2f}", share, row.note)
 
     for row in comparison.plan_rows:
         add(row, "")
     table.add_section()
-    add(Row("the plan", planned), "")
+    add(ComparisonRow("the plan", planned), "")
     table.add_section()
     for row in comparison.reality_rows:
         add(row, "+")
     table.add_section()
-    add(Row("reality", comparison.real.makespan), "")
+    add(ComparisonRow("reality", comparison.real.makespan), "")
     return table
 
 

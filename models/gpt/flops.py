@@ -46,7 +46,7 @@ def embedding_flops_per_token(model: GPTConfig) -> float:
     return 6.0 * model.hidden_size
 
 
-def flops_per_token(model: GPTConfig, sequence_length: int) -> float:
+def gpt_flops_per_token(model: GPTConfig, sequence_length: int) -> float:
     """Forward and backward of the whole model for one token of a sequence of that length."""
     layers = model.num_layers * layer_flops_per_token(model, sequence_length)
     return layers + output_flops_per_token(model)

@@ -1,6 +1,6 @@
 """The GPT family: one decoder-only transformer whose settings give GPT-2/3, Llama, Mistral, Qwen.
 
-    tokens -> embedding (+ learned positions) -> num_layers x Block -> norm -> output -> loss
+    tokens -> embedding (+ learned positions) -> num_layers blocks -> norm -> output -> loss
 
 A pipeline stage is a run of blocks; the first stage adds the embedding in front, the last the norm,
 output and loss behind. Notable: query, key and value are one matmul, gate and up another; rotary
@@ -79,7 +79,7 @@ class FeedForward(nn.Module):
         return self.down(kernels.bias_gelu(self.up(x, add_bias=False), self.up.bias, **gelu))
 
 
-class Block(nn.Module):
+class TransformerBlock(nn.Module):
     """x + attention(norm(x)), then x + feed_forward(norm(x)), each branch with dropout."""
 
     def __init__(self, layer: int, model: GPTConfig, build: StageBuild) -> None:
@@ -182,7 +182,7 @@ class GPTStage(nn.Module):
     def __init__(self, model: GPTConfig, build: StageBuild) -> None:
         super().__init__()
         self.embedding = Embedding(model, build) if build.first else None
-        self.layers = nn.ModuleList(Block(layer, model, build) for layer in build.layers)
+        self.layers = nn.ModuleList(TransformerBlock(layer, model, build) for layer in build.layers)
         self.head = Head(model, build) if build.last else None
         self.weight_grads = build.store
         self.rotary = None

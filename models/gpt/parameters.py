@@ -120,7 +120,7 @@ def _norm(model: GPTConfig, name: str, place: Place) -> Iterator[ParameterSpec]:
         yield ParameterSpec(f"{name}.bias", shape, places, _ZEROS, Role.NORM, partial="sequence")
 
 
-def parameter_count(model: GPTConfig) -> int:
+def gpt_parameter_count(model: GPTConfig) -> int:
     """Parameters of the whole model; a tied embedding counts once, padding not at all."""
     return sum(spec.size for spec in parameter_table(model))
 

@@ -8,7 +8,7 @@ import pytest
 
 from megapipe.checkpoint.load import open_checkpoint
 from megapipe.checkpoint.manifest import decode, encode
-from megapipe.checkpoint.verify import read_manifest, spans
+from megapipe.checkpoint.verify import byte_ranges, read_manifest
 from megapipe.errors import CheckpointError
 from tests.checkpoint.samples import edit_manifest, save_sample
 
@@ -27,7 +27,7 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_every_byte_lies_under_exactly_one_checksum(tmp_path: Path) -> None:
     path = save_sample(tmp_path, 3)
     by_file: dict[str, list[tuple[int, int]]] = {}
-    for span in spans(read_manifest(path)):
+    for span in byte_ranges(read_manifest(path)):
         by_file.setdefault(span.file, []).append((span.offset, span.offset + span.bytes))
     assert by_file.keys() == {e.name for e in path.iterdir()} - {"manifest.json"}
     for name, ranges in by_file.items():

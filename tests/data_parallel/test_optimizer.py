@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from megapipe.config import load_config
-from megapipe.models.memory import rank_states
-from megapipe.models.parameters import parameter_table
-from megapipe.models.partition import stages
-from megapipe.models.presets import PRESETS
+from megapipe.layout.estimates import rank_states
+from megapipe.models.families import FAMILIES
 from megapipe.optim import (
     RULES,
     FlatParameters,
@@ -22,6 +20,7 @@ from megapipe.optim import (
 )
 from megapipe.parameter_role import Role
 from tests.config.examples import write
+from tests.layouts import layout_of
 from tests.optim.stepping import SHAPES, build, gradient, step
 
 
@@ -58,7 +57,7 @@ def test_each_group_has_its_state_and_setting(split: SplitConfig) -> None:
     before = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     for number in range(2):
         step(module, optimizer, number, 0.1)
-    kept = {(kind, piece.name): values for kind, piece, values in optimizer.state()}
+    kept = {(kind, shard.name): values for kind, shard, values in optimizer.state()}
     assert set(kept) == {("weights", name) for name in SHAPES} | {("sum", "matrix")}
     total = torch.zeros(SHAPES["matrix"], dtype=torch.bfloat16)
     for number in range(2):
@@ -72,12 +71,12 @@ def test_each_group_has_its_state_and_setting(split: SplitConfig) -> None:
 
 
 def test_plans_count_each_role_with_its_state(split: SplitConfig, tmp_path: Path) -> None:
-    config = load_config(write(tmp_path), ["--train.precision=bf16"], PRESETS)
-    config = config.model_copy(update={"optimizer": split})
-    matrices = sum(s.size for s in parameter_table(config.model) if s.role == Role.MATRIX)
-    held = rank_states(config, stages(config))
+    config = load_config(write(tmp_path), ["--train.precision=bf16"], FAMILIES)
+    layout = layout_of(config.model_copy(update={"optimizer": split}))
+    matrices = sum(s.size for s in layout.parameters.values() if s.role == Role.MATRIX)
+    held = rank_states(layout)
     assert sum(states.moments for states in held) == 2 * matrices // config.parallel.tensor
-    adamw = rank_states(load_config(write(tmp_path), [], PRESETS), stages(config))
+    adamw = rank_states(layout_of(load_config(write(tmp_path), [], FAMILIES)))
     assert [states.weights for states in held] == [states.weights for states in adamw]
 
 

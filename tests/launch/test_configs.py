@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megapipe.config import Config, load_config
-from megapipe.config.layout import usable_world_sizes
+from megapipe.layout.world import fewest_ranks, usable_world_sizes
 from megapipe.models.families import FAMILIES
 from megapipe.plan.dry_run import dry_run
 from megapipe.tools.cli import main
@@ -32,8 +32,7 @@ def world_sizes(path: Path) -> set[int]:
         elif size := re.search(r"(?:--world-size |NPROC_PER_NODE=)(\d+)", command):
             sizes.add(int(size[1]))
         else:
-            parallel = load(path).parallel
-            sizes.add(parallel.tensor * parallel.pipeline * (parallel.data or 1))
+            sizes.add(fewest_ranks(load(path)))
     return sizes
 
 
@@ -49,7 +48,8 @@ def test_the_commands_in_the_comment_would_start(path: Path) -> None:
         for file in re.findall(r"launch/[\w./-]+", command):
             assert (ROOT / file).is_file(), file
     for size in world_sizes(path):
-        shown = dry_run(load(path), path.name, size)
+        config = load(path)
+        shown = dry_run(config, FAMILIES[config.model.family], path.name, size)
         assert f"Layout: {size:,} rank" in shown
 
 

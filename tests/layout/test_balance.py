@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megapipe.errors import ScheduleError
-from megapipe.pipeline.schedule import balance
+from megapipe.layout.balance import balance
 
 
 def badness(costs: list[float], split: list[int], first: float, last: float) -> tuple[float, float]:

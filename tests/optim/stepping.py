@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from megapipe.data_parallel.buffer import build_buffers
 from megapipe.data_parallel.optimizer import Optimizer
 from megapipe.kernels import Backend
+from megapipe.layout.parameters import Init, ParameterShard, ParameterSpec
 from megapipe.optim import OptimizerConfig, parameter_groups
 from megapipe.parameter_role import Role
-from megapipe.tensor_parallel.parameter import Piece, ShardedParameter
+from megapipe.tensor_parallel.parameter import ShardedParameter
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "matrix": (5, 7),
@@ -35,8 +36,9 @@ def gradient(name: str, number: int) -> Tensor:
 
 def sharded(name: str, dtype: torch.dtype) -> ShardedParameter:
     shape = SHAPES[name]
-    piece = Piece(name, shape, (0,) * len(shape), shape)
-    made = ShardedParameter(shape, (piece,), role=Role(name), dtype=dtype, device="cpu")
+    spec = ParameterSpec(name, shape, (0,), Init("zeros"), Role(name))
+    shard = ParameterShard(spec, (0,) * len(shape), shape)
+    made = ShardedParameter((shard,), dtype=dtype, device="cpu")
     made.data.copy_(values(shape, 0))
     return made
 
@@ -52,7 +54,7 @@ def build(
     for name in SHAPES:
         module.register_parameter(name, sharded(name, dtype))
     groups = [group.roles for group in parameter_groups(config)]
-    buffers = build_buffers([module], groups, main_dtype=main_dtype, data_size=2)
+    buffers = build_buffers([module], groups, main_dtype=main_dtype, replicas=2)
     return module, Optimizer(buffers, config, backend)
 
 

@@ -6,17 +6,15 @@ import pytest
 import torch
 
 from megapipe.config import Config, dump_config, load_config
+from megapipe.data.synthetic import synthetic_tokens
 from megapipe.data_parallel.optimizer import WEIGHTS
-from megapipe.distributed.mesh import Mesh
-from megapipe.models.build import build_stages
-from megapipe.models.memory import rank_states
-from megapipe.models.partition import stages
-from megapipe.models.presets import PRESETS
+from megapipe.layout.estimates import rank_states
+from megapipe.models.families import FAMILIES
 from megapipe.optim import RULES, parameter_groups
 from megapipe.parameter_role import Role
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine
-from megapipe.train.proof import synthetic_tokens
+from tests.layouts import engine_of, layout_of
 from tests.optim.stepping import build, step
 from tests.test_layouts import CONFIGS, check
 
@@ -25,7 +23,7 @@ every_rule = pytest.mark.parametrize("name", RULES)
 
 def config(name: str, *words: str) -> Config:
     words = ("--parallel.data=1", f"--optimizer.name={name}", *words)
-    return load_config(CONFIGS / "llama_shape.toml", words, PRESETS)
+    return load_config(CONFIGS / "llama_shape.toml", words, FAMILIES)
 
 
 @every_rule
@@ -96,33 +94,32 @@ def test_a_layout_equals_one_process(name: str) -> None:
 @every_rule
 def test_a_resumed_run_goes_on_with_the_same_bits(tmp_path: Path, name: str) -> None:
     given = config(name, f"--train.run_dir={tmp_path}")
-    mesh = Mesh.single(torch.device("cpu"))
     tokens = synthetic_tokens(given)
 
     def start() -> tuple[Engine, Checkpoints]:
-        engine = Engine(given, mesh, build_stages)
+        engine = engine_of(given)
         files = {"config.toml": dump_config(given).encode()}
-        return engine, Checkpoints(given, mesh, engine, files, say=str)
+        return engine, Checkpoints(given, engine.mesh, engine, files, say=str)
 
     engine, checkpoints = start()
     for number in range(2):
-        engine.train_step(tokens(number, mesh), 0.01)
+        engine.train_step(tokens(number, engine.mesh), 0.01)
     checkpoints.save(Progress(2, 2 * 256), {})
     resumed, others = start()
     assert others.restore()[0] == Progress(2, 2 * 256)
     for one in (engine, resumed):
-        one.train_step(tokens(2, mesh), 0.01)
+        one.train_step(tokens(2, one.mesh), 0.01)
     assert resumed.optimizer.steps == 3
     pairs = zip(engine.optimizer.state(), resumed.optimizer.state(), strict=True)
-    for (kind, piece, ours), (_, _, theirs) in pairs:
-        assert torch.equal(ours, theirs), (kind, piece.name)
+    for (kind, shard, ours), (_, _, theirs) in pairs:
+        assert torch.equal(ours, theirs), (kind, shard.name)
 
 
 @every_rule
 def test_plans_count_what_it_keeps(name: str) -> None:
     given = config(name, "--train.precision=bf16")
-    (states,) = rank_states(given, stages(given))
-    engine = Engine(given, Mesh.single(torch.device("cpu")), build_stages)
+    (states,) = rank_states(layout_of(given))
+    engine = engine_of(given)
     held = {"weights": 0, "state": 0}
     for kind, _, values in engine.optimizer.state():
         held["weights" if kind == WEIGHTS else "state"] += values.nbytes

@@ -14,7 +14,7 @@ from megapipe.pipeline.comparison import (
     measured_costs,
     median_times,
 )
-from megapipe.pipeline.recording import Moment, Run
+from megapipe.pipeline.recording import Moment, ProgramRun
 from megapipe.pipeline.schedule import Action, Costs, Kind, Program, build_program, lower, simulate
 from megapipe.pipeline.schedule.action import sequential
 from megapipe.pipeline.schedule.dependencies import Numbered, completion_order, find_needs
@@ -44,7 +44,7 @@ def act(
         ready = max([began, *arrivals]) if action.kind.computes else began
         ends[action] = free[rank] = ready + work.get(action, 0.0)
         moments[rank].append(Moment(began, ready, ends[action]))
-    runs = [Run(entry, rows) for entry, rows in zip(entries, moments, strict=True)]
+    runs = [ProgramRun(entry, rows) for entry, rows in zip(entries, moments, strict=True)]
     return Reality(7, program, runs)
 
 

@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from megapipe.config import Config, load_config
+from megapipe.data.synthetic import synthetic_microbatch
 from megapipe.data_parallel.buffer import build_buffers
 from megapipe.distributed.mesh import Mesh, build_mesh
-from megapipe.equivalence.check import synthetic_microbatch
 from megapipe.layout.axes import Axes
-from megapipe.layout.program import hidden_shape
 from megapipe.microbatch import MicroBatch
-from megapipe.models.build import build_stages
 from megapipe.models.families import FAMILIES
+from megapipe.parameter_role import Role
 from megapipe.pipeline.measure import activation_bytes, measure_latency, measure_stages
 from megapipe.pipeline.p2p import make_channels
+from megapipe.stage import build_stages
+from tests.layouts import layout_of
 from tests.pipeline.sleeping import SleepingStage
 from tests.ranks import run_ranks
 
@@ -43,12 +44,12 @@ def gpt2(*overrides: str) -> Config:
 
 def test_nothing_is_left_behind() -> None:
     config = gpt2("--parallel.data=1")
-    mesh = Mesh.single(CPU)
-    stages = build_stages(config, mesh)
+    layout = layout_of(config)
+    stages = build_stages(layout, Mesh.single(CPU))
     buffers = build_buffers(stages.values(), [Role], main_dtype=torch.float32, replicas=1)
     before = [buffer.weights.clone() for buffer in buffers]
     random = torch.get_rng_state()
-    hidden = torch.empty(hidden_shape(config))
+    hidden = torch.empty(layout.hidden_shape)
     batch = synthetic_microbatch(config, range(config.train.micro_batch_size), CPU)
     found = measure_stages(stages, batch, hidden)[0]
     activation_bytes(stages, batch, hidden)
@@ -82,7 +83,7 @@ def test_saved_bytes_count_each_storage_once_and_no_parameter() -> None:
 
 
 def round_trips(size: int) -> tuple[float, float]:
-    mesh = build_mesh(Axes.of(pipeline=size, data=1, tensor=1), CPU)
+    mesh = build_mesh(Axes.of(pipeline=size), CPU)
     channels = make_channels(mesh)
     return tuple(measure_latency(channels, size, torch.empty(n)) for n in (8, 10**6))  # type: ignore[return-value]
 

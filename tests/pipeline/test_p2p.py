@@ -13,7 +13,7 @@ from megapipe.pipeline.p2p import (
     BackendChannel,
     Channels,
     _own_ends,
-    connect,
+    connect_channels,
     gloo_channels,
     make_channels,
     pair_groups,
@@ -78,13 +78,13 @@ def test_messages_meet_by_tag_and_few_are_kept() -> None:
 
 
 def paired_channels(mesh: Mesh) -> Channels:
-    """As on NCCL: a group of two for each channel, made by `pair_groups` and `connect`."""
+    """As on NCCL: a group of two for each channel, made by `pair_groups` and `connect_channels`."""
     size = mesh.pipeline.size
     groups = pair_groups(mesh)
     assert len(groups) == len([pair for pair in ring_pairs(size) if mesh.pipeline.rank in pair])
     assert len({id(group) for group in groups.values()}) == len(groups)
     channels = _own_ends(mesh, groups)
-    connect(channels, size, CPU)
+    connect_channels(channels, size, CPU)
     return channels
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from megapipe.errors import MegapipeError
-from megapipe.pipeline.picture import COLOURS, Panel, draw, require_matplotlib, save
+from megapipe.pipeline.picture import COLOURS, Panel, draw, require_matplotlib, save_picture
 from megapipe.pipeline.schedule import Costs, Kind, Timeline, build_program, lower, simulate
 
 # What a box shows: row, begin, end, colour.
@@ -121,7 +121,7 @@ def test_colours_tell_kind_and_chunk() -> None:
 def test_the_file(tmp_path: Path, size: tuple[str, int, int, int]) -> None:
     path = tmp_path / "timeline.png"
     timeline = timeline_of(*size)
-    save(draw([Panel("plan", timeline), Panel("reality", timeline)]), path)
+    save_picture(draw([Panel("plan", timeline), Panel("reality", timeline)]), path)
     picture = Image.open(path)
     assert picture.width == 1350
     assert picture.height < 2500
@@ -137,7 +137,7 @@ def test_the_file(tmp_path: Path, size: tuple[str, int, int, int]) -> None:
 def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
     figure = draw([Panel("", timeline_of("1f1b", 1, 1, 1))])
     with pytest.raises(MegapipeError, match=r"none/x\.png can't be written: No such file"):
-        save(figure, tmp_path / "none" / "x.png")
+        save_picture(figure, tmp_path / "none" / "x.png")
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

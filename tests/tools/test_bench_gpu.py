@@ -9,7 +9,7 @@ import pytest
 
 from megapipe.errors import MegapipeError, UsageError
 from megapipe.models.gpt.config import GPTConfig
-from megapipe.models.gpt.flops import flops_per_token
+from megapipe.models.gpt.flops import gpt_flops_per_token
 from megapipe.models.gpt.presets import PRESETS
 from megapipe.tools.bench import gpu, run
 from megapipe.tools.bench.gpu import KERNELS, TESTS, Part, parts
@@ -133,7 +133,7 @@ def test_shares_are_of_the_ceilings_of_the_same_run(
     }
     broken = {**kernel, "contender": "megapipe by addmm", "problem": "RuntimeError: no"}
     theirs = {**kernel, "contender": "torch eager", "share": 0.111}
-    flops = flops_per_token(GPTConfig(**PRESETS["llama3-1b"]), 4096)
+    flops = gpt_flops_per_token(GPTConfig(**PRESETS["llama3-1b"]), 4096)
     step = {
         "contender": "megapipe",
         "layout": "1 process",

@@ -32,7 +32,7 @@ from megapipe.tools.bench.kernels import (
     contenders,
     measure,
     print_results,
-    relative_error,
+    relative_rms_error,
 )
 from megapipe.tools.bench.kernels_cases import Case
 from megapipe.tools.bench.kernels_roofline import Traffic, roofline, unfused
@@ -41,7 +41,7 @@ from megapipe.tools.bench.kernels_timing import (
     DeviceTimer,
     LaunchBoundError,
     measure_best,
-    peak_bytes,
+    measured_peak_bytes,
 )
 from megapipe.tools.bench.machine import describe_gpu
 from tests.kernels.proof import TOY
@@ -72,7 +72,7 @@ def test_ours_and_the_exact_composition_agree(case: Case) -> None:
     assert len(own) == len(exact) > len(case.example.differentiable)
     for x, y in zip(own, exact, strict=True):
         assert x.shape == y.shape
-        assert relative_error(x, y) < 1e-12
+        assert relative_rms_error(x, y) < 1e-12
         assert float(y.double().abs().sum()) > 0 or not y.is_floating_point()
 
 
@@ -83,7 +83,7 @@ def test_eager_and_the_exact_composition_agree(case: Case) -> None:
     exact = values_and_gradients(case.example, case.exact or case.eager, inputs[1])
     assert [x.shape for x in eager] == [x.shape for x in exact]
     if not case.draws:
-        assert all(relative_error(x, y) == 0 for x, y in zip(eager, exact, strict=True))
+        assert all(relative_rms_error(x, y) == 0 for x, y in zip(eager, exact, strict=True))
 
 
 def test_eager_dropout_keeps_as_many() -> None:
@@ -127,7 +127,7 @@ def test_liger_is_called_as_it_wants_to_be(monkeypatch: pytest.MonkeyPatch) -> N
         exact = values_and_gradients(case.example, case.eager, inputs[1])
         for x, y in zip(own, exact, strict=True):
             assert x.shape == y.shape
-            assert relative_error(x, y) < 1e-12, case.name
+            assert relative_rms_error(x, y) < 1e-12, case.name
     assert tried == {
         *("rms_norm", "layer_norm", "swiglu", "rope"),
         *("cross_entropy", "linear_cross_entropy"),
@@ -242,7 +242,9 @@ def test_a_table_for_each_kernel_and_all_results(
     monkeypatch.setattr(kernels, "contenders", lambda case: {BASE: case.eager})
     shapes = [TOY, replace(TOY, model="other")]
     best = Best(copied_bytes=1e9, matmul_flops=1e9)
-    results = kernels.compare(CASES["swiglu"], shapes, host_timer, best, CPU, torch.bfloat16)
+    results = kernels.compare_contenders(
+        CASES["swiglu"], shapes, host_timer, best, CPU, torch.bfloat16
+    )
     assert [(r.kernel, r.shape.model) for r in results] == [
         *[("swiglu", "toy")] * 2,
         *[("swiglu", "other")] * 2,
@@ -332,8 +334,8 @@ def test_a_host_that_is_always_late_is_told(monkeypatch: pytest.MonkeyPatch) -> 
 def test_memory_is_counted_beyond_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = GPU(monkeypatch)
     gpu.peak = 100 << 20
-    assert peak_bytes(gpu.work, torch.device("cuda")) == 3 << 20
-    assert peak_bytes(gpu.work, CPU) is None
+    assert measured_peak_bytes(gpu.work, torch.device("cuda")) == 3 << 20
+    assert measured_peak_bytes(gpu.work, CPU) is None
 
 
 def test_what_a_gpu_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -359,13 +361,15 @@ def test_the_file_has_what_came_before_the_end(
     monkeypatch.setattr(kernels, "DeviceTimer", lambda device, runs: host_timer)
     monkeypatch.setattr(kernels, "measure_best", lambda timer, device: best)
 
-    def compare(case: Case, shapes: list[LayerShape], *rest: object) -> list[kernels.Result]:
+    def compare_contenders(
+        case: Case, shapes: list[LayerShape], *rest: object
+    ) -> list[kernels.Result]:
         if case.name == "gelu":
             raise KeyboardInterrupt
         assert [(shape.batch, shape.sequence) for shape in shapes] == [(2, 4096)]
         return [kernels.Result(case.name, shapes[0], BASE, "forward", seconds=[1.0])]
 
-    monkeypatch.setattr(kernels, "compare", compare)
+    monkeypatch.setattr(kernels, "compare_contenders", compare_contenders)
     file = tmp_path / "figures.json"
     words = ["--kernels=swiglu,gelu", "--shapes=llama3-8b", "--tensor=1", f"--json={file}"]
     with pytest.raises(KeyboardInterrupt):

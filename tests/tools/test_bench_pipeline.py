@@ -11,7 +11,14 @@ from megapipe.errors import MegapipeError
 from megapipe.pipeline.schedule import SCHEDULES, Action, Costs, Kind, build_program, simulate
 from megapipe.pipeline.schedule.action import sequential
 from megapipe.tools.bench import run
-from megapipe.tools.bench.pipeline_figures import Cell, Row, Step, Steps, measured, replay
+from megapipe.tools.bench.pipeline_figures import (
+    Cell,
+    CellResults,
+    MeasuredStep,
+    Steps,
+    measured,
+    replay,
+)
 from megapipe.tools.bench.torch_pipeline import SENDS_TO_ITSELF, THEIRS
 
 # --- End to end ----------------------------------------------------------------------------------
@@ -137,12 +144,12 @@ def test_figures_of_a_step() -> None:
 
 def test_a_ratio_needs_two() -> None:
     def steps(*overheads: float) -> Steps:
-        return Steps(steps=[Step(4 + 2 * over, 4.0, 3.0, 2, {}) for over in overheads])
+        return Steps(steps=[MeasuredStep(4 + 2 * over, 4.0, 3.0, 2, {}) for over in overheads])
 
     cell = Cell(2, 1.0, "1f1b", 1, 4)
     ours = steps(1.0, 9.0, 2.0)
     assert ours.overhead == 2.0, "the median"
-    assert Row(cell, {"megapipe": ours, "torch": steps(4.0)}).ratio == 0.5
-    assert Row(cell, {"megapipe": ours, "torch": steps(-0.1)}).ratio is None
-    assert Row(cell, {"megapipe": ours, "torch": Steps(refused="no")}).ratio is None
-    assert Row(cell, {"megapipe": ours}).ratio is None
+    assert CellResults(cell, {"megapipe": ours, "torch": steps(4.0)}).ratio == 0.5
+    assert CellResults(cell, {"megapipe": ours, "torch": steps(-0.1)}).ratio is None
+    assert CellResults(cell, {"megapipe": ours, "torch": Steps(refused="no")}).ratio is None
+    assert CellResults(cell, {"megapipe": ours}).ratio is None

@@ -9,7 +9,7 @@ import pytest
 from megapipe.config import Config, load_config, parse_config
 from megapipe.errors import ConfigError
 from megapipe.models.families import FAMILIES
-from megapipe.models.gpt.parameters import parameter_count
+from megapipe.models.gpt.parameters import gpt_parameter_count
 from megapipe.models.memory import rank_states, state_bytes
 from megapipe.models.partition import layers_per_stage, stages
 from megapipe.optim import parameter_groups
@@ -45,7 +45,7 @@ def test_configs_that_ship(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr().out
     assert f"Layout: {world_size:,} rank" in shown
     config = load_config(path, [], FAMILIES)
-    assert f"Parameters: {parameter_count(config.model):,} (" in shown
+    assert f"Parameters: {gpt_parameter_count(config.model):,} (" in shown
     assert len(shown.splitlines()) < 160
     assert max(len(line) for line in shown.splitlines()) <= 110
     # Every rank of the run fits into a GPU of 80 GB with room for activations.

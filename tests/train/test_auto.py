@@ -5,23 +5,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from megapipe.config import Config, load_config
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import MegapipeError, ScheduleError
-from megapipe.layout.axes import Axes
-from megapipe.layout.program import training_program
-from megapipe.models.build import build_stages
+from megapipe.layout.layout import Layout
+from megapipe.layout.world import resolve_axes
 from megapipe.models.families import FAMILIES
 from megapipe.pipeline.p2p import make_channels
 from megapipe.pipeline.schedule import from_csv, lower, stored, to_csv, validate
-from megapipe.train.auto import check_activation_bytes, settle_program
+from megapipe.train.auto import check_activation_bytes, settle_layout
+from megapipe.train.engine import Engine
 from megapipe.train.run_directory import RunLock
-from tests.layouts import engine_of
+from tests.layouts import CPU, engine_of, layout_of
 from tests.ranks import run_ranks
 
-CPU = torch.device("cpu")
 SHAPE = Path(__file__).parents[1] / "configs" / "llama_shape.toml"
 AUTO = ("--parallel.schedule=auto", "--parallel.data=1")
 
@@ -31,29 +29,29 @@ def config_in(run_dir: Path, *overrides: str) -> Config:
     return load_config(SHAPE, words, FAMILIES)
 
 
-def settle(config: Config) -> tuple[list[str], Config]:
-    """On one rank of however many there are; what it said, and the config with its program."""
-    parallel = config.parallel
-    assert parallel.data is not None
-    mesh = build_mesh(
-        Axes.of(pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor), CPU
-    )
+def mesh_for(config: Config) -> Mesh:
+    """Of as few processes as the config needs; its program need not be there yet."""
+    return build_mesh(resolve_axes(config), CPU)
+
+
+def settle(config: Config) -> tuple[list[str], Layout]:
+    """On one rank of however many there are; what it said, and the layout with its program."""
+    mesh, family = mesh_for(config), FAMILIES[config.model.family]
     said: list[str] = []
     with RunLock(Path(config.train.run_dir), said.append, mesh.world.rank_group) as lock:
-        settled = settle_program(config, mesh, make_channels(mesh), build_stages, lock, said.append)
+        settled = settle_layout(config, family, mesh, make_channels(mesh), lock, said.append)
     return said, settled
 
 
 def settle_and_read(config: Config) -> tuple[list[str], str]:
     said, settled = settle(config)
-    assert training_program(settled) == training_program(config), "as the file has it"
-    return said, to_csv(training_program(settled))
+    assert settled.program.compute == layout_of(config).program.compute, "as the file has it"
+    return said, to_csv(settled.program.compute)
 
 
 def on_ranks(config: Config) -> tuple[list[str], str]:
     """What was said, and the program that all ranks have."""
-    parallel = config.parallel
-    ranks = run_ranks(settle_and_read, parallel.pipeline * parallel.tensor, config)
+    ranks = run_ranks(settle_and_read, resolve_axes(config).world_size, config)
     assert len({(tuple(said), program) for said, program in ranks}) == 1
     said, program = ranks[0]
     return said, program
@@ -164,11 +162,10 @@ def test_the_program_is_read_and_proved_once(
         done.clear()
         _, settled = settle(config)
         (tmp_path / "schedule.csv").rename(tmp_path / "away")
-        mesh = Mesh.single(CPU)
-        engine = engine_of(settled, mesh)
-        check_activation_bytes(settled, engine)
+        engine = Engine(settled, Mesh.single(CPU))
+        check_activation_bytes(engine)
         assert done == ["from_csv", "validate"]
-        assert engine.program == lower(training_program(settled))
+        assert engine.program == lower(settled.program.compute)
         (tmp_path / "away").rename(tmp_path / "schedule.csv")
 
 
@@ -191,8 +188,7 @@ def test_limits_that_nothing_keeps(tmp_path: Path) -> None:
 
 
 def bytes_of_a_run(config: Config) -> None:
-    mesh = build_mesh(Axes.of(pipeline=2, data=1, tensor=1), CPU)
-    check_activation_bytes(config, engine_of(config, mesh))
+    check_activation_bytes(engine_of(config))
 
 
 def test_memory_limits_hold_for_published_schedules(tmp_path: Path) -> None:

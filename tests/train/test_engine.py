@@ -11,15 +11,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megapipe.config import Config, load_config
-from megapipe.distributed.mesh import Mesh, build_mesh
-from megapipe.equivalence.check import synthetic_tokens
-from megapipe.layout.axes import Axes
-from megapipe.models.build import build_stages
+from megapipe.data.synthetic import synthetic_tokens
+from megapipe.distributed.mesh import Mesh
 from megapipe.models.families import FAMILIES
 from megapipe.pipeline.p2p import gloo_channels
 from megapipe.step_sums import Given, StepPart, StepSums
 from megapipe.train.engine import Engine
-from tests.layouts import engine_of
+from tests.layouts import engine_of, layout_of, mesh_of
 from tests.ranks import run_ranks
 
 CONFIG = Path(__file__).parents[1] / "configs" / "llama_shape.toml"
@@ -30,16 +28,12 @@ def config(*words: str) -> Config:
     return load_config(CONFIG, ["--parallel.data", "1", *words], FAMILIES)
 
 
-def engine_of(given: Config) -> Engine:
-    return engine_of(given, Mesh.single(CPU))
-
-
 def named(engine: Engine, kind: str) -> dict[str, Tensor]:
     """Copies of the global tensors of an engine that has all of them whole."""
     return {
-        piece.name: view.clone()
+        shard.name: view.clone()
         for buffer in engine.buffers
-        for piece, view in buffer.shards(getattr(buffer, kind))
+        for shard, view in buffer.shards(getattr(buffer, kind))
     }
 
 
@@ -62,7 +56,7 @@ def test_a_step_is_torchs_clipping_and_adamw(limit: float) -> None:
     probe.zero_gradients()
     probe._training.run(tokens)
     gradients = named(probe, "gradients")
-    decayed = {piece.name for b in probe.buffers[:1] for piece, _ in b.shards(b.weights)}
+    decayed = {shard.name for b in probe.buffers[:1] for shard, _ in b.shards(b.weights)}
     parameters = {name: nn.Parameter(value) for name, value in named(probe, "weights").items()}
     for name, parameter in parameters.items():
         parameter.grad = gradients[name] / (16 * given.train.sequence_length)
@@ -113,15 +107,13 @@ def test_validation_has_no_dropout() -> None:
 
 
 def bf16_gradients(given: Config) -> dict[str, tuple[tuple[int, ...], Tensor]]:
-    """Called on each rank: (start, gradient) of each piece that this rank holds."""
-    parallel = given.parallel
-    mesh = build_mesh(Axes.of(pipeline=parallel.pipeline, data=1, tensor=parallel.tensor), CPU)
-    engine = engine_of(given, mesh)
-    engine.train_step(synthetic_tokens(given)(0, mesh), 0.0)
+    """Called on each rank: (start, gradient) of each shard that this rank holds."""
+    engine = engine_of(given)
+    engine.train_step(synthetic_tokens(given)(0, engine.mesh), 0.0)
     return {
-        f"{piece.name} {piece.start}": (piece.start, view.clone())
+        f"{shard.name} {shard.start}": (shard.start, view.clone())
         for buffer in engine.buffers
-        for piece, view in buffer.shards(buffer.gradients)
+        for shard, view in buffer.shards(buffer.gradients)
         if view.numel() > 0
     }
 
@@ -157,25 +149,25 @@ def test_bfloat16_gradients_are_those_of_float64(layout: str) -> None:
     assert seen == set(expected)
 
 
-def _waits_for_one_that_is_late() -> list[str]:
-    """What becomes of a reduction over each group to which rank 1 comes late: when the engine is
-    patient, and then with a short limit."""
-    words = ("--parallel.pipeline=2", "--parallel.virtual=1", "--model.tie_embeddings=true")
-    mesh = build_mesh(Axes.of(pipeline=2, data=1, tensor=1), CPU)
-    engine = Engine(config(*words), mesh, build_stages, gloo_channels(mesh))
+def _waits_for_those_that_are_late() -> list[str]:
+    """What becomes of a reduction over each group to which all but rank 0 come late: when the
+    engine is patient, and then with a short limit."""
+    given = config("--parallel.pipeline=3", "--model.tie_embeddings=true")
+    mesh = mesh_of(given)
+    engine = Engine(layout_of(given), mesh, gloo_channels(mesh))
     engine.wait_at_most(timedelta(milliseconds=200))
     with engine.patient():
         patient = []
         for group in mesh.groups:
-            time.sleep(mesh.rank)
+            time.sleep(min(mesh.rank, 1))
             patient.append(_reduce(group))
     return patient + [_reduce_too_late(group, mesh.rank) for group in mesh.groups]
 
 
 def _reduce_too_late(group: dist.ProcessGroup, rank: int) -> str:
-    """Rank 1 comes when rank 0 has given up, however slow the machine is."""
+    """The others come when rank 0 has given up, however slow the machine is."""
     store, key = dist.distributed_c10d._get_default_store(), f"rank 0 has left {group.group_name}"
-    if rank == 1:
+    if rank > 0:
         store.wait([key], timedelta(minutes=5))
     found = _reduce(group)
     store.set(key, "")
@@ -191,8 +183,11 @@ def _reduce(group: dist.ProcessGroup) -> str:
 
 
 def test_a_rank_that_is_late_fails_a_step_but_no_save() -> None:
-    """Over the groups of the mesh's axes, and that of the tied embedding."""
-    first, second = run_ranks(_waits_for_one_that_is_late, 2)
-    assert first == ["done"] * 3 + ["late"] * 3
-    assert second[:3] == ["done"] * 3
-    assert "done" not in second[3:]
+    """Over the groups of the mesh's axes, and that of the tied embedding: the first stage and the
+    last."""
+    first, middle, last = run_ranks(_waits_for_those_that_are_late, 3)
+    assert first == ["done"] * 4 + ["late"] * 4
+    for ranks, others in ((4, last), (3, middle)):
+        assert others[:ranks] == ["done"] * ranks
+        assert len(others) == 2 * ranks
+        assert "done" not in others[ranks:]

@@ -17,8 +17,6 @@ from megapipe.config import Config, load_config
 from megapipe.data.distribute import ReplicaFeed
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.distributed.rank_group import Value
-from megapipe.layout.axes import Axes
-from megapipe.layout.program import microbatches
 from megapipe.microbatch import MicroBatch
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.attention import RotaryTable
@@ -26,7 +24,7 @@ from megapipe.models.gpt.model import GPTStage
 from megapipe.train.bubble import BubbleMeter
 from megapipe.transfer import to_device
 from tests.host_sync import DEVICE, HostSyncError, watch_host
-from tests.layouts import engine_of
+from tests.layouts import engine_of, layout_of
 from tests.ranks import run_ranks
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -74,23 +72,19 @@ def batches(given: Config) -> list[MicroBatch]:
             documents_BS=make(torch.int32) if given.data.mask_documents else None,
             samples_B=torch.zeros(shape[0], dtype=torch.int64, device=DEVICE),
         )
-        for _ in range(microbatches(given))
+        for _ in range(layout_of(given).microbatches)
     ]
 
 
 def mesh_of(given: Config, rank: int) -> Mesh:
     """One rank's. There are no other ranks: tensors have no values, and collectives do nothing."""
-    parallel = given.parallel
-    assert parallel.data is not None
-    size = parallel.pipeline * parallel.tensor * parallel.data
+    axes = layout_of(given).axes
     if dist.is_initialized():
         dist.destroy_process_group()
-    if size > 1:
-        words = {"store": FakeStore(), "rank": rank, "world_size": size}
+    if axes.world_size > 1:
+        words = {"store": FakeStore(), "rank": rank, "world_size": axes.world_size}
         dist.init_process_group("cpu:fake,meta:fake", **words)
-    return build_mesh(
-        Axes.of(pipeline=parallel.pipeline, data=parallel.data, tensor=parallel.tensor), DEVICE
-    )
+    return build_mesh(axes, DEVICE)
 
 
 def reads_of_steps(given: Config, rank: int, steps: int = 2) -> list[str]:
@@ -105,9 +99,7 @@ def reads_of_steps(given: Config, rank: int, steps: int = 2) -> list[str]:
 
 
 def reads_of_all(given: Config) -> list[list[str]]:
-    parallel = given.parallel
-    ranks = parallel.pipeline * parallel.tensor * (parallel.data or 1)
-    return [reads_of_steps(given, rank) for rank in range(ranks)]
+    return [reads_of_steps(given, rank) for rank in range(layout_of(given).axes.world_size)]
 
 
 def assert_reads_once_a_step(given: Config) -> None:
@@ -152,7 +144,7 @@ def test_the_host_does_not_wait_for_a_batch(corpus: Path, words: tuple[str, ...]
     """Neither on the rank that reads nor on those that it sends the tokens to."""
     layout = ("--parallel.pipeline=2", "--parallel.data=1", "--train.global_batch_size=4")
     given = load_config(corpus / "run.toml", [*layout, *words], FAMILIES)
-    count = 3 * microbatches(given)
+    count = 3 * layout_of(given).microbatches
     for rank in range(2):
         assert run_ranks(take_batches, 1, given, rank, timeout=300) == [count]
 

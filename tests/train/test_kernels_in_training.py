@@ -4,13 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megapipe.config import Config, load_config
-from megapipe.distributed.mesh import build_mesh
-from megapipe.equivalence.check import synthetic_tokens
-from megapipe.layout.axes import Axes
+from megapipe.data.synthetic import synthetic_tokens
 from megapipe.models.families import FAMILIES
 from tests.interpreter import needs_interpreter
 from tests.layouts import engine_of
@@ -80,15 +77,11 @@ class Operators(TorchDispatchMode):
 
 def figures(given: Config, steps: int) -> tuple[list[float], set[str]]:
     """Called on each rank: the losses and gradient norms of some steps, and our operators."""
-    parallel = given.parallel
-    mesh = build_mesh(
-        Axes.of(pipeline=parallel.pipeline, data=1, tensor=parallel.tensor), torch.device("cpu")
-    )
-    engine, tokens = engine_of(given, mesh), synthetic_tokens(given)
+    engine, tokens = engine_of(given), synthetic_tokens(given)
     found = []
     with Operators() as operators:
         for number in range(steps):
-            result = engine.train_step(tokens(number, mesh), 1e-2)
+            result = engine.train_step(tokens(number, engine.mesh), 1e-2)
             found += [result.loss, result.grad_norm]
     return found, operators.seen
 

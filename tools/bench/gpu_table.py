@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megapipe.models.gpt.config import GPTConfig
-from megapipe.models.gpt.flops import flops_per_token
+from megapipe.models.gpt.flops import gpt_flops_per_token
 from megapipe.models.gpt.presets import PRESETS
 
 Report = Mapping[str, Any]
@@ -76,7 +76,7 @@ def step_lines(figures: Mapping[str, Any], best: Mapping[str, float] | None) -> 
     """Tokens per second; the share is of a product's FLOP/s, MFU is of the maker's figure."""
     options = figures["options"]
     model = GPTConfig(**PRESETS[options["preset"]])
-    flops = flops_per_token(model, options["sequence_length"])
+    flops = gpt_flops_per_token(model, options["sequence_length"])
     for row in figures["results"]:
         speed = row["median_tokens_per_second"]
         share = "" if best is None else f"{speed * flops / best['matmul_flops']:.1%}"

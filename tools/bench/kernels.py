@@ -34,14 +34,14 @@ from megapipe.precision import keep_sums_wide
 from megapipe.tools.arguments import Parser, json_argument
 from megapipe.tools.bench import kernels_elementwise, kernels_optimizer, kernels_products
 from megapipe.tools.bench.kernels_cases import Case
-from megapipe.tools.bench.kernels_roofline import BANDWIDTHS, Row, print_roofline, roofline
+from megapipe.tools.bench.kernels_roofline import BANDWIDTHS, RooflineRow, print_roofline, roofline
 from megapipe.tools.bench.kernels_timing import (
     Best,
     DeviceTimer,
     HostTimer,
     Timer,
     measure_best,
-    peak_bytes,
+    measured_peak_bytes,
 )
 from megapipe.tools.bench.machine import describe_gpu, write_json
 
@@ -166,12 +166,12 @@ def _measure_all(
 
     write()
     for case in cases:
-        results += compare(case, shapes, timer, best, device, dtype, left_out)
+        results += compare_contenders(case, shapes, timer, best, device, dtype, left_out)
         write()  # after each, so that one that ends the process loses none of those before it
     return int(any(result.problem and result.contender == OURS for result in results))
 
 
-def compare(
+def compare_contenders(
     case: Case,
     shapes: Sequence[LayerShape],
     timer: Timer,
@@ -284,7 +284,7 @@ def _run(
     both = row.passes != "forward"
     job = _job(case, function, case.example.inputs(row.shape, draw), both)
     row.seconds = timer(job)
-    row.peak_bytes = peak_bytes(job, draw.device)
+    row.peak_bytes = measured_peak_bytes(job, draw.device)
     work = case.work(row.shape, both)
     reached = work.bytes if case.bound == "memory" else work.flops
     limit = best.copied_bytes if case.bound == "memory" else best.matmul_flops
@@ -311,10 +311,10 @@ def _errors(
     truth = values_and_gradients(example, case.exact or case.eager, exact)
     inputs = example.inputs(shape, RandomInputs(device, dtype))
     own = values_and_gradients(example, function, inputs)
-    return [relative_error(x, y) for x, y in zip(own, truth, strict=True)]
+    return [relative_rms_error(x, y) for x, y in zip(own, truth, strict=True)]
 
 
-def relative_error(x: Tensor, truth: Tensor) -> float:
+def relative_rms_error(x: Tensor, truth: Tensor) -> float:
     """Root mean square of the difference over that of the truth."""
     size = float(truth.double().square().mean().sqrt())
     error = float((x.double() - truth.double()).square().mean().sqrt())
@@ -373,7 +373,7 @@ def _row(result: Result) -> dict[str, object]:
     }
 
 
-def _roofline_row(row: Row) -> dict[str, object]:
+def _roofline_row(row: RooflineRow) -> dict[str, object]:
     return {
         **asdict(row),
         "bytes": row.work.bytes,

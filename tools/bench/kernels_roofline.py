@@ -73,7 +73,7 @@ def unfused(case: Case, shape: LayerShape) -> tuple[Operations, Operations]:
 
 
 @dataclass(frozen=True)
-class Row:
+class RooflineRow:
     """One direction of one kernel at one shape."""
 
     kernel: str
@@ -91,18 +91,18 @@ class Row:
         return {name: self.work.seconds(speed, PEAK) for name, speed in BANDWIDTHS.items()}
 
 
-def roofline(cases: Iterable[Case], shapes: Iterable[LayerShape]) -> Iterator[Row]:
+def roofline(cases: Iterable[Case], shapes: Iterable[LayerShape]) -> Iterator[RooflineRow]:
     """Kernel by kernel."""
     shapes = list(shapes)
     for case in cases:
         for shape in shapes:
             forward, backward = unfused(case, shape)
-            yield Row(case.name, shape, "forward", case.forward(shape), forward)
+            yield RooflineRow(case.name, shape, "forward", case.forward(shape), forward)
             if case.backward is not None:
-                yield Row(case.name, shape, "backward", case.backward(shape), backward)
+                yield RooflineRow(case.name, shape, "backward", case.backward(shape), backward)
 
 
-def print_roofline(rows: Iterable[Row]) -> None:
+def print_roofline(rows: Iterable[RooflineRow]) -> None:
     """MB and GFLOP are 10^6 bytes and 10^9 operations."""
     from rich.console import Console
     from rich.table import Column, Table

@@ -75,7 +75,7 @@ class HostTimer:
         return seconds
 
 
-def peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
+def measured_peak_bytes(work: Callable[[], object], device: torch.device) -> int | None:
     """The most memory that work holds at a time beyond what there was before; None without a GPU,
     for torch counts only there."""
     if device.type != "cuda":

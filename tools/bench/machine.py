@@ -28,7 +28,7 @@ def describe_machine() -> dict[str, object]:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "megapipe": __version__,
-        "commit": commit(),
+        "commit": checkout_commit(),
         "packages": {name: _version(name) for name in PACKAGES},
     }
 
@@ -97,7 +97,7 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def commit() -> str | None:
+def checkout_commit() -> str | None:
     """The checkout's commit, `+` behind it where files differ; None outside a checkout."""
     here = Path(__file__).resolve().parent
     try:

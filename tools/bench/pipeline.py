@@ -19,7 +19,7 @@ from megapipe.scratch import scratch_directory
 from megapipe.tools.arguments import Parser, json_argument
 from megapipe.tools.bench.crew import Crew
 from megapipe.tools.bench.machine import write_json
-from megapipe.tools.bench.pipeline_figures import Cell, Row, Steps, measured, print_table
+from megapipe.tools.bench.pipeline_figures import Cell, CellResults, Steps, measured, print_table
 
 WORKER = "megapipe.tools.bench.pipeline_worker"
 WORK = ("sleep", "compute")
@@ -151,9 +151,11 @@ def _possible(wanted: Sequence[Cell], schedules: Sequence[str]) -> tuple[list[Ce
 # --- Measuring -----------------------------------------------------------------------------------
 
 
-def _measure(options: Options) -> list[Row]:
+def _measure(options: Options) -> list[CellResults]:
     """For each pipeline size a crew of each contender, which take steps in turn."""
-    rows = [Row(cell, {name: Steps() for name in options.contenders}) for cell in options.cells]
+    rows = [
+        CellResults(cell, {name: Steps() for name in options.contenders}) for cell in options.cells
+    ]
     seconds = sum(cell.seconds() for cell in options.cells)
     minutes = seconds * len(options.contenders) * options.repeats / 60
     print(f"{len(rows)} cells, {minutes:.1f} minutes or more", file=sys.stderr, flush=True)
@@ -162,7 +164,7 @@ def _measure(options: Options) -> list[Row]:
     return rows
 
 
-def _measure_size(ranks: int, rows: Sequence[Row], options: Options) -> None:
+def _measure_size(ranks: int, rows: Sequence[CellResults], options: Options) -> None:
     with ExitStack() as stack:
         folder = stack.enter_context(scratch_directory())
         crews = {}
@@ -183,7 +185,7 @@ def _measure_size(ranks: int, rows: Sequence[Row], options: Options) -> None:
             print(f"p={ranks}: repeat {repeat + 1} of {options.repeats}", file=sys.stderr)
 
 
-def _warm_up(row: Row, crews: dict[str, Crew]) -> None:
+def _warm_up(row: CellResults, crews: dict[str, Crew]) -> None:
     """A step of no time, in which each contender makes what it keeps, or refuses."""
     for name, steps in row.contenders.items():
         answers = crews[name].order(row.cell.order() | {"unit": 0.0, "begin": 0.0})

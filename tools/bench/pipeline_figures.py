@@ -55,7 +55,7 @@ class Cell(NamedTuple):
         return 3 * actions * (1 + self.bubble()) * self.unit_ms / 1000
 
 
-class Step(NamedTuple):
+class MeasuredStep(NamedTuple):
     """One step of one contender, in seconds. `simulated` is how long its program takes if every
     action takes what it took in the stage, and all else nothing."""
 
@@ -104,7 +104,7 @@ def replay(program: Program, took: Mapping[Action, float]) -> float:
     return max(free)
 
 
-def measured(answers: Sequence[dict[str, Any]]) -> Step:
+def measured(answers: Sequence[dict[str, Any]]) -> MeasuredStep:
     """The step that all ranks report; see pipeline_worker.py for what they say."""
     program = [[Action.parse(text) for text in answer["actions"]] for answer in answers]
     took = {
@@ -115,7 +115,7 @@ def measured(answers: Sequence[dict[str, Any]]) -> Step:
     by_kind: dict[str, list[float]] = {}
     for action, seconds in took.items():
         by_kind.setdefault(action.kind, []).append(seconds)
-    return Step(
+    return MeasuredStep(
         seconds=max(answer["end"] for answer in answers)
         - min(answer["begin"] for answer in answers),
         simulated=replay(program, took),
@@ -130,9 +130,9 @@ class Steps:
     """A contender's steps in one cell, or why it `refused`."""
 
     refused: str | None = None
-    steps: list[Step] = field(default_factory=list)
+    steps: list[MeasuredStep] = field(default_factory=list)
 
-    def add(self, step: Step) -> None:
+    def add(self, step: MeasuredStep) -> None:
         self.steps.append(step)
 
     @property
@@ -158,7 +158,7 @@ class Steps:
 
 
 @dataclass
-class Row:
+class CellResults:
     """A cell with what each contender did in it, by name."""
 
     cell: Cell
@@ -181,7 +181,7 @@ class Row:
         }
 
 
-def print_table(rows: Sequence[Row], contenders: Sequence[str]) -> None:
+def print_table(rows: Sequence[CellResults], contenders: Sequence[str]) -> None:
     """Medians, and for the step also the extremes."""
     from rich.console import Console
     from rich.table import Table
@@ -201,7 +201,7 @@ def print_table(rows: Sequence[Row], contenders: Sequence[str]) -> None:
     Console(width=150).print(table)
 
 
-def _cells(row: Row, compares: bool) -> list[str]:
+def _cells(row: CellResults, compares: bool) -> list[str]:
     cell, all_steps = row.cell, row.contenders.values()
     words = [str(cell.ranks), f"{cell.unit_ms:g}", cell.schedule, str(cell.virtual)]
     words += [str(cell.microbatches), f"{cell.bubble():.3f}"]

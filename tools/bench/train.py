@@ -26,7 +26,7 @@ from megapipe.config import (
 from megapipe.errors import MegapipeError, UsageError
 from megapipe.layout.world import resolve_axes
 from megapipe.models.gpt.config import GPTConfig
-from megapipe.models.gpt.flops import flops_per_token
+from megapipe.models.gpt.flops import gpt_flops_per_token
 from megapipe.models.gpt.presets import PRESETS
 from megapipe.pipeline.schedule import SCHEDULES
 from megapipe.pipeline.schedule.build import check_chunks
@@ -219,7 +219,7 @@ def model_flops_utilization(options: Any, speed: float) -> float | None:
     """MFU at this many tokens a second; None where the device's peak is not known."""
     peak = device_peak_flops(torch.device(options.device), options.precision)
     model = GPTConfig(**PRESETS[options.preset])
-    return speed * flops_per_token(model, options.sequence_length) / peak if peak else None
+    return speed * gpt_flops_per_token(model, options.sequence_length) / peak if peak else None
 
 
 def _print_table(options: Any, results: Sequence[Result], tokens: int) -> None:

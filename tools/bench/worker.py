@@ -20,7 +20,7 @@ from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.layout.layout import resolve
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.config import gpt_model
-from megapipe.models.gpt.parameters import parameter_count
+from megapipe.models.gpt.parameters import gpt_parameter_count
 from megapipe.optim.rules.adamw import AdamWConfig
 from megapipe.precision import keep_sums_wide
 from megapipe.tools.bench.breakdown import profile_step
@@ -99,7 +99,8 @@ def _transformers(config: Config, spec: dict[str, Any]) -> Step:
             attn_implementation="sdpa",  # type: ignore[call-arg]  # a key of all their configs
         )
     )
-    assert sum(p.numel() for p in theirs.parameters()) == parameter_count(model), "another model"
+    parameters = sum(p.numel() for p in theirs.parameters())
+    assert parameters == gpt_parameter_count(model), "another model"
     device = torch.device(config.train.device)
     theirs.to(device)  # type: ignore[arg-type]  # their wrapper hides the signature
     adamw = torch.optim.AdamW(

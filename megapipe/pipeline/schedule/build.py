@@ -3,7 +3,7 @@
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule.action import Action, Kind, Program
 from megapipe.pipeline.schedule.generators import find_schedules
-from megapipe.pipeline.schedule.generators.interleaved import groups
+from megapipe.pipeline.schedule.generators.interleaved import microbatch_groups
 
 SCHEDULES = find_schedules()
 
@@ -54,7 +54,7 @@ def forward_program(ranks: list[int], microbatches: int) -> Program:
     """
     pipeline = max(ranks) + 1
     program: Program = [[] for _ in range(pipeline)]
-    for group in groups(microbatches, pipeline):
+    for group in microbatch_groups(microbatches, pipeline):
         for stage, rank in enumerate(ranks):
             program[rank] += [Action(stage, Kind.FORWARD, m) for m in group]
     return program

@@ -14,7 +14,7 @@ from megapipe.pipeline.schedule.limit import Limit
 from megapipe.pipeline.schedule.list_scheduling import Pattern, Rules, list_schedule
 from megapipe.pipeline.schedule.placement import v_shaped
 from megapipe.pipeline.schedule.simulate import Costs
-from megapipe.pipeline.schedule.words import Problem, to_program
+from megapipe.pipeline.schedule.words import SchedulingProblem, to_program
 
 PERIOD = 6
 Offset = Callable[[int], int]
@@ -43,7 +43,7 @@ def repeat(block: BuildingBlock, pipeline: int, microbatches: int, *, limit: int
         *map(block.backward_back, back),
     ]
     allowed = Limit.in_microbatches(limit, pipeline, 2)
-    problem = Problem(tuple(ranks), microbatches, Costs(), allowed)
+    problem = SchedulingProblem(tuple(ranks), microbatches, Costs(), allowed)
     words = list_schedule(problem, Pattern(PERIOD, offsets), Rules(strict=True))
     assert words is not None, "the limit is what the block needs"
     return to_program(words, problem.stages)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import inf
 
-from megapipe.pipeline.schedule.words import Problem, Word, Words
+from megapipe.pipeline.schedule.words import SchedulingProblem, Word, Words
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,9 @@ class Rules:
 PLAIN = Rules()
 
 
-def list_schedule(problem: Problem, pattern: Pattern, rules: Rules = PLAIN) -> Words | None:
+def list_schedule(
+    problem: SchedulingProblem, pattern: Pattern, rules: Rules = PLAIN
+) -> Words | None:
     """The words that ranks with this pattern and these rules write, within the limit.
 
     None where a strict order can't go on in the memory that there is. Without `strict` that does
@@ -73,7 +75,9 @@ def list_schedule(problem: Problem, pattern: Pattern, rules: Rules = PLAIN) -> W
 class _Rank:
     """One rank's work and memory. Lists over its stages."""
 
-    def __init__(self, problem: Problem, pattern: Pattern, rules: Rules, rank: int) -> None:
+    def __init__(
+        self, problem: SchedulingProblem, pattern: Pattern, rules: Rules, rank: int
+    ) -> None:
         self.stages = problem.own[rank]
         sizes = [problem.limit.sizes[stage] for stage in self.stages]
         self.sizes = sizes
@@ -114,7 +118,7 @@ def _in_order(
 
 
 class _Ranks:
-    def __init__(self, problem: Problem, pattern: Pattern, rules: Rules) -> None:
+    def __init__(self, problem: SchedulingProblem, pattern: Pattern, rules: Rules) -> None:
         self.problem, self.rules = problem, rules
         self.period, self.offsets = pattern.period, pattern.offsets
         stages = problem.stages

@@ -23,7 +23,7 @@ Words = list[Word]
 
 
 @dataclass(frozen=True)
-class Problem:
+class SchedulingProblem:
     """What is to be ordered: `ranks` holds the rank of each stage."""
 
     ranks: tuple[int, ...]
@@ -150,7 +150,7 @@ def join_first(words: Words, stages: int) -> Words:
     return joined
 
 
-def makespan(problem: Problem, words: Sequence[Word]) -> float:
+def makespan(problem: SchedulingProblem, words: Sequence[Word]) -> float:
     """When all is done, as `simulate` tells it; infinite for words that never finish."""
     stages, durations, sources = problem.stages, problem.durations, problem.sources
     ends: list[list[float]] = [[] for _ in range(2 * stages)]
@@ -190,7 +190,7 @@ def makespan(problem: Problem, words: Sequence[Word]) -> float:
     return max(free) if done else inf
 
 
-def peaks(problem: Problem, words: Sequence[Word]) -> list[float]:
+def peaks(problem: SchedulingProblem, words: Sequence[Word]) -> list[float]:
     """The most that each rank holds, in the unit of the limit."""
     stages, sizes = problem.stages, problem.limit.sizes
     found = []

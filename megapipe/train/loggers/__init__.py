@@ -15,7 +15,7 @@ from megapipe.config import Config
 from megapipe.train.loggers.console import open_console
 from megapipe.train.loggers.jsonl import MetricsFile
 from megapipe.train.loggers.tensorboard import TensorBoard
-from megapipe.train.loggers.wandb_environment import choose
+from megapipe.train.loggers.wandb_environment import wandb_choice
 from megapipe.train.loggers.weights_and_biases import WeightsAndBiases
 from megapipe.train.metrics import Metrics
 
@@ -57,7 +57,7 @@ class Loggers:
         self.event(f"Run directory: {run_dir}, with a line for each step in metrics.jsonl")
         if tensorboard:
             self._sinks["TensorBoard"] = tensorboard
-        choice = choose(config.logging, run_dir, os.environ)
+        choice = wandb_choice(config.logging, run_dir, os.environ)
         for line in choice.trouble.values():
             self.event(line)
         if choice.mode != "off":

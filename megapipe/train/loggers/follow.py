@@ -70,7 +70,7 @@ def main() -> int:
         if wrong_variables():
             order["mode"] = "offline"
         with open(order["metrics"], "rb") as file:
-            run, first = start(order)
+            run, first = start_run(order)
             for step, values in rows(file, first, order["series"], end):
                 run.log({**values, **images(end)}, step=step, commit=True)
             run.summary.update(
@@ -78,7 +78,7 @@ def main() -> int:
             )  # of the last step: a row of its own would be a step more
         finish(run, order, failed=end.word != "done")
     except Exception as error:
-        say(f"W&B stopped: {brief(error)}. Training and metrics.jsonl go on without it.")
+        print_line(f"W&B stopped: {brief(error)}. Training and metrics.jsonl go on without it.")
     return 0
 
 
@@ -153,14 +153,14 @@ def images(end: End) -> dict[str, Any]:
         try:
             found[path.stem] = wandb.Image(str(path), caption=f"step {picture['step']}")
         except Exception as error:
-            say(f"W&B does not show {path.name}: {brief(error)}.")
+            print_line(f"W&B does not show {path.name}: {brief(error)}.")
     return found
 
 
 # --- W&B -----------------------------------------------------------------------------------------
 
 
-def start(order: Order) -> tuple[Any, int]:
+def start_run(order: Order) -> tuple[Any, int]:
     """The run, and the first step that it lacks. Online falls back to offline."""
     import wandb
 
@@ -168,23 +168,23 @@ def start(order: Order) -> tuple[Any, int]:
         try:
             run = init(wandb, order, "online")
         except Exception as error:
-            say(
+            print_line(
                 f"W&B online failed ({brief(error)}). This start of the run is written to "
                 f"{order['run_dir']}/wandb instead. {how_to_sync(order)}"
             )
             forget(wandb, order)
         else:
-            say(f"W&B: {run.url}")
+            print_line(f"W&B: {run.url}")
             # A server that knows the run says what it has; one that does not lacks everything.
             return run, announced(run.step if run.resumed else 1, order)
     else:
-        say(f"W&B, offline: {order['run_dir']}/wandb. {how_to_sync(order)}")
+        print_line(f"W&B, offline: {order['run_dir']}/wandb. {how_to_sync(order)}")
     return init(wandb, order, "offline"), announced(order["first"], order)
 
 
 def announced(first: int, order: Order) -> int:
     if first > order["step"] + 1:
-        say(f"W&B has this run up to step {first - 1} already and goes on from there.")
+        print_line(f"W&B has this run up to step {first - 1} already and goes on from there.")
     return first
 
 
@@ -221,12 +221,12 @@ def wrong_variables() -> list[str]:
             what = (
                 name if secret or "@" in value else f"{name} = {json.dumps(value)} ({brief(error)})"
             )
-            say(f"W&B can't use {what} and writes offline without it. Correct it.")
+            print_line(f"W&B can't use {what} and writes offline without it. Correct it.")
     return wrong
 
 
 def init(wandb: Any, order: Order, mode: str) -> Any:
-    chosen = settings(wandb, order, mode)
+    chosen = wandb_settings(wandb, order, mode)
     wandb.setup(chosen)
     run = wandb.init(
         id=order["id"],
@@ -243,7 +243,7 @@ def init(wandb: Any, order: Order, mode: str) -> Any:
     return run
 
 
-def settings(wandb: Any, order: Order, mode: str) -> Any:
+def wandb_settings(wandb: Any, order: Order, mode: str) -> Any:
     """Quick to give up, silent, and nothing sent but the metrics and the config."""
     wanted = {
         "mode": mode,
@@ -271,7 +271,7 @@ def finish(run: Any, order: Order, failed: bool) -> None:
         run.finish(exit_code=int(failed))
     except TimeoutError:
         where = f"{order['run_dir']}/wandb"
-        say(f"W&B has not got everything yet; all of it is in {where}. {how_to_sync(order)}")
+        print_line(f"W&B has not got everything yet; all of it is in {where}. {how_to_sync(order)}")
 
 
 def forget(wandb: Any, order: Order) -> None:
@@ -288,7 +288,7 @@ def how_to_sync(order: Order) -> str:
 # --- Words ---------------------------------------------------------------------------------------
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     with contextlib.suppress(OSError):  # nobody listens any more
         print(text, flush=True)
 

@@ -51,7 +51,7 @@ class Choice:
     trouble: Mapping[str, str] = field(default_factory=dict)
 
 
-def choose(logging: LoggingConfig, run_dir: Path, environ: Mapping[str, str]) -> Choice:
+def wandb_choice(logging: LoggingConfig, run_dir: Path, environ: Mapping[str, str]) -> Choice:
     """The config's word, else the environment's, else offline under the run directory's name."""
     mode: str = logging.wandb
     project = logging.wandb_project

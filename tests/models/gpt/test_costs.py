@@ -9,7 +9,7 @@ from megapipe.config import load_config
 from megapipe.layout.layout import Layout, Stage
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.config import gpt_model
-from megapipe.models.gpt.flops import embedding_flops_per_token, flops_per_token
+from megapipe.models.gpt.flops import embedding_flops_per_token, gpt_flops_per_token
 from tests.config.examples import write
 from tests.layouts import layout_of
 
@@ -38,7 +38,7 @@ def work(layout: Layout, *stages: Stage) -> Work:
 def test_stages_add_up_to_the_model(tmp_path: Path) -> None:
     layout = load(tmp_path)
     model, length = gpt_model(layout.config), layout.config.train.sequence_length
-    whole = flops_per_token(model, length) + embedding_flops_per_token(model)
+    whole = gpt_flops_per_token(model, length) + embedding_flops_per_token(model)
     total = work(layout, *layout.stages)
     assert sum(total) == pytest.approx(whole)
     assert total.backward_weight < total.forward < total.backward_input, "attention has no weights"

@@ -11,9 +11,9 @@ from megapipe.layout.parameters import FIRST, LAST, ParameterShard, ParameterSpe
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.config import GPTConfig
 from megapipe.models.gpt.parameters import (
+    gpt_parameter_count,
     local_kv_heads,
     padded_vocab_size,
-    parameter_count,
     parameter_table,
 )
 from megapipe.models.gpt.presets import PRESETS
@@ -158,8 +158,8 @@ def test_ranks_hold_the_whole_model_and_the_copies_that_are_known(preset: str) -
     copies = sum(3 * spec.size for spec in table if spec.split is None)
     if shape.num_kv_heads == 2:  # each key/value head is on two ranks
         copies += sum(spec.size for spec in table if ".k." in spec.name or ".v." in spec.name)
-    assert held == parameter_count(shape) + copies
+    assert held == gpt_parameter_count(shape) + copies
 
 
 def test_a_trillion_parameters_are_counted_quickly() -> None:
-    assert parameter_count(model("megatron-1t")) == 1_008_038_758_400
+    assert gpt_parameter_count(model("megatron-1t")) == 1_008_038_758_400

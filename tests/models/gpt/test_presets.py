@@ -3,7 +3,7 @@
 import pytest
 
 from megapipe.models.gpt.config import GPTConfig
-from megapipe.models.gpt.parameters import parameter_count
+from megapipe.models.gpt.parameters import gpt_parameter_count
 from megapipe.models.gpt.presets import PRESETS
 
 # What the released weights hold, as their pages on the Hugging Face hub say.
@@ -68,12 +68,12 @@ def test_every_preset_is_a_valid_model(preset: str) -> None:
 
 @pytest.mark.parametrize("preset", RELEASED)
 def test_released_weights(preset: str) -> None:
-    assert parameter_count(model(preset)) == RELEASED[preset]
+    assert gpt_parameter_count(model(preset)) == RELEASED[preset]
 
 
 @pytest.mark.parametrize("preset", SC21)
 def test_table_of_the_megatron_paper(preset: str) -> None:
-    assert parameter_count(model(preset)) / 1e9 == pytest.approx(SC21[preset], abs=0.0501)
+    assert gpt_parameter_count(model(preset)) / 1e9 == pytest.approx(SC21[preset], abs=0.0501)
 
 
 @pytest.mark.parametrize("preset", SC21)
@@ -82,12 +82,12 @@ def test_formula_of_the_megatron_paper(preset: str) -> None:
     layers, hidden, rows = shape.num_layers, shape.hidden_size, 51200 + 2048
     formula = 12 * layers * hidden**2 * (1 + 13 / (12 * hidden) + rows / (12 * layers * hidden))
     # The paper leaves out the two vectors of the last norm.
-    assert parameter_count(shape) == pytest.approx(formula + 2 * hidden, rel=1e-12)
+    assert gpt_parameter_count(shape) == pytest.approx(formula + 2 * hidden, rel=1e-12)
 
 
 @pytest.mark.parametrize("preset", GPT3)
 def test_table_of_the_gpt3_paper(preset: str) -> None:
-    assert parameter_count(model(preset)) / 1e9 == pytest.approx(GPT3[preset], rel=0.02)
+    assert gpt_parameter_count(model(preset)) / 1e9 == pytest.approx(GPT3[preset], rel=0.02)
 
 
 def test_all_presets_are_held_against_a_publication_or_are_ours() -> None:
@@ -134,4 +134,4 @@ def transformers_count(preset: str) -> int:
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name.endswith("-micro")])
 def test_families_have_the_parameters_of_their_transformers_models(preset: str) -> None:
-    assert parameter_count(model(preset)) == transformers_count(preset)
+    assert gpt_parameter_count(model(preset)) == transformers_count(preset)

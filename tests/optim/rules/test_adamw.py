@@ -42,9 +42,9 @@ def test_triton_steps_as_torch() -> None:
         for module, optimizer in made.values():
             step(module, optimizer, number, 0.1, scale=0.3)
     states = [list(optimizer.state()) for _, optimizer in made.values()]
-    for (kind, piece, one), (_, _, other) in zip(*states, strict=True):
+    for (kind, shard, one), (_, _, other) in zip(*states, strict=True):
         difference = float((one - other).abs().max() / one.abs().max())
-        assert difference <= 1e-6, (kind, piece.name, difference)
+        assert difference <= 1e-6, (kind, shard.name, difference)
     for _, optimizer in made.values():
         for buffer in optimizer.buffers:
             assert torch.equal(buffer.weights, buffer.master.half())

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from megapipe.pipeline.schedule import Costs
 from megapipe.pipeline.schedule.limit import Limit, Memory
 from megapipe.pipeline.schedule.placement import looped, v_shaped
-from megapipe.pipeline.schedule.words import Problem
+from megapipe.pipeline.schedule.words import SchedulingProblem
 
 
 def problem_of(
@@ -18,15 +18,15 @@ def problem_of(
     most: float = inf,
     costs: Costs | None = None,
     v: bool = False,
-) -> Problem:
+) -> SchedulingProblem:
     """All stages alike unless `costs` are given; `v` places them as a V."""
     ranks = (v_shaped if v else looped)(pipeline, virtual)
     limit = Limit.in_microbatches(most, pipeline, virtual)
-    return Problem(tuple(ranks), microbatches, costs or Costs(), limit)
+    return SchedulingProblem(tuple(ranks), microbatches, costs or Costs(), limit)
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> Problem:
+def problems(draw: st.DrawFn) -> SchedulingProblem:
     """Unequal stages, often an expensive last one; limits from one microbatch up, or in bytes."""
     pipeline, virtual = draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (4, 1), (6, 1), (2, 2)]))
     if draw(st.booleans()) and pipeline > 1:
@@ -52,4 +52,4 @@ def problems(draw: st.DrawFn) -> Problem:
     else:
         most = draw(st.sampled_from([1.0, 1.5, 2.0, pipeline / 2 + 1, pipeline, pipeline + 1, inf]))
         limit = Limit.in_microbatches(max(1.0, most), pipeline, virtual)
-    return Problem(tuple(ranks), draw(st.integers(1, 3 * pipeline + 1)), costs, limit)
+    return SchedulingProblem(tuple(ranks), draw(st.integers(1, 3 * pipeline + 1)), costs, limit)

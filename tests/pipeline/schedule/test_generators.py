@@ -24,7 +24,7 @@ from megapipe.pipeline.schedule import (
     validate,
 )
 from megapipe.pipeline.schedule.action import sequential, stage_ranks
-from megapipe.pipeline.schedule.generators.interleaved import groups
+from megapipe.pipeline.schedule.generators.interleaved import microbatch_groups
 from tests.pipeline.programs import Shape, shapes
 
 Form = Callable[[int, int, int], int]
@@ -53,7 +53,7 @@ EXCESS: dict[str, Form] = {
 
 
 def interleaved_live(p: int, v: int, m: int) -> list[int]:
-    group = len(groups(m, p)[0])
+    group = len(microbatch_groups(m, p)[0])
     return [min(v * m, 2 * (p - rank - 1) + (v - 1) * group + 1) for rank in range(p)]
 
 

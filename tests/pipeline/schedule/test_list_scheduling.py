@@ -8,14 +8,14 @@ from hypothesis import strategies as st
 from megapipe.pipeline.schedule import Costs, lower, validate
 from megapipe.pipeline.schedule.list_scheduling import Rules
 from megapipe.pipeline.schedule.search.policies import Policy, dispatch, patterns, variations
-from megapipe.pipeline.schedule.words import Problem, Words, makespan, peaks, to_program
+from megapipe.pipeline.schedule.words import SchedulingProblem, Words, makespan, peaks, to_program
 from tests.pipeline.schedule.problems import problem_of, problems
 
 
 @given(problems(), st.data())
 @settings(max_examples=150)
 def test_every_policy_is_right_or_says_that_it_is_stuck(
-    problem: Problem, data: st.DataObject
+    problem: SchedulingProblem, data: st.DataObject
 ) -> None:
     ranks_hold = problem.limit.least(problem.ranks)
     if ranks_hold > problem.limit.ceiling:
@@ -30,7 +30,7 @@ def test_every_policy_is_right_or_says_that_it_is_stuck(
     assert max(peaks(problem, words)) <= problem.limit.ceiling
 
 
-def written(problem: Problem, policy: Policy) -> Words:
+def written(problem: SchedulingProblem, policy: Policy) -> Words:
     words = dispatch(problem, policy)
     assert words is not None
     return words

@@ -11,7 +11,7 @@ from megapipe.pipeline.schedule.action import sequential
 from megapipe.pipeline.schedule.limit import peak_amounts
 from megapipe.pipeline.schedule.search.named import named_programs
 from megapipe.pipeline.schedule.words import (
-    Problem,
+    SchedulingProblem,
     join_first,
     makespan,
     peaks,
@@ -23,7 +23,7 @@ from tests.pipeline.schedule.problems import problem_of, problems
 
 
 @given(problems())
-def test_published_programs_as_words(problem: Problem) -> None:
+def test_published_programs_as_words(problem: SchedulingProblem) -> None:
     """Bitwise the times of `simulate`: a search must not choose by rounding."""
     for _, program in named_programs(problem):
         words = to_words(program, problem.stages)
@@ -35,7 +35,7 @@ def test_published_programs_as_words(problem: Problem) -> None:
 
 
 @given(problems())
-def test_halves_are_never_slower_and_joining_costs_nothing(problem: Problem) -> None:
+def test_halves_are_never_slower_and_joining_costs_nothing(problem: SchedulingProblem) -> None:
     for _, program in named_programs(problem):
         words = to_words(program, problem.stages)
         halves = split(words, problem.stages)

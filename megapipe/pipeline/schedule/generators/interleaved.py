@@ -26,7 +26,7 @@ def interleaved(pipeline: int, virtual: int, microbatches: int) -> Program:
         def actions(kind: Kind, order: list[int], rank: int = rank) -> list[Action]:
             return [
                 Action(chunk * pipeline + rank, kind, microbatch)
-                for group in groups(microbatches, pipeline)
+                for group in microbatch_groups(microbatches, pipeline)
                 for chunk in order
                 for microbatch in group
             ]
@@ -34,13 +34,13 @@ def interleaved(pipeline: int, virtual: int, microbatches: int) -> Program:
         forwards = actions(Kind.FORWARD, list(chunks))
         backwards = actions(Kind.BACKWARD, list(reversed(chunks)))
         # The first group is the largest: all backwards of a group find its forwards done.
-        first_group = len(groups(microbatches, pipeline)[0])
+        first_group = len(microbatch_groups(microbatches, pipeline)[0])
         warmup = 2 * (pipeline - rank - 1) + (virtual - 1) * first_group
         program.append(alternate(forwards, backwards, warmup))
     return program
 
 
-def groups(microbatches: int, size: int) -> list[range]:
+def microbatch_groups(microbatches: int, size: int) -> list[range]:
     """Consecutive microbatches in groups of at least `size`, the larger first; with fewer than
     `size` in all, one group."""
     count = max(1, microbatches // size)

@@ -5,6 +5,6 @@ Read `words` and `list_scheduling` in the folder above (how programs are written
 programs), then `search`, which puts them together. Standard library only.
 """
 
-from megapipe.pipeline.schedule.search.search import Found, Tried, search
+from megapipe.pipeline.schedule.search.search import FoundProgram, Tried, search
 
-__all__ = ["Found", "Tried", "search"]
+__all__ = ["FoundProgram", "Tried", "search"]

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from megapipe.pipeline.schedule.search.graph import Graph
-from megapipe.pipeline.schedule.words import Problem, Words
+from megapipe.pipeline.schedule.words import SchedulingProblem, Words
 
 
 def shorter(microbatches: int, stages: int, pipeline: int, most: int) -> int:
@@ -17,7 +17,7 @@ def shorter(microbatches: int, stages: int, pipeline: int, most: int) -> int:
     return microbatches - max(0, less)
 
 
-def extensions(problem: Problem, words: Words, more: int) -> Iterator[Words]:
+def extensions(problem: SchedulingProblem, words: Words, more: int) -> Iterator[Words]:
     """The words of `problem` with `more` microbatches added in the middle.
 
     A part of a rank's word in which every letter comes d times can be repeated: it leaves the rank

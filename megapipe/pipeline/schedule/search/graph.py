@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from math import inf
 from typing import NamedTuple
 
-from megapipe.pipeline.schedule.words import Problem, Words
+from megapipe.pipeline.schedule.words import SchedulingProblem, Words
 
 TIE = 1e-9
 """Times closer than this share of the makespan are one time."""
@@ -29,7 +29,7 @@ class Graph:
     """The order of a program's actions, and for each node `head`, the time at which it begins, and
     `tail`, the time from its end to the end of all. Full backwards are not known here."""
 
-    def __init__(self, problem: Problem, words: Words) -> None:
+    def __init__(self, problem: SchedulingProblem, words: Words) -> None:
         count, stages = problem.microbatches, problem.stages
         self.problem, self.count = problem, count
         self.order: list[list[int]] = []

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megapipe.pipeline.schedule.search.graph import TIE, Graph, Move, neighbours
-from megapipe.pipeline.schedule.words import Problem, Words
+from megapipe.pipeline.schedule.words import SchedulingProblem, Words
 
 REACH = 6
 """How far an action moves at a time."""
@@ -25,7 +25,7 @@ class Budget:
         return self.left >= 0
 
 
-def improve(problem: Problem, words: Words, budget: Budget) -> tuple[float, Words]:
+def improve(problem: SchedulingProblem, words: Words, budget: Budget) -> tuple[float, Words]:
     """(makespan, words) of the best that was found from here: never worse than what came in, which
     has its backwards apart and keeps to the limit."""
     graph = Graph(problem, words)

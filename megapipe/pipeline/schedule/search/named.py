@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule.action import Program
 from megapipe.pipeline.schedule.build import SCHEDULES, build_program, check_chunks
-from megapipe.pipeline.schedule.words import Problem
+from megapipe.pipeline.schedule.words import SchedulingProblem
 
 
-def named_programs(problem: Problem) -> Iterator[tuple[str, Program]]:
+def named_programs(problem: SchedulingProblem) -> Iterator[tuple[str, Program]]:
     """Those that can have the problem's placement and number of microbatches."""
     pipeline, virtual = problem.pipeline, problem.stages // problem.pipeline
     for name, schedule in SCHEDULES.items():

@@ -5,7 +5,7 @@ from itertools import product
 from math import inf
 
 from megapipe.pipeline.schedule.list_scheduling import PLAIN, Pattern, Rules, list_schedule
-from megapipe.pipeline.schedule.words import Problem, Words
+from megapipe.pipeline.schedule.words import SchedulingProblem, Words
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Policy:
         words += [f"gap {self.gap:g}"] * (self.gap > 0)
         return ", ".join([*words, *filter(None, [str(self.rules)])])
 
-    def pattern(self, problem: Problem) -> Pattern:
+    def pattern(self, problem: SchedulingProblem) -> Pattern:
         stages, pipeline = problem.stages, problem.pipeline
         period = max(problem.work)
         backward = reversed(range(stages, 2 * stages))
@@ -41,7 +41,7 @@ class Policy:
         return Pattern(period, offsets)
 
 
-def dispatch(problem: Problem, policy: Policy) -> Words | None:
+def dispatch(problem: SchedulingProblem, policy: Policy) -> Words | None:
     """What list scheduling makes of the policy; None where it is stuck."""
     return list_schedule(problem, policy.pattern(problem), policy.rules)
 

@@ -6,7 +6,7 @@ from megapipe.amounts import counted
 from megapipe.pipeline.schedule.action import Action, Kind
 from megapipe.pipeline.schedule.build import SCHEDULES
 from megapipe.pipeline.schedule.search.graph import TIE
-from megapipe.pipeline.schedule.search.search import Found, Tried
+from megapipe.pipeline.schedule.search.search import FoundProgram, Tried
 
 Unit = Callable[[float], str]
 """Writes an amount of time."""
@@ -21,7 +21,7 @@ def forwards(amount: float) -> str:
     return f"{amount:.4g} forwards"
 
 
-def summary(found: Found, time: Unit) -> list[str]:
+def summary(found: FoundProgram, time: Unit) -> list[str]:
     """One line for what was chosen and one for why."""
     chosen = found.chosen
     return [
@@ -31,7 +31,7 @@ def summary(found: Found, time: Unit) -> list[str]:
     ]
 
 
-def report(found: Found, time: Unit, source: str, limit: str) -> str:
+def search_report(found: FoundProgram, time: Unit, source: str, limit: str) -> str:
     """All of it: the choice, the costs and their `source`, the limit, what was tried."""
     lines = [
         *summary(found, time),
@@ -53,19 +53,19 @@ def report(found: Found, time: Unit, source: str, limit: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _title(found: Found, tried: Tried) -> str:
+def _title(found: FoundProgram, tried: Tried) -> str:
     placed = f", stages {tried.placement}" if len(found.ranks) > found.pipeline else ""
     return f"{tried.name}{placed}"
 
 
-def _bubble(found: Found, tried: Tried) -> float:
+def _bubble(found: FoundProgram, tried: Tried) -> float:
     kinds = (Kind.FORWARD, Kind.BACKWARD)
     stages = range(len(found.ranks))
     work = sum(found.costs.of(Action(stage, kind, 0)) for stage in stages for kind in kinds)
     return found.pipeline * tried.makespan / (found.microbatches * work) - 1
 
 
-def _why(found: Found, time: Unit) -> str:
+def _why(found: FoundProgram, time: Unit) -> str:
     chosen = found.chosen
     fitting = [one for one in found.tried if one.fits]
     named = [one for one in fitting if one.name in SCHEDULES]
@@ -83,7 +83,7 @@ def _why(found: Found, time: Unit) -> str:
     )
 
 
-def _costs(found: Found, time: Unit) -> Iterator[list[str]]:
+def _costs(found: FoundProgram, time: Unit) -> Iterator[list[str]]:
     for stage, rank in enumerate(found.ranks):
         kinds = (Kind.FORWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
         times = [time(found.costs.of(Action(stage, kind, 0))) for kind in kinds]
@@ -92,7 +92,7 @@ def _costs(found: Found, time: Unit) -> Iterator[list[str]]:
         yield [str(stage), str(rank), *times, held]
 
 
-def _tried(found: Found, time: Unit) -> Iterator[list[str]]:
+def _tried(found: FoundProgram, time: Unit) -> Iterator[list[str]]:
     for one in sorted(found.tried, key=lambda one: one.makespan):
         note = "chosen" if one is found.chosen else "" if one.fits else "over the limit"
         note = "; ".join(filter(None, [note, one.note]))

@@ -28,7 +28,7 @@ from megapipe.pipeline.schedule.search.named import named_programs
 from megapipe.pipeline.schedule.search.policies import Policy, dispatch, patterns, variations
 from megapipe.pipeline.schedule.simulate import Costs
 from megapipe.pipeline.schedule.words import (
-    Problem,
+    SchedulingProblem,
     Words,
     join_first,
     makespan,
@@ -65,7 +65,7 @@ class Tried:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundProgram:
     """The program that was chosen, and all that was tried; `bound` is a time that no order with
     these stages can beat."""
 
@@ -100,7 +100,7 @@ def search(
     limit: Limit,
     *,
     effort: int = EFFORT,
-) -> Found:
+) -> FoundProgram:
     """The best program for so many ranks, stages on each, and microbatches.
 
     `costs` and `limit` are for the pipeline * virtual stages. Among programs of equal time the one
@@ -114,26 +114,27 @@ def search(
     placements = {n: r for n, r in placements.items() if limit.least(r) <= limit.ceiling}
     candidates: list[_Candidate] = []
     for name, ranks in placements.items():
-        problem = Problem(ranks, microbatches, costs, limit)
+        problem = SchedulingProblem(ranks, microbatches, costs, limit)
         budget = Budget(effort // len(placements))
         candidates += _candidates(problem, name, budget)
     fitting = [candidate for candidate in candidates if candidate.tried.fits]
     fastest = min(candidate.tried.makespan for candidate in fitting)
     ties = [one for one in fitting if one.tried.makespan <= fastest * (1 + TIE)]
     best = min(ties, key=lambda one: (one.tried.peak, one.tried.name not in SCHEDULES))
-    return Found(
-        best.program or to_program(best.words, pipeline * virtual),
+    ranks = placements[best.tried.placement]
+    return FoundProgram(
+        best.program or to_program(best.words, len(ranks)),
         best.tried,
         tuple(candidate.tried for candidate in candidates),
-        min(Problem(r, microbatches, costs, limit).bound for r in placements.values()),
-        placements[best.tried.placement],
+        min(SchedulingProblem(r, microbatches, costs, limit).bound for r in placements.values()),
+        ranks,
         microbatches,
         costs,
         limit,
     )
 
 
-def _candidates(problem: Problem, placement: str, budget: Budget) -> list[_Candidate]:
+def _candidates(problem: SchedulingProblem, placement: str, budget: Budget) -> list[_Candidate]:
     """What the three families have for one placement."""
     found = []
     for name, program in named_programs(problem):
@@ -145,13 +146,15 @@ def _candidates(problem: Problem, placement: str, budget: Budget) -> list[_Candi
     return [*found, *searched.run()]
 
 
-def _tried(problem: Problem, name: str, placement: str, words: Words, note: str = "") -> Tried:
+def _tried(
+    problem: SchedulingProblem, name: str, placement: str, words: Words, note: str = ""
+) -> Tried:
     peak = max(peaks(problem, words))
     fits = peak <= problem.limit.ceiling
     return Tried(name, placement, makespan(problem, words), peak, fits, note)
 
 
-def _done(problem: Problem, time: float) -> bool:
+def _done(problem: SchedulingProblem, time: float) -> bool:
     """Whether nothing can be faster."""
     return time <= problem.bound * (1 + TIE)
 
@@ -163,7 +166,7 @@ Ranked = list[tuple[float, Words, str]]
 class _Searched:
     """The search on one placement beyond published schedules."""
 
-    def __init__(self, problem: Problem, placement: str, budget: Budget) -> None:
+    def __init__(self, problem: SchedulingProblem, placement: str, budget: Budget) -> None:
         self.problem, self.placement, self.budget = problem, placement, budget
         stages, pipeline = problem.stages, problem.pipeline
         count = problem.microbatches
@@ -238,7 +241,7 @@ class _Searched:
                 fitting.append((makespan(self.short, words), words, name))
         return _ranked(fitting)[:1]
 
-    def _improved(self, problem: Problem, starts: Ranked) -> Ranked:
+    def _improved(self, problem: SchedulingProblem, starts: Ranked) -> Ranked:
         """Local search from each start, which shares the budget with those after it."""
         results = []
         for index, (_, words, origin) in enumerate(starts):

@@ -9,18 +9,18 @@ from hypothesis import strategies as st
 from megapipe.pipeline.schedule.search.graph import Graph, Move, neighbours
 from megapipe.pipeline.schedule.search.improve import Budget, improve
 from megapipe.pipeline.schedule.search.policies import dispatch, patterns
-from megapipe.pipeline.schedule.words import Problem, Words, makespan, peaks
+from megapipe.pipeline.schedule.words import SchedulingProblem, Words, makespan, peaks
 from tests.pipeline.schedule.problems import problem_of, problems
 
 
-def some_words(problem: Problem) -> Words:
+def some_words(problem: SchedulingProblem) -> Words:
     words = dispatch(problem, patterns(problem.stages // problem.pipeline)[0])
     assert words is not None
     return words
 
 
 @given(problems())
-def test_longest_ways(problem: Problem) -> None:
+def test_longest_ways(problem: SchedulingProblem) -> None:
     """A node's head, its duration and its tail make the makespan on the longest way, and no more
     anywhere; the blocks are such a way."""
     words = some_words(problem)
@@ -38,7 +38,7 @@ def test_longest_ways(problem: Problem) -> None:
 
 @given(problems(), st.integers(0, 2**32))
 @settings(max_examples=100)
-def test_moves(problem: Problem, seed: int) -> None:
+def test_moves(problem: SchedulingProblem, seed: int) -> None:
     """An allowed move keeps the limit. Where it makes no cycle, the estimate of two that change
     places is at most the time that they then have, and that time if it is longer than before: the
     longest way goes through them. (Of a longer move, what is passed may wait for another that is,

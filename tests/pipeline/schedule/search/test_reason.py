@@ -3,7 +3,7 @@
 from megapipe.pipeline.schedule import Costs
 from megapipe.pipeline.schedule.limit import Limit, Memory
 from megapipe.pipeline.schedule.search import search
-from megapipe.pipeline.schedule.search.reason import forwards, report, seconds, summary
+from megapipe.pipeline.schedule.search.reason import forwards, search_report, seconds, summary
 
 TIMES = [0.020, 0.030, 0.020, 0.020, 0.020, 0.020, 0.020, 0.036]
 COSTS = Costs(TIMES, TIMES, TIMES, 0.001)
@@ -11,7 +11,7 @@ COSTS = Costs(TIMES, TIMES, TIMES, 0.001)
 
 def test_the_report_says_what_was_chosen_why_and_from_what() -> None:
     found = search(4, 2, 8, COSTS, Limit.in_microbatches(3, 4, 2))
-    text = report(found, seconds, "measured", "3 microbatches")
+    text = search_report(found, seconds, "measured", "3 microbatches")
     chosen, why = text.splitlines()[:2]
     assert chosen.startswith(f"Program: {found.chosen.name}, stages ")
     assert "at most 3 microbatches live on a rank" in chosen
@@ -48,7 +48,7 @@ def test_units() -> None:
         "2.5 forwards",
     )
     sizes = [2**30, 2**29, 2**29, 2**30]
-    text = report(
+    text = search_report(
         search(2, 2, 4, Costs(1, 1, 1), Limit.in_bytes(Memory(2**32, "4 GiB"), sizes)),
         forwards,
         "guessed",

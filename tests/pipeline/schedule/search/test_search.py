@@ -11,8 +11,8 @@ from megapipe.pipeline.schedule import Costs, Kind, lower, simulate, to_csv, val
 from megapipe.pipeline.schedule.action import stage_ranks
 from megapipe.pipeline.schedule.build import SCHEDULES, build_program
 from megapipe.pipeline.schedule.limit import Limit, Memory, peak_amounts
-from megapipe.pipeline.schedule.search import Found, search
-from megapipe.pipeline.schedule.words import Problem
+from megapipe.pipeline.schedule.search import FoundProgram, search
+from megapipe.pipeline.schedule.words import SchedulingProblem
 from tests.pipeline.schedule.problems import problems
 
 LITTLE = 15_000
@@ -20,7 +20,7 @@ LITTLE = 15_000
 ROUNDING = 1 + 1e-9
 
 
-def look(problem: Problem, effort: int = LITTLE) -> Found:
+def look(problem: SchedulingProblem, effort: int = LITTLE) -> FoundProgram:
     pipeline = problem.pipeline
     virtual = problem.stages // pipeline
     return search(
@@ -28,7 +28,7 @@ def look(problem: Problem, effort: int = LITTLE) -> Found:
     )
 
 
-def best_published(problem: Problem) -> float | None:
+def best_published(problem: SchedulingProblem) -> float | None:
     """Of all that the library has for these ranks and chunks, by the simulator alone."""
     times = []
     for name in SCHEDULES:
@@ -48,7 +48,9 @@ def best_published(problem: Problem) -> float | None:
 
 @given(problems())
 @settings(max_examples=200)
-def test_right_within_the_limit_and_never_slower_than_the_best_published(problem: Problem) -> None:
+def test_right_within_the_limit_and_never_slower_than_the_best_published(
+    problem: SchedulingProblem,
+) -> None:
     found = look(problem)
     lowered = lower(found.program)
     validate(lowered)
@@ -64,7 +66,7 @@ def test_right_within_the_limit_and_never_slower_than_the_best_published(problem
 
 @given(problems())
 @settings(max_examples=10)
-def test_the_same_question_has_the_same_answer(problem: Problem) -> None:
+def test_the_same_question_has_the_same_answer(problem: SchedulingProblem) -> None:
     first, second = look(problem), look(problem)
     assert to_csv(first.program) == to_csv(second.program)
     assert first.tried == second.tried
@@ -72,7 +74,7 @@ def test_the_same_question_has_the_same_answer(problem: Problem) -> None:
 
 def in_microbatches(
     pipeline: int, virtual: int, microbatches: int, most: float, costs: Costs | None = None
-) -> Found:
+) -> FoundProgram:
     limit = Limit.in_microbatches(most, pipeline, virtual)
     return search(pipeline, virtual, microbatches, costs or Costs(), limit)
 

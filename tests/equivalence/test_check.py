@@ -1,22 +1,25 @@
-"""Parts of the proof, and how it ends where a rank can't compare; tests/test_layouts.py runs it
-whole."""
+"""Parts of the equivalence check, and how it ends where a rank can't compare; tests/test_layouts.py
+runs it whole."""
 
 import math
 import resource
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from megapipe.config import Config, load_config
-from megapipe.distributed.mesh import Mesh, build_mesh
-from megapipe.equivalence.check import _largest_error, prove, relative_error, synthetic_tokens
-from megapipe.layout.axes import Axes
-from megapipe.models.build import build_stages
+from megapipe.data.synthetic import synthetic_tokens
+from megapipe.equivalence.check import (
+    Verdict,
+    _largest_error,
+    check_equivalence,
+    relative_error,
+)
 from megapipe.models.families import FAMILIES
+from tests.equivalence.planting import Stages, planted
 from tests.host_sync import DEVICE
+from tests.layouts import layout_of, mesh_of
 from tests.ranks import run_ranks
 
 SHAPE = Path(__file__).parents[1] / "configs" / "llama_shape.toml"
@@ -36,18 +39,22 @@ def two_stages() -> Config:
     return load_config(SHAPE, [*words, "--train.micro_batch_size=1"], FAMILIES)
 
 
-def prove_with_nan(config: Config) -> tuple[float, int] | None:
+def check(config: Config, folder: Path | None = None) -> Verdict | None:
+    """Of the initial weights, on each rank."""
+    tokens = synthetic_tokens(config)
+    return check_equivalence(layout_of(config), mesh_of(config), tokens, steps=0, folder=folder)
+
+
+def spoil_second_stage(stages: Stages) -> None:
+    if 1 in stages:
+        for parameter in stages[1].parameters():
+            parameter.data.fill_(math.nan)
+
+
+def check_with_nan(config: Config) -> tuple[float, int] | None:
     """The first difference's error and rank, where the second stage starts with weights of NaN."""
-
-    def build(config: Config, mesh: Mesh) -> Mapping[int, nn.Module]:
-        stages = build_stages(config, mesh)
-        if mesh.rank == 1:
-            for parameter in stages[1].parameters():
-                parameter.data.fill_(math.nan)
-        return stages
-
-    mesh = build_mesh(Axes.of(pipeline=2, data=1, tensor=1), torch.device("cpu"))
-    verdict = prove(config, mesh, build, synthetic_tokens(config), steps=0)
+    with planted(spoil_second_stage):
+        verdict = check(config)
     if verdict is None:
         return None
     first = verdict.first_beyond(1e-9)
@@ -56,24 +63,23 @@ def prove_with_nan(config: Config) -> tuple[float, int] | None:
 
 
 def test_nan_on_another_rank_is_a_difference() -> None:
-    first, second = run_ranks(prove_with_nan, 2, two_stages())
+    first, second = run_ranks(check_with_nan, 2, two_stages())
     assert second is None
     error, rank = first
     assert math.isnan(error)
     assert rank == 1
 
 
-def prove_in(config: Config, folder: Path) -> str:
-    mesh = build_mesh(Axes.of(pipeline=2, data=1, tensor=1), torch.device("cpu"))
+def check_in(config: Config, folder: Path) -> str:
     try:
-        prove(config, mesh, build_stages, synthetic_tokens(config), steps=0, folder=folder)
+        check(config, folder)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
-    return "proved"
+    return "checked"
 
 
-def test_a_folder_that_rank_0_can_not_use_ends_the_proof_on_all(tmp_path: Path) -> None:
-    said = run_ranks(prove_in, 2, two_stages(), tmp_path / "none")
+def test_a_folder_that_rank_0_can_not_use_ends_the_check_on_all(tmp_path: Path) -> None:
+    said = run_ranks(check_in, 2, two_stages(), tmp_path / "none")
     assert said[0] == said[1]
     assert said[0].startswith(f"MegapipeError: {tmp_path / 'none'}")
 
@@ -87,18 +93,18 @@ def test_a_loss_of_zero_has_a_relative_error() -> None:
     assert math.isnan(relative_error(5.0, math.nan))
 
 
-def prove_with_small_files(config: Config, folder: Path) -> str:
+def check_with_small_files(config: Config, folder: Path) -> str:
     """Where the reference is larger than a file may be; the limit of this process is put back."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (32_768, limits[1]))
     try:
-        return prove_in(config, folder)
+        return check_in(config, folder)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_reference_that_finds_no_room_ends_the_proof_on_all(tmp_path: Path) -> None:
-    said = run_ranks(prove_with_small_files, 2, two_stages(), tmp_path)
+def test_a_reference_that_finds_no_room_ends_the_check_on_all(tmp_path: Path) -> None:
+    said = run_ranks(check_with_small_files, 2, two_stages(), tmp_path)
     assert said[0] == said[1]
     assert said[0].startswith(f"MegapipeError: {tmp_path}")
     assert "File too large" in said[0]

@@ -1,4 +1,4 @@
-"""The config that `verify` proves keeps every feature and the layout of the user's."""
+"""The small config that is checked keeps every feature and the layout of the user's."""
 
 import itertools
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 from megapipe.config import Config, load_config
 from megapipe.equivalence.shrink import MAX_RANKS, SEQUENCE, shrink
+from megapipe.layout.world import resolve_axes
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.config import NARROW_HEAD
 
@@ -25,21 +26,16 @@ SWITCHES = (
 )
 
 
-def degrees(config: Config) -> dict[str, int]:
-    parallel = config.parallel
-    return {"tensor": parallel.tensor, "pipeline": parallel.pipeline, "data": parallel.data or 0}
-
-
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_launch_configs_shrink_to_a_laptop(path: Path) -> None:
     config = load_config(path, [], FAMILIES)
     small, changes = shrink(config)
     assert small.train.precision == "fp64"
-    ranks = degrees(small)
-    assert 1 <= ranks["tensor"] * ranks["pipeline"] * ranks["data"] <= MAX_RANKS
-    for axis, old in degrees(config).items():
-        assert (ranks[axis] > 1) >= (old > 1), f"{axis} stays parallel"
-        assert ranks[axis] <= max(old, 2)
+    axes = resolve_axes(small)
+    assert 1 <= axes.world_size <= MAX_RANKS
+    for axis, old in resolve_axes(config).sizes.items():
+        assert (axes.sizes[axis] > 1) >= (old > 1), f"{axis} stays parallel"
+        assert axes.sizes[axis] <= max(old, 2)
     for switch in SWITCHES:
         assert getattr(small.model, switch) == getattr(config.model, switch)
     for key in ("schedule", "sequence_parallel"):
@@ -103,5 +99,4 @@ def test_any_layout_shrinks_to_a_valid_one(
         "--data.streams=64",
         "--train.global_batch_size=256",
     )
-    ranks = degrees(small)
-    assert ranks["tensor"] * ranks["pipeline"] * ranks["data"] <= MAX_RANKS
+    assert resolve_axes(small).world_size <= MAX_RANKS

@@ -1,0 +1,31 @@
+"""Bugs planted in a layout, for checks that have to find them."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import pytest
+from torch import nn
+
+from megapipe.distributed.mesh import Mesh
+from megapipe.layout.layout import Layout
+from megapipe.stage import build_stages
+from megapipe.train import engine
+
+Stages = Mapping[int, nn.Module]
+Plant = Callable[[Stages], None]
+
+
+@contextmanager
+def planted(plant: Plant) -> Iterator[None]:
+    """Engines that are built in this block have stages changed by `plant`, unless their mesh is
+    that of one process."""
+
+    def build(layout: Layout, mesh: Mesh) -> Stages:
+        stages = build_stages(layout, mesh)
+        if mesh.world_size > 1:
+            plant(stages)
+        return stages
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "build_stages", build)
+        yield
