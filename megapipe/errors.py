@@ -17,7 +17,7 @@ class MegapipeError(Exception):
     """A failure that the user can mend; its text names the key or file, the value, and the fix."""
 
     @property
-    def told(self) -> str:
+    def report(self) -> str:
         """The text, and below it, indented, the notes of those that passed the error on, such as
         where in a program."""
         return "\n  ".join([str(self), *self.notes])
@@ -130,4 +130,4 @@ def render(error: MegapipeError) -> str:
     if isinstance(error, ConfigError) and len(error.problems) > 1:
         lines = [f"  {problem}" for problem in error.problems]
         return "\n".join([f"megapipe: {len(lines)} problems with the config:", *lines])
-    return f"megapipe: {error.told}"
+    return f"megapipe: {error.report}"

@@ -1,4 +1,4 @@
-"""The config of a run: one TOML file, read-only sections, every problem told at once."""
+"""The config of a run: one TOML file, read-only sections, every problem reported at once."""
 
 from megapipe.config.checkpoint import CheckpointConfig
 from megapipe.config.config import Config

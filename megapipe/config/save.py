@@ -8,6 +8,7 @@ import tomli_w
 from megapipe.config.config import Config
 from megapipe.config.family import Families
 from megapipe.config.model import DEFAULT_FAMILY
+from megapipe.config.optimizer import AnyOptimizerConfig
 from megapipe.errors import MegapipeError
 from megapipe.files import replace_durably, write_reason
 
@@ -52,10 +53,12 @@ def schema(families: Families) -> dict[str, Any]:
     """JSON schema of the config file, for completion and checks in editors.
 
     [model] is one of the families': the default one's, or another's that `family` names.
+    [optimizer] has the keys of all optimizers.
     """
     described = Config.model_json_schema()
     parts = described["$defs"]
     del parts["ModelConfig"]
+    parts["OptimizerConfig"] = AnyOptimizerConfig.model_json_schema()
     shapes = []
     for name, family in families.items():
         shape = family.config.model_json_schema(ref_template=_PART)

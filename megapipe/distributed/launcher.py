@@ -284,6 +284,6 @@ def _report(error: BaseException) -> dict[str, Any]:
         return {"kind": "connection", "text": lost[:REPORT_CHARACTERS]}
     told = explained(error) if isinstance(error, Exception) else None
     if told is not None:
-        return {"kind": "user", "text": told.told[:REPORT_CHARACTERS]}
+        return {"kind": "user", "text": told.report[:REPORT_CHARACTERS]}
     text = "".join(traceback.format_exception(error))
     return {"kind": "program", "text": text[-REPORT_CHARACTERS:]}

@@ -1,4 +1,4 @@
-"""Proof that a layout computes what one process computes, tensor by tensor.
+"""A check that a layout computes what one process computes, tensor by tensor.
 
 Every rank of the mesh steps its share of the model; rank 0 also steps the whole model alone, on the
 same tokens. After each step each rank compares its own shards of gradients and weights against the

@@ -96,7 +96,8 @@ def byte_limit(config: Config) -> Memory | None:
 def looped_config(config: Config) -> Config:
     """The same stages, placed in a loop, under a schedule that needs no file and has no limit."""
     name = "1f1b" if config.parallel.virtual == 1 else "interleaved-1f1b"
-    update = {"schedule": name, "schedule_file": None, "activation_limit": None}
+    nothing = dict.fromkeys(("schedule_file", "activation_limit", "stage_costs"))
+    update = {"schedule": name, **nothing}
     return config.model_copy(update={"parallel": config.parallel.model_copy(update=update)})
 
 

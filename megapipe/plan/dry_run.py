@@ -192,7 +192,7 @@ def _work(layout: Layout) -> Iterator[str]:
         )
     ]
     yield f"Arithmetic: {', '.join(amounts)}"
-    yield "  (model FLOPs, forward and backward; causal attention counted half, recompute not)"
+    yield "  (model FLOPs, forward and backward; recompute not counted)"
 
 
 # --- Text ----------------------------------------------------------------------------------------

@@ -228,7 +228,7 @@ def _start_or_resume(
     engine = Engine(layout, mesh, channels)
     check_activation_bytes(engine)
     checkpoints = Checkpoints(
-        _with_resume(config, plan.resume), mesh, engine, _kept_files(config, ranks), lines.say
+        _with_resume(config, plan.resume), mesh, engine, kept_files(config, ranks), lines.say
     )
     progress, data_state = checkpoints.restore()
     if data_state is not None:
@@ -310,7 +310,7 @@ def _with_resume(config: Config, resume: str) -> Config:
     return config.model_copy(update={"checkpoint": checkpoint})
 
 
-def _kept_files(config: Config, ranks: RankGroup) -> dict[str, bytes]:
+def kept_files(config: Config, ranks: RankGroup) -> dict[str, bytes]:
     """What each checkpoint holds besides tensors, as it is now: config and tokenizer. Collective:
     the first rank reads them, and where it can't, all raise."""
 

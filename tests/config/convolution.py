@@ -8,8 +8,8 @@ from pydantic import Field, PositiveInt
 from megapipe.config import ModelConfig
 from megapipe.config.contradiction import Problem
 from megapipe.config.model import family_key
-from megapipe.section import Section, or_none_word
 from megapipe.models.families import FAMILIES
+from megapipe.section import Section, or_none_word
 from tests.config.examples import Family
 
 
@@ -59,4 +59,5 @@ SHAPE = {"num_layers": 8, "hidden_size": 64, "vocab_size": 500, "max_sequence_le
 PRESETS = {
     "wide": {**SHAPE, "kernel_width": 7, "gate": {"steepness": 3.0}, "dilation": 2},
 }
-BOTH = {**FAMILIES, "convolution": Family("convolution", ConvolutionConfig, PRESETS)}
+GPT_ALONE = {"gpt": FAMILIES["gpt"]}
+BOTH = {**GPT_ALONE, "convolution": Family("convolution", ConvolutionConfig, PRESETS)}

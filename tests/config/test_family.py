@@ -16,7 +16,7 @@ from megapipe.config import (
 )
 from megapipe.errors import ConfigError
 from megapipe.models.families import FAMILIES
-from tests.config.convolution import BOTH, SHAPE, ConvolutionConfig, Gate
+from tests.config.convolution import BOTH, GPT_ALONE, SHAPE, ConvolutionConfig, Gate
 from tests.config.examples import TEXT, write
 
 REST = TEXT[TEXT.index("[parallel]") :]
@@ -152,7 +152,7 @@ def test_an_unknown_family_is_one_problem(tmp_path: Path, text: str, value: str,
 
 def test_a_dumped_config_of_an_unknown_family(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r'old:2: model.family = "convolution" does not exist'):
-        parse_config(dump_config(load(tmp_path)), FAMILIES, "old")
+        parse_config(dump_config(load(tmp_path)), GPT_ALONE, "old")
 
 
 def test_models_of_two_families_differ_in_one_line(tmp_path: Path) -> None:
@@ -184,7 +184,7 @@ def test_the_schema_has_the_keys_of_each_family() -> None:
         {"required": [*SHAPE, "kernel_width"]},
     ]
     assert parts["Gate"]["properties"].keys() == {"steepness"}
-    assert schema(FAMILIES)["properties"]["model"]["$ref"] == "#/$defs/GPTConfig"
+    assert schema(GPT_ALONE)["properties"]["model"]["$ref"] == "#/$defs/GPTConfig"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -10,6 +10,7 @@ from megapipe.config import Config, dump_config, load_config, parse_config, sche
 from megapipe.config import optimizer as section
 from megapipe.config.optimizer import read_optimizer
 from megapipe.errors import ConfigError
+from megapipe.models.families import FAMILIES
 from megapipe.optim import RULES, OptimizerConfig, UpdateRule, parameter_groups
 from megapipe.optim.rules.adamw import AdamWConfig
 from megapipe.optim.rules.sgd import SGDConfig
@@ -18,7 +19,7 @@ from tests.config.test_load import problems
 
 
 def load(directory: Path, *words: str) -> Config:
-    return load_config(write(directory), words)
+    return load_config(write(directory), words, FAMILIES)
 
 
 def test_the_name_chooses_the_keys_and_adamw_is_the_default(tmp_path: Path) -> None:
@@ -34,7 +35,7 @@ def test_keys_of_another_optimizer_have_no_effect(tmp_path: Path) -> None:
     ]
     write(tmp_path, TEXT + "[optimizer]\nbetas = [0.9, 0.99]\nepsilon = 1e-6\n")
     with pytest.raises(ConfigError) as caught:
-        load_config(tmp_path / "run.toml", ["--optimizer.name=sgd"])
+        load_config(tmp_path / "run.toml", ["--optimizer.name=sgd"], FAMILIES)
     first, second = caught.value.problems
     assert "run.toml:26: " in first
     assert first.endswith(
@@ -61,13 +62,13 @@ def test_a_wrong_name_is_told_with_what_else_is_wrong(tmp_path: Path) -> None:
     assert 'optimizer.name = 5 must be "adamw" or "sgd"' in problem
     write(tmp_path, "optimizer = 3\n" + TEXT)
     with pytest.raises(ConfigError, match="optimizer = 3 must be a table of keys"):
-        load_config(tmp_path / "run.toml")
+        load_config(tmp_path / "run.toml", [], FAMILIES)
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_dumped_config_loads_as_the_same_type(tmp_path: Path, name: str) -> None:
     config = load(tmp_path, f"--optimizer.name={name}", "--optimizer.learning_rate=0.25")
-    again = parse_config(dump_config(config))
+    again = parse_config(dump_config(config), FAMILIES)
     assert again == config
     assert type(again.optimizer) is RULES[name].config
     assert parameter_groups(again.optimizer) == parameter_groups(config.optimizer)
@@ -77,7 +78,7 @@ def test_a_dumped_config_loads_as_the_same_type(tmp_path: Path, name: str) -> No
 
 
 def test_lists_of_keys_have_those_of_all_optimizers() -> None:
-    described = schema()["$defs"]["OptimizerConfig"]["properties"]
+    described = schema(FAMILIES)["$defs"]["OptimizerConfig"]["properties"]
     listed = section_types()["optimizer"].model_fields
     for rule in RULES.values():
         assert set(rule.config.model_fields) <= set(listed)

@@ -23,7 +23,7 @@ def _describe_mesh(pipeline: int, data: int, tensor: int) -> dict[str, list[int]
     """For each axis, the ranks that a gather over it brings together."""
     mesh = build_mesh(Axes.of(pipeline=pipeline, data=data, tensor=tensor), CPU)
     assert mesh.rank == dist.get_rank()
-    assert mesh.rank == mesh.global_rank(mesh.pipeline.rank, mesh.batch.rank, mesh.tensor.rank)
+    assert mesh.axes.coordinates(mesh.rank) == {n: axis.rank for n, axis in mesh.parts.items()}
     axes = (mesh.pipeline, mesh.batch, mesh.tensor, mesh.model_parallel, mesh.world)
     for axis in axes:
         gathered = all_gather(torch.tensor([mesh.rank]), axis)
@@ -47,18 +47,58 @@ def test_axes_join_the_ranks_that_share_the_other_coordinates(
             "pipeline": [grid[i, d, t] for i in range(pipeline)],
             "data": [grid[p, i, t] for i in range(data)],
             "tensor": [grid[p, d, i] for i in range(tensor)],
-            "replica": [grid[i, d, j] for i in range(pipeline) for j in range(tensor)],
+            "model_parallel": [grid[i, d, j] for i in range(pipeline) for j in range(tensor)],
             "world": list(range(len(grid))),
         }
 
 
 def test_one_process_is_a_mesh_of_ones_without_a_process_group() -> None:
-    mesh = build_mesh(Axes.of(pipeline=1, data=1, tensor=1), CPU)
+    mesh = build_mesh(Axes.of(), CPU)
     assert mesh == Mesh.single(CPU)
     assert not dist.is_initialized()
     axes = (mesh.pipeline, mesh.batch, mesh.tensor, mesh.model_parallel, mesh.world)
     assert all(axis.size == 1 and axis.group is None and axis.is_first for axis in axes)
     assert torch.equal(all_gather(torch.arange(3), mesh.tensor), torch.arange(3))
+
+
+def _leads_stages() -> bool:
+    return build_mesh(Axes.of(pipeline=2, data=2, tensor=2), CPU).leads_stages
+
+
+def test_one_rank_leads_those_that_compute_the_same_stages() -> None:
+    assert run_ranks(_leads_stages, 8) == [rank in (0, 4) for rank in range(8)]
+
+
+TENSOR = (("tensor", (0, 1)),)
+PIPELINE_ENDS = (("pipeline", (0, 2)),)
+ENDS_AND_TENSOR = (("pipeline", (0, 2)), ("tensor", (0, 1)))
+
+
+def _sum_groups() -> list[tuple[int, ...]]:
+    mesh = build_mesh(Axes.of(pipeline=3, tensor=2), CPU)
+    groups = sorted([TENSOR, PIPELINE_ENDS, ENDS_AND_TENSOR])
+    mesh.connect_sum_groups(groups)
+    assert mesh.sum_axes[TENSOR] is mesh.tensor, "a whole axis has its group already"
+    made = dict(mesh.sum_axes)
+    mesh.connect_sum_groups(groups)
+    assert all(mesh.sum_axes[group] is axis for group, axis in made.items()), "made once"
+    for axis in made.values():
+        assert all_gather(torch.tensor([mesh.rank]), axis).tolist() == list(axis.ranks)
+        assert axis.group is None or axis.group in mesh.groups
+    return [mesh.sum_axes[group].ranks for group in (TENSOR, PIPELINE_ENDS, ENDS_AND_TENSOR)]
+
+
+def test_sum_groups_join_the_ranks_at_these_places() -> None:
+    """Ranks 2 and 3 are in the middle of the pipeline and sum with nobody there."""
+    ends = (0, 1, 4, 5)
+    assert run_ranks(_sum_groups, 6) == [
+        [(0, 1), (0, 4), ends],
+        [(0, 1), (1, 5), ends],
+        [(2, 3), (2,), (2,)],
+        [(2, 3), (3,), (3,)],
+        [(4, 5), (0, 4), ends],
+        [(4, 5), (1, 5), ends],
+    ]
 
 
 def _waits_in_vain() -> None:
@@ -81,8 +121,8 @@ def test_a_group_has_the_timeout_that_it_is_given() -> None:
 
 def _two_meshes() -> tuple[int, int]:
     """Two meshes over the same ranks live side by side and do not mix."""
-    one = build_mesh(Axes.of(pipeline=1, data=1, tensor=2), CPU)
-    other = build_mesh(Axes.of(pipeline=2, data=1, tensor=1), CPU)
+    one = build_mesh(Axes.of(tensor=2), CPU)
+    other = build_mesh(Axes.of(pipeline=2), CPU)
     value = torch.tensor([dist.get_rank() + 1])
     return (
         int(all_gather(value, one.tensor).sum()) * int(all_gather(value, one.pipeline).sum()),

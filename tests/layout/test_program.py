@@ -7,20 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from megapipe.config import Config, check_layout
+from megapipe.config import Config
 from megapipe.config.load import load_config
 from megapipe.errors import ScheduleError
-from megapipe.layout.program import (
-    lowered_program,
-    stage_placement,
-    training_program,
-    with_program,
-)
+from megapipe.layout.program import ResolvedProgram, looped_config, resolve_program
 from megapipe.models.families import FAMILIES
 from megapipe.pipeline.schedule import SCHEDULES, Program, build_program, lower, to_csv
 from megapipe.pipeline.schedule.action import stage_ranks
+from megapipe.pipeline.schedule.stored import UnfitProgramError
 from megapipe.tools.cli import main
 from tests.config.examples import write
+from tests.layouts import layout_of
 from tests.pipeline.programs import make, random_program
 
 FROM_FILE = ("--parallel.schedule=csv", "--parallel.schedule_file=program.csv")
@@ -28,8 +25,11 @@ MICROBATCHES = 8  # of the example config: 16 sequences in microbatches of 2
 
 
 def load(folder: Path, *overrides: str) -> Config:
-    config = load_config(write(folder), list(overrides), FAMILIES)
-    return check_layout(config, config.parallel.tensor * config.parallel.pipeline)
+    return load_config(write(folder), [*overrides, "--parallel.data=1"], FAMILIES)
+
+
+def program(config: Config, content: bytes | None = None) -> ResolvedProgram:
+    return resolve_program(config, MICROBATCHES, content)
 
 
 @pytest.fixture
@@ -42,45 +42,69 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_by_name_and_from_its_file_it_is_the_same(folder: Path, name: str) -> None:
     virtual = SCHEDULES[name].chunks[0]
     shape = ("--parallel.pipeline=4", f"--parallel.virtual={virtual}")
-    named = load(folder, *shape, f"--parallel.schedule={name}")
-    program = build_program(name, pipeline=4, virtual=virtual, microbatches=MICROBATCHES)
-    assert training_program(named) == program
-    for text in (to_csv(program), to_csv(lower(program)), "\ufeff" + to_csv(program)):
+    named = program(load(folder, *shape, f"--parallel.schedule={name}"))
+    assert named.compute == build_program(
+        name, pipeline=4, virtual=virtual, microbatches=MICROBATCHES
+    )
+    actions, communicating = to_csv(named.compute), to_csv(named.lowered)
+    for text in (actions, communicating, "\ufeff" + actions):
         (folder / "program.csv").write_text(text, encoding="utf-8")
-        filed = load(folder, *shape, *FROM_FILE)
-        assert lower(training_program(filed)) == lower(program)
-        assert stage_placement(filed) == stage_placement(named)
-        assert stage_ranks(program) == dict(enumerate(stage_placement(named)))
+        filed = program(load(folder, *shape, *FROM_FILE))
+        assert filed.lowered == lower(filed.compute) == named.lowered
+        assert filed.placement == named.placement
+        assert stage_ranks(named.compute) == dict(enumerate(named.placement))
 
 
 @pytest.mark.parametrize("placement", [[0, 0, 0, 1], [1, 0, 1, 1]])
 def test_ranks_may_have_unequal_numbers_of_stages(folder: Path, placement: list[int]) -> None:
-    program = random_program(0, placement, MICROBATCHES, split=True)
-    (folder / "program.csv").write_text(to_csv(program), encoding="utf-8")
-    config = load(folder, "--parallel.virtual=2", *FROM_FILE)
-    assert lowered_program(config) == lower(program)
-    assert stage_placement(config) == placement
+    given = random_program(0, placement, MICROBATCHES, split=True)
+    (folder / "program.csv").write_text(to_csv(given), encoding="utf-8")
+    found = program(load(folder, "--parallel.virtual=2", *FROM_FILE))
+    assert found.lowered == lower(given)
+    assert found.placement == placement
 
 
-def test_a_config_carries_its_program_as_long_as_it_is_of_this_file_and_shape(
-    folder: Path,
-) -> None:
+def test_a_layout_keeps_its_program_when_the_file_is_gone(folder: Path) -> None:
     file = folder / "program.csv"
     file.write_text(to_csv(GOOD), encoding="utf-8")
-    config = with_program(load(folder, *FROM_FILE))
+    layout = layout_of(load(folder, *FROM_FILE))
     file.unlink()
-    assert with_program(config) is config
-    assert training_program(config) == GOOD
-    assert lowered_program(config) == lower(GOOD)
-    assert stage_placement(config) == [0, 1]
-    train = config.train.model_copy(update={"global_batch_size": 8})
-    parallel = config.parallel.model_copy(update={"schedule_file": "another.csv"})
-    for change in ({"train": train}, {"parallel": parallel}):
-        with pytest.raises(ScheduleError, match="can't be read"):
-            training_program(config.model_copy(update=change))
-    parallel = config.parallel.model_copy(update={"activation_limit": 1.0})
+    assert layout.program.compute == GOOD
+    assert layout.lowered == lower(GOOD)
+    assert layout.placement == [0, 1]
+    with pytest.raises(ScheduleError, match="can't be read"):
+        layout_of(layout.config)
+
+
+def test_a_file_that_was_read_already_is_not_read_again(folder: Path) -> None:
+    content = to_csv(GOOD).encode()
+    config = load(folder, *FROM_FILE)
+    assert program(config, content).compute == GOOD
+    with pytest.raises(UnfitProgramError, match="has 8 microbatches, and the config has 4"):
+        resolve_program(config, 4, content)
+    limited = load(folder, *FROM_FILE, "--parallel.activation_limit=1")
     with pytest.raises(ScheduleError, match="activations of 2 microbatches live"):
-        training_program(config.model_copy(update={"parallel": parallel}))
+        program(limited, content)
+
+
+def test_auto_has_no_program_before_it_was_searched_for(folder: Path) -> None:
+    config = load(folder, "--parallel.schedule=auto")
+    with pytest.raises(UnfitProgramError, match=r"there is no runs/x/schedule\.csv yet"):
+        program(config)
+    assert program(config, to_csv(GOOD).encode()).compute == GOOD
+    limited = load(folder, "--parallel.schedule=auto", "--parallel.activation_limit=1")
+    with pytest.raises(UnfitProgramError, match="activations of 2 microbatches live"):
+        program(limited, to_csv(GOOD).encode())
+    with pytest.raises(ScheduleError, match=r"not an action.*\. Delete the file to search anew\."):
+        program(config, b"0F0,what\n1F0\n")
+
+
+def test_the_same_stages_in_a_loop(folder: Path) -> None:
+    for virtual, name in ((1, "1f1b"), (2, "interleaved-1f1b")):
+        words = ("--parallel.schedule=auto", f"--parallel.virtual={virtual}")
+        looped = looped_config(load(folder, *words, "--parallel.activation_limit=3"))
+        assert looped == load(folder, f"--parallel.schedule={name}", *words[1:])
+        assert program(looped).placement == [0, 1] * virtual
 
 
 # --- Refusals ------------------------------------------------------------------------------------

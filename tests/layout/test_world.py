@@ -1,4 +1,4 @@
-"""Axes from a config and a number of processes: what fits, and what is refused with the arithmetic."""
+"""Axes from a config and a number of processes: what fits, and what is refused, with the sums."""
 
 import pytest
 from hypothesis import given

@@ -46,7 +46,7 @@ def test_nothing_is_left_behind() -> None:
     config = gpt2("--parallel.data=1")
     layout = layout_of(config)
     stages = build_stages(layout, Mesh.single(CPU))
-    buffers = build_buffers(stages.values(), [Role], main_dtype=torch.float32, replicas=1)
+    buffers = build_buffers(stages.values(), [tuple(Role)], main_dtype=torch.float32, replicas=1)
     before = [buffer.weights.clone() for buffer in buffers]
     random = torch.get_rng_state()
     hidden = torch.empty(layout.hidden_shape)

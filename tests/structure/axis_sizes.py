@@ -92,12 +92,21 @@ def _labels(node: ast.expr, named: Mapping[str, set[str]]) -> set[str]:
     """
     if isinstance(node, COMPREHENSIONS):
         return SEVERAL if last_name(node.elt) == "size" else set()
+    if isinstance(node, ast.Call) and last_name(node.func) == "size":
+        return _asked(node)
     if isinstance(node, ast.Attribute) and node.attr == "size":
         return {_axis(last_name(node.value)) or ast.unparse(node)}
     if isinstance(node, ast.Name) and node.id in named:
         return named[node.id]
     axis = _axis(last_name(node))
     return {axis} if axis else set()
+
+
+def _asked(size: ast.Call) -> set[str]:
+    """The axes of axes.size("pipeline", "tensor"); none of a tensor's x.size(0)."""
+    texts = [a.value for a in size.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+    lists = [ast.unparse(a) for a in size.args if isinstance(a, ast.Starred)]
+    return {_axis(text) or text for text in texts} | set(lists)
 
 
 def _axis(name: str) -> str | None:

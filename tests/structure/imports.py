@@ -19,25 +19,38 @@ LIGHT = {
     "megapipe": frozenset[str](),
     "megapipe.errors": frozenset[str](),
     "megapipe.amounts": frozenset[str](),
-    "megapipe.files": frozenset[str](),
-    "megapipe.stop_signals": frozenset[str](),
+    "megapipe.kernel_limits": frozenset[str](),
     "megapipe.parameter_role": frozenset[str](),
-    "megapipe.scratch": frozenset[str](),
     "megapipe.section": frozenset({"pydantic"}),
-    "megapipe.config": frozenset({"pydantic", "pydantic_core", "annotated_types", "tomli_w"}),
+    "megapipe.files": frozenset[str](),
+    "megapipe.precision": frozenset[str](),
+    "megapipe.stop_signals": frozenset[str](),
+    "megapipe.optim": frozenset({"pydantic"}),
     "megapipe.pipeline.schedule": frozenset[str](),
+    "megapipe.scratch": frozenset[str](),
+    "megapipe.config": frozenset({"pydantic", "pydantic_core", "annotated_types", "tomli_w"}),
+    "megapipe.layout": frozenset[str](),
+    "megapipe.plan": frozenset({"rich"}),
 }
 """What these parts may import besides the standard library."""
+LATER = {
+    "megapipe.precision": frozenset({"torch"}),
+    "megapipe.optim": frozenset({"torch"}),
+    "megapipe.layout": frozenset({"torch"}),
+}
+"""What they may import only when a function is called, and for type checkers."""
 
 
 # --- Reading imports -----------------------------------------------------------------------------
 
 
-def imports(name: str, path: Path) -> set[str]:
-    """Dotted names that a module imports, as far as the source says."""
+def imports(name: str, path: Path, *, at_once: bool = False) -> set[str]:
+    """Dotted names that a module imports, as far as the source says; with `at_once` only those
+    that importing the module imports."""
     found: set[str] = set()
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
-    for node in ast.walk(syntax_tree(path)):
+    tree = syntax_tree(path)
+    for node in _run_at_once(tree) if at_once else ast.walk(tree):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -49,6 +62,19 @@ def imports(name: str, path: Path) -> set[str]:
     return found
 
 
+def _run_at_once(node: ast.AST) -> Iterator[ast.AST]:
+    """The nodes below one, without those in functions and in branches for type checkers."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        return
+    below: Iterable[ast.AST] = ast.iter_child_nodes(node)
+    if isinstance(node, ast.If) and ast.unparse(node.test) in CHECKING:
+        below = node.orelse
+    for child in below:
+        yield child
+        yield from _run_at_once(child)
+
+
+CHECKING = ("TYPE_CHECKING", "typing.TYPE_CHECKING")
 DYNAMIC = ("import_module", "importlib.import_module", "__import__")
 
 
@@ -134,19 +160,27 @@ def cycles(graph: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 def heavy_imports(root: Path) -> list[str]:
-    """What the light parts import besides the standard library and what LIGHT allows them."""
-    found, floors = [], read_floors(root)
-    for name, path in find_modules(root).items():
-        part = name if name == GROUND else part_of(name, floors)
-        if part not in LIGHT:
-            continue
-        allowed = LIGHT[part] | sys.stdlib_module_names | {"megapipe"}
+    """What the light parts import besides the standard library and what LIGHT and LATER allow."""
+    found = []
+    for part, name, path in light_modules(root):
+        allowed = LIGHT[part] | sys.stdlib_module_names | {GROUND}
+        at_once = imports(name, path, at_once=True)
         found += [
             f"{name} imports {imported}"
             for imported in sorted(imports(name, path))
-            if imported.split(".")[0] not in allowed
+            if (package := imported.split(".")[0]) not in allowed
+            and (imported in at_once or package not in LATER.get(part, ()))
         ]
     return found
+
+
+def light_modules(root: Path) -> Iterator[tuple[str, str, Path]]:
+    """(part, module, path) of all modules of the parts in LIGHT."""
+    floors = read_floors(root)
+    for name, path in find_modules(root).items():
+        part = name if name == GROUND else part_of(name, floors)
+        if part in LIGHT:
+            yield part, name, path
 
 
 PICKLES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -10,8 +10,11 @@ from tests.structure.modules import parsed
 HOME = "megapipe.layout"
 OWNERS = {"spec", "piece", "shard", "parameter", "param"}
 """What an object is called whose `.name` is that of a parameter, or part of what it is called."""
-SOURCES = {"named_parameters", "named_buffers", "state_dict", "parameter_table", "layer_table"}
-"""Calls over whose results a loop gets names of parameters."""
+SOURCES = {
+    *("named_parameters", "named_buffers", "state_dict", "parameter_table", "layer_table"),
+    *("parameters", "shards"),  # of a layout
+}
+"""Over these, or what a call of them returns, a loop gets names of parameters."""
 METHODS = {
     *("startswith", "endswith", "removeprefix", "removesuffix", "partition", "rpartition"),
     *("split", "rsplit", "find", "rfind", "index", "rindex", "count", "replace", "strip"),

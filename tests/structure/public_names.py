@@ -2,6 +2,7 @@
 
 import ast
 from collections import defaultdict
+from collections.abc import Container
 from pathlib import Path
 
 from tests.structure.modules import find_modules, syntax_tree
@@ -14,8 +15,8 @@ ALLOWED = {
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
-def violations(root: Path) -> list[str]:
-    """`name: package, package, ...` for each that several packages define, but for ALLOWED.
+def violations(root: Path, allowed: Container[str] = ALLOWED) -> list[str]:
+    """`name: package, package, ...` for each that several packages define, except those allowed.
 
     A package is a folder. Methods don't count, nor does importing a name.
     """
@@ -28,5 +29,5 @@ def violations(root: Path) -> list[str]:
     return sorted(
         f"{name}: {', '.join(sorted(holders))}"
         for name, holders in packages.items()
-        if len(holders) > 1 and name not in ALLOWED
+        if len(holders) > 1 and name not in allowed
     )

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 from tests.structure.imports import (
+    LATER,
+    LIGHT,
     cycles,
     forbidden,
     heavy_imports,
     import_graph,
+    light_modules,
     part_of,
     read_floors,
     upward_edges,
@@ -25,7 +28,7 @@ from tests.structure.modules import ROOT, find_modules, plant
 def test_nothing_imports_upwards() -> None:
     graph = import_graph(ROOT)
     assert len(graph) > 80, "the walk finds the modules"
-    assert {"megapipe.distributed.mesh", "megapipe.config"} <= graph["megapipe.train.engine"]
+    assert {"megapipe.distributed.mesh", "megapipe.stage"} <= graph["megapipe.train.engine"]
     assert upward_edges(graph, read_floors(ROOT)) == []
 
 
@@ -63,14 +66,19 @@ def test_folders_are_relative_links(folder: str) -> None:
     assert str(link.readlink()) == f"../{folder}"
 
 
-def test_importing_megapipe_and_its_config_imports_no_torch(tmp_path: Path) -> None:
-    parts = "megapipe, megapipe.config, megapipe.precision, megapipe.pipeline.schedule"
-    heavy = "{'torch', 'numpy', 'datasets', 'wandb', 'transformers', 'rich'}"
-    program = f"import sys, {parts}; print({heavy} & set(sys.modules))"
+def test_importing_the_light_parts_and_the_families_imports_no_torch(tmp_path: Path) -> None:
+    modules = [name for _, name, _ in light_modules(ROOT)] + ["megapipe.models.families"]
+    heavy = "{'torch', 'numpy', 'datasets', 'wandb', 'transformers', 'matplotlib'}"
+    program = f"import sys, {', '.join(modules)}; print({heavy} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout == "set()\n"
+
+
+def test_the_light_parts_are_parts() -> None:
+    assert LIGHT.keys() <= {"megapipe", *read_floors(ROOT)}
+    assert LATER.keys() <= LIGHT.keys()
 
 
 def test_the_command_leaves_the_name_kernels_to_others(tmp_path: Path) -> None:
@@ -106,7 +114,9 @@ Text with `names`.
 |---|---|
 | `kernels` | functions; used by `models` |
 | `errors` | |
-| `config`, `pipeline.schedule` | light |
+| `optim`, `pipeline.schedule` | light |
+| `config` | light |
+| `layout` | light |
 | `distributed` | |
 | `pipeline`, `data_parallel` | |
 | `train` | |
@@ -130,10 +140,10 @@ def upward(root: Path) -> list[str]:
 def test_floors_are_read_from_the_design_page(tmp_path: Path) -> None:
     floors = read_floors(build(tmp_path, {}))
     assert floors["megapipe.kernels"] == 0
-    assert floors["megapipe.config"] == floors["megapipe.pipeline.schedule"] == 2
-    assert floors["megapipe.pipeline"] == 4
+    assert floors["megapipe.optim"] == floors["megapipe.pipeline.schedule"] == 2
+    assert floors["megapipe.pipeline"] == 6
     assert "megapipe.attic" not in floors
-    assert len(floors) == 10
+    assert len(floors) == 12
 
 
 def test_a_page_without_floors_is_an_error(tmp_path: Path) -> None:
@@ -156,6 +166,16 @@ def test_a_page_without_floors_is_an_error(tmp_path: Path) -> None:
             "megapipe.train.loop imports megapipe.models.gpt",
         ),
         (
+            "megapipe/layout/axes.py",
+            "from megapipe.models import gpt",
+            "megapipe.layout.axes imports megapipe.models.gpt",
+        ),
+        (
+            "megapipe/pipeline/schedule/build.py",
+            "from megapipe.optim import RULES",
+            "megapipe.pipeline.schedule.build imports megapipe.optim",
+        ),
+        (
             "megapipe/distributed/mesh.py",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from ..train import loop",
             "megapipe.distributed.mesh imports megapipe.train.loop",
@@ -163,12 +183,12 @@ def test_a_page_without_floors_is_an_error(tmp_path: Path) -> None:
         (
             "models/gpt/model.py",
             "import importlib\nimportlib.import_module('megapipe.tools.cli')",
-            "megapipe.models.gpt imports megapipe.tools.cli",
+            "megapipe.models.gpt.model imports megapipe.tools.cli",
         ),
         (
             "models/gpt/model.py",
             "import importlib\nimportlib.import_module(f'megapipe.tools.{n}')",
-            "megapipe.models.gpt imports megapipe.tools",
+            "megapipe.models.gpt.model imports megapipe.tools",
         ),
         (
             "megapipe/data_parallel/reduce.py",
@@ -194,8 +214,11 @@ def test_upward_edges_are_found(tmp_path: Path, file: str, text: str, said: str)
         "megapipe/pipeline/schedule/build.py": "x = 1",
         "megapipe/data_parallel/__init__.py": "",
         "megapipe/data_parallel/reduce.py": "",
-        "models/gpt/model.py": "from megapipe.train import loop",
-        "tools/cli.py": "from megapipe.models.gpt import loop\nfrom megapipe import __version__",
+        "megapipe/layout/axes.py": "from megapipe.pipeline.schedule import build",
+        "megapipe/optim/__init__.py": "",
+        "models/gpt/__init__.py": "from megapipe.models.gpt import model",
+        "models/gpt/model.py": "from megapipe.layout import axes",
+        "tools/cli.py": "from megapipe.models.gpt import model\nfrom megapipe import __version__",
     }
     assert upward(build(tmp_path / "sound", sound)) == []
     assert upward(build(tmp_path / "bad", sound | {file: text})) == [said]
@@ -223,16 +246,27 @@ def test_cycles_are_found(tmp_path: Path) -> None:
 
 
 def test_heavy_imports_are_found(tmp_path: Path) -> None:
+    checking = "from typing import TYPE_CHECKING"
     files = {
         "megapipe/__init__.py": "import torch",
         "megapipe/errors.py": "import json",
         "megapipe/config/model.py": "import pydantic, tomllib\nfrom numpy import array",
+        "megapipe/config/load.py": "def f():\n    import torch",
+        "megapipe/layout/axes.py": "from pydantic import Field",
+        "megapipe/layout/family.py": f"{checking}\nif TYPE_CHECKING:\n    import torch",
+        "megapipe/layout/world.py": f"{checking}\nif not TYPE_CHECKING:\n    import torch",
+        "megapipe/optim/rules.py": "def f():\n    import torch\nfrom pydantic import Field",
+        "megapipe/optim/step.py": "class Step:\n    from torch import sqrt",
         "megapipe/pipeline/schedule/build.py": "import pydantic",
         "megapipe/pipeline/executor.py": "import torch",
     }
     assert heavy_imports(build(tmp_path, files)) == [
         "megapipe imports torch",
+        "megapipe.config.load imports torch",
         "megapipe.config.model imports numpy.array",
+        "megapipe.layout.axes imports pydantic.Field",
+        "megapipe.layout.world imports torch",
+        "megapipe.optim.step imports torch.sqrt",
         "megapipe.pipeline.schedule.build imports pydantic",
     ]
 

@@ -33,6 +33,10 @@ def tree(root: Path, text: str) -> Path:
         "config.parallel.pipeline * config.parallel.virtual",
         "parallel.tensor * 2 * (parallel.data or 1)",
         "mesh.tensor.size * mesh.data.size",
+        "axes.size('tensor') * axes.size('pipeline')",
+        "layout.axes.size('pipeline', 'tensor') * parallel.virtual",
+        "axes.size('sites') * axes.sizes['tensor']",
+        "world // axes.size(*axes.that_split(Splits.SAMPLES)) // axes.size('pipeline')",
         "one.size * other.size",
         "len(layers) // (axes['pipeline'].size * axes['virtual'].size)",
         "math.prod([parallel.tensor, parallel.pipeline])",
@@ -69,6 +73,9 @@ def test_sizes_under_another_name_are_found(tmp_path: Path) -> None:
         "x.data * y.data",
         "first = rank * tensor.size",
         "area = x.size(0) * y.size(1)",
+        "rows = x.size(0) // axes.size('tensor')",
+        "model = axes.size('tensor', 'pipeline')",
+        "rest = world % axes.size('tensor', 'pipeline')",
         "whole = math.prod(shape)",
         "elements = math.prod(part.shape for part in parts)",
         "ranks = layout.world_size // nodes",
@@ -147,6 +154,24 @@ def test_private_attributes_of_sections_are_found(
     assert found == [f"megapipe/config/config.py: {one}" for one in said]
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def f(config):\n    config._program = 1", "config._program"),
+        ("def f(config):\n    config.train._limit: int = 1", "config.train._limit"),
+        ("class A:\n    def f(self):\n        self.config._seen = 1", "self.config._seen"),
+        ("def f(copy):\n    object.__setattr__(copy, '_program', 1)", "copy._program"),
+        ("def f(copy):\n    setattr(copy, '_program', 1)", "copy._program"),
+        ("def f(config, x):\n    x, config._program = x", "config._program"),
+    ],
+)
+def test_private_attributes_set_from_outside_are_found(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    found = config_fields.violations(plant(tmp_path, {FILE: text}))
+    assert found == [f"{FILE}: {said}"]
+
+
 def test_what_is_no_private_attribute_of_a_section_is_allowed(tmp_path: Path) -> None:
     text = (
         "_NAMES = 1\n"
@@ -154,6 +179,8 @@ def test_what_is_no_private_attribute_of_a_section_is_allowed(tmp_path: Path) ->
         "    _path: str = ''\n"
         "    def __init__(self):\n"
         "        self._file = None\n"
+        "        object.__setattr__(self, '_path', 'x')\n"
+        "        self.file.name = self._file._name\n"
         "class Config(Section):\n"
         "    model_config = ConfigDict()\n"
         "    path: str = ''\n"
@@ -184,6 +211,8 @@ def test_what_is_no_private_attribute_of_a_section_is_allowed(tmp_path: Path) ->
         "spec.name[0]",
         "[x for name, x in module.named_parameters() if 'norm' in name]",
         "[name for name in sorted(model.state_dict()) if name.endswith('q')]",
+        "[s for name, s in layout.shards(stage, rank).items() if 'norm' in name]",
+        "[name for name in layout.parameters if name.endswith('q')]",
     ],
 )
 def test_looks_into_names_of_parameters_are_found(tmp_path: Path, expression: str) -> None:

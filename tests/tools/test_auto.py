@@ -1,4 +1,4 @@
-"""`auto` on the command line: runs, resumes, dry runs, proofs, help."""
+"""`auto` on the command line: runs, resumes, equivalence checks, help."""
 
 import shutil
 from pathlib import Path
@@ -7,13 +7,9 @@ import pytest
 
 from megapipe.config import load_config
 from megapipe.equivalence.shrink import shrink
-from megapipe.errors import ScheduleError
 from megapipe.models.families import FAMILIES
-from megapipe.plan.dry_run import dry_run
-from megapipe.plan.program import checked_program, without_auto
 from megapipe.tools.cli import main
-from tests.config.examples import write
-from tests.tools.test_training import Command, column
+from tests.tools.test_train import Command, column
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 AUTO, PP2, V2 = "--parallel.schedule=auto", "--parallel.pipeline=2", "--parallel.virtual=2"
@@ -42,68 +38,6 @@ def test_a_resume_takes_the_same_program_and_has_the_same_losses(
     (tmp_path / "whole" / "schedule.csv").write_bytes(program)
     train("whole", 4)
     assert column(tmp_path / "whole", "loss") == column(tmp_path / "stopped", "loss")
-
-
-def test_a_dry_run_searches_with_estimates(tmp_path: Path) -> None:
-    config = load_config(write(tmp_path), [AUTO, V2, "--parallel.data=1"], FAMILIES)
-    shown = dry_run(config, "run.toml")
-    assert "Schedule: auto, 4 stages, 8 microbatches" in shown
-    (program,) = [line for line in shown.splitlines() if line.startswith("Program: ")]
-    assert "forwards per step by simulation" in program
-    assert "Costs: estimated by FLOPs. A run measures its stages and may choose another." in shown
-    assert 'schedule = "auto"' in shown
-    placed = "0, 3" if "stages V" in program else "0, 2"
-    assert ["0", "0", "0", "0", *placed.split()] in [line.split() for line in shown.splitlines()]
-
-
-def test_a_dry_run_takes_costs_from_a_file_or_the_program_of_the_run(tmp_path: Path) -> None:
-    (tmp_path / "costs.toml").write_text("forward = 1\nbackward_input = 1\nbackward_weight = 1")
-    words = [AUTO, f"--parallel.stage_costs={tmp_path}/costs.toml", "--parallel.data=1"]
-    config = load_config(write(tmp_path), [*words, f"--train.run_dir={tmp_path}"], FAMILIES)
-    shown = dry_run(config, "run.toml")
-    assert "25.000 s per step by simulation" in shown  # 8 microbatches and a stage more
-    assert f"Costs: from {tmp_path}/costs.toml." in shown
-    without_auto(config, tmp_path)  # where a run would have it
-    assert f"\nProgram: that of {tmp_path}/schedule.csv\n" in dry_run(config, "run.toml")
-
-
-def test_a_program_that_does_not_fit_is_not_passed_over_in_silence(tmp_path: Path) -> None:
-    """As in a proof, whose layout may be smaller than the run's."""
-    words = [AUTO, f"--train.run_dir={tmp_path}"]
-    without_auto(load_config(write(tmp_path), [*words, "--parallel.data=1"], FAMILIES), tmp_path)
-    smaller = load_config(write(tmp_path), [*words, "--parallel.data=2"], FAMILIES)
-    _, lines = without_auto(smaller, tmp_path)
-    assert lines[0].startswith(
-        f"Not the program of {tmp_path}/schedule.csv, which does not fit here: {tmp_path}/schedule"
-        ".csv: the program has 8 microbatches, and the config has 4 "
-    )
-    assert lines[1].startswith("Program: ")
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--parallel.activation_limit=1"], '"1f1b" has activations of 2 microbatches live'),
-        (["--parallel.activation_limit=100 KB"], "below what any schedule needs"),
-        ([AUTO, "--parallel.activation_limit=0.2"], "below what any schedule needs"),
-    ],
-)
-def test_a_dry_run_refuses_what_exceeds_the_limit(
-    words: list[str], message: str, tmp_path: Path
-) -> None:
-    config = load_config(write(tmp_path), ["--parallel.data=1", *words], FAMILIES)
-    with pytest.raises(ScheduleError, match=message):
-        dry_run(config, "run.toml")
-
-
-def test_a_memory_limit_holds_by_estimated_activations(tmp_path: Path) -> None:
-    config = load_config(
-        write(tmp_path),
-        ["--parallel.data=1", "--parallel.schedule=gpipe", "--parallel.activation_limit=2 MB"],
-        FAMILIES,
-    )
-    with pytest.raises(ScheduleError, match=r'"gpipe" has activations of [\d.]+ MiB live'):
-        checked_program(config)
 
 
 def test_verify_proves_a_searched_program(capfd: pytest.CaptureFixture[str]) -> None:

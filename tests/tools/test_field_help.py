@@ -3,10 +3,9 @@
 import pytest
 
 from megapipe.config import ModelConfig
-from megapipe.models.families import FAMILIES
 from megapipe.tools import train
 from megapipe.tools.field_help import field_help
-from tests.config.convolution import BOTH
+from tests.config.convolution import BOTH, GPT_ALONE
 
 
 def test_keys_of_another_family_follow_those_of_the_default_one(
@@ -14,7 +13,7 @@ def test_keys_of_another_family_follow_those_of_the_default_one(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     shown = field_help(BOTH)
-    alone = field_help(FAMILIES)
+    alone = field_help(GPT_ALONE)
     heading = '[model] with family = "convolution" has besides the common keys:\n'
     assert "convolution" not in alone
     start, end = shown.index(heading), shown.index("\n[parallel]")

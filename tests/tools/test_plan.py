@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 
 from megapipe.pipeline.schedule import SCHEDULES, build_program, to_csv
-from megapipe.plan.schedules import size
 from megapipe.tools.cli import main
 from tests.config.examples import TEXT, write
 
@@ -238,12 +237,3 @@ def test_wrong_words(
     shown = capsys.readouterr().err
     assert shown.startswith("megapipe: ")
     assert said in shown
-
-
-def test_sizes() -> None:
-    assert [size(n) for n in (12, 2048, 1.5 * 2**20, 2**30 * 12.34)] == [
-        "12 B",
-        "2 KiB",
-        "1.5 MiB",
-        "12.3 GiB",
-    ]

@@ -325,7 +325,7 @@ def test_a_save_that_fails_then_is_told_with_the_error(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError) as caught:
         train(run)
-    assert caught.value.told == (
+    assert caught.value.report == (
         "row 7: malformed\n  The steps after step 3 are lost: no space left on device"
     )
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from megapipe.pipeline.schedule import build_program
 from megapipe.tools.cli import main
-from tests.tools.test_training import PP2, Command, column
+from tests.tools.test_train import PP2, Command, column
 
 
 def amounts(text: str, first: str, last: str) -> list[float]:

@@ -9,7 +9,7 @@ from torch.autograd.graph import Node
 
 from megapipe.config import load_config
 from megapipe.distributed.mesh import Mesh
-from megapipe.layout.estimates import activation_bytes
+from megapipe.layout.estimates import stage_activation_bytes
 from megapipe.layout.layout import Layout
 from megapipe.microbatch import MicroBatch
 from megapipe.models.families import FAMILIES
@@ -82,7 +82,7 @@ def test_against_autograd(name: str, tmp_path: Path) -> None:
     """Within 4%: one number for each row of a norm or of attention, and angles, are not counted."""
     layout = load(tmp_path, "--parallel.tensor=1", "--parallel.pipeline=1", *CASES[name])
     (stage,) = layout.stages
-    expected = activation_bytes(layout, stage)
+    expected = stage_activation_bytes(layout, stage)
     model, train = gpt_model(layout.config), layout.config.train
     if model.position == "rope" and train.recompute == "none" and not model.attention_dropout:
         expected += model.num_layers * layout.boundary_bytes  # attention's output again, on a CPU
@@ -96,12 +96,12 @@ def test_kernels_against_autograd(name: str, tmp_path: Path) -> None:
     words = (*words, "--parallel.tensor=1", "--parallel.pipeline=1", *CASES[name])
     layout = load(tmp_path, *words)
     (stage,) = layout.stages
-    assert saved_bytes(layout) == pytest.approx(activation_bytes(layout, stage), rel=0.04)
+    assert saved_bytes(layout) == pytest.approx(stage_activation_bytes(layout, stage), rel=0.04)
 
 
 def test_a_plan_is_for_a_gpu_unless_the_config_says_otherwise(tmp_path: Path) -> None:
     cpu, gpu = (load(tmp_path, f"--train.device={device}") for device in ("cpu", "auto"))
-    one, other = (activation_bytes(layout, layout.stages[0]) for layout in (cpu, gpu))
+    one, other = (stage_activation_bytes(layout, layout.stages[0]) for layout in (cpu, gpu))
     assert one > other
 
 
@@ -110,10 +110,10 @@ def test_what_tensor_ranks_share(tmp_path: Path) -> None:
         load(tmp_path, f"--parallel.tensor={tensor}", f"--parallel.sequence_parallel={parallel}")
         for tensor, parallel in ((1, "false"), (2, "false"), (2, "true"))
     )
-    first = [activation_bytes(layout, layout.stages[0]) for layout in (whole, half, sequence)]
+    first = [stage_activation_bytes(layout, layout.stages[0]) for layout in (whole, half, sequence)]
     assert first[2] == first[0] / 2
     hidden = whole.boundary_bytes
     assert half.boundary_bytes == hidden == 2 * sequence.boundary_bytes
     assert first[1] == first[0] / 2 + 4 * 4 * hidden / 2, "norms of four layers are whole"
-    last = activation_bytes(whole, whole.stages[1])
+    last = stage_activation_bytes(whole, whole.stages[1])
     assert last == first[0] + 2 * hidden + 64 * 2 * 512 * 4, "logits of a padded vocabulary"

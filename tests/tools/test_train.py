@@ -14,31 +14,18 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 
 from megapipe.checkpoint import storage
 from megapipe.checkpoint.load import open_checkpoint
-from megapipe.config import Config, dump_config, load_config, parse_config
-from megapipe.distributed.mesh import build_mesh
-from megapipe.distributed.rank_group import RankGroup
-from megapipe.distributed.rendezvous import Rendezvous
-from megapipe.errors import ConfigError, DataError, MegapipeError
-from megapipe.layout.axes import Axes
+from megapipe.config import dump_config, load_config, parse_config
 from megapipe.models.families import FAMILIES
-from megapipe.tools import training
 from megapipe.tools.cli import main
-from megapipe.train.loop import Run
 from megapipe.train.run_directory import HEADER, RunLock
-from megapipe.train.signals import StopRequest
-from megapipe.train.start import _kept_files, choose_device, describe_rank, run_rank
-from tests.ranks import run_ranks
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["megapipe.tools.cli", "megapipe.train.start"])
@@ -372,102 +359,3 @@ def test_a_job_that_has_lost_a_rank_ends_in_one_line(
     assert line == said.splitlines()[-1]
     assert line.startswith(f"megapipe: rank {1 - gone} of 2 lost its connection to other ranks (")
     assert line.endswith("the same command goes on from the newest checkpoint.")
-
-
-# --- Parts ---------------------------------------------------------------------------------------
-
-
-def _described() -> str:
-    return build_mesh(Axes.of(pipeline=2, data=2, tensor=1), torch.device("cpu")).describe()
-
-
-def test_ranks_are_named_as_the_mesh_has_them(corpus: Path) -> None:
-    words = (PP2, "--parallel.data=2")
-    parallel = load_config(corpus / "run.toml", words, FAMILIES).parallel
-    assert [describe_rank(parallel, rank) for rank in range(4)] == run_ranks(_described, 4)
-    parallel = load_config(corpus / "run.toml", [PP2, "--parallel.tensor=4"], FAMILIES).parallel
-    assert describe_rank(parallel, 6) == "rank 6 (pipeline 1, data 0, tensor 2)"
-
-
-@pytest.fixture
-def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
-    """Pretends so many GPUs; gives the list of those that were chosen."""
-    chosen: list[int] = []
-
-    def pretend(number: int) -> list[int]:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: number > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: number)
-        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-        return chosen
-
-    return pretend
-
-
-def test_a_rank_takes_its_gpu_or_the_cpu(gpus: Callable[[int], list[int]]) -> None:
-    second = Rendezvous(5, 8, local_rank=1, local_size=4)
-    chosen = gpus(0)
-    assert choose_device("auto", second) == torch.device("cpu")
-    gpus(4)
-    assert choose_device("cpu", second) == torch.device("cpu")
-    assert choose_device("auto", second) == torch.device("cuda", 1)
-    gpus(1)
-    bound = Rendezvous(5, 8, local_rank=1, local_size=4, own_gpu=True)
-    assert choose_device("cuda", bound) == torch.device("cuda", 0)
-    assert chosen == [1, 0]
-
-
-def test_sums_on_a_gpu_are_wide(gpus: Callable[[int], list[int]]) -> None:
-    products = torch.backends.cuda.matmul
-    before = products.allow_bf16_reduced_precision_reduction
-    try:
-        products.allow_bf16_reduced_precision_reduction = True
-        gpus(1)
-        choose_device("cuda", Rendezvous())
-        assert not products.allow_bf16_reduced_precision_reduction
-    finally:
-        products.allow_bf16_reduced_precision_reduction = before
-
-
-def test_no_gpu_for_a_rank_is_an_error(gpus: Callable[[int], list[int]]) -> None:
-    gpus(0)
-    with pytest.raises(ConfigError, match=r'train\.device = "cuda".* finds no GPU'):
-        choose_device("cuda", Rendezvous())
-    gpus(2)
-    for wanted in ("auto", "cuda"):
-        with pytest.raises(ConfigError, match=r"4 ranks were started .* has 2 GPUs"):
-            choose_device(wanted, Rendezvous(3, 4, local_rank=3, local_size=4))
-
-
-def _kept_on_a_rank(config: Config) -> str:
-    ranks = RankGroup.of(dist.group.WORLD)
-    with pytest.raises(MegapipeError) as caught:
-        _kept_files(config, ranks)
-    return str(caught.value)
-
-
-def test_a_tokenizer_that_only_the_first_rank_can_not_read(corpus: Path) -> None:
-    words = ("--data.tokenizer=/none.model",)
-    config = load_config(corpus / "run.toml", words, FAMILIES)
-    first, second = run_ranks(_kept_on_a_rank, 2, config)
-    assert first == second
-    assert "/none.model" in first
-
-
-def test_after_an_error_no_clock_runs(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A request to stop that came before it must not end the process without its message."""
-    ended: list[StopRequest] = []
-
-    def fail(run: Run) -> NoReturn:
-        assert not ended
-        raise DataError("of the text")
-
-    monkeypatch.chdir(corpus)
-    monkeypatch.setattr(StopRequest, "end", lambda stop: ended.append(stop))
-    monkeypatch.setattr(training, "train", fail)
-    words = (f"--train.run_dir={tmp_path}/run", "--parallel.data=1")
-    config = load_config(corpus / "run.toml", words, FAMILIES)
-    with pytest.raises(DataError, match="of the text"):
-        run_rank(config, "", 0.0, Rendezvous())
-    assert len(ended) == 1
