@@ -23,8 +23,10 @@ from typing import NoReturn
 ROOT = Path(__file__).parents[1]
 SOURCE = ("megapipe", "kernels", "models", "tools")
 TIMEOUT = 240
-PRELOADED = ("numpy", "pydantic", "rich.table", "safetensors.torch", "sentencepiece", "tomli_w")
-PRELOADED += ("torch", "torch.distributed.device_mesh", "torch.utils.checkpoint", "triton")
+PRELOADED = (
+    *("numpy", "pydantic", "pytest", "rich.table", "safetensors.torch", "sentencepiece", "tomli_w"),
+    *("torch", "torch._dynamo", "torch.distributed.device_mesh", "triton"),
+)
 
 Values = list[tuple[float, float, int]]
 

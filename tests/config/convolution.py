@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveInt
 
-from megapipe.config import ModelConfig
+from megapipe.config import Families, ModelConfig
 from megapipe.config.contradiction import Problem
 from megapipe.config.model import family_key
 from megapipe.models.families import FAMILIES
@@ -59,5 +59,5 @@ SHAPE = {"num_layers": 8, "hidden_size": 64, "vocab_size": 500, "max_sequence_le
 PRESETS = {
     "wide": {**SHAPE, "kernel_width": 7, "gate": {"steepness": 3.0}, "dilation": 2},
 }
-GPT_ALONE = {"gpt": FAMILIES["gpt"]}
-BOTH = {**GPT_ALONE, "convolution": Family("convolution", ConvolutionConfig, PRESETS)}
+GPT_ALONE: Families = {"gpt": FAMILIES["gpt"]}
+BOTH: Families = {**GPT_ALONE, "convolution": Family("convolution", ConvolutionConfig, PRESETS)}

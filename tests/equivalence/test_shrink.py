@@ -11,6 +11,7 @@ from megapipe.layout.world import resolve_axes
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.config import NARROW_HEAD
 
+SHAPES = Path(__file__).parents[1] / "configs"
 CONFIGS = sorted((Path(__file__).parents[2] / "launch" / "configs").glob("*.toml"))
 SWITCHES = (
     "norm",
@@ -100,3 +101,23 @@ def test_any_layout_shrinks_to_a_valid_one(
         "--train.global_batch_size=256",
     )
     assert resolve_axes(small).world_size <= MAX_RANKS
+
+
+def test_a_small_layout_keeps_the_share_of_the_limit() -> None:
+    """Of 16 ranks 8 are left, so half the microbatches; memory and times are not those of the
+    small model."""
+    words = [
+        "--parallel.schedule=auto",
+        "--parallel.pipeline=16",
+        "--model.num_layers=16",
+        "--parallel.data=1",
+    ]
+
+    def small(*more: str) -> tuple[object, object]:
+        config = load_config(SHAPES / "gpt2_shape.toml", [*words, *more], FAMILIES)
+        parallel = shrink(config)[0].parallel
+        return parallel.activation_limit, parallel.stage_costs
+
+    assert small("--parallel.activation_limit=6", "--parallel.stage_costs=x") == (3.0, None)
+    assert small("--parallel.activation_limit=1") == (1.0, None)
+    assert small("--parallel.activation_limit=1 GiB") == (None, None)

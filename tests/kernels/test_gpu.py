@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapipe.config import load_config
+from megapipe.data.synthetic import synthetic_tokens
 from megapipe.distributed.mesh import build_mesh
-from megapipe.equivalence.check import synthetic_tokens
 from megapipe.kernels import Vocabulary, cross_entropy_stats_, grad_norm, rms_norm, swiglu
 from megapipe.kernels.examples import EXAMPLES
 from megapipe.kernels.examples.example import (

@@ -1,6 +1,7 @@
 """docs/adding-an-axis.md does what it says: its diff is applied to a copy of the source, and there
 the new axis is checked, shown and trained on. A place that forgets the axis is found."""
 
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -98,11 +99,22 @@ def test_the_dry_run_of_many_ranks_has_a_line_for_each_stage_of_each_site(house:
             (*EIGHT, "--world-size=4"),
             "parallel.sites 2 * parallel.data 2 = 8 processes, and there are 4",
         ),
+        (
+            (*EIGHT, "--data.streams=6"),
+            "must be a multiple of parallel.sites * parallel.data = 4, since each replica reads",
+        ),
         (("--parallel.site=2",), "did you mean parallel.sites?"),
     ],
 )
 def test_numbers_that_do_not_fit_name_it(house: Path, words: tuple[str, ...], said: str) -> None:
     assert said in run(house, "train", "run.toml", "--dry-run", *words, status=1)
+
+
+def test_help_and_schema_know_it(house: Path) -> None:
+    assert "  --parallel.sites INTEGER\n        Places that each" in run(house, "train", "--help")
+    described = json.loads(run(house, "schema"))["$defs"]["ParallelConfig"]
+    assert described["properties"]["sites"]["default"] == 1
+    assert described["description"].endswith(" * sites.")
 
 
 # --- Training ------------------------------------------------------------------------------------
@@ -218,7 +230,7 @@ TRAINED = {
         "megapipe/data/distribute.py",
         "data_rank=self._mesh.batch.rank,",
         'data_rank=self._mesh.parts["data"].rank,',
-        r"rank \d \(sites 1, pipeline 0, data 0, tensor 0\) failed:",
+        r"rank \d \(sites \d, pipeline 0, data 0, tensor 0\) failed:",
     ),
     "each site saves a checkpoint": Forgotten(
         "megapipe/train/checkpoints.py",

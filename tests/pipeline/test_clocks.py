@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from megapipe.distributed.mesh import Mesh, build_mesh
+from megapipe.layout.axes import Axes
 from megapipe.pipeline import clocks
 from megapipe.pipeline.clocks import ClockOffset, _between, clock_offsets
 from tests.ranks import run_ranks
@@ -14,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def measure(shifts: list[float]) -> list[ClockOffset]:
-    mesh = build_mesh(pipeline=len(shifts), data=1, tensor=1, device=CPU)
+    mesh = build_mesh(Axes.of(pipeline=len(shifts)), CPU)
     shift = shifts[mesh.pipeline.rank]
     honest = clocks.perf_counter
     clocks.perf_counter = lambda: time.perf_counter() + shift  # type: ignore[assignment]

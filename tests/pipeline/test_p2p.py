@@ -89,7 +89,7 @@ def paired_channels(mesh: Mesh) -> Channels:
 
 
 def run_with(build: Callable[[Mesh], Channels], program: Program, data: int) -> Outcome:
-    mesh = build_mesh(pipeline=len(program), data=data, tensor=1, device=CPU)
+    mesh = build_mesh(Axes.of(pipeline=len(program), data=data, tensor=1), CPU)
     channels = build(mesh)
     stages = own_stages(program, mesh.pipeline.rank, ToyStage)
     executor = PipelineExecutor(

@@ -94,7 +94,7 @@ def test_times_are_those_of_a_file_or_estimates(tmp_path: Path) -> None:
     file.write_text("forward = [1, 2]\nbackward_input = 3\nbackward_weight = 4\n")
     read = estimated_times(load(tmp_path, AUTO, f"--parallel.stage_costs={file}"), AXES, FAMILY)
     assert (read.unit, read.source) == ("s", f"from {file}")
-    assert read.costs == Costs([1, 2], 3, 4)
+    assert read.costs == Costs([1, 2], [3, 3], [4, 4])
 
 
 def test_given_times_are_what_auto_is_searched_with(tmp_path: Path) -> None:

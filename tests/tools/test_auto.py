@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from megapipe.config import load_config
-from megapipe.equivalence.shrink import shrink
-from megapipe.models.families import FAMILIES
 from megapipe.tools.cli import main
 from tests.tools.test_train import Command, column
 
@@ -48,21 +45,6 @@ def test_verify_proves_a_searched_program(capfd: pytest.CaptureFixture[str]) -> 
     assert "at most 1.5 microbatches live" in out
     assert "Costs: estimated by FLOPs." in out
     assert "PASSED: the layout equals one process over one step, to 1e-09." in out
-
-
-def test_a_small_layout_keeps_the_share_of_the_limit() -> None:
-    """Of 16 ranks 8 are left, so half the microbatches; memory and times are not those of the
-    small model."""
-    words = [AUTO, "--parallel.pipeline=16", "--model.num_layers=16", "--parallel.data=1"]
-
-    def small(*more: str) -> tuple[object, object]:
-        config = load_config(CONFIGS / "gpt2_shape.toml", [*words, *more], FAMILIES)
-        parallel = shrink(config)[0].parallel
-        return parallel.activation_limit, parallel.stage_costs
-
-    assert small("--parallel.activation_limit=6", "--parallel.stage_costs=x") == (3.0, None)
-    assert small("--parallel.activation_limit=1") == (1.0, None)
-    assert small("--parallel.activation_limit=1 GiB") == (None, None)
 
 
 def test_help_names_both_forms_of_the_limit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,7 +30,9 @@ class Recorded(Recorder):
 
 def mesh_of(rank: int, *, data: int = 0) -> Mesh:
     single = Mesh.single(torch.device("cpu"))
-    return replace(single, pipeline=Axis("pipeline", (0, 1), rank), data=Axis("data", (0, 1), data))
+    own = {"pipeline": rank, "data": data}
+    parts = {name: Axis(name, (0, 1), place) for name, place in own.items()}
+    return replace(single, parts={**single.parts, **parts})
 
 
 class Clock:

@@ -305,7 +305,7 @@ def test_validation_text_that_can_not_be_read_costs_no_step(tmp_path: Path) -> N
 def test_too_many_bad_rows_of_several_readers_cost_no_step(tmp_path: Path) -> None:
     run = make_run(make_config(tmp_path, "--data.max_bad_rows=2"))
     run.engine.mesh = SimpleNamespace(
-        data=SimpleNamespace(size=2), device=torch.device("cpu"), world_size=2
+        batch=SimpleNamespace(size=2), device=torch.device("cpu"), world_size=2
     )
     with pytest.raises(DataError, match="3 bad rows were met"):
         train(run)
