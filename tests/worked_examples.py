@@ -25,7 +25,7 @@ SOURCE = ("megapipe", "kernels", "models", "tools")
 TIMEOUT = 240
 PRELOADED = (
     *("numpy", "pydantic", "pytest", "rich.table", "safetensors.torch", "sentencepiece", "tomli_w"),
-    *("torch", "torch._dynamo", "torch.distributed.device_mesh", "triton"),
+    *("torch", "torch.distributed.device_mesh", "torch.utils.checkpoint", "triton"),
 )
 
 Values = list[tuple[float, float, int]]

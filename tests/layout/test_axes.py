@@ -3,7 +3,7 @@
 from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapipe.config.axes import AXES, AxisKind, Splits
@@ -77,6 +77,7 @@ def test_the_last_axis_is_the_fastest() -> None:
     assert TWELVE.rank({"tensor": 1, "data": 1, "pipeline": 1}) == 9
 
 
+@settings(deadline=None)
 @given(all_axes)
 def test_a_rank_is_where_its_coordinates_say(axes: Axes) -> None:
     for rank in range(axes.world_size):
@@ -100,6 +101,7 @@ def test_an_index_is_the_place_in_the_group_whatever_the_order_of_names() -> Non
     assert TWELVE.index(9) == 0
 
 
+@settings(deadline=None)
 @given(all_axes, names)
 def test_groups_divide_the_world(axes: Axes, of: tuple[str, ...]) -> None:
     groups = axes.groups(*of)

@@ -12,14 +12,23 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from megapipe.config import Config, load_config
+from megapipe.config import Config, ModelConfig, load_config
 from megapipe.errors import ConfigError, ScheduleError
 from megapipe.layout.axes import Axes
 from megapipe.layout.family import PlaceCosts
 from megapipe.layout.layout import Layout, microbatches, resolve
-from megapipe.layout.parameters import FIRST, LAST, ParameterShard, Place, SumGroup
+from megapipe.layout.parameters import (
+    FIRST,
+    LAST,
+    Init,
+    ParameterShard,
+    ParameterSpec,
+    Place,
+    SumGroup,
+)
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.family import GPTFamily
+from megapipe.parameter_role import Role
 from megapipe.pipeline.schedule import lower
 from tests.config.examples import write
 from tests.layouts import layout_of
@@ -192,6 +201,24 @@ def test_sum_groups_by_hand(tmp_path: Path) -> None:
     assert layout(tmp_path, TIED, SEQUENCE).sum_groups() == [ends, tensor]
     copies = layout(tmp_path, "--parallel.tensor=8").sum_groups()
     assert copies == [(("tensor", (rank, rank + 1)),) for rank in (0, 2, 4, 6)]
+
+
+class SharedNorm(GPTFamily):
+    """A GPT that applies one more norm at both of its ends; all others are used in one place."""
+
+    def parameters(self, model: ModelConfig) -> list[ParameterSpec]:
+        ends = ParameterSpec("shared", (64,), (FIRST, LAST), Init("ones"), Role.NORM)
+        once = ParameterSpec("once", (64,), (FIRST,), Init("ones"), Role.NORM)
+        return [ends, *super().parameters(model), once]
+
+
+def test_parameters_that_are_split_alike_may_be_used_in_other_places(tmp_path: Path) -> None:
+    found = resolve(load(tmp_path), None, SharedNorm())
+    ends = (("pipeline", (0, 1)),)
+    assert found.sum_groups() == [ends]
+    assert {held.shard.sum_over for held in held_by_all(found) if held.shard.name == "shared"} == {
+        ends
+    }
 
 
 CASES = {

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapipe.layout.parameters import (
@@ -187,6 +187,7 @@ def splits(draw: st.DrawFn) -> tuple[ParameterSpec, int]:
     return (spec((length, 2), EVERY_ROW) if kind == "rows" else spec((2, length), COLUMNS)), tensor
 
 
+@settings(deadline=None)
 @given(splits(), st.booleans(), st.permutations([0, 1, 2]), st.integers(1, 3))
 def test_owners_cover_each_element_once(
     given: tuple[ParameterSpec, int], sequence_parallel: bool, ranks: list[int], count: int
@@ -201,6 +202,7 @@ def test_owners_cover_each_element_once(
     assert {shard.rows for shard in held.values()} == {held[ranks[0], 0].rows}, "all alike"
 
 
+@settings(deadline=None)
 @given(splits(), st.booleans(), st.permutations([0, 1, 2]), st.integers(1, 3))
 def test_all_of_a_sum_group_hold_the_same_rectangle_and_agree_on_the_group(
     given: tuple[ParameterSpec, int], sequence_parallel: bool, ranks: list[int], count: int

@@ -1,7 +1,7 @@
 """Axes from a config and a number of processes: what fits, and what is refused, with the sums."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megapipe.config import Config, load_config
@@ -64,6 +64,7 @@ def test_a_given_data_size_must_agree(config: Config) -> None:
         resolve_axes(given_data, 4)
 
 
+@settings(deadline=None)
 @given(world_size=st.integers(1, 80))
 def test_exactly_the_world_sizes_that_are_named_work(config: Config, world_size: int) -> None:
     if world_size in usable_world_sizes(config):

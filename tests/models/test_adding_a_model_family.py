@@ -63,7 +63,7 @@ def test_its_test_and_those_of_all_families_pass(checkout: Path) -> None:
 
 
 def test_a_run_of_four_ranks_goes_on_in_one_process(checkout: Path) -> None:
-    words = (*TRAIN, "--train.precision=fp64")
+    words = (*TRAIN, "--train.precision=fp64", "--logging.wandb=off")
     run(checkout, *words, *ONE_PROCESS, "--train.run_dir=alone")
     run(checkout, *words, "--train.steps=2")
     said = run(checkout, *words, *ONE_PROCESS)
