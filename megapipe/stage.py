@@ -98,7 +98,7 @@ def build_stages(layout: Layout, mesh: Mesh) -> dict[int, nn.Module]:
 
     Collective: makes the process groups that sum partial gradients.
     """
-    mesh.connect_sum_groups(layout.sum_groups())
+    mesh.connect_reduction_groups(layout.reduction_groups())
     built: dict[int, nn.Module] = {}
     made: dict[str, ShardedParameter] = {}
     for stage in layout.stages:

@@ -28,8 +28,8 @@ def _forget_to_sum(stages: Stages, name: str) -> None:
     """The gradient of a global tensor stays partial on each rank that holds it."""
     for stage in stages.values():
         for parameter in sharded_parameters(stage):
-            if any(shard.name == name and shard.sum_over for shard in parameter.shards):
-                parameter.shards = tuple(replace(s, sum_over=None) for s in parameter.shards)
+            if any(shard.name == name and shard.reduction_group for shard in parameter.shards):
+                parameter.shards = tuple(replace(s, reduction_group=None) for s in parameter.shards)
 
 
 def norm_not_reduced(stages: Stages) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from megapipe.data_parallel.buffer import ParameterBuffer
 from megapipe.distributed.mesh import Axis, Mesh
 from megapipe.kernels import Backend, grad_norm
-from megapipe.layout.parameters import SumGroup
+from megapipe.layout.parameters import ReductionGroup
 from megapipe.tensor_parallel.collectives import all_reduce_, start_all_reduce
 
 BUCKET_ELEMENTS = 32 * 1024 * 1024
@@ -22,14 +22,14 @@ def reduce_gradients(buffers: Sequence[ParameterBuffer], mesh: Mesh) -> None:
     parallelism, copies of key/value heads, tied embeddings), one collective for each set of ranks.
     Phase 2: sum each buffer over the replicas in buckets, all of them under way at once.
     """
-    partial: dict[SumGroup, list[tuple[str, Tensor]]] = {}
+    partial: dict[ReductionGroup, list[tuple[str, Tensor]]] = {}
     for buffer in buffers:
         for shard, view in buffer.shards(buffer.gradients):
-            if shard.sum_over is not None:
-                partial.setdefault(shard.sum_over, []).append((shard.name, view))
+            if shard.reduction_group is not None:
+                partial.setdefault(shard.reduction_group, []).append((shard.name, view))
     for group in sorted(partial):  # as on every rank of each group, so that none waits for another
         named = sorted(partial[group], key=lambda entry: entry[0])
-        _sum_together([view for _, view in named], mesh.sum_axes[group])
+        _sum_together([view for _, view in named], mesh.reduction_axes[group])
 
     buckets = [b for buffer in buffers for b in buffer.gradients.split(BUCKET_ELEMENTS)]
     for pending in [start_all_reduce(bucket, mesh.batch) for bucket in buckets]:

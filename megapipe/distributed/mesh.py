@@ -20,7 +20,7 @@ from megapipe.distributed.shared_memory.collectives import (
     connect_collectives,
 )
 from megapipe.layout.axes import Axes
-from megapipe.layout.parameters import SumGroup
+from megapipe.layout.parameters import ReductionGroup
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """For one operation: the ranks of a large model may wait for a slow disk together."""
@@ -76,8 +76,10 @@ class Mesh:
     batch: Axis
     model_parallel: Axis
     world: Axis
-    sum_axes: dict[SumGroup, Axis] = field(default_factory=dict, compare=False, repr=False)
-    """This rank's groups that add up partial gradients of shards, made by `connect_sum_groups`."""
+    reduction_axes: dict[ReductionGroup, Axis] = field(
+        default_factory=dict, compare=False, repr=False
+    )
+    """This rank's groups that add up partial gradients, made by `connect_reduction_groups`."""
     split_groups: list[dist.ProcessGroup] = field(default_factory=list, compare=False, repr=False)
     """This rank's groups that `split` has made."""
 
@@ -124,20 +126,20 @@ class Mesh:
             self.split_groups.append(axis.group)
         return axis
 
-    def connect_sum_groups(self, groups: Sequence[SumGroup]) -> None:
-        """Make what `sum_axes` lacks of these groups: the layout's, the same on every rank.
+    def connect_reduction_groups(self, groups: Sequence[ReductionGroup]) -> None:
+        """Make what `reduction_axes` lacks of these groups: the layout's, the same on every rank.
 
         Collective. A group that is a whole axis is that axis.
         """
         for group in groups:
-            if group in self.sum_axes:
+            if group in self.reduction_axes:
                 continue
             name = " ".join(f"{axis} {list(places)}" for axis, places in group)
             whole = [axis for axis, places in group if len(places) == self.axes.size(axis)]
             if len(group) == len(whole) == 1:
-                self.sum_axes[group] = self.parts[whole[0]]
+                self.reduction_axes[group] = self.parts[whole[0]]
             else:
-                self.sum_axes[group] = self.split(name, self.axes.subgroups(dict(group)))
+                self.reduction_axes[group] = self.split(name, self.axes.subgroups(dict(group)))
 
     @property
     def leads_stages(self) -> bool:

@@ -18,7 +18,7 @@ from megapipe.layout.parameters import (
     ParameterShard,
     ParameterSpec,
     Place,
-    SumGroup,
+    ReductionGroup,
     shard_of,
 )
 from megapipe.layout.program import ResolvedProgram, resolve_program
@@ -133,20 +133,20 @@ class Layout:
             for spec in self.stage_parameters(stage)
         }
 
-    def sum_groups(self) -> list[SumGroup]:
+    def reduction_groups(self) -> list[ReductionGroup]:
         """All groups of ranks that add up partial gradients of shards within a replica, in an order
         that all ranks share."""
         alike = {
             (spec.split, spec.partial, spec.places[len(spec.places) == 1 :]): spec
             for spec in self.parameters.values()
         }
-        found: set[SumGroup] = set()
+        found: set[ReductionGroup] = set()
         for spec in alike.values():
             rank = self.holders(spec)[0]
             for tensor_rank in range(self.axes.size("tensor")):
                 held = self._shard(spec, tensor_rank=tensor_rank, pipeline_rank=rank)
-                if held.sum_over is not None:
-                    found.add(held.sum_over)
+                if held.reduction_group is not None:
+                    found.add(held.reduction_group)
         return sorted(found)
 
     def holders(self, spec: ParameterSpec) -> tuple[int, ...]:

@@ -72,7 +72,7 @@ class ParameterSpec:
         return math.prod(self.shape)
 
 
-SumGroup = tuple[tuple[str, tuple[int, ...]], ...]
+ReductionGroup = tuple[tuple[str, tuple[int, ...]], ...]
 """Ranks whose partial gradients of a shard are added up: for some axes, the places on them that
 belong to it. In all other coordinates the ranks of one group agree."""
 
@@ -84,9 +84,10 @@ class ParameterShard:
     In the local tensor it is the rows from `row` on (all columns); `padding` rows behind it belong
     to nothing.
 
-    sum_over: the ranks whose gradients of it are partial; None: the local gradient is complete, but
-    for the ranks that read other samples. owner: true on one of the ranks of a replica that hold
-    it, which counts it in norms and saves it.
+    reduction_group: the ranks of the replica whose gradients of it are partial, to be summed; None:
+    the local gradient is complete, but for the ranks that read other samples.
+    owner: true on one of the ranks of a replica that hold it, which counts it in norms and saves
+    it.
     """
 
     spec: ParameterSpec
@@ -94,7 +95,7 @@ class ParameterShard:
     shape: tuple[int, ...]
     padding: int = 0
     row: int = 0
-    sum_over: SumGroup | None = None
+    reduction_group: ReductionGroup | None = None
     owner: bool = True
 
     @property
@@ -177,16 +178,16 @@ def shard_of(
         held = split_part(spec.split, spec.shape[spec.split.dim], tensor_rank, tensor_size)
         start[spec.split.dim], shape[spec.split.dim] = held.start, held.length
         padding, sharing, partial = held.padding, held.copies, True
-    sum_over: SumGroup = ()
+    reduction_group: ReductionGroup = ()
     if len(holders) > 1:
-        sum_over += (("pipeline", tuple(sorted(holders))),)
+        reduction_group += (("pipeline", tuple(sorted(holders))),)
     if partial and len(sharing) > 1:
-        sum_over += (("tensor", sharing),)
+        reduction_group += (("tensor", sharing),)
     return ParameterShard(
         spec,
         start=tuple(start),
         shape=tuple(shape),
         padding=padding,
-        sum_over=sum_over or None,
+        reduction_group=reduction_group or None,
         owner=tensor_rank == sharing[0] and pipeline_rank == holders[0],
     )

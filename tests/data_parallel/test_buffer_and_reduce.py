@@ -114,8 +114,10 @@ def mesh_for(axes: Axes, specs: list[ParameterSpec]) -> Mesh:
     """With the groups that sum these parameters' gradients."""
     mesh = build_mesh(axes, CPU)
     tensor_ranks = range(axes.size("tensor"))
-    found = {shard_on(spec, axes, 0, rank).sum_over for spec in specs for rank in tensor_ranks}
-    mesh.connect_sum_groups(sorted(group for group in found if group is not None))
+    found = {
+        shard_on(spec, axes, 0, rank).reduction_group for spec in specs for rank in tensor_ranks
+    }
+    mesh.connect_reduction_groups(sorted(group for group in found if group is not None))
     return mesh
 
 

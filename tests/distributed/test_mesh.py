@@ -74,24 +74,24 @@ PIPELINE_ENDS = (("pipeline", (0, 2)),)
 ENDS_AND_TENSOR = (("pipeline", (0, 2)), ("tensor", (0, 1)))
 
 
-def _sum_groups() -> list[tuple[int, ...]]:
+def _reduction_groups() -> list[tuple[int, ...]]:
     mesh = build_mesh(Axes.of(pipeline=3, tensor=2), CPU)
     groups = sorted([TENSOR, PIPELINE_ENDS, ENDS_AND_TENSOR])
-    mesh.connect_sum_groups(groups)
-    assert mesh.sum_axes[TENSOR] is mesh.tensor, "a whole axis has its group already"
-    made = dict(mesh.sum_axes)
-    mesh.connect_sum_groups(groups)
-    assert all(mesh.sum_axes[group] is axis for group, axis in made.items()), "made once"
+    mesh.connect_reduction_groups(groups)
+    assert mesh.reduction_axes[TENSOR] is mesh.tensor, "a whole axis has its group already"
+    made = dict(mesh.reduction_axes)
+    mesh.connect_reduction_groups(groups)
+    assert all(mesh.reduction_axes[group] is axis for group, axis in made.items()), "made once"
     for axis in made.values():
         assert all_gather(torch.tensor([mesh.rank]), axis).tolist() == list(axis.ranks)
         assert axis.group is None or axis.group in mesh.groups
-    return [mesh.sum_axes[group].ranks for group in (TENSOR, PIPELINE_ENDS, ENDS_AND_TENSOR)]
+    return [mesh.reduction_axes[group].ranks for group in (TENSOR, PIPELINE_ENDS, ENDS_AND_TENSOR)]
 
 
-def test_sum_groups_join_the_ranks_at_these_places() -> None:
+def test_reduction_groups_join_the_ranks_at_these_places() -> None:
     """Ranks 2 and 3 are in the middle of the pipeline and sum with nobody there."""
     ends = (0, 1, 4, 5)
-    assert run_ranks(_sum_groups, 6) == [
+    assert run_ranks(_reduction_groups, 6) == [
         [(0, 1), (0, 4), ends],
         [(0, 1), (1, 5), ends],
         [(2, 3), (2,), (2,)],

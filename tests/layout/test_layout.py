@@ -24,7 +24,7 @@ from megapipe.layout.parameters import (
     ParameterShard,
     ParameterSpec,
     Place,
-    SumGroup,
+    ReductionGroup,
 )
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.family import GPTFamily
@@ -143,7 +143,7 @@ def test_sequence_parallelism_needs_tensor_ranks(tmp_path: Path) -> None:
     alone = layout(tmp_path, SEQUENCE, "--parallel.tensor=1")
     assert not alone.sequence_parallel
     assert alone.hidden_shape == (64, 2, 64)
-    assert alone.sum_groups() == []
+    assert alone.reduction_groups() == []
 
 
 def test_the_config_of_a_layout_names_every_size(tmp_path: Path) -> None:
@@ -193,13 +193,13 @@ def test_a_rank_has_no_shards_of_a_stage_that_it_does_not_hold(tmp_path: Path) -
         found.shards(found.stages[0], rank=2)
 
 
-def test_sum_groups_by_hand(tmp_path: Path) -> None:
+def test_reduction_groups_by_hand(tmp_path: Path) -> None:
     tensor, ends = (("tensor", (0, 1)),), (("pipeline", (0, 1)),)
-    assert layout(tmp_path).sum_groups() == []
-    assert layout(tmp_path, SEQUENCE).sum_groups() == [tensor]
-    assert layout(tmp_path, TIED).sum_groups() == [ends]
-    assert layout(tmp_path, TIED, SEQUENCE).sum_groups() == [ends, tensor]
-    copies = layout(tmp_path, "--parallel.tensor=8").sum_groups()
+    assert layout(tmp_path).reduction_groups() == []
+    assert layout(tmp_path, SEQUENCE).reduction_groups() == [tensor]
+    assert layout(tmp_path, TIED).reduction_groups() == [ends]
+    assert layout(tmp_path, TIED, SEQUENCE).reduction_groups() == [ends, tensor]
+    copies = layout(tmp_path, "--parallel.tensor=8").reduction_groups()
     assert copies == [(("tensor", (rank, rank + 1)),) for rank in (0, 2, 4, 6)]
 
 
@@ -215,10 +215,10 @@ class SharedNorm(GPTFamily):
 def test_parameters_that_are_split_alike_may_be_used_in_other_places(tmp_path: Path) -> None:
     found = resolve(load(tmp_path), None, SharedNorm())
     ends = (("pipeline", (0, 1)),)
-    assert found.sum_groups() == [ends]
-    assert {held.shard.sum_over for held in held_by_all(found) if held.shard.name == "shared"} == {
-        ends
-    }
+    assert found.reduction_groups() == [ends]
+    assert {
+        held.shard.reduction_group for held in held_by_all(found) if held.shard.name == "shared"
+    } == {ends}
 
 
 CASES = {
@@ -278,15 +278,15 @@ def test_owners_cover_each_parameter_once_in_each_replica(tmp_path: Path, case: 
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_sum_groups_are_those_of_all_shards(tmp_path: Path, case: str) -> None:
+def test_reduction_groups_are_those_of_all_shards(tmp_path: Path, case: str) -> None:
     """And all ranks of a group hold the same rectangle."""
     found = layout(tmp_path, *CASES[case])
-    of_shards: dict[tuple[str, SumGroup, tuple[int, ...]], list[Held]] = {}
+    of_shards: dict[tuple[str, ReductionGroup, tuple[int, ...]], list[Held]] = {}
     for held in held_by_all(found):
-        if (group := held.shard.sum_over) is not None:
+        if (group := held.shard.reduction_group) is not None:
             (members,) = [m for m in found.axes.subgroups(dict(group)) if held.rank in m]
             of_shards.setdefault((held.shard.name, group, members), []).append(held)
-    assert sorted({group for _, group, _ in of_shards}) == found.sum_groups()
+    assert sorted({group for _, group, _ in of_shards}) == found.reduction_groups()
     for (_, _, members), all_held in of_shards.items():
         assert tuple(held.rank for held in all_held) == members
         assert len({(held.shard.start, held.shard.shape) for held in all_held}) == 1

@@ -112,14 +112,14 @@ def test_columns_are_split_without_sums() -> None:
     held = shards(spec((6, 8), COLUMNS), 4)
     assert [held[0, rank].start for rank in range(4)] == [(0, 0), (0, 2), (0, 4), (0, 6)]
     for shard in held.values():
-        assert (shard.shape, shard.sum_over, shard.owner) == ((6, 2), None, True)
+        assert (shard.shape, shard.reduction_group, shard.owner) == ((6, 2), None, True)
         assert (shard.rows, shard.local_size) == (6, 12)
 
 
 def test_copies_of_heads_add_up_their_gradients_and_have_one_owner() -> None:
     held = shards(spec((16, 5), Split(0, units=2)), 4)
     first, second = (("tensor", (0, 1)),), (("tensor", (2, 3)),)
-    assert [shard.sum_over for shard in held.values()] == [first, first, second, second]
+    assert [shard.reduction_group for shard in held.values()] == [first, first, second, second]
     assert [shard.owner for shard in held.values()] == [True, False, True, False]
 
 
@@ -139,16 +139,16 @@ def test_a_whole_parameter_with_partial_gradients(
 ) -> None:
     one = spec((7,), partial=partial)
     for shard in shards(one, 2, sequence_parallel=sequence_parallel).values():
-        assert shard.sum_over == ((("tensor", (0, 1)),) if summed else None)
+        assert shard.reduction_group == ((("tensor", (0, 1)),) if summed else None)
     alone = shards(one, 1, sequence_parallel=sequence_parallel)
-    assert alone[0, 0].sum_over is None, "there is nobody to sum with"
+    assert alone[0, 0].reduction_group is None, "there is nobody to sum with"
 
 
 def test_a_tied_embedding_is_summed_over_its_ends_and_owned_by_the_first() -> None:
     tied = ParameterSpec("e", (500, 3), (FIRST, LAST), ZEROS, Role.EMBEDDING, VOCABULARY)
     held = shards(tied, 2, holders=(3, 0))  # the first stage is on rank 3
     for (pipeline, rank), shard in held.items():
-        assert shard.sum_over == (("pipeline", (0, 3)),)
+        assert shard.reduction_group == (("pipeline", (0, 3)),)
         assert shard.owner == (pipeline == 3)
         assert (shard.start, shard.shape, shard.padding) == [
             ((0, 0), (256, 3), 0),
@@ -156,13 +156,13 @@ def test_a_tied_embedding_is_summed_over_its_ends_and_owned_by_the_first() -> No
         ][rank]
         assert (shard.rows, shard.local_size) == (256, 768)
     on_one_rank = shards(tied, 2, holders=(0,))
-    assert all(shard.owner and shard.sum_over is None for shard in on_one_rank.values())
+    assert all(shard.owner and shard.reduction_group is None for shard in on_one_rank.values())
 
 
 def test_partial_gradients_of_what_two_stages_hold_are_summed_over_both_axes() -> None:
     held = shards(spec((4,), partial="always"), 2, holders=(0, 1))
     both = (("pipeline", (0, 1)), ("tensor", (0, 1)))
-    assert {shard.sum_over for shard in held.values()} == {both}
+    assert {shard.reduction_group for shard in held.values()} == {both}
     assert [place for place, shard in held.items() if shard.owner] == [(0, 0)]
 
 
@@ -212,11 +212,11 @@ def test_all_of_a_sum_group_hold_the_same_rectangle_and_agree_on_the_group(
     held = shards(one, tensor, sequence_parallel=sequence_parallel, holders=holders)
     owners: Counter[tuple[tuple[int, ...], tuple[int, ...]]] = Counter()
     for (pipeline, rank), shard in held.items():
-        places = {"pipeline": (pipeline,), "tensor": (rank,), **dict(shard.sum_over or ())}
+        places = {"pipeline": (pipeline,), "tensor": (rank,), **dict(shard.reduction_group or ())}
         members = [held[place] for place in product(places["pipeline"], places["tensor"])]
         assert held[pipeline, rank] in members
-        assert {(m.start, m.shape, m.padding, m.sum_over) for m in members} == {
-            (shard.start, shard.shape, shard.padding, shard.sum_over)
+        assert {(m.start, m.shape, m.padding, m.reduction_group) for m in members} == {
+            (shard.start, shard.shape, shard.padding, shard.reduction_group)
         }
         owners[shard.start, shard.shape] += shard.owner
     assert all(count == 1 for (_, shape), count in owners.items() if math.prod(shape))

@@ -65,8 +65,8 @@ def check_gradients(module: nn.Module, tensor: Axis, expected: dict[str, Tensor]
         assert parameter.grad is None
         for shard in parameter.shards:
             found = shard.view(parameter.main_grad)
-            if shard.sum_over is not None:
-                assert shard.sum_over == (("tensor", tuple(range(tensor.size))),)
+            if shard.reduction_group is not None:
+                assert shard.reduction_group == (("tensor", tuple(range(tensor.size))),)
                 found = all_reduce_(found.contiguous(), tensor)
             torch.testing.assert_close(found, expected[shard.name][cut(shard)])
             checked.append(shard.name)
