@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # what is planned needs neither torch nor triton
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """Of all kernels, and of two apart: attention ("torch" is torch's scaled_dot_product_attention)
-    and weight gradients ("matmul" is torch.addmm onto float32)."""
+    """The implementation of the kernels, and of two that may differ: attention ("torch" is torch's
+    scaled_dot_product_attention) and weight gradients ("matmul" is torch.addmm onto float32)."""
 
     kernels: "Backend"
     attention: "Backend"

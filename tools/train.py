@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Collection, Sequence
 
 from megapipe.config import load_config
+from megapipe.config.axes import WORLD_SIZE
 from megapipe.config.model import DEFAULT_FAMILY
 from megapipe.errors import UsageError
 from megapipe.models.families import FAMILIES
@@ -56,7 +57,7 @@ def run(argv: Sequence[str]) -> int:
     if arguments.world_size is not None and not arguments.dry_run:
         raise UsageError(
             "--world-size belongs to --dry-run. A real run has as many processes as torchrun or "
-            "srun start, or, started alone, tensor * pipeline * data of [parallel]."
+            f"srun start, or, started alone, {WORLD_SIZE} of [parallel]."
         )
     if arguments.world_size is not None and arguments.world_size < 1:
         raise UsageError(f"--world-size {arguments.world_size} must be 1 or more.")

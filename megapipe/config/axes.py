@@ -35,6 +35,9 @@ AXES = (
 FOLLOWS_WORLD_SIZE = "data"
 """The axis whose size may be left out of a config: it takes what the others leave."""
 
+WORLD_SIZE = " * ".join(kind.name for kind in reversed(AXES))
+"""The number of ranks in terms of keys of [parallel]: `tensor * data * pipeline`."""
+
 
 def given_sizes(parallel: Mapping[str, object], *splits: Splits) -> dict[str, int]:
     """The sizes that [parallel] names, of all axes or of those that split something."""

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megapipe import __version__
 from megapipe.checkpoint.steps import step_name
 from megapipe.config import Config, dump_config
+from megapipe.config.axes import WORLD_SIZE
 from megapipe.data.distribute import ReplicaFeed
 from megapipe.data.tokenizer import load_tokenizer
 from megapipe.distributed.launcher import launch_local
@@ -164,7 +165,7 @@ def choose_device(wanted: str, rendezvous: Rendezvous) -> torch.device:
         raise ConfigError(
             [
                 f"{rendezvous.local_size} ranks were started on this machine, and it has {count} "
-                "GPUs. Start one rank for each GPU (tensor * pipeline * data of [parallel] in "
+                f"GPUs. Start one rank for each GPU ({WORLD_SIZE} of [parallel] in "
                 'all), or set train.device = "cpu".'
             ]
         )
