@@ -32,7 +32,7 @@ class ReplicaFeed(StepPart):
     """Gives every rank its microbatches of step 0, 1, 2, ...
 
     Constructor and `load` are collective over the world and raise the error of any reader on all
-    ranks; `state` is collective over the data axis. A rank gets tokens only if it hosts the first
+    ranks; `state` is collective over the batch axis. A rank gets tokens only if it hosts the first
     stage, targets only if it hosts the last.
 
     `next` is collective over the replica. Where the reader fails, `failed` is True on the rank that
@@ -108,7 +108,7 @@ class ReplicaFeed(StepPart):
     def state(self) -> State:
         """The state of all streams behind the last step, on readers; empty on other ranks.
 
-        Collective over the data axis of the readers.
+        Collective over the batch axis of the readers.
         """
         if self._feed is None:
             return {}
@@ -174,8 +174,8 @@ class ReplicaFeed(StepPart):
             config.data,
             seed=config.train.seed,
             tokenizer=tokenizer,
-            data_rank=self._mesh.batch.rank,
-            data_size=self._mesh.batch.size,
+            replica=self._mesh.batch.rank,
+            replicas=self._mesh.batch.size,
             global_batch_size=config.train.global_batch_size,
             sequence_length=config.train.sequence_length,
             validation=self._validation,

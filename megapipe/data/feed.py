@@ -44,7 +44,7 @@ class Batch:
 
 
 class BatchFeed:
-    """Iterates over the batches of one data rank, made ahead of time by a thread.
+    """Iterates over the batches of one replica, made ahead of time by a thread.
 
     `state_dict` speaks of batches that were taken, however many were made. Errors of the thread
     are raised by the `next` that would have returned the batch. With `validation` it reads the
@@ -59,28 +59,28 @@ class BatchFeed:
         *,
         seed: int,
         tokenizer: Tokenizer,
-        data_rank: int,
-        data_size: int,
+        replica: int,
+        replicas: int,
         global_batch_size: int,
         sequence_length: int,
         validation: bool = False,
         opened: Sequence[Source] = (),
         say: Callable[[str], None] | None = None,
     ) -> None:
-        assert config.streams % data_size == 0, (config.streams, data_size)
-        assert global_batch_size % data_size == 0, (global_batch_size, data_size)
+        assert config.streams % replicas == 0, (config.streams, replicas)
+        assert global_batch_size % replicas == 0, (global_batch_size, replicas)
         self.wait_seconds = 0.0
         self._config = config
         self._seed = seed
         self._tokenizer = tokenizer
-        self._hosted = range(data_rank, config.streams, data_size)
-        self._samples = range(data_rank, global_batch_size, data_size)
+        self._hosted = range(replica, config.streams, replicas)
+        self._samples = range(replica, global_batch_size, replicas)
         self._global_batch_size = global_batch_size
         self._sequence_length = sequence_length
         self._validation = validation
         self._say = say or logging.getLogger("megapipe.data").warning
         self._sources, self._keeps = self._open_sources({source.key: source for source in opened})
-        if data_rank == 0:
+        if replica == 0:
             for note in repeated_files(self._sources):
                 self._say(note)
         self._block_rows = [

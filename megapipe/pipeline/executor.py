@@ -29,8 +29,8 @@ _run_backward = torch.autograd.Variable._execution_engine.run_backward
 CONTEXT = 6
 """Actions shown on either side of one that failed."""
 
-Place = tuple[int, int]
-"""Stage and microbatch."""
+Visit = tuple[int, int]
+"""Of a microbatch to a stage: (stage, microbatch)."""
 Posted = tuple[Arrival, Tensor]
 """A receive under way and its buffer."""
 
@@ -79,12 +79,12 @@ class PipelineExecutor:
         # that arrive for a stage, and those that one has computed.
         self._batches: Sequence[MicroBatch] = []
         self._losses: dict[int, Tensor] = {}
-        self._live: dict[Place, tuple[Tensor | None, GradientEdge]] = {}
-        self._deferred: dict[Place, list[Callable[[], None]]] = {}
-        self._inputs: dict[Place, Posted] = {}
-        self._output_grads: dict[Place, Posted] = {}
-        self._outputs: dict[Place, Tensor] = {}
-        self._input_grads: dict[Place, Tensor] = {}
+        self._live: dict[Visit, tuple[Tensor | None, GradientEdge]] = {}
+        self._deferred: dict[Visit, list[Callable[[], None]]] = {}
+        self._inputs: dict[Visit, Posted] = {}
+        self._output_grads: dict[Visit, Posted] = {}
+        self._outputs: dict[Visit, Tensor] = {}
+        self._input_grads: dict[Visit, Tensor] = {}
 
         self._steps = [self._step(action, ranks, buffers) for action in self.program]
 
@@ -130,12 +130,12 @@ class PipelineExecutor:
             }[kind]
             return partial(method, stage, microbatch)
         channel, tag = self._route(action, ranks)
-        place = (stage, microbatch)
+        visit = (stage, microbatch)
         if kind.sends:
             kept = self._outputs if kind is Kind.SEND_FORWARD else self._input_grads
-            return partial(self._send, place, kept, channel, tag)
+            return partial(self._send, visit, kept, channel, tag)
         posted = self._inputs if kind is Kind.RECEIVE_FORWARD else self._output_grads
-        return partial(self._receive, place, posted, channel, tag, buffers[action])
+        return partial(self._receive, visit, posted, channel, tag, buffers[action])
 
     def _forward(self, stage: int, microbatch: int) -> None:
         inputs = None
@@ -181,15 +181,15 @@ class PipelineExecutor:
         while weight_grads:  # each frees what it has used
             weight_grads.pop()()
 
-    def _send(self, place: Place, kept: dict[Place, Tensor], channel: Channel, tag: int) -> None:
-        tensor = kept.pop(place).contiguous()
-        assert (tensor.shape, tensor.dtype) == self._hidden, (place, tensor.shape, tensor.dtype)
+    def _send(self, visit: Visit, kept: dict[Visit, Tensor], channel: Channel, tag: int) -> None:
+        tensor = kept.pop(visit).contiguous()
+        assert (tensor.shape, tensor.dtype) == self._hidden, (visit, tensor.shape, tensor.dtype)
         channel.send(tensor, tag)
 
     def _receive(
-        self, place: Place, posted: dict[Place, Posted], channel: Channel, tag: int, buffer: Tensor
+        self, visit: Visit, posted: dict[Visit, Posted], channel: Channel, tag: int, buffer: Tensor
     ) -> None:
-        posted[place] = (channel.receive(buffer, tag), buffer)
+        posted[visit] = (channel.receive(buffer, tag), buffer)
 
     # --- Tensors between stages ------------------------------------------------------------------
 
@@ -202,13 +202,13 @@ class PipelineExecutor:
         return tensor.clone() if tensor.data_ptr() in self._pool else tensor
 
     def _arrival(
-        self, posted: dict[Place, Posted], place: Place, source: int, kept: dict[Place, Tensor]
+        self, posted: dict[Visit, Posted], visit: Visit, source: int, kept: dict[Visit, Tensor]
     ) -> Tensor:
-        """What the receive posted for `place` has brought, after waiting for it; without one, what
+        """What the receive posted for `visit` has brought, after waiting for it; without one, what
         stage `source` has kept, which is on this rank."""
-        if place not in posted:
-            return kept.pop((source, place[1]))
-        work, buffer = posted.pop(place)
+        if visit not in posted:
+            return kept.pop((source, visit[1]))
+        work, buffer = posted.pop(visit)
         work.wait()
         self.recorder.ready()
         return buffer

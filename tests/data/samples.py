@@ -83,7 +83,7 @@ def open_feed(config: DataConfig, rank: int = 0, size: int = 1, **fields: Any) -
         "global_batch_size": 8,
         "sequence_length": 32,
     }
-    return BatchFeed(config, data_rank=rank, data_size=size, **(settings | fields))
+    return BatchFeed(config, replica=rank, replicas=size, **(settings | fields))
 
 
 def texts_of(tokens: Iterable[int]) -> list[str]:

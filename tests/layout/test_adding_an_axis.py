@@ -228,8 +228,8 @@ def test_the_page_lists_what_verify_finds() -> None:
 TRAINED = {
     "each site reads the same text": Forgotten(
         "megapipe/data/distribute.py",
-        "data_rank=self._mesh.batch.rank,",
-        'data_rank=self._mesh.parts["data"].rank,',
+        "replica=self._mesh.batch.rank,",
+        'replica=self._mesh.parts["data"].rank,',
         r"rank \d \(sites \d, pipeline 0, data 0, tensor 0\) failed:",
     ),
     "each site saves a checkpoint": Forgotten(
