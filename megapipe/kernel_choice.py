@@ -1,7 +1,7 @@
-"""Which implementation of the kernels a run uses: decided once, from the config and the device.
+"""Which implementation of the kernels a run uses: a function of the config and the device.
 
-It does not depend on shapes or on what happens later; a kernel that cannot take what it is given
-is an error.
+It is chosen once for all stages of an engine, and does not depend on shapes or on what happens
+later; a kernel that cannot take what it is given is an error.
 """
 
 import subprocess

@@ -9,7 +9,8 @@ from torch import nn
 from megapipe import kernels
 from megapipe.config import ModelConfig
 from megapipe.distributed.mesh import Axis, Mesh
-from megapipe.kernel_choice import KernelChoice, choose_kernels
+from megapipe.kernel_choice import KernelChoice
+from megapipe.layout.family import StageModule
 from megapipe.layout.layout import Layout, Stage
 from megapipe.layout.parameters import ParameterShard
 from megapipe.precision import PRECISIONS
@@ -83,7 +84,6 @@ class StageBuild:
         """The product with the weight `NAME.weight`, whose rows are tokens, and the loss."""
         return VocabParallelOutput(
             self.parameters.get(f"{name}.weight"),
-            vocab_size=self.model.vocab_size,
             tensor=self.tensor,
             sequence_parallel=self.sequence_parallel,
             store=self.store,
@@ -93,10 +93,11 @@ class StageBuild:
         )
 
 
-def build_stages(layout: Layout, mesh: Mesh) -> dict[int, nn.Module]:
+def build_stages(layout: Layout, mesh: Mesh, choice: KernelChoice) -> dict[int, nn.Module]:
     """This rank's stages by their number in the whole pipeline, with initial weights.
 
-    Collective: makes the process groups that sum partial gradients.
+    `choice` says what all layers compute with. Collective: makes the process groups that sum
+    partial gradients.
     """
     mesh.connect_reduction_groups(layout.reduction_groups())
     built: dict[int, nn.Module] = {}
@@ -104,21 +105,33 @@ def build_stages(layout: Layout, mesh: Mesh) -> dict[int, nn.Module]:
     for stage in layout.stages:
         if stage.rank != mesh.pipeline.rank:
             continue
-        build = _stage_build(layout, mesh, stage, made)
-        module: nn.Module = layout.family.build_stage(build)
-        assert not build.parameters.missing, f"no layer uses {build.parameters.missing}"
+        build = _stage_build(layout, mesh, choice, stage, made)
+        built[stage.number] = _built(layout.family.build_stage(build), build)
         made |= build.parameters.made
-        built[stage.number] = module
     for module in built.values():
         initialize(module, layout.config.train.seed)
     return built
 
 
+def _built(module: StageModule, build: StageBuild) -> nn.Module:
+    """The module of a stage, which has what `StageModule` asks for."""
+    assert isinstance(module, nn.Module), f"a stage is a module of torch's, not {type(module)}"
+    assert getattr(module, "weight_grads", None) is build.store, (
+        f"{type(module).__name__} has to keep the store of its StageBuild as `weight_grads`, where "
+        "schedules find the weight gradients that they put off"
+    )
+    assert not build.parameters.missing, f"no layer uses {build.parameters.missing}"
+    return module
+
+
 def _stage_build(
-    layout: Layout, mesh: Mesh, stage: Stage, made: dict[str, ShardedParameter]
+    layout: Layout,
+    mesh: Mesh,
+    choice: KernelChoice,
+    stage: Stage,
+    made: dict[str, ShardedParameter],
 ) -> StageBuild:
     train = layout.config.train
-    choice = choose_kernels(layout.config, mesh.device)
     dtype = PRECISIONS[train.precision].model_dtype
     return StageBuild(
         model=layout.config.model,

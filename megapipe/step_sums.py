@@ -3,7 +3,7 @@
 Each part of a run registers the quantities that it gives, once, and gives its values in each step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +12,8 @@ from megapipe.distributed.mesh import Axis
 from megapipe.tensor_parallel.collectives import all_reduce_
 from megapipe.transfer import to_device
 
-Given = float | Tensor | Sequence[float]
-"""A number, a tensor of one element on the device, or a number for each place of a quantity."""
+Given = float | Tensor | Mapping[int, float]
+"""A number, a tensor of one element on the device, or numbers by place: other places get 0."""
 
 
 class Totals:
@@ -53,7 +53,8 @@ class StepSums:
     def register_maximum(self, name: str, over: Axis) -> None:
         """A quantity of which the largest value of an axis' ranks is wanted, 0 or more.
 
-        It has a place for each rank of the axis. Of ranks with the same one, one gives a value.
+        It has a place for each rank of the axis. Of the ranks of the world that share a place, at
+        most one may give a value: those given at one place are added up.
         """
         self.register(name, over.size)
         self._maxima[name] = over
@@ -70,26 +71,36 @@ class StepSums:
             if isinstance(value, Tensor):
                 (place,) = places
                 tensors[place] = value
-            else:
-                self._fill(numbers, name, value)
+                continue
+            for index, number in self._by_place(name, value).items():
+                numbers[places[index]] = number
         totals = to_device(torch.tensor(numbers, dtype=torch.float64), self._device)
         for place, tensor in tensors.items():
             totals[place] = tensor
         return self._by_name(all_reduce_(totals, self._world).tolist())
 
-    def _fill(self, numbers: list[float], name: str, value: float | Sequence[float]) -> None:
-        places = self._places[name]
+    def _by_place(self, name: str, value: float | Mapping[int, float]) -> Mapping[int, float]:
         if name in self._maxima:
             assert isinstance(value, int | float)
-            numbers[places[self._maxima[name].rank]] = value
-            return
-        values = [value] if isinstance(value, int | float) else value
-        for place, one in zip(places, values, strict=True):
-            numbers[place] = one
+            return {self._maxima[name].rank: value}
+        if isinstance(value, Mapping):
+            return value
+        (_,) = self._places[name]
+        return {0: value}
 
     def _by_name(self, sums: list[float]) -> Totals:
         found = {name: sums[places.start : places.stop] for name, places in self._places.items()}
         return Totals({**found, **{name: [max(found[name])] for name in self._maxima}})
+
+
+def join_given(parts: Iterable[Mapping[str, Given]]) -> dict[str, Given]:
+    """What parts of a run give, in one mapping; each quantity is one part's."""
+    joined: dict[str, Given] = {}
+    for given in parts:
+        twice = sorted(joined.keys() & given.keys())
+        assert not twice, f"{', '.join(twice)} given by two parts of the run"
+        joined.update(given)
+    return joined
 
 
 class StepPart:

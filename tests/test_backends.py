@@ -230,9 +230,8 @@ def saved_and_loaded(given: Config, device: str) -> tuple[list[float], list[floa
 
     def fresh() -> tuple[Engine, Checkpoints]:
         engine = engine_of(given, mesh)
-        return engine, Checkpoints(
-            given, mesh, engine, {"config.toml": dump_config(given).encode()}, say=str
-        )
+        files = {"config.toml": dump_config(given).encode()}
+        return engine, Checkpoints(engine, given.checkpoint.resume, files, say=str)
 
     engine, checkpoints = fresh()
     first = stepped(engine, 0)

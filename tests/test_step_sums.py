@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megapipe.distributed.mesh import Axis
-from megapipe.step_sums import StepSums
+from megapipe.step_sums import StepSums, join_given
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ def reduced(steps: int) -> list[tuple[float, list[float], float, float]]:
         totals = sums.reduce(
             {
                 "loss": torch.tensor(0.25 * (rank + 1)),
-                "slots": [0.0, step, 10.0 * rank],
+                "slots": {1: step, 2: 10.0 * rank},
                 **({"epoch": 4 - rank} if rank != 1 else {}),
                 **({"rows": 2} if rank != 2 else {}),
             }
@@ -59,7 +59,9 @@ def test_one_process_has_its_own_values_and_zeros() -> None:
     [
         (lambda sums: sums.register("loss"), AssertionError),
         (lambda sums: sums.reduce({"los": 1.0}), KeyError),
-        (lambda sums: sums.reduce({"slots": [1.0, 2.0]}), ValueError),
+        (lambda sums: sums.reduce({"slots": {3: 1.0}}), IndexError),
+        (lambda sums: sums.reduce({"slots": 1.0}), ValueError),
+        (lambda sums: sums.reduce({"epoch": {0: 1.0}}), AssertionError),
         (lambda sums: sums.reduce({"slots": torch.tensor(1.0)}), ValueError),
         (lambda sums: sums.reduce({})["slots"], ValueError),
     ],
@@ -70,3 +72,9 @@ def test_mistakes_in_names_and_places_are_errors(
     alone = Axis("world")
     with pytest.raises(error):
         wrong(sums_of(alone, alone))
+
+
+def test_a_quantity_is_given_by_one_part() -> None:
+    assert join_given([{"loss": 1.0}, {}, {"rows": 2}]) == {"loss": 1.0, "rows": 2}
+    with pytest.raises(AssertionError, match=r"^rows given by two parts of the run$"):
+        join_given([{"loss": 1.0, "rows": 2}, {"rows": 2}])

@@ -16,7 +16,7 @@ from megapipe.tools.console import PIPE_CLOSED, OutputError, console
 
 COMMANDS = {
     "train": "pretrain the model of a config; --dry-run shows what would run where",
-    "verify": "prove that a config's layout computes what one process computes",
+    "verify": "check that a config's layout computes what one process computes",
     "plan": "draw a config's pipeline schedule, or compare all schedules, without running",
     "tokenizer": "train a tokenizer on text files, or look into one",
     "inspect": "what is in a checkpoint, and is it whole",

@@ -1,4 +1,4 @@
-"""`megapipe verify CONFIG.toml`: prove that the layout computes what one process computes."""
+"""`megapipe verify CONFIG.toml`: check that the layout computes what one process computes."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ def run(argv: Sequence[str]) -> int:
     """Exit status 0 when losses, gradients and weights agree to 1e-9 in float64, else 1."""
     parser = Parser(
         "verify",
-        "Prove, in float64 on this machine's CPU, that the layout of a config computes what one\n"
+        "Check, in float64 on this machine's CPU, that the layout of a config computes what one\n"
         "process computes: losses, every gradient, every updated weight.",
         overrides=True,
     )

@@ -13,9 +13,11 @@ from megapipe.checkpoint.manifest import Manifest
 from megapipe.checkpoint.steps import check_names, committed, has_manifest
 from megapipe.checkpoint.storage import checksum, read_small
 from megapipe.checkpoint.verify import damage, read_manifest
+from megapipe.config import ModelConfig
 from megapipe.errors import CheckpointError, MegapipeError
 
-MODEL_FIELDS = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "vocab_size")
+MODEL_FIELDS = tuple(ModelConfig.model_fields)
+"""The keys of [model] that every family has."""
 
 
 @dataclass(frozen=True)

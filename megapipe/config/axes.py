@@ -1,8 +1,8 @@
 """The axes along which ranks share the work: one row each, beside the keys that give their sizes.
 
-Axes are data: mesh, data feed and gradient reduction ask what an axis splits, not what it is called.
-One that splits samples is added by a row here and a key of [parallel] of the same name; one that
-splits something new also needs the code that splits it.
+Axes are data: mesh, data feed and gradient reduction ask what an axis splits, not what it is
+called. One that splits samples is added by a row here and a key of [parallel] of the same name; one
+that splits something new also needs the code that splits it.
 """
 
 from collections.abc import Mapping

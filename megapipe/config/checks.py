@@ -104,10 +104,10 @@ def kernel_problems(model: ModelConfig, train: TrainConfig) -> Iterator[Problem]
 def batch_problems(parallel: ParallelConfig, train: TrainConfig) -> Iterator[Problem]:
     """The batch against the layout."""
     batch, micro = train.global_batch_size, train.micro_batch_size
-    replicas = given_sizes(dict(parallel), Splits.SAMPLES)
-    unit = math.prod(replicas.values()) * micro
+    sizes, replicas = _replicas(parallel)
+    unit = replicas * micro
     if batch % unit:
-        factors = [f"parallel.{name} {size}" for name, size in replicas.items() if size > 1]
+        factors = [f"parallel.{name} {size}" for name, size in sizes.items()]
         product = " * ".join([*factors, f"train.micro_batch_size {micro}"])
         text = f"{product} = {unit}" if factors else f"train.micro_batch_size = {micro}"
         yield Problem(
@@ -121,6 +121,14 @@ def batch_problems(parallel: ParallelConfig, train: TrainConfig) -> Iterator[Pro
             f"parallel.sequence_parallel is on: "
             f"use {_near_multiples(train.sequence_length, parallel.tensor)}",
         )
+
+
+def _replicas(parallel: ParallelConfig) -> tuple[dict[str, int], int]:
+    """The axes of more than one rank whose ranks read different samples, and the replicas that they
+    make; an axis that follows the world size counts as 1."""
+    given = given_sizes(dict(parallel), Splits.SAMPLES)
+    sizes = {name: size for name, size in given.items() if size > 1}
+    return sizes, math.prod(sizes.values())
 
 
 def _near_multiples(number: int, unit: int) -> str:
@@ -162,11 +170,10 @@ def optimizer_problems(train: TrainConfig, optimizer: OptimizerConfig) -> Iterat
 
 def data_problems(parallel: ParallelConfig, data: DataConfig) -> Iterator[Problem]:
     """Streams against replicas."""
-    sizes = given_sizes(dict(parallel), Splits.SAMPLES)
-    replicas = math.prod(sizes.values())
+    sizes, replicas = _replicas(parallel)
     if data.streams % replicas:
         multiple = replicas * max(1, data.streams // replicas)
-        product = " * ".join(f"parallel.{name}" for name, size in sizes.items() if size > 1)
+        product = " * ".join(f"parallel.{name}" for name in sizes)
         yield Problem(
             "data.streams",
             f"must be a multiple of {product} = {replicas}, since each replica reads "

@@ -79,7 +79,8 @@ class ModelConfig(Section):
     def narrowed(
         self, *, tensor: int, small_tensor: int, sequence: int, small_sequence: int
     ) -> Self:
-        """A model with the same features that is as narrow as they allow, to be proven.
+        """A model with the same features that is as narrow as they allow, for the
+        equivalence check.
 
         It was made for `tensor` ranks and sequences of `sequence` tokens, and is made for the small
         ones. Depth, vocabulary and max_sequence_length stay as they are.

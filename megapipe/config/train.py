@@ -30,7 +30,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp64"] = Field(
         default="bf16",
         description="Arithmetic of the model. bf16 keeps float32 master weights and gradients; "
-        "fp64 is for proofs; on a CPU use fp32 (bf16 is slow there).",
+        "fp64 is for equivalence checks; on a CPU use fp32 (bf16 is slow there).",
     )
     recompute: Literal["none", "full"] = Field(
         default="none",

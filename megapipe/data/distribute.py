@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megapipe.config import Config
 from megapipe.data.feed import Batch, BatchFeed, State, merge_states
 from megapipe.data.sources import Source
 from megapipe.data.tokenizer import check_vocabulary, load_tokenizer
 from megapipe.distributed.mesh import Mesh
 from megapipe.distributed.rank_group import Value
 from megapipe.errors import explained
+from megapipe.layout.layout import Layout
 from megapipe.microbatch import MicroBatch
 from megapipe.step_sums import Given, StepPart, StepSums
 from megapipe.transfer import to_device
@@ -42,24 +42,23 @@ class ReplicaFeed(StepPart):
 
     With `validation` it gives the validation batches; `restart` begins with the first again. Those
     given before are kept in host memory, 4 bytes a token, and not read twice. `other` is a feed of
-    the same config and mesh: the sources that it has opened are not opened again.
+    the same layout and mesh: the sources that it has opened are not opened again.
     """
 
     def __init__(
         self,
-        config: Config,
+        layout: Layout,
         mesh: Mesh,
         *,
-        hosts_first: bool,
-        hosts_last: bool,
         validation: bool = False,
         other: "ReplicaFeed | None" = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        self._config = config
+        self._layout = layout
+        self._config = layout.config
         self._mesh = mesh
-        self._hosts_first = hosts_first
-        self._hosts_last = hosts_last
+        self._hosts_first = layout.stages[0].rank == mesh.pipeline.rank
+        self._hosts_last = layout.stages[-1].rank == mesh.pipeline.rank
         self._validation = validation
         self._step = 0
         self._given: list[Tensor] = []
@@ -130,11 +129,6 @@ class ReplicaFeed(StepPart):
         """The feed that this rank reads for its replica; None on ranks that do not read."""
         return self._feed
 
-    @property
-    def wait_seconds(self) -> float:
-        """How long the last step waited for its batch; 0 on ranks that do not read."""
-        return self._feed.wait_seconds if self._feed else 0.0
-
     def register(self, sums: StepSums) -> None:
         for name in COUNTS:
             sums.register(name)
@@ -158,10 +152,6 @@ class ReplicaFeed(StepPart):
             self._feed.close()
 
     @property
-    def _samples_per_rank(self) -> int:
-        return self._config.train.global_batch_size // self._mesh.batch.size
-
-    @property
     def _masked(self) -> bool:
         return self._config.data.mask_documents
 
@@ -175,7 +165,7 @@ class ReplicaFeed(StepPart):
             seed=config.train.seed,
             tokenizer=tokenizer,
             replica=self._mesh.batch.rank,
-            replicas=self._mesh.batch.size,
+            replicas=self._layout.replicas,
             global_batch_size=config.train.global_batch_size,
             sequence_length=config.train.sequence_length,
             validation=self._validation,
@@ -212,19 +202,19 @@ class ReplicaFeed(StepPart):
 
     def _empty_wire(self) -> Tensor:
         """Room for a step's tokens and documents."""
-        count, length = self._samples_per_rank, self._config.train.sequence_length
+        count, length = self._layout.samples, self._config.train.sequence_length
         size = count * (length + 1) + (count * length if self._masked else 0)
         return torch.zeros(size, dtype=torch.int32)
 
     def _split(self, wire: Tensor) -> list[MicroBatch]:
-        train, data = self._config.train, self._mesh.batch
-        count, length, size = self._samples_per_rank, train.sequence_length, train.micro_batch_size
+        train, replica = self._config.train, self._mesh.batch.rank
+        count, length, size = self._layout.samples, train.sequence_length, train.micro_batch_size
         end = count * (length + 1)
         tokens = wire[:end].view(count, length + 1)
         inputs = tokens[:, :-1].long() if self._hosts_first else None
         targets = tokens[:, 1:].long() if self._hosts_last else None
         documents = wire[end:].view(count, length) if self._masked else None
-        samples = torch.arange(count, device=wire.device) * data.size + data.rank
+        samples = torch.arange(count, device=wire.device) * self._layout.replicas + replica
         samples += self._step * train.global_batch_size
 
         def part(tensor: Tensor | None, start: int) -> Tensor | None:

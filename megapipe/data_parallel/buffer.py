@@ -11,8 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megapipe.layout.layout import Layout
 from megapipe.layout.parameters import ParameterShard
+from megapipe.optim import parameter_groups
 from megapipe.parameter_role import Role
+from megapipe.precision import PRECISIONS
 from megapipe.tensor_parallel.parameter import ShardedParameter, sharded_parameters
 
 ALIGNMENT = 64
@@ -120,6 +123,17 @@ def build_buffers(
         for number, parameters in enumerate(members)
         if parameters
     ]
+
+
+def layout_buffers(layout: Layout, stages: Iterable[nn.Module]) -> list[ParameterBuffer]:
+    """The buffers of this rank's stages as the layout's config wants them."""
+    config = layout.config
+    return build_buffers(
+        stages,
+        [group.roles for group in parameter_groups(config.optimizer)],
+        main_dtype=PRECISIONS[config.train.precision].main_dtype,
+        replicas=layout.replicas,
+    )
 
 
 def _round_up(value: int, multiple: int) -> int:

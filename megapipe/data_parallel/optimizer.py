@@ -1,6 +1,6 @@
 """An optimizer over flat buffers: its update rule on each, the state that it keeps, its steps."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ class Optimizer:
         self._groups = parameter_groups(config)
         self._flat = [_flat(buffer, self._groups[buffer.group]) for buffer in buffers]
         self._steps = 0
+        self.before_step: Callable[[float], None] | None = None
+        """Is called with the gradient scale of each step before a rule may change gradients."""
 
     @property
     def steps(self) -> int:
@@ -46,7 +48,9 @@ class Optimizer:
     @torch.no_grad()
     def step(self, learning_rate: float, gradient_scale: float = 1.0) -> None:
         """Update the master weights from the buffers' gradients, times `gradient_scale`, and from
-        them the model's weights. What it leaves in the gradients is the rule's affair."""
+        them the model's weights. Gradients may hold anything afterwards."""
+        if self.before_step is not None:
+            self.before_step(gradient_scale)
         self._steps += 1
         step = StepInputs(self._steps, learning_rate, gradient_scale, self.backend)
         for buffer, flat in zip(self.buffers, self._flat, strict=True):

@@ -103,7 +103,8 @@ def _listen(port: int) -> socket.socket:
 
 def _await(attempt: Callable[[], None], rank: int, size: int, address: Address) -> None:
     """Return once the attempt raises no OSError."""
-    place, notices, voice = join_address(address), Notices(), HostVoice(join_address(address))
+    place, notices = join_address(address), Notices()
+    chosen = OnePerMachine(place)
     whose = "this process's own address" if rank == 0 else "rank 0"
     limit = PATIENCE.total_seconds()
     while True:
@@ -118,11 +119,11 @@ def _await(attempt: Callable[[], None], rank: int, size: int, address: Address) 
                 f"{socket.gethostname()}: {why}. See that all {size} processes were started and "
                 "can reach that address, which has to be one of rank 0's machine."
             )
-            if not voice.speaks():
+            if not chosen.is_this_process():
                 raise RefusedError(text)
-            time.sleep(ALL_GIVE_UP)  # while this process lives, no other one speaks
+            time.sleep(ALL_GIVE_UP)  # while this process lives, no other one is chosen
             raise RendezvousError(text)
-        if notices.due() and voice.speaks():
+        if notices.due() and chosen.is_this_process():
             say(
                 f"waiting for {notices.waited:.0f} of {limit:.0f} s: rank {rank} of {size} on "
                 f"{socket.gethostname()} can't reach {whose} "
@@ -149,11 +150,11 @@ def join_address(address: Address) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-class HostVoice:
-    """One process of each machine speaks of a subject: the first that has something to say.
+class OnePerMachine:
+    """The one process of this machine that prints messages on a subject: the first that asks.
 
     It holds a name that Linux gives to one socket at a time, and frees when the process ends.
-    Elsewhere, and where no such name can be had, all speak.
+    Elsewhere, and where no such name can be had, it is every process.
     """
 
     def __init__(self, subject: str) -> None:
@@ -161,7 +162,7 @@ class HostVoice:
         self._name = f"\0megapipe/{os.getuid()}/{digest}"
         self._socket: socket.socket | None = None
 
-    def speaks(self) -> bool:
+    def is_this_process(self) -> bool:
         if sys.platform != "linux" or self._socket is not None:
             return True
         holder = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

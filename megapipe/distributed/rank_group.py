@@ -65,8 +65,8 @@ class RankGroup:
         return values
 
     def gather(self, value: object) -> list[Any] | None:
-        """As `all_gather`, but only the first rank receives; the others get None."""
-        content = _encode(value)
+        """As `all_gather`, but only the first rank receives the values; the others get None."""
+        content, _ = self.in_agreement(lambda: _encode(value))
         if self.group is None:
             return [json.loads(content)]
         padded, sizes = self._pad(content)

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 
 from safetensors import safe_open
@@ -21,8 +22,8 @@ from megapipe.files import replace_durably
 from megapipe.layout.layout import Layout, resolve
 from megapipe.layout.parameters import ParameterShard
 from megapipe.microbatch import MicroBatch
-from megapipe.tensor_parallel.parameter import sharded_parameters
-from megapipe.train.engine import Engine
+from megapipe.tensor_parallel.parameter import ShardedParameter, sharded_parameters
+from megapipe.train.engine import Engine, StepResult
 
 FLOOR = {"initial weight": 1e-6, "gradient": 1e-6, "weight": 1e-3}
 """A tensor's error is relative to its own largest value, but to no less than this share of the
@@ -49,7 +50,7 @@ class Difference:
     absolute: float
     rank: int
     where: str  # the rank's coordinates
-    stage: int
+    stage: int | None  # None for loss and norm, which all ranks share
 
 
 @dataclass(frozen=True)
@@ -80,29 +81,26 @@ def check_equivalence(
     Collective over the mesh, whose ranks share `folder` (default: the temporary directory of their
     machine) for what they compare.
     """
-    engine = Engine(layout, mesh)
+    sharded = ComparedRun(layout, mesh)
     single_mesh = Mesh.single(mesh.device)
-    single = Engine(one_process(layout), single_mesh) if mesh.rank == 0 else None
+    single = ComparedRun(one_process(layout), single_mesh) if mesh.rank == 0 else None
     losses: list[tuple[float, float]] = []
     found: list[Difference] = []
     with _shared_directory(mesh, folder) as folder:
-        found += _compare(engine, single, 0, "initial weight", folder)
+        found += _compare(sharded, single, 0, "initial weight", folder)
         for step in range(steps):
             rate = layout.config.optimizer.learning_rate
-            result = engine.train_step(tokens(step, mesh), rate)
+            result = sharded.step(tokens(step, mesh), rate)
             expected = None
             if single is not None:
-                expected = single.train_step(tokens(step, single_mesh), rate)
+                expected = single.step(tokens(step, single_mesh), rate)
                 losses.append((result.loss, expected.loss))
                 found.append(_difference(step, "loss", result.loss, expected.loss))
-            # Before clipping: it would hide gradients that are all too large by one factor, and
-            # spread the error of one tensor over all.
-            clips = (result.clip, expected.clip if expected else 1.0)
-            found += _compare(engine, single, step, "gradient", folder, clips)
+            found += _compare(sharded, single, step, "gradient", folder)
             if expected is not None:
                 norms = (result.grad_norm, expected.grad_norm)
                 found.append(_difference(step, "gradient norm", *norms))
-            found += _compare(engine, single, step, "weight", folder)
+            found += _compare(sharded, single, step, "weight", folder)
     return Verdict(losses, found) if mesh.rank == 0 else None
 
 
@@ -112,58 +110,79 @@ def one_process(layout: Layout) -> Layout:
     return resolve(alone, 1, layout.family)
 
 
-def _values(engine: Engine, kind: str) -> Iterator[tuple[int, ParameterShard, Tensor]]:
-    """(stage, shard, local values) of all this rank's gradients or weights."""
-    for stage, module in engine.stages.items():
-        for parameter in sharded_parameters(module):
-            local = parameter.main_grad if kind == "gradient" else parameter.data
+class ComparedRun:
+    """One side of the comparison on this rank: an engine, and the gradients of its last step.
+
+    Gradients are copied before the optimizer's step, which may overwrite them, and compared as they
+    were before clipping: it would hide gradients that are all too large by one factor, and spread
+    the error of one tensor over all.
+    """
+
+    def __init__(self, layout: Layout, mesh: Mesh) -> None:
+        self.engine, self.mesh = Engine(layout, mesh), mesh
+        self.engine.optimizer.before_step = self._copy_gradients
+        self._gradients: dict[ShardedParameter, Tensor] = {}
+
+    def step(self, batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
+        result = self.engine.train_step(batches, learning_rate)
+        for gradient in self._gradients.values():
+            gradient.div_(result.clip)
+        return result
+
+    def values(self, kind: str) -> Iterator[tuple[int, ParameterShard, Tensor]]:
+        """(stage, shard, local values) of all this rank's gradients or weights."""
+        for stage, parameter in self._parameters():
+            local = self._gradients[parameter] if kind == "gradient" else parameter.data
             for shard in parameter.shards:
                 yield stage, shard, shard.view(local)
 
+    def _copy_gradients(self, scale: float) -> None:
+        self._gradients = {one: one.main_grad * scale for _, one in self._parameters()}
+
+    def _parameters(self) -> Iterator[tuple[int, ShardedParameter]]:
+        for stage, module in self.engine.stages.items():
+            for parameter in sharded_parameters(module):
+                yield stage, parameter
+
 
 def _compare(
-    layout: Engine,
-    single: Engine | None,
-    step: int,
-    kind: str,
-    folder: Path,
-    scales: tuple[float, float] = (1.0, 1.0),
+    layout: ComparedRun, single: ComparedRun | None, step: int, kind: str, folder: Path
 ) -> list[Difference]:
     """Compare each shard of the layout with the one-process tensor; rows arrive on rank 0.
 
-    `scales` are what the layout's and the one process's values have been multiplied by. Rank 0
-    writes the next reference only when all ranks have read this one, since it has their rows.
+    Rank 0 writes the next reference only when all ranks have read this one, since it has their
+    rows.
     """
     file = folder / "reference.safetensors"
     ranks = layout.mesh.world.rank_group
 
     def write() -> None:
         assert single is not None, "rank 0 has the model of one process"
-        whole = {name: t / scales[1] for name, t in _assemble(single, kind).items()}
+        whole = _assemble(single, kind)
         largest = max(float(t.abs().max()) for t in whole.values())
         # Our own writing names the file where there is no room for it.
         replace_durably(file, [save(whole, metadata={"largest": largest.hex()})])
 
     ranks.on_first(write)
     _, gathered = ranks.in_agreement(
-        lambda: list(_rows(layout, step, kind, file, scales[0])),
+        lambda: list(_rows(layout, step, kind, file)),
         share=lambda rows: [asdict(row) for row in rows],
     )
     everything = [Difference(**row) for rank_rows in gathered for row in rank_rows]
-    return sorted(everything, key=lambda row: row.stage)
+    return sorted(everything, key=attrgetter("stage"))
 
 
-def _rows(layout: Engine, step: int, kind: str, file: Path, scale: float) -> Iterator[Difference]:
+def _rows(layout: ComparedRun, step: int, kind: str, file: Path) -> Iterator[Difference]:
     """The largest error of each of this rank's shards against the reference in `file`."""
     mesh = layout.mesh
     with safe_open(file, framework="pt") as reference:
         largest = float.fromhex(reference.metadata()["largest"])
-        for stage, shard, values in _values(layout, kind):
+        for stage, shard, values in layout.values(kind):
             if values.numel() == 0:
                 continue
             cut = tuple(slice(a, a + n) for a, n in zip(shard.start, shard.shape, strict=True))
             expected = reference.get_slice(shard.name)[cut]
-            absolute = float(_largest_error(values / scale, expected))
+            absolute = float(_largest_error(values, expected))
             relative_to = max(float(expected.abs().max()), FLOOR[kind] * largest)
             error = absolute / relative_to if relative_to > 0 else absolute
             yield Difference(
@@ -176,10 +195,10 @@ def _largest_error(values: Tensor, expected: Tensor) -> Tensor:
     return (values - expected.to(values.device)).abs().max()
 
 
-def _assemble(engine: Engine, kind: str) -> dict[str, Tensor]:
-    """Global tensors of a one-process engine, by name."""
+def _assemble(single: ComparedRun, kind: str) -> dict[str, Tensor]:
+    """Global tensors of the one process, by name."""
     whole: dict[str, Tensor] = {}
-    for _, shard, values in _values(engine, kind):
+    for _, shard, values in single.values(kind):
         assert shard.shape == shard.global_shape, "one process holds whole tensors"
         whole[shard.name] = values
     return whole
@@ -188,7 +207,7 @@ def _assemble(engine: Engine, kind: str) -> dict[str, Tensor]:
 def _difference(step: int, kind: str, value: float, expected: float) -> Difference:
     """Of a number that all ranks share."""
     absolute, error = abs(value - expected), relative_error(value, expected)
-    return Difference(step, kind, kind, error, absolute, 0, "all ranks", -1)
+    return Difference(step, kind, kind, error, absolute, 0, "all ranks", None)
 
 
 def relative_error(value: float, expected: float) -> float:

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Column, Table
 
-from megapipe.equivalence.check import Verdict, relative_error
+from megapipe.equivalence.check import Difference, Verdict, relative_error
 
 TOLERANCE = 1e-9
 KINDS = {
@@ -24,10 +24,18 @@ def print_report(verdict: Verdict, steps: int) -> int:
         print(f"PASSED: the layout equals one process over {over}, to {TOLERANCE:g}.")
         return 0
     print(
-        f"FAILED in step {first.step + 1}: {first.kind} {first.name} on {first.where}, "
-        f"stage {first.stage}, differs by {first.absolute:.3g} ({first.error:.3g} relative)."
+        f"FAILED in step {first.step + 1}: {_subject(first)} differs by {first.absolute:.3g} "
+        f"({first.error:.3g} relative)."
     )
     return 1
+
+
+def _subject(difference: Difference) -> str:
+    """`the loss`, or `weight layers.0.norm.weight on rank 1 (...), stage 1,`."""
+    if difference.stage is None:
+        return f"the {difference.kind}"
+    where = f"{difference.where}, stage {difference.stage},"
+    return f"{difference.kind} {difference.name} on {where}"
 
 
 def _print_tables(verdict: Verdict) -> None:

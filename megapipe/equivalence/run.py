@@ -20,14 +20,15 @@ def verify(config: Config, family: ModelFamily, name: str, steps: int) -> int:
     Returns the exit status: 0 when losses, gradients and weights agree. Raises ConfigError or
     ScheduleError where the config's layout can't be.
     """
-    small, changes = shrink(config)
+    small, changes = shrink(config, family)
     with scratch_directory() as folder:
         layout, found = plan_layout(small, None, family, folder)
         _introduce(name, [*changes, *found])
         # Torch comes with it, before the ranks are forked, so that none of them imports it again.
         from megapipe.distributed.launcher import launch_local
 
-        return launch_local(partial(_check_rank, layout, steps, folder), layout.axes.world_size)
+        check = partial(_check_rank, layout, steps, folder)
+        return launch_local(check, layout.axes.world_size, layout.axes.describe)
 
 
 def _introduce(name: str, changes: Sequence[str]) -> None:

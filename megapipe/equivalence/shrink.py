@@ -1,27 +1,35 @@
 """A small config that has every feature and the layout of a large one, for `megapipe verify`."""
 
+import math
+from dataclasses import replace
+
 from megapipe.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from megapipe.config.axes import FOLLOWS_WORLD_SIZE, Splits, given_sizes
 from megapipe.layout.axes import Axes
+from megapipe.layout.family import ModelFamily
 from megapipe.layout.layout import microbatches
+from megapipe.layout.parameters import padded_rows
 
 MAX_RANKS = 8
 SEQUENCE = 32
-VOCABULARY = (256, 251)  # where the real one divides evenly over tensor ranks, and where not
+VOCABULARY = 256
+"""Tokens where the user's tensor ranks hold no rows of padding, or the next number without any."""
+UNEVEN_VOCABULARY = 251
+"""Tokens where they do."""
 _FIRST_TO_SHRINK = (Splits.SAMPLES, Splits.STAGES, Splits.TENSORS)
 
 
-def shrink(config: Config) -> tuple[Config, list[str]]:
-    """The config to prove, and a sentence for each way in which it differs from the user's.
+def shrink(config: Config, family: ModelFamily) -> tuple[Config, list[str]]:
+    """The config to check, and a sentence for each way in which it differs from the user's.
 
     Kept: every feature of [model], whether layers and vocabulary divide evenly, the schedule,
     sequence parallelism, and the layout up to 8 ranks. Reduced: sizes, and degrees beyond 8 ranks,
-    each to no less than 2.
+    each to no less than 2 as long as that is enough.
     """
     old = _axes(config)
-    axes = _shrink_axes(old)
+    axes, given_up = shrink_axes(old)
     parallel = _shrink_parallel(config, axes)
-    model = _shrink_model(config, parallel)
+    model = _shrink_model(config, family, parallel)
     parallel = _shrink_layers_per_stage(config, parallel, model)
     train = _shrink_train(config, old, axes)
     replicas = axes.size(*axes.that_split(Splits.SAMPLES))
@@ -42,6 +50,7 @@ def shrink(config: Config) -> tuple[Config, list[str]]:
         *_changes("model", config.model, small.model),
         *_changes("parallel", config.parallel, small.parallel),
         *_changes("train", config.train, small.train),
+        *given_up,
     ]
 
 
@@ -52,13 +61,24 @@ def _axes(config: Config) -> Axes:
     return two if two.world_size <= MAX_RANKS else Axes.of(**sizes)
 
 
-def _shrink_axes(axes: Axes) -> Axes:
-    """No more than MAX_RANKS: the largest axis is halved, again and again, to no less than 2."""
-    order = [name for what in _FIRST_TO_SHRINK for name in axes.that_split(what)]
+def shrink_axes(axes: Axes) -> tuple[Axes, list[str]]:
+    """Axes of no more than MAX_RANKS, and a sentence for each that is given up.
+
+    The largest is halved, again and again. Where all are 2 or less, one is given up: it becomes 1.
+    """
+    first = [name for what in _FIRST_TO_SHRINK for name in axes.that_split(what)]
+    order, given_up = list(dict.fromkeys([*first, *axes.names])), []
     while axes.world_size > MAX_RANKS:
         largest = max(order, key=lambda name: axes.sizes[name])
-        axes = Axes.of(**{**axes.sizes, largest: max(2, axes.sizes[largest] // 2)})
-    return axes
+        fewer = max(2, axes.sizes[largest] // 2)
+        if axes.sizes[largest] == 2:
+            fewer = 1
+            given_up.append(
+                f"parallel.{largest} is not checked: 2 ranks on each axis of the layout are "
+                f"{axes.world_size} in all, more than {MAX_RANKS}"
+            )
+        axes = replace(axes, sizes={**axes.sizes, largest: fewer})
+    return axes, given_up
 
 
 def _shrink_parallel(config: Config, axes: Axes) -> ParallelConfig:
@@ -79,12 +99,11 @@ def _shrink_parallel(config: Config, axes: Axes) -> ParallelConfig:
     )
 
 
-def _shrink_model(config: Config, parallel: ParallelConfig) -> ModelConfig:
+def _shrink_model(config: Config, family: ModelFamily, parallel: ParallelConfig) -> ModelConfig:
     stages, old_stages = parallel.stages, config.parallel.stages
     layers = max(2, stages)
     if config.model.num_layers % old_stages != 0 or config.parallel.layers_per_stage is not None:
         layers = stages + 1
-    even = config.model.vocab_size % (64 * config.parallel.tensor) == 0
     length = _sequence_length(config, parallel.tensor)
     narrow = config.model.narrowed(
         tensor=config.parallel.tensor,
@@ -95,10 +114,25 @@ def _shrink_model(config: Config, parallel: ParallelConfig) -> ModelConfig:
     return narrow.model_copy(
         update={
             "num_layers": min(narrow.num_layers, layers),
-            "vocab_size": min(narrow.vocab_size, VOCABULARY[0] if even else VOCABULARY[1]),
+            "vocab_size": min(narrow.vocab_size, _vocabulary(config, family, parallel.tensor)),
             "max_sequence_length": min(narrow.max_sequence_length, 2 * length),
         }
     )
+
+
+def _vocabulary(config: Config, family: ModelFamily, tensor: int) -> int:
+    """Tokens for `tensor` ranks: with rows of padding on them where the user's ranks have some."""
+    multiples = {
+        spec.split.pad_to
+        for spec in family.parameters(config.model)
+        if spec.split is not None
+        and spec.split.pad_to is not None
+        and spec.shape[spec.split.dim] == config.model.vocab_size
+    }
+    multiple = math.lcm(*multiples)
+    if config.model.vocab_size % (multiple * config.parallel.tensor):
+        return UNEVEN_VOCABULARY
+    return padded_rows(VOCABULARY, tensor, multiple) * tensor
 
 
 def _shrink_layers_per_stage(

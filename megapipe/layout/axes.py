@@ -1,7 +1,7 @@
 """Ranks and their coordinates on the axes of a layout."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -57,19 +57,8 @@ class Axes:
             rank = rank * size + coordinates[name]
         return rank
 
-    def index(self, rank: int, *names: str) -> int:
-        """The rank's place in its group of these axes: 0 <= index < size."""
-        place, index = self.coordinates(rank), 0
-        for name in self._ordered(names):
-            index = index * self.sizes[name] + place[name]
-        return index
-
-    def group(self, rank: int, *names: str) -> tuple[int, ...]:
-        """The ranks that differ from `rank` only in these axes, itself included, in order."""
-        return self._combinations(self.coordinates(rank), {n: range(self.sizes[n]) for n in names})
-
     def groups(self, *names: str) -> list[tuple[int, ...]]:
-        """All groups of these axes: each rank of the world is in one."""
+        """All groups of ranks that differ in these axes alone, in order: each rank is in one."""
         return self.subgroups({name: range(self.sizes[name]) for name in names})
 
     def subgroups(self, places: Mapping[str, Sequence[int]]) -> list[tuple[int, ...]]:
@@ -93,6 +82,3 @@ class Axes:
         return tuple(
             self.rank(dict(zip(self.names, chosen, strict=True))) for chosen in product(*choices)
         )
-
-    def _ordered(self, names: Sequence[str]) -> Iterator[str]:
-        return (name for name in self.names if name in names)

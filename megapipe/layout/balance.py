@@ -8,14 +8,12 @@ from megapipe.amounts import counted
 from megapipe.errors import ScheduleError
 
 
-def balance(
-    costs: Sequence[float], stages: int, *, first: float = 0.0, last: float = 0.0
-) -> list[int]:
+def balance(costs: Sequence[float], stages: int) -> list[int]:
     """Layers per stage, each at least one, such that the costliest stage costs as little as can be,
     and under that condition the stages are as equal as can be (least squares).
 
-    `costs` are the layers' in order; `first` and `last` are added to the first and last stage (the
-    embedding, the output layer). Exact, by dynamic programming over (stages, layers). Among equals
+    `costs` are the layers' in order, those of the embedding and the output layer added to the first
+    and the last. Exact, by dynamic programming over (stages, layers). Among equals
     the later stages get more layers, since earlier ones hold the activations of more microbatches.
     Raises ScheduleError with fewer layers than stages.
     """
@@ -28,8 +26,7 @@ def balance(
     upto = [0.0, *accumulate(costs)]
 
     def cost(begin: int, end: int) -> float:
-        extra = (first if begin == 0 else 0.0) + (last if end == layers else 0.0)
-        return upto[end] - upto[begin] + extra
+        return upto[end] - upto[begin]
 
     costliest, _ = _cheapest_cuts(cost, layers, stages, max)
 

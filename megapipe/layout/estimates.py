@@ -5,10 +5,11 @@ knows better.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from megapipe.layout.layout import Layout, Stage
+from megapipe.layout.parameters import ParameterShard
 from megapipe.optim import ParameterGroup, parameter_groups
 from megapipe.parameter_role import Role
 from megapipe.pipeline.schedule import Costs, Timeline
@@ -50,13 +51,13 @@ def parameter_count(layout: Layout) -> int:
     return sum(spec.size for spec in layout.parameters.values())
 
 
-def stage_parameter_count(
-    layout: Layout, stage: Stage, roles: Collection[Role] = tuple(Role)
-) -> int:
-    """Elements that each tensor rank holds of a stage's parameters that have one of the roles,
-    padding and copies included."""
-    rank = layout.axes.rank(dict.fromkeys(layout.axes.names, 0) | {"pipeline": stage.rank})
-    shards = layout.shards(stage, rank).values()
+def stage_parameter_count(layout: Layout, stage: Stage) -> int:
+    """Elements that each tensor rank holds of a stage, padding and copies included."""
+    return local_elements(_shards(layout, stage).values())
+
+
+def local_elements(shards: Iterable[ParameterShard], roles: Collection[Role] = tuple(Role)) -> int:
+    """Elements of those shards whose parameters have one of the roles, padding included."""
     return sum(shard.local_size for shard in shards if shard.spec.role in roles)
 
 
@@ -71,19 +72,19 @@ class StateBytes:
     weights: int
     gradients: int
     master: int
-    moments: int
+    optimizer: int
 
     @property
     def total(self) -> int:
         """All four."""
-        return self.weights + self.gradients + self.master + self.moments
+        return self.weights + self.gradients + self.master + self.optimizer
 
     def __add__(self, other: "StateBytes") -> "StateBytes":
         return StateBytes(
             self.weights + other.weights,
             self.gradients + other.gradients,
             self.master + other.master,
-            self.moments + other.moments,
+            self.optimizer + other.optimizer,
         )
 
     def __mul__(self, parameters: int) -> "StateBytes":
@@ -91,7 +92,7 @@ class StateBytes:
             self.weights * parameters,
             self.gradients * parameters,
             self.master * parameters,
-            self.moments * parameters,
+            self.optimizer * parameters,
         )
 
 
@@ -103,15 +104,24 @@ def state_bytes(precision: str, group: ParameterGroup) -> StateBytes:
         weights=dtypes.model_bytes,
         gradients=dtypes.main_bytes,
         master=dtypes.main_bytes if dtypes.has_master else 0,
-        moments=sum(BYTES[dtype] for dtype in kept),
+        optimizer=sum(BYTES[dtype] for dtype in kept),
     )
 
 
 def rank_states(layout: Layout) -> list[StateBytes]:
-    """What each pipeline rank holds, all of its stages together."""
-    held = [StateBytes(0, 0, 0, 0)] * layout.axes.size("pipeline")
+    """What each pipeline rank holds for all of its stages; what two of them share, once."""
+    shards: list[dict[str, ParameterShard]] = [{} for _ in range(layout.axes.size("pipeline"))]
+    for stage in layout.stages:
+        shards[stage.rank] |= _shards(layout, stage)
+    held = [StateBytes(0, 0, 0, 0)] * len(shards)
     for group in parameter_groups(layout.config.optimizer):
-        per_parameter = state_bytes(layout.config.train.precision, group)
-        for stage in layout.stages:
-            held[stage.rank] += per_parameter * stage_parameter_count(layout, stage, group.roles)
+        each = state_bytes(layout.config.train.precision, group)
+        for rank, own in enumerate(shards):
+            held[rank] += each * local_elements(own.values(), group.roles)
     return held
+
+
+def _shards(layout: Layout, stage: Stage) -> dict[str, ParameterShard]:
+    """What each tensor rank holds of a stage, by the example of the first."""
+    place = dict.fromkeys(layout.axes.names, 0) | {"pipeline": stage.rank}
+    return layout.shards(stage, layout.axes.rank(place))

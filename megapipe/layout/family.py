@@ -6,20 +6,25 @@ stage, so that a trillion parameters are planned in milliseconds.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megapipe.config import Config, ConfigFamily, ModelConfig
 from megapipe.layout.axes import Axes
 from megapipe.layout.parameters import ParameterSpec, Place
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 @dataclass(frozen=True)
 class PlaceCosts:
-    """What one microbatch costs at a place of the model: in a layer, or at one of its ends.
+    """What a place of the model costs: a layer, or what lies before the first or after the last.
 
-    flops: of one token, forward and backward: what the mathematics needs, recompute not counted.
-    forward, backward_input, backward_weight: the work of each action for one token, as FLOPs, with
-    what is computed again and with what moves memory only.
+    All but `activation_bytes` is of one token, and of all tensor ranks together.
+
+    flops: forward and backward: what the mathematics needs, recompute not counted.
+    forward, backward_input, backward_weight: the work of each action as FLOPs, with what is
+    computed again and with what moves memory only.
     balance: what the place weighs where layers are cut into stages of equal cost.
     activation_bytes: what one microbatch leaves on a tensor rank from forward to backward.
     """
@@ -32,6 +37,19 @@ class PlaceCosts:
     activation_bytes: int
 
 
+class StageModule(Protocol):
+    """A stage of the model: one of torch's modules with what the executor needs."""
+
+    @property
+    def weight_grads(self) -> Any:
+        """The `store` of the stage's `StageBuild`. Its linear layers put their weight gradients
+        there, and schedules that compute these later find them there."""
+
+    def __call__(self, inputs: "Tensor | None", batch: Any) -> "Tensor":
+        """The hidden states after the stage, from those of the stage before (None on the first) and
+        a `megapipe.microbatch.MicroBatch`; on the last stage the sum of its token losses."""
+
+
 class ModelFamily(ConfigFamily, Protocol):
     """A kind of model. Its functions are pure; `model` is a section of its class `config`."""
 
@@ -41,7 +59,5 @@ class ModelFamily(ConfigFamily, Protocol):
     def costs(self, config: Config, axes: Axes, place: Place) -> PlaceCosts:
         """The costs at a place; layers may differ."""
 
-    def build_stage(self, build: Any) -> Any:
-        """The module (torch's) of a stage from its `megapipe.stage.StageBuild`: it maps the hidden
-        states of the stage before and a microbatch to hidden states, or on the last stage to the
-        sum of the microbatch's token losses."""
+    def build_stage(self, build: Any) -> StageModule:
+        """A stage from its `megapipe.stage.StageBuild`."""

@@ -9,6 +9,8 @@ from functools import cached_property
 
 from megapipe.config import Config
 from megapipe.config.axes import Splits
+from megapipe.config.contradiction import choices, divisors
+from megapipe.errors import ConfigError
 from megapipe.layout.axes import Axes
 from megapipe.layout.balance import balance
 from megapipe.layout.family import ModelFamily, PlaceCosts
@@ -20,6 +22,7 @@ from megapipe.layout.parameters import (
     Place,
     ReductionGroup,
     shard_of,
+    split_problem,
 )
 from megapipe.layout.program import ResolvedProgram, resolve_program
 from megapipe.layout.shapes import boundary_bytes, hidden_shape
@@ -91,6 +94,11 @@ class Layout:
         return self.program.placement
 
     @property
+    def virtual(self) -> int:
+        """Stages of each pipeline rank."""
+        return len(self.placement) // self.axes.size("pipeline")
+
+    @property
     def sequence_parallel(self) -> bool:
         """Tensor ranks have different parts of the sequence where matrices are not split."""
         return self.config.parallel.sequence_parallel and self.axes.size("tensor") > 1
@@ -136,12 +144,8 @@ class Layout:
     def reduction_groups(self) -> list[ReductionGroup]:
         """All groups of ranks that add up partial gradients of shards within a replica, in an order
         that all ranks share."""
-        alike = {
-            (spec.split, spec.partial, spec.places[len(spec.places) == 1 :]): spec
-            for spec in self.parameters.values()
-        }
         found: set[ReductionGroup] = set()
-        for spec in alike.values():
+        for spec in self._sharing_patterns():
             rank = self.holders(spec)[0]
             for tensor_rank in range(self.axes.size("tensor")):
                 held = self._shard(spec, tensor_rank=tensor_rank, pipeline_rank=rank)
@@ -165,6 +169,16 @@ class Layout:
         layers[0] += first
         layers[-1] += last
         return balance(layers, len(self.placement))
+
+    def _sharing_patterns(self) -> list[ParameterSpec]:
+        """One parameter of all that the same ranks share in the same way. Where one is used matters
+        for those that several stages use, which several pipeline ranks may hold."""
+        found = {}
+        for spec in self.parameters.values():
+            length = None if spec.split is None else spec.shape[spec.split.dim]
+            ends = spec.places if len(spec.places) > 1 else ()
+            found[spec.split, length, spec.partial, ends] = spec
+        return list(found.values())
 
     @cached_property
     def _rank_of(self) -> dict[Place, int]:
@@ -197,17 +211,44 @@ def resolve(
     """The layout of a run of a config on these axes, or this number of processes, by default as few
     as the layout needs. `program` is the content of the program's file if it has been read.
 
-    Raises ConfigError for a number of processes that does not fit, and ScheduleError as
-    `resolve_program` does.
+    Raises ConfigError for a number of processes that does not fit or that can't share a parameter,
+    and ScheduleError as `resolve_program` does.
     """
     if not isinstance(axes, Axes):
         axes = resolve_axes(config, axes)
     config = with_axes(config, axes)
     chosen = resolve_program(config, microbatches(config, axes), program)
-    return Layout(config, family, axes, chosen)
+    layout = Layout(config, family, axes, chosen)
+    _check_splits(layout)
+    return layout
 
 
 def microbatches(config: Config, axes: Axes) -> int:
     """Microbatches of one replica in a step."""
     replicas = axes.size(*axes.that_split(Splits.SAMPLES))
     return config.train.global_batch_size // (replicas * config.train.micro_batch_size)
+
+
+def _check_splits(layout: Layout) -> None:
+    """Raise ConfigError where the tensor ranks can't share a parameter as its table says."""
+    ranks = layout.axes.size("tensor")
+    splits = {
+        (spec.split, spec.shape[spec.split.dim]): spec
+        for spec in reversed(layout.parameters.values())
+        if spec.split is not None
+    }
+    problems = [
+        f"parallel.tensor = {ranks} does not fit {spec.name}, whose dimension {split.dim} {problem}"
+        for (split, length), spec in splits.items()
+        if (problem := split_problem(split, length, ranks)) is not None
+    ]
+    if not problems:
+        return
+    lengths = [split.units or length for split, length in splits if split.pad_to is None]
+    usable = [
+        size
+        for size in divisors(max(lengths))
+        if all(split_problem(split, length, size) is None for split, length in splits)
+    ]
+    advice = f"use {choices(usable)}" if usable else "no size fits: correct the family's table"
+    raise ConfigError([f"{problem}; {advice}." for problem in problems])

@@ -37,7 +37,8 @@ class Split:
     cut off. Where units are fewer than ranks, neighbouring ranks hold a copy of the same one, each
     with a part of its gradient.
     pad_to: local rows are padded to a multiple of this, the same number on each rank; the padding
-    is zero, gets no gradient and is in no checkpoint. Without it ranks divide what there is.
+    is zero, gets no gradient and is in no checkpoint. Without it ranks divide what there is: the
+    number of units (or of rows) is a multiple of the number of ranks or divides it.
     """
 
     dim: int
@@ -140,6 +141,7 @@ def split_part(split: Split, length: int, rank: int, ranks: int) -> SplitPart:
         start = min(rows * rank, length)
         held = min(rows, length - start)
         return SplitPart(start, held, rows - held, (rank,))
+    assert split_problem(split, length, ranks) is None, (split, length, ranks)
     units = split.units or length
     width, count = length // units, max(1, units // ranks)
     copies = max(1, ranks // units)
@@ -150,6 +152,18 @@ def split_part(split: Split, length: int, rank: int, ranks: int) -> SplitPart:
         padding=0,
         copies=tuple(range(first, first + copies)),
     )
+
+
+def split_problem(split: Split, length: int, ranks: int) -> str | None:
+    """Why `ranks` can't share a dimension of `length`, in words that follow it; else None."""
+    if split.pad_to is not None:
+        return None
+    units = split.units or length
+    if length % units:
+        return f"has {length:,} elements, which are not {units:,} equal units"
+    if units % ranks and ranks % units:
+        return f"has {units:,} {'units' if split.units else 'elements'}"
+    return None
 
 
 def padded_rows(length: int, ranks: int, multiple: int) -> int:

@@ -9,11 +9,6 @@ from megapipe.errors import ConfigError
 from megapipe.layout.axes import Axes
 
 
-def fewest_ranks(config: Config) -> int:
-    """The processes that the layout needs at least: the axis that may be left out counts as 1."""
-    return _axes(config).world_size
-
-
 def usable_world_sizes(config: Config) -> list[int]:
     """World sizes for which the batch and the streams divide over the replicas, ascending; of a
     config that leaves out the size of FOLLOWS_WORLD_SIZE."""

@@ -109,7 +109,8 @@ class UpdateRule(Generic[ConfigT]):
     config: its keys; the default of `name` is the optimizer's name.
     groups: (config) -> its groups; each role is in one of them.
     update: (config, group, parameters, step) changes `master` and `state` in place; it may
-        overwrite `gradients`. It sees no matrices, but one long row of numbers.
+        overwrite `gradients`, which nothing reads after it. It sees no matrices, but one long row
+        of numbers.
     rounds_weights: `update` rounds `master` into `weights` too, which else is done after it.
     """
 

@@ -138,14 +138,19 @@ def _stages(layout: Layout) -> Iterator[str]:
 
 
 def _padding(layout: Layout) -> Iterator[str]:
-    """Of the vocabulary, which is what tensor ranks hold padded parts of."""
-    tensor, size = layout.axes.size("tensor"), layout.config.model.vocab_size
-    multiples = {spec.split.pad_to for spec in layout.parameters.values() if spec.split}
-    for multiple in filter(None, multiples):
+    """A line for each number of rows that tensor ranks hold padded parts of."""
+    tensor = layout.axes.size("tensor")
+    names: dict[tuple[int, int], str] = {}
+    for spec in reversed(layout.parameters.values()):
+        if spec.split is not None and spec.split.pad_to is not None:
+            size = spec.shape[spec.split.dim]
+            is_vocabulary = size == layout.config.model.vocab_size
+            names[size, spec.split.pad_to] = "Vocabulary" if is_vocabulary else spec.name
+    for (size, multiple), name in reversed(names.items()):
         rows = padded_rows(size, tensor, multiple)
         if rows * tensor > size:
             yield (
-                f"Vocabulary: {size:,} and {rows * tensor - size:,} rows of padding inside "
+                f"{name}: {size:,} and {rows * tensor - size:,} rows of padding inside "
                 f"({rows:,} per tensor rank)"
             )
 
@@ -167,10 +172,10 @@ def _memory(layout: Layout) -> Iterator[str]:
     rows: list[list[object]] = []
     for states, group in groupby(enumerate(held), key=lambda entry: entry[1]):
         ranks = [rank for rank, _ in group]
-        parts = (states.weights, states.gradients, states.master, states.moments, states.total)
+        parts = (states.weights, states.gradients, states.master, states.optimizer, states.total)
         sizes = [f"{part / unit:.2f}" if part else "-" for part in parts]
         rows.append([_from_to(ranks[0], ranks[-1]), *sizes])
-    headings = ["pipeline", "weights", "gradients", "master weights", "moments", "total"]
+    headings = ["pipeline", "weights", "gradients", "master weights", "optimizer state", "total"]
     yield from _table(headings, rows)
 
 

@@ -18,7 +18,7 @@ from megapipe.pipeline.costs import read_costs
 from megapipe.pipeline.schedule import Costs, to_csv
 from megapipe.pipeline.schedule.fitting import check_limit
 from megapipe.pipeline.schedule.limit import Limit
-from megapipe.pipeline.schedule.search import FoundProgram, search
+from megapipe.pipeline.schedule.search import search
 from megapipe.pipeline.schedule.search.reason import Unit, forwards, seconds, summary
 from megapipe.pipeline.schedule.stored import UnfitProgramError
 
@@ -34,9 +34,9 @@ class EstimatedTimes(NamedTuple):
     source: str
 
 
-def estimated_times(config: Config, axes: Axes, family: ModelFamily) -> EstimatedTimes:
-    """Those of parallel.stage_costs, or else by arithmetic."""
-    layout, file = resolve(looped_config(config), axes, family), config.parallel.stage_costs
+def estimated_times(layout: Layout, file: str | None) -> EstimatedTimes:
+    """Those of the layout's stages in a `file` as parallel.stage_costs names it, or else by
+    arithmetic."""
     if file is None:
         return EstimatedTimes(stage_costs(layout), FLOPS_UNIT, forwards, "estimated by FLOPs")
     costs = read_costs(file, len(layout.stages), layout.boundary_bytes)
@@ -60,14 +60,10 @@ def plan_layout(
     if not isinstance(axes, Axes):
         axes = resolve_axes(config, axes)
     layout, lines = _settled(config, axes, family, folder, times)
-    limit = _estimated_byte_limit(config, axes, family)
+    limit = _estimated_byte_limit(config, layout)
     if limit is not None:
-        check_limit(
-            config.parallel.schedule,
-            layout.program.compute,
-            limit,
-            virtual=config.parallel.virtual,
-        )
+        name = config.parallel.schedule
+        check_limit(name, layout.program.compute, limit, virtual=layout.virtual)
     return layout, lines
 
 
@@ -87,8 +83,11 @@ def _settled(
     except UnfitProgramError as error:
         if stored.exists():
             lines = [f"Not the program of {stored}, which does not fit here: {error}"]
-    times = times or estimated_times(config, axes, family)
-    found = _estimated_search(config, axes, family, times.costs)
+    looped = resolve(looped_config(config), axes, family)
+    times = times or estimated_times(looped, parallel.stage_costs)
+    limit = _estimated_byte_limit(config, looped) or microbatch_limit(config)
+    assert limit is not None, "auto always has a limit"
+    found = search(axes.size("pipeline"), looped.virtual, looped.microbatches, times.costs, limit)
     file = folder / PROGRAM_FILE
     file.write_text(to_csv(found.program), encoding="utf-8")
     measures = parallel.stage_costs is None
@@ -99,23 +98,10 @@ def _settled(
     return resolve(chosen, axes, family), lines
 
 
-def _estimated_search(
-    config: Config, axes: Axes, family: ModelFamily, costs: Costs
-) -> FoundProgram:
-    """What `auto` would choose. Raises ScheduleError for a limit that nothing keeps."""
-    limit = _estimated_byte_limit(config, axes, family) or microbatch_limit(config)
-    assert limit is not None, "auto always has a limit"
-    layout = resolve(looped_config(config), axes, family)
-    parallel = config.parallel
-    return search(parallel.pipeline, parallel.virtual, layout.microbatches, costs, limit)
-
-
-def _estimated_byte_limit(config: Config, axes: Axes, family: ModelFamily) -> Limit | None:
-    """A parallel.activation_limit in bytes, with estimated activations."""
+def _estimated_byte_limit(config: Config, layout: Layout) -> Limit | None:
+    """A parallel.activation_limit in bytes, with estimated activations of the layout's stages."""
     most = byte_limit(config)
     if most is None:
         return None
-    layout = resolve(looped_config(config), axes, family)
-    return Limit.in_bytes(
-        most, [float(stage_activation_bytes(layout, one)) for one in layout.stages]
-    )
+    held = [float(stage_activation_bytes(layout, stage)) for stage in layout.stages]
+    return Limit.in_bytes(most, held)

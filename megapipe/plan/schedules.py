@@ -19,7 +19,8 @@ from megapipe.errors import ConfigError, ScheduleError, UsageError
 from megapipe.layout.axes import Axes
 from megapipe.layout.estimates import peak_bytes, stage_activation_bytes
 from megapipe.layout.family import ModelFamily
-from megapipe.layout.layout import microbatches
+from megapipe.layout.layout import Layout, resolve
+from megapipe.layout.program import looped_config
 from megapipe.layout.world import resolve_axes, with_axes
 from megapipe.pipeline.picture import Panel, draw, save_picture
 from megapipe.pipeline.schedule import SCHEDULES, Costs, Kind, Timeline, critical_path, simulate
@@ -46,7 +47,7 @@ class Plan:
     """One schedule in one layout, simulated. Bytes are of a tensor rank; lists are by rank."""
 
     config: Config
-    axes: Axes
+    layout: Layout
     timeline: Timeline
     times: EstimatedTimes
     found: list[str]  # which program it is, for auto
@@ -54,7 +55,6 @@ class Plan:
     live_bytes: list[int]  # an estimate
     late: list[float]  # the most microbatches whose weight gradients are put off at a time
     sent: list[int]  # tensors in a step
-    tensor_bytes: int
 
     @property
     def name(self) -> str:
@@ -184,8 +184,7 @@ def _times(
             f"{own.parallel.stages} stages, and {config.parallel.schedule} has {stages}: "
             "compare it with --costs F,I,W, or with --parallel.stage_costs none."
         )
-    costed = config.parallel.model_copy(update={"stage_costs": file})
-    return estimated_times(config.model_copy(update={"parallel": costed}), axes, family)
+    return estimated_times(resolve(looped_config(config), axes, family), file)
 
 
 def make_plan(config: Config, axes: Axes, family: ModelFamily, times: EstimatedTimes) -> Plan:
@@ -198,15 +197,14 @@ def make_plan(config: Config, axes: Axes, family: ModelFamily, times: EstimatedT
     held = [stage_activation_bytes(layout, stage) for stage in layout.stages]
     return Plan(
         config=config,
-        axes=axes,
+        layout=layout,
         timeline=timeline,
         times=times,
         found=found,
         live=timeline.peak_microbatches,
         live_bytes=peak_bytes(timeline, held),
-        late=[count / config.parallel.virtual for count in timeline.peak_pending],
+        late=[count / layout.virtual for count in timeline.peak_pending],
         sent=[count * layout.microbatches for count in sent],
-        tensor_bytes=layout.boundary_bytes,
     )
 
 
@@ -228,10 +226,10 @@ def _report(plans: Sequence[Plan], notes: Sequence[str], columns: int) -> str:
     out = StringIO()
     console = Console(file=out, width=max(columns, 100), highlight=False, color_system=None)
     print_text = partial(console.print, markup=False)
-    layout, schedule = layout_lines(config, plans[0].axes)
+    layout, schedule = layout_lines(config, plans[0].layout.axes)
     print_text("\n".join([layout, schedule, *plans[0].found] if len(plans) == 1 else [layout]))
     print_text(
-        f"{microbatches(config, plans[0].axes)} microbatches of {config.train.micro_batch_size} x "
+        f"{plans[0].layout.microbatches} microbatches of {config.train.micro_batch_size} x "
         f'{config.train.sequence_length} tokens, recompute "{config.train.recompute}". '
         f"Costs: {times.source}. Time: {times.unit}."
     )
@@ -255,13 +253,13 @@ def _comparison(plans: Sequence[Plan]) -> Table:
     for plan in plans:
         table.add_row(
             plan.name,
-            f"{plan.config.parallel.virtual}",
+            f"{plan.layout.virtual}",
             amount(plan.timeline.makespan),
             f"{plan.timeline.bubble:.1%}",
             f"{max(plan.live):.4g}",
             size(max(plan.live_bytes)),
             f"{max(plan.late):.3g}" if any(plan.late) else "-",
-            f"{max(plan.sent):,} x {size(plan.tensor_bytes)}",
+            f"{max(plan.sent):,} x {size(plan.layout.boundary_bytes)}",
         )
     return table
 

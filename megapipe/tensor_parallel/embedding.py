@@ -18,12 +18,14 @@ class VocabParallelEmbedding(nn.Module):
 
     def __init__(self, weight: ShardedParameter, *, tensor: Axis, sequence_parallel: bool) -> None:
         super().__init__()
+        (shard,) = weight.shards
         self.weight = weight
+        self.first_token = shard.start[0]
         self.tensor = tensor
         self.sequence_parallel = sequence_parallel
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
-        rows_SB = tokens_BS.t() - self.tensor.rank * self.weight.shape[0]
+        rows_SB = tokens_BS.t() - self.first_token
         x_SBH: Tensor = _Lookup.apply(rows_SB, self.weight, self.tensor, self.sequence_parallel)
         return x_SBH
 

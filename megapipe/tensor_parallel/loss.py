@@ -29,21 +29,21 @@ def vocab_parallel_cross_entropy(
     logits: Tensor,
     targets: Tensor,
     *,
-    vocab_size: int,
+    vocabulary: Vocabulary,
     tensor: Axis,
     z_loss: float = 0.0,
     backend: Backend = "torch",
 ) -> Tensor:
     """Scalar sum of the losses of [...] targets, given this rank's [..., columns] of the logits.
 
-    Columns beyond `vocab_size` are padding and count as minus infinity. Ignored targets
+    Columns beyond those of `vocabulary` are padding and count as minus infinity. Ignored targets
     (`IGNORED_TARGET`) give no loss and no gradient. Sums are float32 (float64 for float64 logits).
     The logits are overwritten, in forward already; only their producer may have saved them.
     """
     return kernels.part_cross_entropy(
         logits.flatten(0, -2),
         targets.reshape(-1),
-        vocabulary=_own_rows(vocab_size, logits.shape[-1], tensor),
+        vocabulary=vocabulary,
         combine=partial(_combine, tensor),
         z_loss=z_loss,
         backend=backend,
@@ -55,7 +55,6 @@ def vocab_parallel_linear_cross_entropy(
     weight: ShardedParameter,
     targets: Tensor,
     *,
-    vocab_size: int,
     tensor: Axis,
     sequence_parallel: bool,
     z_loss: float = 0.0,
@@ -74,7 +73,6 @@ def vocab_parallel_linear_cross_entropy(
         hidden,
         weight,
         targets.reshape(-1),
-        vocab_size,
         tensor,
         sequence_parallel and tensor.size > 1,
         z_loss,
@@ -92,7 +90,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: ShardedParameter,
         targets_N: Tensor,
-        vocab_size: int,
         tensor: Axis,
         gathers: bool,
         z_loss: float,
@@ -110,7 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             whole.flatten(0, -2),
             weight,
             targets_N,
-            vocabulary=_own_rows(vocab_size, weight.shape[0], tensor),
+            vocabulary=own_vocabulary(weight),
             combine=partial(_combine, tensor),
             add_weight_grad=add if differentiable else None,
             z_loss=z_loss,
@@ -129,13 +126,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             assert grad == 1, said
         hidden_grad = ctx.start(ctx.hidden_grad.view(ctx.shape), ctx.tensor).wait()
-        return (hidden_grad, *[None] * 9)
+        return (hidden_grad, *[None] * 8)
 
 
-def _own_rows(vocab_size: int, rows: int, tensor: Axis) -> Vocabulary:
-    """This rank's classes, of `rows` with the padding."""
-    first = tensor.rank * rows
-    return Vocabulary(first, min(max(vocab_size - first, 0), rows))
+def own_vocabulary(weight: ShardedParameter) -> Vocabulary:
+    """The classes that this rank's rows of an output weight stand for, without the padding."""
+    (shard,) = weight.shards
+    return Vocabulary(shard.start[0], shard.shape[0])
 
 
 def _combine(tensor: Axis, max_N: Tensor, sum_N: Tensor, target_N: Tensor) -> Combined:

@@ -8,6 +8,7 @@ from megapipe.distributed.mesh import Axis
 from megapipe.kernels import Backend
 from megapipe.tensor_parallel.linear import column_parallel_linear
 from megapipe.tensor_parallel.loss import (
+    own_vocabulary,
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
@@ -27,7 +28,6 @@ class VocabParallelOutput(nn.Module):
         self,
         weight: ShardedParameter,
         *,
-        vocab_size: int,
         tensor: Axis,
         sequence_parallel: bool,
         store: WeightGradStore,
@@ -37,7 +37,6 @@ class VocabParallelOutput(nn.Module):
     ) -> None:
         super().__init__()
         self.weight = weight
-        self.vocab_size = vocab_size
         self.tensor = tensor
         self.sequence_parallel = sequence_parallel
         self.store = store
@@ -58,14 +57,16 @@ class VocabParallelOutput(nn.Module):
 
     def forward(self, hidden: Tensor, targets_BS: Tensor) -> Tensor:
         settings: dict[str, Any] = {
-            "vocab_size": self.vocab_size,
             "tensor": self.tensor,
             "z_loss": self.z_loss if self.training else 0.0,
             "backend": self.backend,
         }
         targets_SB = targets_BS.t()
         if not self.linear:
-            return vocab_parallel_cross_entropy(self.logits(hidden), targets_SB, **settings)
+            vocabulary = own_vocabulary(self.weight)
+            return vocab_parallel_cross_entropy(
+                self.logits(hidden), targets_SB, vocabulary=vocabulary, **settings
+            )
         return vocab_parallel_linear_cross_entropy(
             hidden,
             self.weight,

@@ -74,16 +74,22 @@ class StageParameters:
         self.made = {name: one for name, one in (made or {}).items() if name in shards}
 
     def get(self, *names: str) -> ShardedParameter:
-        """The local parameter that holds these shards, stacked; made at the first call."""
-        if names[0] not in self.made:
+        """The local parameter that holds these shards, stacked; made at the first call. A name is
+        asked for alone or always with the same others."""
+        if not any(name in self.made for name in names):
             shards = tuple(self._shards[name] for name in names)
             parameter = ShardedParameter(shards, dtype=self._dtype, device=self._device)
             self.made |= dict.fromkeys(names, parameter)
-        return self.made[names[0]]
+        found = next(self.made[name] for name in names if name in self.made)
+        stacked = tuple(shard.name for shard in found.shards)
+        assert stacked == names, f"{names} are asked for, and {stacked} are in one parameter"
+        return found
 
     def optional(self, *names: str) -> ShardedParameter | None:
         """As `get`; None where the model has no such parameters (biases)."""
-        return self.get(*names) if names[0] in self._shards else None
+        there = [name for name in names if name in self._shards]
+        assert there in ([], [*names]), f"of {names} the model has {there} alone"
+        return self.get(*names) if there else None
 
     @property
     def missing(self) -> list[str]:

@@ -19,15 +19,15 @@ import torch
 from megapipe.config import Config
 from megapipe.config.save import write_text
 from megapipe.data.synthetic import synthetic_microbatch
-from megapipe.data_parallel.buffer import build_buffers
+from megapipe.data_parallel.buffer import layout_buffers
 from megapipe.distributed.mesh import Mesh
 from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import MegapipeError, ScheduleError
+from megapipe.kernel_choice import choose_kernels
 from megapipe.layout.family import ModelFamily
 from megapipe.layout.layout import Layout, resolve
 from megapipe.layout.program import PROGRAM_FILE, byte_limit, looped_config, microbatch_limit
 from megapipe.microbatch import MicroBatch
-from megapipe.optim import parameter_groups
 from megapipe.pipeline.costs import read_costs
 from megapipe.pipeline.measure import activation_bytes, measure_latency, measure_stages
 from megapipe.pipeline.p2p import Channels
@@ -88,7 +88,7 @@ def settle_layout(
             return settled
     measured = resolve(looped_config(config), mesh.axes, family)
     costs, sizes = _costs(config, measured, mesh, channels)
-    lines = ranks.from_first(lambda: _choose(config, measured.microbatches, costs, sizes, file))
+    lines = ranks.from_first(lambda: _choose(config, measured, costs, sizes, file))
     for line in lines:
         say(line)
     return resolve(config, mesh.axes, family, _shared_content(file, ranks))
@@ -108,7 +108,7 @@ def check_activation_bytes(engine: Engine) -> None:
     limit = Limit.in_bytes(most, _by_stage(layout, gathered))
     name = config.parallel.schedule
     try:
-        check_limit(name, layout.program.compute, limit, virtual=config.parallel.virtual)
+        check_limit(name, layout.program.compute, limit, virtual=layout.virtual)
     except ScheduleError as error:
         if name != "auto":
             raise
@@ -151,13 +151,8 @@ def _costs(
 
 def _measure(layout: Layout, mesh: Mesh, channels: Channels) -> dict[str, object]:
     """This rank's measurements, as JSON: by kind, what each stage takes under its number."""
-    stages = build_stages(layout, mesh)
-    build_buffers(
-        stages.values(),
-        [group.roles for group in parameter_groups(layout.config.optimizer)],
-        main_dtype=PRECISIONS[layout.config.train.precision].main_dtype,
-        replicas=mesh.batch.size,
-    )
+    stages = build_stages(layout, mesh, choose_kernels(layout.config, mesh.device))
+    layout_buffers(layout, stages.values())
     hidden, batch = _hidden(layout, mesh), _batch(layout, mesh)
     found: dict[str, object] = {"bytes": _own_bytes(layout, mesh, stages)}
     mesh.world.rank_group.all_gather(None)  # all ranks begin at the same time
@@ -193,15 +188,15 @@ def _by_stage(layout: Layout, sizes: list[dict[str, float]]) -> list[float]:
 
 
 def _choose(
-    config: Config, microbatches: int, costs: Costs, sizes: list[float], file: Path
+    config: Config, measured: Layout, costs: Costs, sizes: list[float], file: Path
 ) -> list[str]:
     """Search, and write program and reason; returns lines for people. On rank 0."""
-    parallel = config.parallel
     limit, written = _limit(config, sizes)
-    found = search(parallel.pipeline, parallel.virtual, microbatches, costs, limit)
+    pipeline, virtual = measured.axes.size("pipeline"), measured.virtual
+    found = search(pipeline, virtual, measured.microbatches, costs, limit)
     source = "measured at the start of the run"
-    if parallel.stage_costs is not None:
-        source = f"from {parallel.stage_costs} (parallel.stage_costs)"
+    if config.parallel.stage_costs is not None:
+        source = f"from {config.parallel.stage_costs} (parallel.stage_costs)"
     reason = search_report(found, seconds, source, written)
     write_text(reason, file.parent / REASON_FILE)
     with suppress(FileNotFoundError):

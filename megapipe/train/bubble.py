@@ -1,8 +1,8 @@
 """The pipeline bubble of each step, measured and planned, without a collective of its own.
 
-Each pipeline rank (the first of those that share its stages) writes when its work began and ended,
-how long it worked, and the medians of its stages into slots of the step's one all-reduce. Times
-count from the end of the all-reduce before, which all ranks leave within a fraction of a
+Each pipeline rank (the first of those that share its stages) adds to the sums of the step when its
+work began and ended, how long it worked, and the median time of each kind of action at its stages.
+Times count from the end of the all-reduce before, which all ranks leave within a fraction of a
 millisecond of each other (so the first step of a start has no bubble).
 
 The plan is the program simulated with those medians, as in `megapipe.pipeline.comparison`. To
@@ -21,7 +21,14 @@ from megapipe.pipeline.schedule.action import stage_ranks
 from megapipe.step_sums import Given, StepPart, StepSums, Totals
 
 PLAN_SHARE = 0.002
-_KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+
+BEGAN, ENDED, BUSY = "bubble.began", "bubble.ended", "bubble.busy"
+"""Quantities with a place for each pipeline rank, in seconds."""
+MEDIANS = {
+    kind: f"bubble.median.{kind}"
+    for kind in (Kind.FORWARD, Kind.BACKWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT)
+}
+"""By kind of action, quantities with a place for each stage, in seconds."""
 
 
 class BubbleMeter(StepPart):
@@ -36,41 +43,41 @@ class BubbleMeter(StepPart):
         self._planned_at = -math.inf
         self._planned_for = 0.0  # seconds that it took
         self._planned: float | None = None
-        self._slots = 3 * mesh.pipeline.size + len(_KINDS) * self._stages
 
     def register(self, sums: StepSums) -> None:
-        sums.register("bubble", self._slots)
+        for name in (BEGAN, ENDED, BUSY):
+            sums.register(name, self._mesh.pipeline.size)
+        for name in MEDIANS.values():
+            sums.register(name, self._stages)
 
     def given(self) -> dict[str, Given]:
-        """What this rank writes into the slots.
+        """Times at the place of this pipeline rank, medians at the places of its stages.
 
         Reads the last run, so on a GPU it waits until the last action of the pipeline is done.
         """
         if not self._mesh.leads_stages:
             return {}
-        values = [0.0] * self._slots
         spans = [span for span in self._recorder.spans() if span.action.kind.computes]
-        first = 3 * self._mesh.pipeline.rank
-        values[first : first + 3] = [
-            spans[0].begin - self._common,
-            spans[-1].end - self._common,
-            sum(span.duration for span in spans),
-        ]
-        base = 3 * self._mesh.pipeline.size
+        rank = self._mesh.pipeline.rank
+        medians: dict[str, dict[int, float]] = {name: {} for name in MEDIANS.values()}
         for (stage, kind), seconds in median_times(spans).items():
-            values[base + len(_KINDS) * stage + _KINDS.index(kind)] = seconds
-        return {"bubble": values}
+            medians[MEDIANS[kind]][stage] = seconds
+        return {
+            BEGAN: {rank: spans[0].begin - self._common},
+            ENDED: {rank: spans[-1].end - self._common},
+            BUSY: {rank: sum(span.duration for span in spans)},
+            **medians,
+        }
 
     def reduced(self) -> None:
         self._common = time.perf_counter()
 
     def measured(self, totals: Totals) -> float | None:
         """Idle time over busy time in the step of these totals; None in the first of a start."""
-        size, sums = self._mesh.pipeline.size, totals.all("bubble")
-        begins, ends, busy = (sums[index : 3 * size : 3] for index in range(3))
-        if math.isnan(sum(begins)) or sum(busy) == 0:
+        began, ended, busy = (totals.all(name) for name in (BEGAN, ENDED, BUSY))
+        if math.isnan(sum(began)) or sum(busy) == 0:
             return None
-        return size * (max(ends) - min(begins)) / sum(busy) - 1
+        return len(busy) * (max(ended) - min(began)) / sum(busy) - 1
 
     def planned(self, totals: Totals) -> float | None:
         """The bubble of the simulated program; on rank 0 only."""
@@ -79,11 +86,10 @@ class BubbleMeter(StepPart):
         now = time.perf_counter()
         if self._planned_for > PLAN_SHARE * (now - self._planned_at):
             return self._planned
-        base = 3 * self._mesh.pipeline.size
         medians = {
-            (stage, kind): totals.all("bubble")[base + len(_KINDS) * stage + index]
-            for stage in range(self._stages)
-            for index, kind in enumerate(_KINDS)
+            (stage, kind): seconds
+            for kind, name in MEDIANS.items()
+            for stage, seconds in enumerate(totals.all(name))
         }
         self._planned = simulate(self._program, measured_costs(medians, self._stages)).bubble
         self._planned_at = time.perf_counter()

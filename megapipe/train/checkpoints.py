@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from megapipe.amounts import format_bytes
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.checkpoint.retention import Skipped, newest_valid, prune
 from megapipe.checkpoint.save import MANIFEST_ALLOWANCE, save_checkpoint
 from megapipe.checkpoint.shard import Shard
 from megapipe.checkpoint.storage import require_space
-from megapipe.config import Config
 from megapipe.config.optimizer import read_optimizer
 from megapipe.config.problems import show
 from megapipe.data_parallel.optimizer import WEIGHTS
-from megapipe.distributed.mesh import Mesh
 from megapipe.errors import CheckpointError
 from megapipe.files import shown
 from megapipe.optim import parameter_groups
@@ -40,17 +40,19 @@ class Checkpoints:
 
     def __init__(
         self,
-        config: Config,
-        mesh: Mesh,
         engine: Engine,
+        resume: str,
         files: Mapping[str, bytes],
         say: Callable[[str], None],
     ) -> None:
-        self.config, self.mesh, self.engine = config, mesh, engine
-        self.root = Path(config.train.run_dir) / "checkpoints"
+        """`resume` stands for checkpoint.resume in this start; `files` are kept in each
+        checkpoint, by name."""
+        self.engine, self.config = engine, engine.config
+        self.root = Path(self.config.train.run_dir) / "checkpoints"
+        self._resume = resume
         self._files = files
         self._say = say
-        self._ranks = mesh.world.rank_group
+        self._ranks = engine.mesh.world.rank_group
         self._own: list[Path] = []
 
     def check_space(self) -> str:
@@ -106,23 +108,23 @@ class Checkpoints:
 
     def _shards(self) -> Iterator[Shard]:
         """Every rectangle once: of the first replica, by its owner."""
-        if not self.mesh.batch.is_first:
+        if not self.engine.mesh.batch.is_first:
             return
         for kind, shard, values in self.engine.optimizer.state():
             if shard.owner and values.numel() > 0:
                 yield Shard(f"{kind}/{shard.name}", shard.global_shape, shard.start, values)
 
     def restore(self) -> tuple[Progress, dict[str, Any] | None]:
-        """Load what checkpoint.resume says; (progress, data state), or a fresh start and None.
+        """Load what `resume` says; (progress, data state), or a fresh start and None.
 
         Collective. Damaged checkpoints are stepped over, loudly; with none whole that is an error.
         """
         path = self._to_resume()
         if path is None:
             return Progress(), None
-        reader, _ = self._ranks.in_agreement(lambda: self._load(path))
+        (reader, saved), _ = self._ranks.in_agreement(lambda: self._load(path))
         self._say(f"Resumed from {path} at step {reader.step}.")
-        if change := course_change(_course(reader.config), self._course, reader.step):
+        if change := course_change(saved, self._course, reader.step):
             self._say(change)
         return Progress(reader.step, int(reader.state["tokens"])), reader.state["data"]
 
@@ -131,7 +133,7 @@ class Checkpoints:
         return Course(self.config.optimizer, self.config.train.steps)
 
     def _to_resume(self) -> Path | None:
-        resume = self.config.checkpoint.resume
+        resume = self._resume
         if resume == "never":
             return None
         if resume == "auto":
@@ -160,18 +162,22 @@ class Checkpoints:
             )
         return found.path
 
-    def _load(self, path: Path) -> CheckpointReader:
-        """Fill every shard, copies included, then round the master weights into the model's."""
+    def _load(self, path: Path) -> tuple[CheckpointReader, Course]:
+        """Fill every shard, copies included, then round the master weights into the model's.
+
+        Returns the course of the run that saved it, too.
+        """
         reader = open_checkpoint(path)
         state = list(self.engine.optimizer.state())
         self._require_optimizer(reader, {kind for kind, _, _ in state})
+        course = _saved_course(reader)
         reader.require({f"{kind}/{shard.name}": shard.global_shape for kind, shard, _ in state})
         for kind, shard, values in state:
             values.copy_(reader.read(f"{kind}/{shard.name}", shard.start, shard.shape))
         self.engine.optimizer.load_scalars(reader.state)
         for buffer in self.engine.buffers:
             buffer.publish_master()
-        return reader
+        return reader, course
 
     def _require_optimizer(self, reader: CheckpointReader, own: set[str]) -> None:
         """Raises CheckpointError where the run that saved it had another optimizer, or one that
@@ -209,6 +215,22 @@ def _names(state: set[str]) -> str:
     return " and ".join(sorted(state)) or "nothing"
 
 
-def _course(config: dict[str, Any]) -> Course:
-    """Of the run that saved a checkpoint, whose config has every value."""
-    return Course(read_optimizer(config["optimizer"]), config["train"]["steps"])
+def _saved_course(reader: CheckpointReader) -> Course:
+    """Of the run that saved a checkpoint, whose config has every value.
+
+    Raises CheckpointError where the optimizer of that name had other keys then.
+    """
+    config = reader.config
+    try:
+        return Course(read_optimizer(config["optimizer"]), config["train"]["steps"])
+    except ValidationError as error:
+        (first, *_) = error.errors()
+        key = ".".join(["optimizer", *map(str, first["loc"])])
+        had = f"{key} = {show(first['input'])}, which this version of megapipe does not take"
+        if first["type"] == "missing":
+            had = f"no {key}, which this version of megapipe needs"
+        raise CheckpointError(
+            f"{shown(reader.path)} is of a run with {had}. Go on with megapipe "
+            f"{reader.manifest.megapipe}, which saved it, or start a new run: "
+            'checkpoint.resume = "never" and another train.run_dir.'
+        ) from error

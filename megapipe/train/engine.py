@@ -9,15 +9,14 @@ from datetime import timedelta
 import torch
 from torch import Tensor
 
-from megapipe.data_parallel.buffer import build_buffers
+from megapipe.data_parallel.buffer import layout_buffers
 from megapipe.data_parallel.optimizer import Optimizer
 from megapipe.data_parallel.reduce import local_squared_norm, reduce_gradients
 from megapipe.distributed.mesh import COLLECTIVE_TIMEOUT, Mesh, set_group_timeout
 from megapipe.errors import MegapipeError
-from megapipe.kernel_choice import wanted_kernels
+from megapipe.kernel_choice import choose_kernels
 from megapipe.layout.layout import Layout
 from megapipe.microbatch import IGNORED_TARGET, MicroBatch
-from megapipe.optim import parameter_groups
 from megapipe.optim.clipping import clip_factor
 from megapipe.pipeline.executor import PipelineExecutor
 from megapipe.pipeline.p2p import Channels, make_channels
@@ -25,7 +24,7 @@ from megapipe.pipeline.schedule import Program, forward_program, lower, validate
 from megapipe.pipeline.schedule.timeline import KEPT_STEPS
 from megapipe.precision import PRECISIONS
 from megapipe.stage import build_stages
-from megapipe.step_sums import Given, StepPart, StepSums, Totals
+from megapipe.step_sums import Given, StepPart, StepSums, Totals, join_given
 
 
 class NonFiniteError(MegapipeError):
@@ -56,14 +55,10 @@ class Engine:
         """`channels` are the mesh's where they have been made already."""
         config = layout.config
         self.layout, self.config, self.mesh = layout, config, mesh
-        self.stages = build_stages(layout, mesh)
-        self.buffers = build_buffers(
-            self.stages.values(),
-            [group.roles for group in parameter_groups(config.optimizer)],
-            main_dtype=PRECISIONS[config.train.precision].main_dtype,
-            replicas=mesh.batch.size,
-        )
-        self.backend = wanted_kernels(config, on_gpu=mesh.device.type == "cuda").kernels
+        choice = choose_kernels(config, mesh.device)
+        self.backend = choice.kernels
+        self.stages = build_stages(layout, mesh, choice)
+        self.buffers = layout_buffers(layout, self.stages.values())
         self.optimizer = Optimizer(self.buffers, config.optimizer, self.backend)
         self._channels = channels or make_channels(mesh)
         self._timeout = COLLECTIVE_TIMEOUT
@@ -78,8 +73,9 @@ class Engine:
         self._step_sums = StepSums(mesh.device, mesh.world)
         self._validation_sums = StepSums(mesh.device, mesh.world)
         for sums in (self._step_sums, self._validation_sums):
-            for name in ("loss", "tokens", "squared_norm", "unready"):
+            for name in ("loss", "tokens", "unready"):
                 sums.register(name)
+        self._step_sums.register("squared_norm")
 
     def join(self, part: StepPart) -> None:
         """Have `part` give its quantities in each step; on every rank, in the same order."""
@@ -136,7 +132,7 @@ class Engine:
         losses = self._validating.run(batches)
         for stage in self.stages.values():
             stage.train()
-        totals = self._reduce(self._validation_sums, self._loss_sums(losses, batches), ready)
+        totals = self._reduce(self._validation_sums, [self._loss_sums(losses, batches)], ready)
         return None if totals["unready"] else (totals["loss"], int(totals["tokens"]))
 
     def wait_at_most(self, timeout: timedelta) -> None:
@@ -162,13 +158,12 @@ class Engine:
     def _reduce_step(
         self, losses: Sequence[Tensor], batches: Sequence[MicroBatch], ready: bool
     ) -> Totals:
-        given = self._loss_sums(losses, batches)
+        own = self._loss_sums(losses, batches)
         norm = local_squared_norm(self.buffers, self.backend)
         if self.mesh.batch.is_first:  # all replicas have the same gradients by now
-            given["squared_norm"] = norm
-        for part in self._parts:
-            given.update(part.given())
-        return self._reduce(self._step_sums, given, ready)
+            own["squared_norm"] = norm
+        others = [part.given() for part in self._parts]
+        return self._reduce(self._step_sums, [own, *others], ready)
 
     def _loss_sums(
         self, losses: Sequence[Tensor], batches: Sequence[MicroBatch]
@@ -181,8 +176,8 @@ class Engine:
         tokens = torch.stack([(one != IGNORED_TARGET).sum() for one in targets]).sum()
         return {"loss": torch.stack(list(losses)).double().sum(), "tokens": tokens}
 
-    def _reduce(self, sums: StepSums, given: Mapping[str, Given], ready: bool) -> Totals:
-        totals = sums.reduce({**given, "unready": float(not ready)})
+    def _reduce(self, sums: StepSums, given: Sequence[Mapping[str, Given]], ready: bool) -> Totals:
+        totals = sums.reduce(join_given([{"unready": float(not ready)}, *given]))
         for part in self._parts:
             part.reduced()
         return totals

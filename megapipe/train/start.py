@@ -228,9 +228,7 @@ def _start_or_resume(
         lines.say(line)
     engine = Engine(layout, mesh, channels)
     check_activation_bytes(engine)
-    checkpoints = Checkpoints(
-        _with_resume(config, plan.resume), mesh, engine, kept_files(config, ranks), lines.say
-    )
+    checkpoints = Checkpoints(engine, plan.resume, kept_files(config, ranks), lines.say)
     progress, data_state = checkpoints.restore()
     if data_state is not None:
         feed.load(data_state)
@@ -266,15 +264,7 @@ def _open_feeds(
     layout: Layout, mesh: Mesh, lines: RankLines
 ) -> tuple[ReplicaFeed, ReplicaFeed | None]:
     """The text to train on, and the text for the validation loss if there is to be one."""
-    own = mesh.pipeline.rank
-    open_feed = partial(
-        ReplicaFeed,
-        layout.config,
-        mesh,
-        hosts_first=layout.stages[0].rank == own,
-        hosts_last=layout.stages[-1].rank == own,
-        say=lines.warn,
-    )
+    open_feed = partial(ReplicaFeed, layout, mesh, say=lines.warn)
     feed = open_feed()
     validates = layout.config.train.validation_every > 0
     return feed, open_feed(validation=True, other=feed) if validates else None
@@ -304,11 +294,6 @@ def _timeline(
         )
         return None
     return writer
-
-
-def _with_resume(config: Config, resume: str) -> Config:
-    checkpoint = config.checkpoint.model_copy(update={"resume": resume})
-    return config.model_copy(update={"checkpoint": checkpoint})
 
 
 def kept_files(config: Config, ranks: RankGroup) -> dict[str, bytes]:

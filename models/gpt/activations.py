@@ -13,7 +13,7 @@ from megapipe.kernel_choice import KernelChoice
 from megapipe.layout.axes import Axes
 from megapipe.layout.shapes import boundary_bytes
 from megapipe.models.gpt.config import gpt_model
-from megapipe.models.gpt.parameters import local_kv_heads, padded_vocab_size
+from megapipe.models.gpt.parameters import local_sizes
 from megapipe.precision import PRECISIONS
 
 
@@ -33,33 +33,30 @@ def head_bytes(config: Config, axes: Axes) -> int:
     rows = train.sequence_length * train.micro_batch_size
     if train.linear_cross_entropy:  # keeps the gradient of its input, of all tensor ranks' tokens
         return hidden + rows * model.hidden_size * element
-    tensor = axes.size("tensor")
-    columns = padded_vocab_size(model.vocab_size, tensor) // tensor
-    return 2 * hidden + rows * columns * element
+    return 2 * hidden + rows * local_sizes(model, axes.size("tensor")).vocabulary * element
 
 
 def layer_bytes(config: Config, axes: Axes, choice: KernelChoice) -> int:
     """Of one microbatch in both halves of a block; S and S_local as in models/gpt/model.py."""
-    model, train, tensor = gpt_model(config), config.train, axes.size("tensor")
+    model, train = gpt_model(config), config.train
     element = PRECISIONS[train.precision].model_bytes
     hidden = boundary_bytes(config, axes)
     if train.recompute == "full":
         return hidden
     rows = train.sequence_length * train.micro_batch_size
-    queries = model.num_heads // tensor * model.head_dim
-    keys = local_kv_heads(model, tensor) * model.head_dim
-    inner = model.ffn_hidden_size // tensor
+    local = local_sizes(model, axes.size("tensor"))
+    queries, keys = local.heads * model.head_dim, local.kv_heads * model.head_dim
     norms = 4 * hidden  # input and output of both: the next product saves the output
     attention = queries + 2 * keys  # of which value is a part, or all three
     in_place = choice.kernels == "triton" and not model.qk_norm
     if model.qk_norm or (model.position == "rope" and not in_place):
         attention += queries + keys  # normed or turned, besides
     attention += queries  # its output, the input of the next product
-    feed_forward = 3 * inner if model.activation == "swiglu" else 2 * inner
+    feed_forward = (3 if model.activation == "swiglu" else 2) * local.ffn
     total = norms + rows * (attention + feed_forward) * element
     if model.dropout and choice.kernels == "torch":
         total += 2 * hidden // element  # a bool each
     if model.attention_dropout and choice.attention == "torch":
-        squares = rows * train.sequence_length * (model.num_heads // tensor)
+        squares = rows * train.sequence_length * local.heads
         total += squares * 3 * element  # probabilities, what is kept, and their product
     return total

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from megapipe import kernels
 from megapipe.models.gpt.config import GPTConfig
 from megapipe.models.gpt.context import Context
-from megapipe.models.gpt.parameters import local_kv_heads
 from megapipe.stage import StageBuild
 
 
@@ -39,10 +38,10 @@ class Attention(nn.Module):
     def __init__(self, name: str, model: GPTConfig, build: StageBuild) -> None:
         super().__init__()
         self.head_dim = model.head_dim
-        self.heads = model.num_heads // build.tensor.size
-        self.first_head = self.heads * build.tensor.rank
-        self.kv_heads = local_kv_heads(model, build.tensor.size)
         self.qkv = build.column_linear(f"{name}.q", f"{name}.k", f"{name}.v")
+        queries, keys, _ = self.qkv.weight.shards
+        self.heads, self.kv_heads = queries.rows // self.head_dim, keys.rows // self.head_dim
+        self.first_head = queries.start[0] // self.head_dim
         self.output = build.row_linear(f"{name}.output")
         self.q_norm = build.parameters.optional(f"{name}.q_norm.weight")
         self.k_norm = build.parameters.optional(f"{name}.k_norm.weight")

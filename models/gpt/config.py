@@ -1,4 +1,4 @@
-"""[model] of the GPT family: its keys, what contradicts them, and a narrow model to be proven."""
+"""[model] of the GPT family: its keys, what contradicts them, and a narrow model for checks."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -14,7 +14,7 @@ from megapipe.section import Section, or_none_word
 Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 NARROW_HEAD = 8
-"""Width of a head in the model that is proven."""
+"""Width of a head in the model of equivalence checks."""
 
 
 class RopeScaling(Section):

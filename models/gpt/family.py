@@ -6,7 +6,7 @@ from typing import Any
 from megapipe.config import Config, ModelConfig
 from megapipe.config.family import Preset
 from megapipe.layout.axes import Axes
-from megapipe.layout.family import ModelFamily, PlaceCosts
+from megapipe.layout.family import ModelFamily, PlaceCosts, StageModule
 from megapipe.layout.parameters import ParameterSpec, Place
 from megapipe.models.gpt.config import GPTConfig
 from megapipe.models.gpt.costs import place_costs
@@ -28,7 +28,7 @@ class GPTFamily:
     def costs(self, config: Config, axes: Axes, place: Place) -> PlaceCosts:
         return place_costs(config, axes, place)
 
-    def build_stage(self, build: Any) -> Any:
+    def build_stage(self, build: Any) -> StageModule:
         from megapipe.models.gpt.model import GPTStage
 
         assert isinstance(build.model, GPTConfig), build.model.family

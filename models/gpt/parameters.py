@@ -6,8 +6,9 @@ use its names, plans count with it. No torch: a trillion parameters are counted 
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
-from megapipe.layout.parameters import FIRST, LAST, Init, ParameterSpec, Place, Split, padded_rows
+from megapipe.layout.parameters import FIRST, LAST, Init, ParameterSpec, Place, Split, shard_of
 from megapipe.models.gpt.config import GPTConfig
 from megapipe.parameter_role import Role
 
@@ -128,11 +129,32 @@ def gpt_parameter_count(model: GPTConfig) -> int:
 # --- What a rank holds ---------------------------------------------------------------------------
 
 
-def padded_vocab_size(vocab_size: int, tensor: int) -> int:
-    """Rows of the vocabulary over all tensor ranks. Padding is never in losses or checkpoints."""
-    return padded_rows(vocab_size, tensor, VOCABULARY_MULTIPLE) * tensor
+@dataclass(frozen=True)
+class LocalSizes:
+    """Sizes of what a tensor rank computes with, the same on all of them.
+
+    heads, kv_heads: query heads, and heads of key and value; ffn: width inside a feed-forward
+    block; vocabulary: rows of it, with the padding; matrices: elements of one block's matrices.
+    """
+
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocabulary: int
+    matrices: int
 
 
-def local_kv_heads(model: GPTConfig, tensor: int) -> int:
-    """Key and value heads on a rank: at least one, copied where there are more ranks than heads."""
-    return max(1, model.num_kv_heads // tensor)
+def local_sizes(model: GPTConfig, tensor: int) -> LocalSizes:
+    """The sizes of the shards that each of `tensor` ranks holds."""
+    table = [*_before_layers(model), *layer_table(model, 0)]
+    shards = {
+        spec.name: shard_of(spec, tensor_rank=0, tensor_size=tensor, sequence_parallel=False)
+        for spec in table
+    }
+    return LocalSizes(
+        heads=shards["layers.0.attention.q.weight"].rows // model.head_dim,
+        kv_heads=shards["layers.0.attention.k.weight"].rows // model.head_dim,
+        ffn=shards["layers.0.mlp.up.weight"].rows,
+        vocabulary=shards["embedding.weight"].rows,
+        matrices=sum(one.local_size for one in shards.values() if one.spec.role == Role.MATRIX),
+    )

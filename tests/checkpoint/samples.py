@@ -71,11 +71,11 @@ def sample_tensors(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def save_sample(root: Path, step: int) -> Path:
+def save_sample(root: Path, step: int, config: bytes = CONFIG) -> Path:
     """A checkpoint of one rank in which every value follows from the step."""
     shards = [Shard(n, tuple(t.shape), (0,) * t.ndim, t) for n, t in sample_tensors(step).items()]
     state = {"tokens": 1000 * step, "data": {"streams": [{"row": step}]}}
-    files = {"config.toml": CONFIG, "tokenizer.model": bytes(range(256))}
+    files = {"config.toml": config, "tokenizer.model": bytes(range(256))}
     return save_checkpoint(root, step, shards, state=state, files=files)
 
 

@@ -38,6 +38,16 @@ def test_values_of_the_state_agree_with_their_nouns(tmp_path: Path) -> None:
     assert facts["long"] == "x" * 57 + "..."
 
 
+@pytest.mark.parametrize("own", ["num_heads = 4", "kernel_width = 4"])
+def test_of_a_model_of_any_family_the_keys_that_all_have(tmp_path: Path, own: str) -> None:
+    common = ("num_layers = 2", "hidden_size = 8", "vocab_size = 31", "max_sequence_length = 16")
+    config = "\n".join(["[model]", own, *common, 'family = "some"'])
+    facts = dict(summarize_checkpoint(save_sample(tmp_path, 3, config.encode()), read=True).facts)
+    assert facts["model"] == (
+        "family some, num_layers 2, hidden_size 8, vocab_size 31, max_sequence_length 16"
+    )
+
+
 def test_bytes_are_verified_where_they_are_read(tmp_path: Path) -> None:
     path = save_sample(tmp_path, 3)
     shard = shard_of(path)

@@ -15,6 +15,7 @@ from megapipe.data.feed import Batch, BatchFeed
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import DataError
 from megapipe.layout.axes import Axes
+from megapipe.layout.layout import resolve
 from megapipe.microbatch import MicroBatch
 from megapipe.models.families import FAMILIES
 from tests.ranks import run_ranks
@@ -32,14 +33,8 @@ def configured(corpus: Path, *overrides: str) -> Config:
 def open_feed(
     config: Config, mesh: Mesh, *, validation: bool = False, other: ReplicaFeed | None = None
 ) -> ReplicaFeed:
-    return ReplicaFeed(
-        config,
-        mesh,
-        hosts_first=mesh.pipeline.is_first,
-        hosts_last=mesh.pipeline.is_last,
-        validation=validation,
-        other=other,
-    )
+    layout = resolve(config, mesh.axes, FAMILIES["gpt"])
+    return ReplicaFeed(layout, mesh, validation=validation, other=other)
 
 
 def hashes(batches: Sequence[MicroBatch]) -> dict[int, dict[str, str]]:

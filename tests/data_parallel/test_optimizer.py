@@ -75,7 +75,7 @@ def test_plans_count_each_role_with_its_state(split: SplitConfig, tmp_path: Path
     layout = layout_of(config.model_copy(update={"optimizer": split}))
     matrices = sum(s.size for s in layout.parameters.values() if s.role == Role.MATRIX)
     held = rank_states(layout)
-    assert sum(states.moments for states in held) == 2 * matrices // config.parallel.tensor
+    assert sum(states.optimizer for states in held) == 2 * matrices // config.parallel.tensor
     adamw = rank_states(layout_of(load_config(write(tmp_path), [], FAMILIES)))
     assert [states.weights for states in held] == [states.weights for states in adamw]
 

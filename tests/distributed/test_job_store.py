@@ -13,7 +13,7 @@ import pytest
 import torch.distributed as dist
 
 from megapipe.distributed import job_store, meeting
-from megapipe.distributed.job_store import HostVoice, connect, join_address, open_store
+from megapipe.distributed.job_store import OnePerMachine, connect, join_address, open_store
 from megapipe.distributed.meeting import RefusedError, RendezvousError
 
 
@@ -135,32 +135,32 @@ def test_a_rank_goes_on_once_rank_0_is_there(port: int, monkeypatch: pytest.Monk
     assert other.get("key") == b"value"
 
 
-def test_one_of_a_machine_speaks(port: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_process_of_a_machine_prints(port: int, capsys: pytest.CaptureFixture[str]) -> None:
     address = ("localhost", port)
-    first = HostVoice(join_address(address))
-    assert first.speaks()
-    assert first.speaks(), "again"
-    assert HostVoice("another subject").speaks()
+    chosen = OnePerMachine(join_address(address))
+    assert chosen.is_this_process()
+    assert chosen.is_this_process(), "again"
+    assert OnePerMachine("another subject").is_this_process()
     with pytest.raises(RefusedError):
         open_store(1, 2, address, served=False)
     assert capsys.readouterr().err == ""
 
 
-def test_one_speaks_of_a_long_address() -> None:
+def test_one_process_prints_for_a_long_address() -> None:
     address = "node." * 50 + "example:29500"
-    first = HostVoice(address)
-    assert first.speaks()
-    assert not HostVoice(address).speaks()
-    assert HostVoice(address + "1").speaks()
+    chosen = OnePerMachine(address)
+    assert chosen.is_this_process()
+    assert not OnePerMachine(address).is_this_process()
+    assert OnePerMachine(address + "1").is_this_process()
 
 
-def test_all_speak_where_no_name_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_processes_print_where_no_name_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(socket.socket, "bind", refuses)
-    assert HostVoice("subject").speaks()
-    assert HostVoice("subject").speaks()
+    assert OnePerMachine("subject").is_this_process()
+    assert OnePerMachine("subject").is_this_process()
 
 
 def test_addresses() -> None:

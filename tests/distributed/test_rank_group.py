@@ -206,6 +206,7 @@ def share_what_is_not_json() -> list[str]:
     return [
         said_by(lambda: ranks.all_gather(value)),
         said_by(lambda: ranks.from_first(lambda: first)),
+        said_by(lambda: ranks.gather(value)),
     ]
 
 
@@ -217,6 +218,8 @@ def test_a_value_that_can_not_be_sent_leaves_none_waiting() -> None:
     assert first[1] == error
     assert second[0] == error
     assert second[1].startswith(others.format(0))
+    assert first[2].startswith(others.format(1))
+    assert second[2] == error
 
 
 def fail_in_pairs() -> list[str]:

@@ -7,6 +7,7 @@ import pytest
 from torch import nn
 
 from megapipe.distributed.mesh import Mesh
+from megapipe.kernel_choice import KernelChoice
 from megapipe.layout.layout import Layout
 from megapipe.stage import build_stages
 from megapipe.train import engine
@@ -20,8 +21,8 @@ def planted(plant: Plant) -> Iterator[None]:
     """Engines that are built in this block have stages changed by `plant`, unless their mesh is
     that of one process."""
 
-    def build(layout: Layout, mesh: Mesh) -> Stages:
-        stages = build_stages(layout, mesh)
+    def build(layout: Layout, mesh: Mesh, choice: KernelChoice) -> Stages:
+        stages = build_stages(layout, mesh, choice)
         if mesh.world_size > 1:
             plant(stages)
         return stages

@@ -3,7 +3,9 @@ runs it whole."""
 
 import math
 import resource
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +13,15 @@ import torch
 from megapipe.config import Config, load_config
 from megapipe.data.synthetic import synthetic_tokens
 from megapipe.equivalence.check import (
+    Difference,
     Verdict,
     _largest_error,
     check_equivalence,
     relative_error,
 )
 from megapipe.models.families import FAMILIES
-from tests.equivalence.planting import Stages, planted
+from megapipe.optim import RULES, FlatParameters, ParameterGroup, StepInputs
+from tests.equivalence.planting import Plant, Stages, planted
 from tests.host_sync import DEVICE
 from tests.layouts import layout_of, mesh_of
 from tests.ranks import run_ranks
@@ -34,9 +38,9 @@ def test_values_on_a_device_are_compared_with_the_reference_from_a_file() -> Non
         on_device - expected
 
 
-def two_stages() -> Config:
-    words = ("--parallel.pipeline=2", "--parallel.data=1", "--train.global_batch_size=4")
-    return load_config(SHAPE, [*words, "--train.micro_batch_size=1"], FAMILIES)
+def two_stages(*words: str) -> Config:
+    layout = ("--parallel.pipeline=2", "--parallel.data=1", "--train.global_batch_size=4")
+    return load_config(SHAPE, [*layout, "--train.micro_batch_size=1", *words], FAMILIES)
 
 
 def check(config: Config, folder: Path | None = None) -> Verdict | None:
@@ -68,6 +72,45 @@ def test_nan_on_another_rank_is_a_difference() -> None:
     error, rank = first
     assert math.isnan(error)
     assert rank == 1
+
+
+OVERWRITTEN = (0.0, math.nan)
+"""What a rule may leave in the gradients."""
+
+
+def first_with_rule(config: Config, left: float, plant: Plant) -> Difference | None:
+    """The first difference of a step of SGD that leaves `left` in the gradients."""
+    sgd = RULES["sgd"]
+
+    def update(config: Any, group: ParameterGroup, flat: FlatParameters, step: StepInputs) -> None:
+        sgd.update(config, group, flat, step)
+        flat.gradients.fill_(left)
+
+    with pytest.MonkeyPatch.context() as patch, planted(plant):
+        patch.setitem(RULES, "sgd", replace(sgd, update=update))
+        tokens = synthetic_tokens(config)
+        verdict = check_equivalence(layout_of(config), mesh_of(config), tokens, steps=1)
+    return verdict.first_beyond(1e-9) if verdict else None
+
+
+def halve_gradients(stages: Stages) -> None:
+    """The losses are right."""
+    if 1 in stages:
+        stages[1].register_forward_hook(lambda _, inputs, loss: (loss + loss.detach()) / 2)
+
+
+def nothing(stages: Stages) -> None:
+    """No bug."""
+
+
+@pytest.mark.parametrize("left", OVERWRITTEN)
+def test_an_optimizer_may_overwrite_gradients(left: float) -> None:
+    """Those that it was given are compared."""
+    config = two_stages("--optimizer.name=sgd", "--optimizer.clip_grad_norm=0.01")
+    assert run_ranks(first_with_rule, 2, config, left, nothing)[0] is None
+    first = run_ranks(first_with_rule, 2, config, left, halve_gradients)[0]
+    assert first is not None
+    assert first.kind == "gradient"
 
 
 def check_in(config: Config, folder: Path) -> str:

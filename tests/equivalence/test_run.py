@@ -22,16 +22,31 @@ def run(config: Config) -> int:
 
 def test_it_says_what_was_changed(capfd: pytest.CaptureFixture[str]) -> None:
     config = two_stages()
-    small, changes = shrink(config)
+    family = FAMILIES[config.model.family]
+    small, changes = shrink(config, family)
     assert run(config) == 0
     out = capfd.readouterr().out
     assert "the layout of my.toml against one process" in out.splitlines()[0]
     assert changes
     assert "".join(f"  {change}\n" for change in changes) in out
     assert "PASSED: the layout equals one process over one step" in out
-    assert shrink(small) == (small, [])
+    assert shrink(small, family) == (small, [])
     assert run(small) == 0
     assert "Changed" not in capfd.readouterr().out
+
+
+def fail(stages: Stages) -> None:
+    if 1 in stages:
+        raise ZeroDivisionError("by zero")
+
+
+def test_a_rank_that_fails_is_named_with_its_coordinates(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with planted(fail):
+        assert run(two_stages()) == 1
+    said = capfd.readouterr().err
+    assert said.startswith("rank 1 (pipeline 1, data 0, tensor 0) failed:\nTraceback")
 
 
 def double_a_norm(stages: Stages) -> None:

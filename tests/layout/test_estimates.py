@@ -8,6 +8,7 @@ from megapipe.config import load_config
 from megapipe.layout.estimates import (
     StateBytes,
     flops_per_token,
+    local_elements,
     parameter_count,
     peak_bytes,
     rank_states,
@@ -124,14 +125,21 @@ def test_parameters_of_a_tensor_rank_have_padding_and_copies(tmp_path: Path) -> 
     matrices, padded = MATRICES // 2 // 2, 256 * 64
     assert stage_parameter_count(found, first) == matrices + padded + 8 * 64
     assert stage_parameter_count(found, last) == matrices + padded + 9 * 64
-    assert stage_parameter_count(found, first, [Role.MATRIX]) == matrices
-    assert stage_parameter_count(found, first, [Role.EMBEDDING, Role.OUTPUT]) == padded
-    assert stage_parameter_count(found, last, [Role.EMBEDDING]) == 0
-    assert stage_parameter_count(found, last, []) == 0
+    at_first, at_last = (
+        found.shards(
+            stage, found.axes.rank({"pipeline": stage.rank, "data": 0, "tensor": 0})
+        ).values()
+        for stage in (first, last)
+    )
+    assert local_elements(at_first, [Role.MATRIX]) == matrices
+    assert local_elements(at_first, [Role.EMBEDDING, Role.OUTPUT]) == padded
+    assert local_elements(at_last, [Role.EMBEDDING]) == 0
+    assert local_elements(at_last, []) == 0
     wide = layout(tmp_path, "--parallel.tensor=8", "--parallel.layers_per_stage=[4,4]")
     heads = 8 * 64  # one of the 4 heads of keys, which is on two ranks
     layer = (2 * 64 * 64 + 2 * 64 * 256) // 8 + 2 * heads
-    assert stage_parameter_count(wide, wide.stages[0], [Role.MATRIX]) == 4 * layer
+    at_first = wide.shards(wide.stages[0], rank=0).values()
+    assert local_elements(at_first, [Role.MATRIX]) == 4 * layer
 
 
 @pytest.mark.parametrize(("precision", "each"), [("bf16", 18), ("fp32", 16), ("fp64", 32)])
@@ -164,3 +172,15 @@ def test_interleaved_stages_add_up_on_their_rank(tmp_path: Path) -> None:
     assert held == [16 * (counts[0] + counts[2]), 16 * (counts[1] + counts[3])]
     plain = layout(tmp_path, "--train.precision=fp32")
     assert sum(held) == sum(states.total for states in rank_states(plain))
+
+
+@pytest.mark.parametrize("schedule", ["zb-v", "v-min", "v-half", "dualpipe-v"])
+def test_a_tied_embedding_with_both_ends_on_a_rank_is_held_once(
+    tmp_path: Path, schedule: str
+) -> None:
+    words = (f"--parallel.schedule={schedule}", "--parallel.virtual=2", "--train.precision=fp32")
+    found = layout(tmp_path, *words, "--model.tie_embeddings=true")
+    assert found.placement[0] == found.placement[-1] == 0
+    first, *between, last = (stage_parameter_count(found, stage) for stage in found.stages)
+    held = [states.total for states in rank_states(found)]
+    assert held == [16 * (first + last - 256 * 64), 16 * sum(between)]

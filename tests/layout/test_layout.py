@@ -25,6 +25,7 @@ from megapipe.layout.parameters import (
     ParameterSpec,
     Place,
     ReductionGroup,
+    Split,
 )
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.family import GPTFamily
@@ -112,6 +113,7 @@ def test_stages_lie_where_the_schedule_puts_them(
 ) -> None:
     found = layout(tmp_path, *words)
     assert found.placement == [stage.rank for stage in found.stages] == placement
+    assert found.virtual == found.config.parallel.virtual
     assert found.lowered == lower(found.program.compute)
     assert found.lowered is found.lowered, "proved once"
 
@@ -219,6 +221,62 @@ def test_parameters_that_are_split_alike_may_be_used_in_other_places(tmp_path: P
     assert {
         held.shard.reduction_group for held in held_by_all(found) if held.shard.name == "shared"
     } == {ends}
+
+
+class Mixer(GPTFamily):
+    """A GPT with matrices that tensor ranks split by rows."""
+
+    rows: tuple[int, ...] = ()
+
+    def parameters(self, model: ModelConfig) -> list[ParameterSpec]:
+        mixers = [
+            ParameterSpec(f"mixer{n}", (n, 1), (0,), Init("ones"), Role.MATRIX, Split(0))
+            for n in self.rows
+        ]
+        return [*mixers, *super().parameters(model)]
+
+
+def test_parameters_of_other_lengths_are_shared_in_another_way(tmp_path: Path) -> None:
+    """A single row is on both tensor ranks, 8 rows are half on each."""
+    family = Mixer()
+    family.rows = (1, 8)
+    found = resolve(load(tmp_path), None, family)
+    tensor = (("tensor", (0, 1)),)
+    assert found.shards(found.stages[0], rank=0)["mixer1"].reduction_group == tensor
+    assert found.reduction_groups() == [tensor]
+
+
+def test_what_tensor_ranks_can_not_share_is_refused(tmp_path: Path) -> None:
+    family = Mixer()
+    family.rows = (12, 251)
+    with pytest.raises(ConfigError) as caught:
+        resolve(load(tmp_path), None, family)
+    assert str(caught.value) == (
+        "parallel.tensor = 2 does not fit mixer251, whose dimension 0 has 251 elements; use 1."
+    )
+    family.rows = (12,)
+    resolve(load(tmp_path), None, family)
+    with pytest.raises(
+        ConfigError, match=r"mixer12, whose dimension 0 has 12 elements; use 1, 2 or 4"
+    ):
+        resolve(load(tmp_path, "--parallel.tensor=8"), None, family)
+
+
+class UnequalHeads(GPTFamily):
+    """A GPT with a matrix that can't be what its table says."""
+
+    def parameters(self, model: ModelConfig) -> list[ParameterSpec]:
+        split = Split(1, units=5)
+        wrong = ParameterSpec("wrong", (2, 12), (0,), Init("ones"), Role.MATRIX, split)
+        return [wrong, *super().parameters(model)]
+
+
+def test_a_table_that_no_rank_can_follow_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError,
+        match="wrong, whose dimension 1 has 12 elements, which are not 5 equal units; no size fits",
+    ):
+        resolve(load(tmp_path, "--parallel.tensor=1"), None, UnequalHeads())
 
 
 CASES = {

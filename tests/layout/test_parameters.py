@@ -21,6 +21,7 @@ from megapipe.layout.parameters import (
     padded_rows,
     shard_of,
     split_part,
+    split_problem,
 )
 from megapipe.parameter_role import Role
 
@@ -73,6 +74,28 @@ def test_a_dimension_that_divides() -> None:
     heads = Split(0, units=6)  # of width 2
     assert split_part(heads, 12, 1, 3) == SplitPart(4, 4, 0, (1,))
     assert split_part(heads, 12, 0, 1) == SplitPart(0, 12, 0, (0,))
+
+
+@pytest.mark.parametrize(
+    ("split", "length", "ranks", "said"),
+    [
+        (EVERY_ROW, 251, 2, "has 251 elements"),
+        (Split(0, units=6), 12, 4, "has 6 units"),
+        (Split(0, units=5), 12, 5, "has 12 elements, which are not 5 equal units"),
+        (Split(0, units=5), 12, 1, "has 12 elements, which are not 5 equal units"),
+        (EVERY_ROW, 12, 4, None),
+        (EVERY_ROW, 1, 4, None),
+        (Split(0, units=2), 16, 8, None),
+        (VOCABULARY, 251, 2, None),
+    ],
+)
+def test_a_dimension_that_does_not_divide_is_refused(
+    split: Split, length: int, ranks: int, said: str | None
+) -> None:
+    assert split_problem(split, length, ranks) == said
+    if said is not None:
+        with pytest.raises(AssertionError):
+            split_part(split, length, 0, ranks)
 
 
 def test_fewer_units_than_ranks_are_copied_to_neighbours() -> None:
@@ -204,7 +227,7 @@ def test_owners_cover_each_element_once(
 
 @settings(deadline=None)
 @given(splits(), st.booleans(), st.permutations([0, 1, 2]), st.integers(1, 3))
-def test_all_of_a_sum_group_hold_the_same_rectangle_and_agree_on_the_group(
+def test_all_of_a_reduction_group_hold_the_same_rectangle_and_agree_on_the_group(
     given: tuple[ParameterSpec, int], sequence_parallel: bool, ranks: list[int], count: int
 ) -> None:
     one, tensor = given

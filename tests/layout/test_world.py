@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from megapipe.config import Config, load_config
 from megapipe.errors import ConfigError
-from megapipe.layout.world import fewest_ranks, resolve_axes, usable_world_sizes, with_axes
+from megapipe.layout.world import resolve_axes, usable_world_sizes, with_axes
 from megapipe.models.families import FAMILIES
 from tests.config.examples import write
 
@@ -30,10 +30,10 @@ def test_data_follows_from_the_world_size(config: Config) -> None:
 
 
 def test_without_a_number_of_processes_it_is_the_fewest(config: Config) -> None:
-    assert fewest_ranks(config) == 4
     assert resolve_axes(config) == resolve_axes(config, 4)
-    assert fewest_ranks(with_data(config, 2)) == 8
+    assert resolve_axes(config).world_size == 4
     assert resolve_axes(with_data(config, 2)) == resolve_axes(config, 8)
+    assert resolve_axes(with_data(config, 2)).world_size == 8
 
 
 def test_a_filled_config_names_every_size_and_nothing_else_changes(config: Config) -> None:

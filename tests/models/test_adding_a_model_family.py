@@ -1,6 +1,6 @@
 """docs/adding-a-model-family.md does what it says: its files are put where it says into a copy of
-the checkout, and there the new family is proven, trained and found by everything else. A table that
-is wrong is found."""
+the checkout, and there the new family is checked, trained and found by everything else. A table
+that is wrong is found."""
 
 import json
 import re

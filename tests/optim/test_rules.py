@@ -99,7 +99,7 @@ def test_a_resumed_run_goes_on_with_the_same_bits(tmp_path: Path, name: str) -> 
     def start() -> tuple[Engine, Checkpoints]:
         engine = engine_of(given)
         files = {"config.toml": dump_config(given).encode()}
-        return engine, Checkpoints(given, engine.mesh, engine, files, say=str)
+        return engine, Checkpoints(engine, "auto", files, say=str)
 
     engine, checkpoints = start()
     for number in range(2):
@@ -123,4 +123,4 @@ def test_plans_count_what_it_keeps(name: str) -> None:
     held = {"weights": 0, "state": 0}
     for kind, _, values in engine.optimizer.state():
         held["weights" if kind == WEIGHTS else "state"] += values.nbytes
-    assert (states.master, states.moments) == (held["weights"], held["state"])
+    assert (states.master, states.optimizer) == (held["weights"], held["state"])

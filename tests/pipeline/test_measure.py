@@ -15,8 +15,7 @@ from megapipe.models.families import FAMILIES
 from megapipe.parameter_role import Role
 from megapipe.pipeline.measure import activation_bytes, measure_latency, measure_stages
 from megapipe.pipeline.p2p import make_channels
-from megapipe.stage import build_stages
-from tests.layouts import layout_of
+from tests.layouts import layout_of, stages_of
 from tests.pipeline.sleeping import SleepingStage
 from tests.ranks import run_ranks
 
@@ -45,7 +44,7 @@ def gpt2(*overrides: str) -> Config:
 def test_nothing_is_left_behind() -> None:
     config = gpt2("--parallel.data=1")
     layout = layout_of(config)
-    stages = build_stages(layout, Mesh.single(CPU))
+    stages = stages_of(layout)
     buffers = build_buffers(stages.values(), [tuple(Role)], main_dtype=torch.float32, replicas=1)
     before = [buffer.weights.clone() for buffer in buffers]
     random = torch.get_rng_state()

@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from megapipe.config import Config, load_config, parse_config
+from megapipe.config import Config, ModelConfig, load_config, parse_config
 from megapipe.errors import ConfigError, ScheduleError
+from megapipe.layout.parameters import Init, ParameterSpec, Split
 from megapipe.models.families import FAMILIES
+from megapipe.models.gpt.family import GPTFamily
+from megapipe.parameter_role import Role
 from megapipe.plan import dry_run as report
 from megapipe.plan.program import plan_layout
 from tests.config.examples import write
@@ -74,6 +77,25 @@ def test_rows_of_padding_are_shown(tmp_path: Path) -> None:
     shown = dry_run(load(tmp_path))
     assert "Vocabulary: 500 and 12 rows of padding inside (256 per tensor rank)" in shown
     assert "Vocabulary:" not in dry_run(load(tmp_path, "--model.vocab_size=512"))
+
+
+class PaddedMixer(GPTFamily):
+    """A GPT with two matrices that are padded, to a multiple of their own."""
+
+    def parameters(self, model: ModelConfig) -> list[ParameterSpec]:
+        mixers = [
+            ParameterSpec(f"mixer{n}", (30, 1), (n,), Init("ones"), Role.MATRIX, Split(0, pad_to=8))
+            for n in range(2)
+        ]
+        return [*super().parameters(model), *mixers]
+
+
+def test_rows_of_padding_are_those_of_the_parameter_that_has_them(tmp_path: Path) -> None:
+    config = load(tmp_path)
+    shown = report.dry_run(config, PaddedMixer(), "run.toml")
+    assert "Vocabulary: 500 and 12 rows of padding inside (256 per tensor rank)" in shown
+    assert "mixer0: 30 and 2 rows of padding inside (16 per tensor rank)" in shown
+    assert shown.count("rows of padding") == 2
 
 
 # --- With schedule auto, and with a limit --------------------------------------------------------

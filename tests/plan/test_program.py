@@ -6,7 +6,6 @@ import pytest
 
 from megapipe.config import Config, load_config
 from megapipe.errors import ScheduleError
-from megapipe.layout.axes import Axes
 from megapipe.layout.estimates import stage_costs
 from megapipe.layout.layout import Layout
 from megapipe.models.families import FAMILIES
@@ -18,7 +17,6 @@ from tests.layouts import layout_of
 
 AUTO = "--parallel.schedule=auto"
 FAMILY = FAMILIES["gpt"]
-AXES = Axes.of(pipeline=2, tensor=2)
 
 
 def load(folder: Path, *words: str) -> Config:
@@ -87,12 +85,13 @@ def test_a_memory_limit_holds_by_estimated_activations(tmp_path: Path) -> None:
 
 
 def test_times_are_those_of_a_file_or_estimates(tmp_path: Path) -> None:
-    estimated = estimated_times(load(tmp_path, AUTO), AXES, FAMILY)
+    layout = layout_of(load(tmp_path))
+    estimated = estimated_times(layout, None)
     assert estimated.source == "estimated by FLOPs"
-    assert estimated.costs == stage_costs(layout_of(load(tmp_path)))
+    assert estimated.costs == stage_costs(layout)
     file = tmp_path / "costs.toml"
     file.write_text("forward = [1, 2]\nbackward_input = 3\nbackward_weight = 4\n")
-    read = estimated_times(load(tmp_path, AUTO, f"--parallel.stage_costs={file}"), AXES, FAMILY)
+    read = estimated_times(layout, str(file))
     assert (read.unit, read.source) == ("s", f"from {file}")
     assert read.costs == Costs([1, 2], [3, 3], [4, 4])
 

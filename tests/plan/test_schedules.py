@@ -111,7 +111,7 @@ def test_a_plan_by_hand(tmp_path: Path) -> None:
     assert found.live_bytes == [n * each for n, each in zip(found.live, held, strict=True)]
     assert found.late == [0] * 4
     assert found.sent == [8, 16, 16, 8], "each microbatch forward, and its gradient back"
-    assert found.tensor_bytes == layout.boundary_bytes
+    assert found.layout == layout
     assert found.found == []
     assert found.title.startswith("1f1b: bubble 37.5%, at most 4 microbatches live on a rank (")
 

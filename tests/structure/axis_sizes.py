@@ -30,6 +30,8 @@ AXES = {
 """What an axis, or the number of stages on a rank, is called -> one name for it."""
 ENDINGS = ("_size", "_ranks", "_degree", "_parallel", "_parallel_size")
 PRODUCTS = {"prod", "reduce"}  # of math, numpy, functools
+COLLECTIONS = {"sizes", "given_sizes"}
+"""What gives the sizes of several axes by name."""
 TRANSPARENT = {"int", "max", "min"}
 COMPREHENSIONS = (ast.GeneratorExp, ast.ListComp)
 SEVERAL = {"the size of an axis", "that of another"}
@@ -49,6 +51,8 @@ def _joined_sizes(scope: Scope) -> Iterator[ast.expr]:
     """Products and quotients of several axes' sizes that are not a factor of another one."""
     named: dict[str, set[str]] = {}  # variables that stand for sizes, or for products of sizes
     for target, value in assignments(scope):
+        if _is_collection(value, named):
+            named[target] = SEVERAL
         labels = [_labels(part, named) for part in _factors(value)]
         if all(labels) and not isinstance(value, COMPREHENSIONS):
             named[target] = set().union(*labels)
@@ -56,9 +60,13 @@ def _joined_sizes(scope: Scope) -> Iterator[ast.expr]:
     for node in scope:
         if isinstance(node, ast.expr) and _is_product(node) and id(node) not in inner:
             inner.update(id(part) for part in ast.walk(node) if part is not node)
-            labels = [found for part in _factors(node) if (found := _labels(part, named))]
+            sizes = {part: found for part in _factors(node) if (found := _labels(part, named))}
+            axes = set().union(*sizes.values())
             # One factor alone may be a product with a name, which is found where it is made.
-            if len(set().union(*labels)) > 1 and (len(labels) > 1 or labels == [SEVERAL]):
+            several = any(
+                sizes[part] == SEVERAL for part in sizes if not isinstance(part, ast.Name)
+            )
+            if len(axes) > 1 and (len(sizes) > 1 or several):
                 yield node
 
 
@@ -94,12 +102,22 @@ def _labels(node: ast.expr, named: Mapping[str, set[str]]) -> set[str]:
         return SEVERAL if last_name(node.elt) == "size" else set()
     if isinstance(node, ast.Call) and last_name(node.func) == "size":
         return _asked(node)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        of_all = node.func.attr == "values" and _is_collection(node.func.value, named)
+        return SEVERAL if of_all else set()
     if isinstance(node, ast.Attribute) and node.attr == "size":
         return {_axis(last_name(node.value)) or ast.unparse(node)}
     if isinstance(node, ast.Name) and node.id in named:
         return named[node.id]
     axis = _axis(last_name(node))
     return {axis} if axis else set()
+
+
+def _is_collection(node: ast.expr, named: Mapping[str, set[str]]) -> bool:
+    """The sizes of several axes by name, or a variable that stands for them."""
+    function = node.func if isinstance(node, ast.Call) else node
+    is_named = isinstance(node, ast.Name) and named.get(node.id) == SEVERAL
+    return last_name(function) in COLLECTIONS or is_named
 
 
 def _asked(size: ast.Call) -> set[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.structure.modules import parsed
 
 HOME = "megapipe.layout"
-OWNERS = {"spec", "piece", "shard", "parameter", "param"}
+OWNERS = {"spec", "shard", "parameter", "param"}
 """What an object is called whose `.name` is that of a parameter, or part of what it is called."""
 SOURCES = {
     *("named_parameters", "named_buffers", "state_dict", "parameter_table", "layer_table"),
@@ -32,7 +32,7 @@ def violations(root: Path) -> list[str]:
     """`file: expression` for each outside the layout that looks into a parameter's name.
 
     That is a comparison, `in`, a method of strings, an index or a pattern: with a text that looks
-    like a part of such a name, or on the `.name` of a spec, piece, shard or parameter.
+    like a part of such a name, or on the `.name` of a spec, shard or parameter.
     """
     return sorted(
         {

@@ -41,6 +41,9 @@ def tree(root: Path, text: str) -> Path:
         "len(layers) // (axes['pipeline'].size * axes['virtual'].size)",
         "math.prod([parallel.tensor, parallel.pipeline])",
         "math.prod(axis.size for axis in axes)",
+        "math.prod(axes.sizes.values())",
+        "math.prod(given_sizes(dict(config.parallel)).values()) * 2",
+        "reduce(mul, sizes.values())",
         "reduce(mul, (parallel.tensor, parallel.data))",
         "rank // tensor % data",
         "world_size // parallel.tensor // parallel.pipeline",
@@ -64,10 +67,25 @@ def test_sizes_under_another_name_are_found(tmp_path: Path) -> None:
     assert found == [f"{FILE}: model * parallel.data", f"{FILE}: wide * deep"]
 
 
+def test_a_product_of_sizes_by_name_is_found_where_it_is_made(tmp_path: Path) -> None:
+    lines = [
+        "def f(parallel, batch, streams):",
+        "    found = given_sizes(dict(parallel))",
+        "    replicas = math.prod(found.values())",
+        "    return batch // replicas, streams % replicas, parallel.tensor * replicas",
+    ]
+    assert axis_sizes.violations(tree(tmp_path, "\n".join(lines))) == [
+        f"{FILE}: math.prod(found.values())",
+        f"{FILE}: parallel.tensor * replicas",
+    ]
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "part = hidden // mesh.tensor.size",
+        "most = max(axes.sizes.values())",
+        "elements = math.prod(shapes.values())",
         "padded = rows // tensor * tensor",
         "bytes = spec.size * 4",
         "x.data * y.data",
@@ -107,6 +125,12 @@ def test_other_arithmetic_is_allowed(tmp_path: Path, text: str) -> None:
         ),
         ("def f(old: ParallelConfig):\n    return old.data or 1", "old.data or 1"),
         ("def f(config):\n    p = config.parallel\n    return p.data or 1", "p.data or 1"),
+        ("x = parallel['data'] or 1", "parallel['data'] or 1"),
+        ("x = isinstance(parallel[kind.name], int)", "isinstance(parallel[kind.name], int)"),
+        ("def f(parallel):\n    x = parallel[name]\n    isinstance(x, int)", "isinstance(x, int)"),
+        ("x = dict(config.parallel)['data'] is None", "dict(config.parallel)['data'] is None"),
+        ("x = vars(parallel).get('data') or 1", "vars(parallel).get('data') or 1"),
+        ("x = getattr(parallel, name) is None", "getattr(parallel, name) is None"),
     ],
 )
 def test_questions_for_an_unset_size_are_found(tmp_path: Path, text: str, said: str) -> None:
@@ -122,6 +146,10 @@ def test_questions_for_an_unset_size_are_found(tmp_path: Path, text: str, said: 
         "x = parallel.data == 1",
         "x = parallel.layers_per_stage is None",
         "x = config.data or y",
+        "x = parallel['schedule_file'] is None",
+        "x = rows[name] is None",
+        "x = dict(config.parallel).get('virtual') or 1",
+        "x = getattr(config, name) is None",
         "def f(p):\n    x = p.parallel.data\ndef g(x):\n    return x is None",
     ],
 )
@@ -199,7 +227,7 @@ def test_what_is_no_private_attribute_of_a_section_is_allowed(tmp_path: Path) ->
     [
         "'.attention.k.' in spec.name",
         "spec.name.endswith('norm')",
-        "piece.name.split('.')",
+        "shard.name.split('.')",
         "shard.name.startswith('head')",
         "name.removesuffix('.weight')",
         "name == 'embedding.weight'",
@@ -227,17 +255,17 @@ def test_looks_into_names_of_parameters_are_found(tmp_path: Path, expression: st
         "x = path.name.endswith('.json')",
         "x = path.name.split('.')",
         "x = 'name' in row",
-        "x = specs[piece.name]",
+        "x = specs[shard.name]",
         "x = {spec.name: spec for spec in table}",
         "x = f'{prefix}.attention.k.weight'",
         "x = 'embedding.weight' if tied else 'output.weight'",
-        "x = spec.name == piece.name",
+        "x = spec.name == shard.name",
         "x = config_key.startswith('model.')",
         "x = text.split('.')",
         "x = word.endswith('weight')",
         "[x for name, x in files.items() if name.endswith('.safetensors')]",
         "x = {name: x for name, x in module.named_parameters()}",
-        "x = reader.read(f'weights/{piece.name}')",
+        "x = reader.read(f'weights/{shard.name}')",
     ],
 )
 def test_other_uses_of_names_are_allowed(tmp_path: Path, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Whether parallel.data was set is asked once, where megapipe/layout/ fills it in."""
+"""Whether parallel.data was set is asked where megapipe/layout/ fills it in, and nowhere else."""
 
 import ast
 from collections.abc import Iterator
@@ -58,12 +58,30 @@ def _sections(scope: Scope) -> set[str]:
 
 
 def _is_data(node: ast.AST, sections: set[str]) -> bool:
-    """`parallel.data` of any such section."""
-    return (
-        isinstance(node, ast.Attribute)
-        and node.attr == "data"
-        and last_name(node.value) in sections
-    )
+    """`parallel.data` of any such section, also by its key: parallel["data"], or parallel[name]."""
+    if isinstance(node, ast.Attribute):
+        return node.attr == "data" and last_name(node.value) in sections
+    for section, key in _looked_up(node):
+        named = not isinstance(key, ast.Constant) or key.value == "data"
+        return named and last_name(section) in sections
+    return False
+
+
+def _looked_up(node: ast.AST) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """(section, key) of section[key], section.get(key) and getattr(section, key); the section may
+    be within dict() or vars()."""
+    found: list[ast.expr] = []
+    if isinstance(node, ast.Subscript):
+        found = [node.value, node.slice]
+    elif isinstance(node, ast.Call) and last_name(node.func) == "getattr":
+        found = node.args[:2]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        found = [node.func.value, *node.args[:1]] if node.func.attr == "get" else []
+    if len(found) == 2:
+        section, key = found
+        if isinstance(section, ast.Call) and last_name(section.func) in {"dict", "vars"}:
+            section = section.args[0] if section.args else section
+        yield section, key
 
 
 def _is_none(node: ast.AST) -> bool:

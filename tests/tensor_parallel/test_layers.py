@@ -18,13 +18,14 @@ from megapipe.layout.parameters import (
     ParameterSpec,
     Split,
     padded_rows,
+    shard_of,
 )
 from megapipe.parameter_role import Role
 from megapipe.tensor_parallel.collectives import all_reduce_, own_sequence_slice
 from megapipe.tensor_parallel.embedding import VocabParallelEmbedding
 from megapipe.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
-from megapipe.tensor_parallel.loss import vocab_parallel_cross_entropy
-from megapipe.tensor_parallel.parameter import sharded_parameters
+from megapipe.tensor_parallel.loss import own_vocabulary, vocab_parallel_cross_entropy
+from megapipe.tensor_parallel.parameter import ShardedParameter, sharded_parameters
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 from tests.ranks import run_ranks
 from tests.tensor_parallel.samples import (
@@ -179,6 +180,18 @@ def test_vocab_parallel_embedding(size: int, sequence_parallel: bool, vocab_size
     run_ranks(_embedding, size, size, sequence_parallel, vocab_size)
 
 
+def test_an_embedding_looks_up_the_rows_of_its_shard() -> None:
+    """Whatever the rank's number is: here the second half of a vocabulary, on one process."""
+    spec = vocabulary("embedding", 2 * MULTIPLE, H)
+    shard = shard_of(spec, tensor_rank=1, tensor_size=2, sequence_parallel=False)
+    weight = ShardedParameter((shard,), dtype=FLOAT64, device="cpu")
+    layer = VocabParallelEmbedding(weight, tensor=Axis("tensor"), sequence_parallel=False)
+    prepare(layer)
+    found = layer(torch.tensor([[MULTIPLE - 1, MULTIPLE, MULTIPLE + 1]]))[:, 0]
+    assert not found[0].any()
+    torch.testing.assert_close(found[1:], weight[:2])
+
+
 def _loss(size: int, vocab_size: int) -> None:
     tensor = tensor_axis(size)
     rows = padded_rows(vocab_size, size, MULTIPLE)
@@ -193,7 +206,10 @@ def _loss(size: int, vocab_size: int) -> None:
 
     columns = slice(rows * tensor.rank, rows * (tensor.rank + 1))
     own = whole[..., columns].clone().requires_grad_()
-    loss = vocab_parallel_cross_entropy(own * 1.0, targets, vocab_size=vocab_size, tensor=tensor)
+    weight = parameters_of([vocabulary("output", vocab_size, H)], tensor).get("output")
+    loss = vocab_parallel_cross_entropy(
+        own * 1.0, targets, vocabulary=own_vocabulary(weight), tensor=tensor
+    )
     torch.testing.assert_close(loss.detach(), expected.detach())
     loss.backward()
     assert own.grad is not None

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megapipe.distributed.mesh import Axis
+from megapipe.layout.parameters import shard_of
 from megapipe.tensor_parallel.collectives import own_sequence_slice
 from megapipe.tensor_parallel.linear import column_parallel_linear
 from megapipe.tensor_parallel.loss import (
+    own_vocabulary,
     vocab_parallel_cross_entropy,
     vocab_parallel_linear_cross_entropy,
 )
@@ -37,6 +39,15 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(one, Tensor):
                 self.elements = max(self.elements, one.numel())
         return made
+
+
+def test_the_classes_are_those_of_the_shard() -> None:
+    """Of 70 on two ranks the first has 64; the second has 6, and 58 rows of padding."""
+    spec = vocabulary("output.weight", 70, H)
+    for rank, expected in enumerate([(0, 64), (64, 6)]):
+        shard = shard_of(spec, tensor_rank=rank, tensor_size=2, sequence_parallel=False)
+        weight = ShardedParameter((shard,), dtype=FLOAT64, device="cpu")
+        assert own_vocabulary(weight) == expected
 
 
 def weight_of(tensor: Axis, vocab_size: int) -> ShardedParameter:
@@ -67,7 +78,7 @@ def compare(size: int, vocab_size: int, sequence_parallel: bool) -> None:
     hidden = own_sequence_slice(whole, tensor) if sequence_parallel else whole
     targets = torch.randint(vocab_size, (S, B), generator=generator(3))
     targets[3:9, 1] = -100
-    common = {"vocab_size": vocab_size, "tensor": tensor, "z_loss": Z_LOSS}
+    common = {"tensor": tensor, "z_loss": Z_LOSS}
     found, sizes = [], []
     for fused in (False, True):
         weight, leaf = weight_of(tensor, vocab_size), hidden.clone().requires_grad_()
@@ -85,7 +96,9 @@ def compare(size: int, vocab_size: int, sequence_parallel: bool) -> None:
                     sequence_parallel=sequence_parallel,
                     store=WeightGradStore(),
                 )
-                loss = vocab_parallel_cross_entropy(logits, targets, **common)
+                loss = vocab_parallel_cross_entropy(
+                    logits, targets, vocabulary=own_vocabulary(weight), **common
+                )
             loss.backward()
         assert leaf.grad is not None
         found.append((loss.detach(), leaf.grad, weight.main_grad))
@@ -111,7 +124,7 @@ def test_without_gradients_only_the_loss() -> None:
     targets = torch.randint(100, (S, B), generator=generator(3))
     with torch.no_grad():
         loss = vocab_parallel_linear_cross_entropy(
-            hidden, weight, targets, vocab_size=100, tensor=tensor, sequence_parallel=False
+            hidden, weight, targets, tensor=tensor, sequence_parallel=False
         )
     assert loss > 0
     assert not weight.main_grad.any()
@@ -122,7 +135,7 @@ def test_a_loss_that_is_not_the_end_is_refused() -> None:
     hidden = nn.Parameter(torch.randn(S, B, H, generator=generator(2), dtype=FLOAT64))
     targets = torch.randint(100, (S, B), generator=generator(3))
     loss = vocab_parallel_linear_cross_entropy(
-        hidden, weight, targets, vocab_size=100, tensor=Axis("tensor"), sequence_parallel=False
+        hidden, weight, targets, tensor=Axis("tensor"), sequence_parallel=False
     )
     with pytest.raises(AssertionError, match="a loss whose own gradient is 1"):
         (2 * loss).backward()

@@ -1,4 +1,4 @@
-"""The bubble of a step, from what ranks write into the slots of its all-reduce."""
+"""The bubble of a step, from what ranks give to its sums."""
 
 import math
 from dataclasses import replace
@@ -11,9 +11,9 @@ from megapipe.distributed.mesh import Axis, Mesh
 from megapipe.pipeline.recording import Recorder
 from megapipe.pipeline.schedule import Program, Span, Timeline, build_program, lower, simulate
 from megapipe.pipeline.schedule.simulate import Costs
-from megapipe.step_sums import Totals
+from megapipe.step_sums import StepSums, Totals
 from megapipe.train import bubble
-from megapipe.train.bubble import BubbleMeter
+from megapipe.train.bubble import BEGAN, BUSY, MEDIANS, BubbleMeter
 
 COSTS = Costs(forward=[1.0, 2.0], backward_input=[1.5, 1.0], backward_weight=[0.5, 1.0])
 
@@ -33,6 +33,16 @@ def mesh_of(rank: int, *, data: int = 0) -> Mesh:
     own = {"pipeline": rank, "data": data}
     parts = {name: Axis(name, (0, 1), place) for name, place in own.items()}
     return replace(single, parts={**single.parts, **parts})
+
+
+class Registered(StepSums):
+    """Zeros at each place of what is registered."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+
+    def register(self, name: str, places: int = 1) -> None:
+        self.values[name] = [0.0] * places
 
 
 class Clock:
@@ -55,9 +65,16 @@ def meters(program: Program, timeline: Timeline, monkeypatch: pytest.MonkeyPatch
 
 
 def totals_of(ranks: list[Any]) -> Totals:
-    """What these ranks give, added up."""
-    given = [rank.given()["bubble"] for rank in ranks]
-    return Totals({"bubble": [sum(values) for values in zip(*given, strict=True)]})
+    """What these ranks give, added up at each place of what the first one registers."""
+    sums = Registered()
+    ranks[0].register(sums)
+    given = [rank.given() for rank in ranks]
+    assert all(one.keys() == sums.values.keys() for one in given)
+    for one in given:
+        for name, values in one.items():
+            for place, value in values.items():
+                sums.values[name][place] += value
+    return Totals(sums.values)
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zb-h1"])
@@ -80,8 +97,9 @@ def test_replicas_and_the_first_step_have_nothing_to_say() -> None:
     first = BubbleMeter(mesh_of(0), program, Recorded(timeline, 0, 0.0))
     totals = totals_of([first])
     assert first.measured(totals) is None
-    values = totals.all("bubble")
-    assert not any(map(math.isnan, [values[2], *values[6:]]))
+    assert math.isnan(totals.all(BEGAN)[0])
+    values = [totals.all(name) for name in (BUSY, *MEDIANS.values())]
+    assert not any(math.isnan(value) for one in values for value in one)
 
 
 def test_planning_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,8 +110,8 @@ def test_planning_takes_a_small_share_of_the_time(monkeypatch: pytest.MonkeyPatc
     totals = totals_of([rank, other])
     monkeypatch.setattr(bubble.time, "perf_counter", Clock(0.0, 0.5, 100.0, 200.0, 251.0, 251.5))
     first = rank.planned(totals)
-    values = totals.all("bubble")
-    slower = [*values[:6], *(3 * value for value in values[6:10]), *values[10:]]
-    changed = Totals({"bubble": slower})
+    values = {name: totals.all(name) for name in MEDIANS.values()}
+    slower = {name: [3 * first, *others] for name, (first, *others) in values.items()}
+    changed = Totals(slower)
     assert [rank.planned(changed) for _ in range(2)] == [first, first]
     assert rank.planned(changed) != first

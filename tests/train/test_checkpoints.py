@@ -8,6 +8,7 @@ from typing import Any, Literal, NoReturn
 import pytest
 import torch
 
+from megapipe import __version__
 from megapipe.checkpoint.load import CheckpointReader
 from megapipe.config import Config, dump_config, load_config
 from megapipe.distributed.mesh import Mesh, build_mesh
@@ -46,8 +47,9 @@ def test_a_linked_checkpoint_that_can_not_be_used_is_not_passed_over(
     save_sample(root, 3)
     link(save_sample(root, 5), tmp_path / "elsewhere")
     config = load_config(write(tmp_path), [f"--train.run_dir={tmp_path}/run"], FAMILIES)
-    engine: Any = SimpleNamespace()  # which has nothing to load
-    checkpoints = Checkpoints(config, Mesh.single(torch.device("cpu")), engine, {}, print)
+    mesh = Mesh.single(torch.device("cpu"))
+    engine: Any = SimpleNamespace(config=config, mesh=mesh)  # which has nothing to load
+    checkpoints = Checkpoints(engine, config.checkpoint.resume, {}, print)
     with pytest.raises(CheckpointError, match="step-00000005 is linked from elsewhere and can't"):
         checkpoints.restore()
 
@@ -55,7 +57,7 @@ def test_a_linked_checkpoint_that_can_not_be_used_is_not_passed_over(
 def restore_where_a_rank_can_not_read(config: Config) -> str:
     mesh = build_mesh(Axes.of(pipeline=2, data=1, tensor=1), torch.device("cpu"))
     files = {"config.toml": dump_config(config).encode()}
-    checkpoints = Checkpoints(config, mesh, engine_of(config, mesh), files, say=str)
+    checkpoints = Checkpoints(engine_of(config, mesh), "auto", files, say=str)
     checkpoints.save(Progress(1, 10), {})
 
     def fail(reader: CheckpointReader, *tensor: object) -> NoReturn:
@@ -113,7 +115,7 @@ def test_a_resume_with_another_optimizer_is_refused(
         words = f"--parallel.data=1 --train.run_dir={tmp_path} {kind.words}"
         config = load_config(SHAPE, words.split(), FAMILIES)
         files = {"config.toml": dump_config(config).encode()}
-        return Checkpoints(config, mesh, engine_of(config, mesh), files, say=str)
+        return Checkpoints(engine_of(config, mesh), "auto", files, say=str)
 
     start(then).save(Progress(1, 10), {})
     resumed = start(now)
@@ -127,3 +129,39 @@ def test_a_resume_with_another_optimizer_is_refused(
     assert f'optimizer.name = "{then.name}", which kept {then.kept} of each parameter' in said
     assert f'here it is "{now.name}", which keeps {now.kept}.' in said
     assert 'checkpoint.resume = "never"' in said
+
+
+@pytest.mark.parametrize(
+    ("written", "now", "said"),
+    [
+        ("warmup_steps = 0", "ramp = 7", "optimizer.ramp = 7, which this version"),
+        ("weight_decay = 0.1", "weight_decay = -1", "optimizer.weight_decay = -1, which this"),
+    ],
+)
+def test_keys_of_another_version_are_named_and_nothing_is_loaded(
+    tmp_path: Path, written: str, now: str, said: str
+) -> None:
+    mesh = Mesh.single(torch.device("cpu"))
+    words = ["--parallel.data=1", f"--train.run_dir={tmp_path}"]
+    config = load_config(SHAPE, words, FAMILIES)
+    files = {"config.toml": replace_once(dump_config(config), written, now).encode()}
+    Checkpoints(engine_of(config, mesh), "auto", files, say=str).save(Progress(1, 10), {})
+    lines: list[str] = []
+    resumed = Checkpoints(engine_of(config, mesh), "auto", files, say=lines.append)
+    before = [buffer.weights.clone() for buffer in resumed.engine.buffers]
+    for buffer in resumed.engine.buffers:
+        buffer.weights.add_(1)
+    with pytest.raises(CheckpointError) as caught:
+        resumed.restore()
+    text = str(caught.value)
+    assert text.startswith(f"{tmp_path}/checkpoints/step-00000001 is of a run with {said}")
+    assert f"Go on with megapipe {__version__}" in text
+    assert 'checkpoint.resume = "never"' in text
+    assert lines == []
+    for buffer, weights in zip(resumed.engine.buffers, before, strict=True):
+        assert torch.equal(buffer.weights, weights + 1)
+
+
+def replace_once(text: str, old: str, new: str) -> str:
+    assert text.count(f"\n{old}\n") == 1
+    return text.replace(f"\n{old}\n", f"\n{new}\n")

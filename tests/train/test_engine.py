@@ -45,7 +45,22 @@ class Rows(StepPart):
         sums.register("kinds", 2)
 
     def given(self) -> dict[str, Given]:
-        return {"rows": 3, "kinds": [4, 5]}
+        return {"rows": 3, "kinds": {0: 4, 1: 5}}
+
+
+class Loss(StepPart):
+    """Gives a quantity that is the engine's."""
+
+    def given(self) -> dict[str, Given]:
+        return {"loss": 3}
+
+
+def test_a_part_can_not_give_what_another_gives() -> None:
+    engine = engine_of(config())
+    engine.join(Loss())
+    tokens = synthetic_tokens(engine.config)(0, Mesh.single(CPU))
+    with pytest.raises(AssertionError, match=r"^loss given by two parts"):
+        engine.train_step(tokens, 0.01)
 
 
 @pytest.mark.parametrize("limit", [0.0, 0.05, 1e6])

@@ -125,7 +125,7 @@ def test_the_host_waits_once_a_step_with_each_switch(switch: str, kernels: str) 
 def take_batches(given: Config, rank: int) -> int:
     """Have a rank take batches of text, the way a training step does; gives their number."""
     mesh = mesh_of(given, rank)
-    feed = _Started(given, mesh, hosts_first=True, hosts_last=True)
+    feed = _Started(layout_of(given), mesh)
     with watch_host():
         taken = [feed.next() for _ in range(3)]
     feed.close()

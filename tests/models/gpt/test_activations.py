@@ -8,16 +8,14 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from megapipe.config import load_config
-from megapipe.distributed.mesh import Mesh
 from megapipe.layout.estimates import stage_activation_bytes
 from megapipe.layout.layout import Layout
 from megapipe.microbatch import MicroBatch
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.config import gpt_model
-from megapipe.stage import build_stages
 from tests.config.examples import write
 from tests.interpreter import needs_interpreter
-from tests.layouts import CPU, layout_of
+from tests.layouts import layout_of, stages_of
 
 GPT2 = ("position=learned", "norm=layernorm", "activation=gelu", "bias=true", "qkv_bias=true")
 CASES: dict[str, tuple[str, ...]] = {
@@ -43,7 +41,7 @@ def load(folder: Path, *words: str) -> Layout:
 
 def saved_bytes(layout: Layout) -> int:
     """What the graph of one microbatch through the whole model keeps, parameters apart."""
-    (stage,) = build_stages(layout, Mesh.single(CPU)).values()
+    (stage,) = stages_of(layout).values()
     weights = {parameter.untyped_storage().data_ptr() for parameter in stage.parameters()}
     for parameter in stage.parameters():
         parameter.main_grad = torch.zeros_like(parameter)

@@ -12,8 +12,7 @@ from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.config import GPTConfig
 from megapipe.models.gpt.parameters import (
     gpt_parameter_count,
-    local_kv_heads,
-    padded_vocab_size,
+    local_sizes,
     parameter_table,
 )
 from megapipe.models.gpt.presets import PRESETS
@@ -112,16 +111,17 @@ def test_vocabulary_is_padded_to_a_multiple_of_64_on_each_rank() -> None:
     embedding = parameter_table(model("gpt2"))[0]
     rows = [shard(embedding, tensor).rows for tensor in (1, 2, 8)]
     assert rows == [50304, 25152, 6336]
-    assert padded_vocab_size(50257, 8) == 50688
-    assert padded_vocab_size(128256, 1) == 128256
-    assert padded_vocab_size(1, 8) == 512
+    shape = model("gpt2", num_heads=8)
+    assert [local_sizes(shape, tensor).vocabulary for tensor in (1, 2, 8)] == rows
+    assert local_sizes(model("llama3-8b"), 1).vocabulary == 128256
+    assert local_sizes(model("gpt2", num_heads=8, vocab_size=1), 8).vocabulary == 64
 
 
 def test_key_and_value_heads_are_copied_where_ranks_outnumber_them() -> None:
     shape = model("llama-micro")  # 8 heads, 2 of them key/value, head_dim 8
     table = {spec.name: spec for spec in parameter_table(shape)}
     key, query = table["layers.0.attention.k.weight"], table["layers.0.attention.q.weight"]
-    assert [local_kv_heads(shape, tensor) for tensor in (1, 2, 4, 8)] == [2, 1, 1, 1]
+    assert [local_sizes(shape, tensor).kv_heads for tensor in (1, 2, 4, 8)] == [2, 1, 1, 1]
     assert [shard(key, tensor).shape[0] for tensor in (1, 2, 4, 8)] == [16, 8, 8, 8]
     assert [shard(query, tensor).shape[0] for tensor in (1, 2, 4, 8)] == [64, 32, 16, 8]
     down = table["layers.0.mlp.down.weight"]
