@@ -234,8 +234,8 @@ TRAINED = {
     ),
     "each site saves a checkpoint": Forgotten(
         "megapipe/train/checkpoints.py",
-        "if not self.mesh.batch.is_first:",
-        'if not self.mesh.parts["data"].is_first:',
+        "if not self.engine.mesh.batch.is_first:",
+        'if not self.engine.mesh.parts["data"].is_first:',
         r"cannot save checkpoint \S+: rank 0: tensor \S+: chunks .* overlap",
     ),
 }
