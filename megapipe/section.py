@@ -13,6 +13,7 @@ class Section(BaseModel):
         extra="forbid",
         strict=True,
         allow_inf_nan=False,
+        defer_build=True,  # of sections that a command does not read
     )
 
 

@@ -5,7 +5,7 @@ knows better.
 """
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megapipe.layout.layout import Layout, Stage
@@ -121,7 +121,7 @@ def rank_states(layout: Layout) -> list[StateBytes]:
     return held
 
 
-def _shards(layout: Layout, stage: Stage) -> dict[str, ParameterShard]:
+def _shards(layout: Layout, stage: Stage) -> Mapping[str, ParameterShard]:
     """What each tensor rank holds of a stage, by the example of the first."""
     place = dict.fromkeys(layout.axes.names, 0) | {"pipeline": stage.rank}
     return layout.shards(stage, layout.axes.rank(place))

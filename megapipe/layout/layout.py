@@ -4,6 +4,7 @@ Everything below the command line asks this object. It needs no torch and, for a
 on thousands of ranks, milliseconds; what takes longer is made when it is first asked for.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -132,14 +133,17 @@ class Layout:
             found |= {spec.name: spec for spec in self._by_place.get(place, ())}
         return list(found.values())
 
-    def shards(self, stage: Stage, rank: int) -> dict[str, ParameterShard]:
+    def shards(self, stage: Stage, rank: int) -> Mapping[str, ParameterShard]:
         """What a rank that holds the stage holds of each of its parameters, by name."""
         place = self.axes.coordinates(rank)
         assert place["pipeline"] == stage.rank, (stage, place)
-        return {
-            spec.name: self._shard(spec, tensor_rank=place["tensor"], pipeline_rank=stage.rank)
-            for spec in self.stage_parameters(stage)
-        }
+        key = (stage.number, place["tensor"])
+        if key not in self._shards:
+            self._shards[key] = {
+                spec.name: self._shard(spec, tensor_rank=place["tensor"], pipeline_rank=stage.rank)
+                for spec in self.stage_parameters(stage)
+            }
+        return self._shards[key]
 
     def reduction_groups(self) -> list[ReductionGroup]:
         """All groups of ranks that add up partial gradients of shards within a replica, in an order
@@ -179,6 +183,11 @@ class Layout:
             ends = spec.places if len(spec.places) > 1 else ()
             found[spec.split, length, spec.partial, ends] = spec
         return list(found.values())
+
+    @cached_property
+    def _shards(self) -> dict[tuple[int, int], dict[str, ParameterShard]]:
+        """Those that have been asked for, by number of the stage and tensor rank."""
+        return {}
 
     @cached_property
     def _rank_of(self) -> dict[Place, int]:
