@@ -4,7 +4,6 @@ A command is a file of this folder with `run(argv) -> int`, imported when it is 
 `megapipe --help` costs nothing.
 """
 
-import gc
 import importlib
 import os
 import sys
@@ -77,9 +76,7 @@ def _run(words: Sequence[str]) -> int:
         print(f"megapipe {__version__}")
         return 0
     _check_current_directory()
-    run = _command(words[0])
-    gc.freeze()  # what imports have made stays: the collector need not look through it again
-    return run(words[1:])
+    return _command(words[0])(words[1:])
 
 
 def _check_current_directory() -> None:

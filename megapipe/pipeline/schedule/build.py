@@ -1,5 +1,9 @@
 """Programs by the name that the config gives."""
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from megapipe.errors import ScheduleError
 from megapipe.pipeline.schedule.action import Action, Kind, Program
 from megapipe.pipeline.schedule.generators import find_schedules
@@ -37,7 +41,21 @@ def build_program(name: str, *, pipeline: int, virtual: int, microbatches: int) 
             f"{least} * train.micro_batch_size * parallel.data, lower train.micro_batch_size, or "
             "take another schedule."
         )
-    return schedule.generate(pipeline, virtual, microbatches)
+    with _collector_paused():
+        return schedule.generate(pipeline, virtual, microbatches)
+
+
+@contextmanager
+def _collector_paused() -> Iterator[None]:
+    """For work that makes many objects and no cycles, through all of which the garbage collector
+    would look again and again."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def check_chunks(name: str, virtual: int) -> None:

@@ -1,9 +1,12 @@
 """Programs by name: as published, and errors for what can't be."""
 
+import gc
+
 import pytest
 
 from megapipe.errors import ScheduleError
-from megapipe.pipeline.schedule import build_program
+from megapipe.pipeline.schedule import SCHEDULES, Program, build_program
+from megapipe.pipeline.schedule.definition import Schedule
 from tests.pipeline.programs import make, parse
 
 
@@ -41,3 +44,24 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ScheduleError, match=message):
         build_program(name, pipeline=2, virtual=virtual, microbatches=microbatches)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_as_it_was(monkeypatch: pytest.MonkeyPatch, enabled: bool) -> None:
+    """Also where a schedule fails on the way."""
+
+    def fails(pipeline: int, virtual: int, microbatches: int) -> Program:
+        assert not gc.isenabled()
+        raise ArithmeticError
+
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        build_program("1f1b", pipeline=2, virtual=1, microbatches=2)
+        assert gc.isenabled() == enabled
+        monkeypatch.setitem(SCHEDULES, "1f1b", Schedule("1f1b", fails))
+        with pytest.raises(ArithmeticError):
+            build_program("1f1b", pipeline=2, virtual=1, microbatches=2)
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
