@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megapipe.config import Config, load_config
-from megapipe.layout.world import fewest_ranks, usable_world_sizes
+from megapipe.layout.world import resolve_axes, usable_world_sizes
 from megapipe.models.families import FAMILIES
 from megapipe.plan.dry_run import dry_run
 from megapipe.tools.cli import main
@@ -32,7 +32,7 @@ def world_sizes(path: Path) -> set[int]:
         elif size := re.search(r"(?:--world-size |NPROC_PER_NODE=)(\d+)", command):
             sizes.add(int(size[1]))
         else:
-            sizes.add(fewest_ranks(load(path)))
+            sizes.add(resolve_axes(load(path)).world_size)
     return sizes
 
 
