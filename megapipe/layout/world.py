@@ -31,7 +31,7 @@ def resolve_axes(config: Config, world_size: int | None = None) -> Axes:
             raise ConfigError([_wrong_product(fixed, world_size)])
         return fixed
     follows, rest = divmod(world_size, fixed.world_size)
-    if rest or follows == 0:
+    if rest:  # so of fewer processes than one replica needs
         raise ConfigError([_no_whole_replica(config, fixed, world_size)])
     axes = _axes(config, follows=follows)
     if world_size not in usable_world_sizes(config):

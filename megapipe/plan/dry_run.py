@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 
+from megapipe.amounts import counted
 from megapipe.config import Config, dump_config
 from megapipe.layout.axes import Axes
 from megapipe.layout.estimates import (
@@ -47,11 +48,11 @@ def dry_run(config: Config, family: ModelFamily, name: str, world_size: int | No
 def layout_lines(config: Config, axes: Axes) -> Iterator[str]:
     """Ranks and schedule, a line each."""
     sizes = " * ".join(f"{name} {size}" for name, size in axes.sizes.items())
-    yield f"Layout: {_count(axes.world_size, 'rank')} = {sizes}"
+    yield f"Layout: {counted(axes.world_size, 'rank')} = {sizes}"
     yield (
-        f"Schedule: {config.parallel.schedule}, {_count(config.parallel.stages, 'stage')}, "
-        f"{_count(microbatches(config, axes), 'microbatch')} of "
-        f"{_count(config.train.micro_batch_size, 'sequence')} per replica and step"
+        f"Schedule: {config.parallel.schedule}, {counted(config.parallel.stages, 'stage')}, "
+        f"{counted(microbatches(config, axes), 'microbatch')} of "
+        f"{counted(config.train.micro_batch_size, 'sequence')} per replica and step"
     )
 
 
@@ -227,11 +228,6 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _from_to(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
-
-
-def _count(number: int, noun: str) -> str:
-    plural = noun + ("es" if noun.endswith("ch") else "s")
-    return f"{number:,} {noun if number == 1 else plural}"
 
 
 def _exact(number: int) -> str:
