@@ -6,7 +6,8 @@ arguments, which are checked; all others become an `InertRecord`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeGuard
 
 from megapipe.errors import CheckpointError
 
@@ -43,7 +44,7 @@ class InertRecord:
     name: str
     args: tuple[object, ...] | None = None
     state: object = None
-    items: list[object] = field(default_factory=list)
+    items: list[object] | None = None
 
     @property
     def path(self) -> str:
@@ -90,12 +91,22 @@ def storage_from(identifier: object) -> StorageReference:
         and identifier[0] == "storage"
         and isinstance(kind := identifier[1], InertRecord)
         and isinstance(key := identifier[2], str)
-        and _is_size(elements := identifier[4])
+        and is_size(elements := identifier[4])
     ):
         if kind.module.split(".")[0] != "torch" or kind.name not in ITEM_BYTES_OF_STORAGE:
             raise CheckpointError(f"it has a {kind.path}, whose elements can't be read")
         return StorageReference(key, ITEM_BYTES_OF_STORAGE[kind.name][0], elements)
     raise CheckpointError("it refers to an object outside of it that is no storage of torch's")
+
+
+def is_size(value: object) -> TypeGuard[int]:
+    """Whether it is a whole number from 0 to `MAX_SIZE`."""
+    return type(value) is int and 0 <= value <= MAX_SIZE
+
+
+def are_sizes(value: object) -> TypeGuard[tuple[int, ...]]:
+    """Whether it is a tuple of sizes, for at most `MAX_DIMS` dimensions."""
+    return isinstance(value, tuple) and len(value) <= MAX_DIMS and all(map(is_size, value))
 
 
 def hashable(key: object) -> object:
@@ -147,13 +158,11 @@ def _tensor(
     storage: object, offset: object, shape: object, strides: object, *ignored: object
 ) -> StoredTensor:
     """torch._utils._rebuild_tensor_v2; what follows says how gradients are kept."""
-    sizes, steps = _sizes(shape), _sizes(strides)
-    if not isinstance(storage, StorageReference) or not _is_size(offset) or sizes is None:
+    if not isinstance(storage, StorageReference) or not is_size(offset):
         raise _Unfit
-    if steps is None or len(steps) != len(sizes):
+    if not are_sizes(shape) or not are_sizes(strides) or len(shape) != len(strides):
         raise _Unfit
-    assert isinstance(offset, int)
-    return StoredTensor(storage, storage.dtype, offset, sizes, steps)
+    return StoredTensor(storage, storage.dtype, offset, shape, strides)
 
 
 def _typed_tensor(
@@ -177,16 +186,6 @@ def _parameter(data: object, *ignored: object) -> StoredTensor:
     if isinstance(data, StoredTensor):
         return data
     raise _Unfit
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 0 <= value <= MAX_SIZE
-
-
-def _sizes(value: object) -> tuple[int, ...] | None:
-    if isinstance(value, tuple) and len(value) <= MAX_DIMS and all(map(_is_size, value)):
-        return value
-    return None
 
 
 class _Unfit(Exception):

@@ -15,22 +15,25 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeGuard
 
 from megapipe.amounts import counted
 from megapipe.checkpoint.rectangle import Rectangle
 from megapipe.checkpoint.storage import read_small
 from megapipe.conversion.megatron.archive import ByteSpan, open_archive, whole_file
 from megapipe.conversion.megatron.assembly import GlobalTensor, TensorPart, joined, unstacked
-from megapipe.conversion.megatron.records import MAX_DIMS, MAX_SIZE, InertRecord, StoredTensor
+from megapipe.conversion.megatron.records import InertRecord, StoredTensor, are_sizes, is_size
 from megapipe.conversion.megatron.strided import StridedTensor
 from megapipe.conversion.megatron.unpickler import MAX_PICKLE_BYTES, unpickle
 from megapipe.errors import CheckpointError
 from megapipe.files import shown
 
 METADATA = ".metadata"
+PLANS = "all_local_plans"
+"""The last field of Megatron's `.metadata`: how each rank saved. Twice the size of the rest."""
 CONFIG = "metadata.json"
 COMMON = "common.pt"
+COMMON_OBJECT = "common_state/shard_0_1"
+"""Where core 0.17 and later keep what `common.pt` was for."""
 MAX_CONFIG_BYTES = 2**16
 MAX_CHUNKS = 250_000
 MAX_LAYERS = 10_000
@@ -40,6 +43,8 @@ STACKED = re.compile(r"(.*\blayers)\.(?!\d)(.+)")
 HALVES = ("_w", "_v")
 """Endings of the gate's and the other half of a gated MLP, where they are saved as two tensors."""
 
+ChunkKey = tuple[str, tuple[int, ...]]
+"""Name of the tensor, and where in it the chunk starts."""
 Place = tuple[str, int, int]
 """File, offset and length of a chunk."""
 
@@ -68,7 +73,9 @@ def read_distributed(directory: Path) -> DistributedContents:
             if one in tensors:
                 raise CheckpointError(f"{directory / METADATA} has tensor {one} twice")
             tensors[one] = part
-    return DistributedContents(_with_joined_halves(tensors), _common(directory), objects)
+    return DistributedContents(
+        _with_joined_halves(tensors), _common(directory, objects), tuple(objects)
+    )
 
 
 def _check_format(directory: Path) -> None:
@@ -91,63 +98,81 @@ def _check_format(directory: Path) -> None:
         )
 
 
-def _common(directory: Path) -> Mapping[object, object]:
-    content = open_archive(whole_file(directory / COMMON)).content
+def _common(directory: Path, objects: Mapping[str, Place]) -> Mapping[object, object]:
+    """What is the same on all ranks: in a file of its own, or in a list of one among the objects."""
+    if COMMON_OBJECT in objects:
+        file, offset, length = objects[COMMON_OBJECT]
+        span = ByteSpan(directory / file, offset, length)
+        listed = open_archive(span).content
+        content = listed[0] if isinstance(listed, list) and len(listed) == 1 else None
+    else:
+        span = whole_file(directory / COMMON)
+        content = open_archive(span).content
     if not isinstance(content, dict):
-        raise CheckpointError(f"{directory / COMMON} holds no dict")
+        raise CheckpointError(f"{span.path} holds no dict where Megatron's arguments should be")
     return content
 
 
-def _tables(directory: Path) -> tuple[dict[str, GlobalTensor], tuple[str, ...]]:
-    """The tensors that `.metadata` lists, under their names there, and the names of objects."""
+def _tables(directory: Path) -> tuple[dict[str, GlobalTensor], dict[str, Place]]:
+    """The tensors that `.metadata` lists, under their names there, and where objects lie."""
     path = directory / METADATA
-    root = unpickle(read_small(path, MAX_PICKLE_BYTES), str(path))
-    fields = root.values() if isinstance(root, InertRecord) else {}
+    root = unpickle(read_small(path, MAX_PICKLE_BYTES), str(path), end_at=PLANS)
+    fields = root.values() if isinstance(root, InertRecord) else root
+    if not isinstance(fields, dict):
+        fields = {}
     listed, stored = fields.get("state_dict_metadata"), fields.get("storage_data")
     if not isinstance(listed, dict) or not isinstance(stored, dict):
         raise CheckpointError(f"{path} holds no Metadata of torch.distributed.checkpoint")
-    reader = _MetadataReader(directory, _places(path, stored))
+    places, objects = _places(path, stored)
+    _check_files(directory, [*places.values(), *objects.values()])
+    reader = _MetadataReader(directory, places)
     tensors: dict[str, GlobalTensor] = {}
-    objects = []
     for name, entry in listed.items():
         if not isinstance(name, str) or not isinstance(entry, InertRecord):
             raise CheckpointError(f"{path} names a tensor by something else than text")
         if entry.name == "TensorStorageMetadata":
             tensors[name] = reader.tensor(name, entry)
-        else:
-            objects.append(name)
-    return tensors, tuple(objects)
+    return tensors, objects
 
 
-def _places(path: Path, stored: dict[object, object]) -> dict[tuple[str, tuple[int, ...]], Place]:
-    """Where each chunk lies, by its tensor and start. `stored` is emptied on the way, so that not
-    both are in memory."""
+def _places(
+    path: Path, stored: dict[object, object]
+) -> tuple[dict[ChunkKey, Place], dict[str, Place]]:
+    """Where each chunk lies, by its tensor and start, and each object. `stored` is emptied on the
+    way, so that not both are in memory."""
     if len(stored) > MAX_CHUNKS:
         raise CheckpointError(f"{path} lists {len(stored)} chunks, more than {MAX_CHUNKS}")
-    places: dict[tuple[str, tuple[int, ...]], Place] = {}
+    chunks: dict[ChunkKey, Place] = {}
+    objects: dict[str, Place] = {}
     while stored:
         index, info = stored.popitem()
         key = index.values() if isinstance(index, InertRecord) else {}
-        value = info.values() if isinstance(info, InertRecord) else {}
         name, start = key.get("fqn"), key.get("offset")
-        file = value.get("relative_path")
-        span: object = (value.get("offset"), value.get("length"))
-        if value.get("transform_descriptors"):
-            raise CheckpointError(f"{path}: {name} is compressed or transformed, which is not read")
+        if not isinstance(name, str):
+            raise CheckpointError(f"{path} has a chunk of no tensor")
+        where = f"{path}: {shown(name)[:200]}"
+        place = _place(where, info.values() if isinstance(info, InertRecord) else {})
         if start is None:
-            continue  # an object that is no tensor
-        if not isinstance(name, str) or not _are_sizes(start) or not _are_sizes(span):
-            raise CheckpointError(f"{path} has a chunk without a place")
-        if not isinstance(file, str) or not FILE_NAME.fullmatch(file):
-            raise CheckpointError(
-                f"{path}: {shown(name)[:200]} lies in {shown(str(file))[:200]!r}, which is no name "
-                "of a file in its directory"
-            )
-        if (name, start) in places:
-            raise CheckpointError(f"{path} has a chunk of {shown(name)[:200]} twice")
-        places[name, start] = (file, *span)
-    _check_files(path.parent, places.values())
-    return places
+            objects[name] = place
+        elif not are_sizes(start) or (name, start) in chunks:
+            raise CheckpointError(f"{where} has two chunks in one place, or one without a place")
+        else:
+            chunks[name, start] = place
+    return chunks, objects
+
+
+def _place(where: str, fields: Mapping[str, object]) -> Place:
+    """The range of a file that torch's _StorageInfo names."""
+    file, offset, length = (fields.get(key) for key in ("relative_path", "offset", "length"))
+    if fields.get("transform_descriptors"):
+        raise CheckpointError(f"{where} was compressed or transformed, which is not read")
+    if not isinstance(file, str) or not FILE_NAME.fullmatch(file):
+        raise CheckpointError(
+            f"{where} lies in {shown(str(file))[:200]!r}, which is no name of a file beside it"
+        )
+    if not is_size(offset) or not is_size(length):
+        raise CheckpointError(f"{where} lies at no range of bytes of {file}")
+    return file, offset, length
 
 
 def _check_files(directory: Path, places: Iterable[Place]) -> None:
@@ -167,9 +192,7 @@ def _check_files(directory: Path, places: Iterable[Place]) -> None:
 class _MetadataReader:
     """Makes global tensors of the records of `.metadata`."""
 
-    def __init__(
-        self, directory: Path, places: Mapping[tuple[str, tuple[int, ...]], Place]
-    ) -> None:
+    def __init__(self, directory: Path, places: Mapping[ChunkKey, Place]) -> None:
         self.directory = directory
         self.places = places
         self.chunks = 0
@@ -179,7 +202,7 @@ class _MetadataReader:
         where = f"{self.directory / METADATA}: tensor {shown(name)[:200]}"
         fields = entry.values()
         size, chunks, dtype = fields.get("size"), fields.get("chunks"), _dtype(fields)
-        if not _are_sizes(size) or not isinstance(chunks, list) or dtype is None:
+        if not are_sizes(size) or not isinstance(chunks, list) or dtype is None:
             raise CheckpointError(f"{where} has no shape, dtype or chunks")
         self.chunks += len(chunks)
         if self.chunks > MAX_CHUNKS:
@@ -191,7 +214,7 @@ class _MetadataReader:
     def part(self, where: str, name: str, dtype: str, chunk: object, dims: int) -> TensorPart:
         fields = chunk.values() if isinstance(chunk, InertRecord) else {}
         start, shape = fields.get("offsets"), fields.get("sizes")
-        if not _are_sizes(start) or not _are_sizes(shape) or not len(start) == len(shape) == dims:
+        if not are_sizes(start) or not are_sizes(shape) or not len(start) == len(shape) == dims:
             raise CheckpointError(f"{where} has a chunk without a start and shape of its rank")
         place = self.places.get((name, start))
         if place is None:
@@ -209,14 +232,6 @@ class _MetadataReader:
                 f"{list(shape)}, as {METADATA} says"
             )
         return archive.tensor(stored)
-
-
-def _are_sizes(value: object) -> TypeGuard[tuple[int, ...]]:
-    return (
-        isinstance(value, tuple)
-        and len(value) <= MAX_DIMS
-        and all(type(n) is int and 0 <= n <= MAX_SIZE for n in value)
-    )
 
 
 def _dtype(fields: Mapping[str, object]) -> str | None:

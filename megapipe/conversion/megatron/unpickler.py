@@ -26,7 +26,7 @@ from megapipe.errors import CheckpointError
 from megapipe.files import shown
 
 MAX_PICKLE_BYTES = 32 * 2**20
-ALLOWANCE_BYTES = 112 * 2**20
+ALLOWANCE_BYTES = 128 * 2**20
 MAX_TEXT_BYTES = 4 * 2**20
 MAX_INTEGER_BYTES = 255
 MAX_NAME_BYTES = 1000
@@ -36,13 +36,14 @@ SLOT_BYTES = 9
 """Of a reference in a list that grows."""
 ENTRY_BYTES = 160
 """Of an item of a dict or set that grows, at the worst moment."""
-RECORD_BYTES = 128
+RECORD_BYTES = 80
 
 
-def unpickle(data: bytes, path: str) -> object:
+def unpickle(data: bytes, path: str, end_at: str | None = None) -> object:
     """What the pickle `data` holds. `path` is the file, for messages.
 
     Tensors are `StoredTensor`s; an object of a class that isn't plain data is an `InertRecord`.
+    With `end_at`, reading ends at that key, and the dict of the items before it is returned.
     Raises CheckpointError for what is damaged, too large, or no pickle of protocols 2 to 5.
     """
     if len(data) > MAX_PICKLE_BYTES:
@@ -50,7 +51,7 @@ def unpickle(data: bytes, path: str) -> object:
             f"{path}: its pickle has {format_bytes(len(data))}, more than the "
             f"{format_bytes(MAX_PICKLE_BYTES)} that are read"
         )
-    interpreter = Interpreter(data)
+    interpreter = Interpreter(data, end_at)
     try:
         return interpreter.run()
     except CheckpointError as error:
@@ -62,27 +63,42 @@ def unpickle(data: bytes, path: str) -> object:
 class Interpreter:
     """The machine that a pickle is a program for: a stack, marks on it, and a memo."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, end_at: str | None = None) -> None:
         self.data = data
+        self.end_at = end_at
         self.position = 0
         self.stack: list[object] = []
         self.marks: list[int] = []
         self.memo: list[object] = []
         self.allowance = ALLOWANCE_BYTES
+        self.ended = False
         self.deepest = 0
         """The most values that were on the stack."""
+        self.widest = 0
+        """The most values that were taken from it at once."""
 
     def run(self) -> object:
         if self.take(1) != PROTO or self.take(1)[0] not in range(2, 6):
             raise CheckpointError("it is no pickle of protocols 2 to 5")
-        while (opcode := self.take(1)) != STOP:
+        data = self.data
+        while (opcode := data[self.position : self.position + 1]) != STOP:
+            self.position += 1
             action = OPCODES.get(opcode)
             if action is None:
-                raise CheckpointError(f"it has opcode 0x{opcode.hex()}, which is not read")
+                kind = f"has opcode 0x{opcode.hex()}, which is not read" if opcode else "is cut off"
+                raise CheckpointError(f"it {kind}")
             action(self)
-        if self.position != len(self.data):
+            if self.ended:
+                return self.rest()
+        if self.position != len(data) - 1:
             raise CheckpointError("it goes on after its end")
         return self.pop()
+
+    def rest(self) -> dict[object, object]:
+        """The items above the last mark."""
+        values = self.pop_mark()
+        self.charge(ENTRY_BYTES * (1 + len(values) // 2))
+        return items_of(values)
 
     # --- Bytes -----------------------------------------------------------------------------------
 
@@ -104,6 +120,14 @@ class Interpreter:
         if count > limit:
             raise CheckpointError(f"it has a value of {count} bytes, more than {limit}")
         return self.take(count)
+
+    def text(self, size: int) -> None:
+        """Push a text whose bytes are counted in `size` bytes."""
+        text = decoded(self.sized(size, MAX_TEXT_BYTES))
+        if text == self.end_at:
+            self.ended = True
+        else:
+            self.push_new(text)
 
     def line(self) -> str:
         end = self.data.find(b"\n", self.position, self.position + MAX_NAME_BYTES)
@@ -150,7 +174,7 @@ class Interpreter:
         return value
 
     def mark(self) -> None:
-        self.charge(SLOT_BYTES + 32)
+        self.charge(SLOT_BYTES + 32)  # a number may take 32 bytes
         self.marks.append(len(self.stack))
 
     def pop_mark(self) -> list[object]:
@@ -158,7 +182,10 @@ class Interpreter:
         if not self.marks:
             raise CheckpointError("it goes back to a mark that it has not set")
         begin = self.marks.pop()
-        self.charge((len(self.stack) - begin) * SLOT_BYTES)
+        count = len(self.stack) - begin
+        if count > self.widest:
+            self.charge((count - self.widest) * SLOT_BYTES)
+            self.widest = count
         values = self.stack[begin:]
         del self.stack[begin:]
         return values
@@ -193,6 +220,7 @@ class Interpreter:
     def append(self, values: list[object]) -> None:
         holder = self.top()
         if isinstance(holder, InertRecord) and holder.args is not None:
+            holder.items = holder.items or []
             holder = holder.items
         if not isinstance(holder, list):
             raise CheckpointError(f"it appends to a {type(holder).__name__}")
@@ -201,16 +229,14 @@ class Interpreter:
 
     def set_items(self, values: list[object]) -> None:
         holder = self.top()
-        if len(values) % 2:
-            raise CheckpointError("it has a key without a value")
-        pairs = zip(values[::2], values[1::2], strict=True)
-        charged = ENTRY_BYTES * (1 + len(values) // 2)
+        charged = 2 * ENTRY_BYTES * (1 + len(values) // 2)
         self.charge(charged)
         if isinstance(holder, InertRecord) and holder.args is not None:
-            holder.items.extend(pairs)
+            holder.items = holder.items or []
+            holder.items.extend(items_of(values).items())
         elif isinstance(holder, dict):
             before = sys.getsizeof(holder)
-            holder.update((hashable(key), value) for key, value in pairs)
+            holder.update(items_of(values))
             self.settle(charged, sys.getsizeof(holder) - before)
         else:
             raise CheckpointError(f"it sets items of a {type(holder).__name__}")
@@ -258,7 +284,8 @@ class Interpreter:
         charged = RECORD_BYTES + ENTRY_BYTES * (1 + sum(copied))
         self.charge(charged)
         made = make(kind, args)
-        self.settle(charged, RECORD_BYTES + sys.getsizeof(made))
+        shared = any(made is arg for arg in args) if isinstance(args, tuple) else False
+        self.settle(charged, 0 if shared else max(RECORD_BYTES, sys.getsizeof(made)))
         self.push(made)
 
     def build(self) -> None:
@@ -278,6 +305,13 @@ class Interpreter:
 
 COPIED = (list, tuple, dict, set, frozenset)
 """Arguments of which plain data may be a copy."""
+
+
+def items_of(values: list[object]) -> dict[object, object]:
+    """A dict of keys and values that lie one after the other."""
+    if len(values) % 2:
+        raise CheckpointError("it has a key without a value")
+    return dict(zip(map(hashable, values[::2]), values[1::2], strict=True))
 
 
 def decoded(data: bytes) -> str:
@@ -311,9 +345,9 @@ OPCODES: dict[bytes, Callable[[Interpreter], object]] = {
     b"\x8a": lambda m: m.push_new(signed(m.sized(1, MAX_INTEGER_BYTES))),
     b"\x8b": lambda m: m.push_new(signed(m.sized(4, MAX_INTEGER_BYTES))),
     b"G": lambda m: m.push_new(struct.unpack(">d", m.take(8))[0]),
-    b"\x8c": lambda m: m.push_new(decoded(m.sized(1, MAX_TEXT_BYTES))),
-    b"X": lambda m: m.push_new(decoded(m.sized(4, MAX_TEXT_BYTES))),
-    b"\x8d": lambda m: m.push_new(decoded(m.sized(8, MAX_TEXT_BYTES))),
+    b"\x8c": lambda m: m.text(1),
+    b"X": lambda m: m.text(4),
+    b"\x8d": lambda m: m.text(8),
     b"C": lambda m: m.push_new(m.sized(1, MAX_PICKLE_BYTES)),
     b"B": lambda m: m.push_new(m.sized(4, MAX_PICKLE_BYTES)),
     b"\x8e": lambda m: m.push_new(m.sized(8, MAX_PICKLE_BYTES)),
