@@ -4,8 +4,8 @@
     mp_rank_01_003/model_optim_rng.pt    of pipeline stage 3
 
 Each file holds what a rank had: `model`, or `model0`, `model1`, ... where it had several parts of
-the pipeline (virtual stages), with layers numbered from 0 in each. The model begins with `model0` of
-stage 0; then follow `model0` of the other stages, then `model1` of stage 0.
+the pipeline (virtual stages), with layers numbered from 0 in each. The model begins with `model0`
+of stage 0; then follow `model0` of the other stages, then `model1` of stage 0.
 """
 
 import itertools
@@ -17,24 +17,13 @@ from pathlib import Path
 
 from megapipe.amounts import counted
 from megapipe.checkpoint.rectangle import Rectangle
-from megapipe.conversion.megatron.archive import TorchArchive, open_archive, whole_file
 from megapipe.conversion.megatron.assembly import GlobalTensor, TensorPart
-from megapipe.conversion.megatron.plain import plain_arguments
-from megapipe.conversion.megatron.records import StoredTensor
+from megapipe.conversion.megatron.ranks import RankContents, RankPlace, rank_files, read_rank
 from megapipe.conversion.megatron.strided import StridedTensor
 from megapipe.errors import CheckpointError
-from megapipe.files import shown
 
-RANK_DIRECTORY = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,5}))?")
-RANK_FILE = "model_optim_rng.pt"
 OPTIMIZER_FILE = "distrib_optim.pt"
-MODEL_KEY = re.compile(r"model(\d{0,4})")
 LAYER = re.compile(r"(.*\blayers\.)(\d{1,6})(\..+)")
-MAX_RANKS = 4096
-MAX_TENSORS = 200_000
-EXTRA_STATE = "_extra_state"
-OLDEST_VERSION = 2.0
-"""`checkpoint_version` from which query, key and value lie as they do today."""
 
 BY_ROWS = (
     "word_embeddings.weight",
@@ -59,9 +48,6 @@ ON_ALL = (
 GATED = ("linear_fc1.weight", "linear_fc1.bias")
 """With a gated MLP each rank holds [its rows of the gate; its rows of the other half]."""
 
-RankPlace = tuple[int, int]
-"""Tensor-parallel and pipeline rank."""
-
 
 @dataclass(frozen=True, slots=True)
 class RankDirectories:
@@ -76,8 +62,8 @@ class RankDirectories:
 
 def read_rank_directories(directory: Path) -> RankDirectories:
     """Read where everything lies: the pickle of each rank, no tensors. Raises CheckpointError."""
-    files = _rank_files(directory)
-    ranks = {rank: _read_rank(path) for rank, path in files.items()}
+    files = rank_files(directory)
+    ranks = {rank: read_rank(path) for rank, path in files.items()}
     first = ranks[0, 0]
     _check_arguments(directory, ranks, first.arguments)
     shards = _by_global_name(directory, ranks)
@@ -96,100 +82,8 @@ def read_rank_directories(directory: Path) -> RankDirectories:
     return RankDirectories(tensors, first.arguments, first.iteration, optimizer)
 
 
-# --- Files ---------------------------------------------------------------------------------------
-
-
-def _rank_files(directory: Path) -> dict[RankPlace, Path]:
-    """The file of each rank; every rank of the grid has one."""
-    found: dict[RankPlace, Path] = {}
-    for path in sorted(directory.iterdir()):
-        match = RANK_DIRECTORY.fullmatch(path.name)
-        if match is None:
-            if path.name.startswith("mp_rank_"):
-                raise CheckpointError(
-                    f"{path} is of a rank of expert parallelism or of another layout, which is not "
-                    "read"
-                )
-            continue
-        if path.is_symlink():
-            raise CheckpointError(f"{path} is a symbolic link")
-        place = int(match[1]), int(match[2] or 0)
-        if place in found:
-            raise CheckpointError(f"{path} and {found[place].parent} are of the same rank")
-        found[place] = path / RANK_FILE
-    tensor, pipeline = (1 + max(place[dim] for place in found) for dim in (0, 1))
-    if tensor * pipeline > MAX_RANKS:
-        raise CheckpointError(f"{directory} is of more than {MAX_RANKS} ranks")
-    for place in ((t, p) for p in range(pipeline) for t in range(tensor)):
-        if place not in found:
-            raise CheckpointError(
-                f"{directory} lacks the directory of tensor-parallel rank {place[0]} on pipeline "
-                f"stage {place[1]}: there are {tensor} ranks and {counted(pipeline, 'stage')}"
-            )
-    return found
-
-
-@dataclass(frozen=True, slots=True)
-class _RankContents:
-    """What one rank's file holds: the tensors of each of its parts of the pipeline."""
-
-    path: Path
-    chunks: tuple[dict[str, StridedTensor], ...]
-    arguments: dict[str, object]
-    iteration: object
-    optimizer: str | None
-
-
-def _read_rank(path: Path) -> _RankContents:
-    archive = open_archive(whole_file(path))
-    content = archive.content
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no dict")
-    keys = [key for key in content if isinstance(key, str) and MODEL_KEY.fullmatch(key)]
-    expected = ["model"] if keys == ["model"] else [f"model{n}" for n in range(len(keys))]
-    if not keys or sorted(keys) != sorted(expected):
-        raise CheckpointError(
-            f"{path} holds {keys or 'no model'}, not model or model0, model1, ..."
-        )
-    version = content.get("checkpoint_version", 0)
-    if not isinstance(version, float | int) or version < OLDEST_VERSION:
-        raise CheckpointError(
-            f"{path}: checkpoint_version {version} keeps query, key and value in another order, "
-            "which is not read. Load and save it with Megatron-LM."
-        )
-    return _RankContents(
-        path,
-        tuple(_tensors(archive, key, content[key]) for key in expected),
-        plain_arguments(content.get("args")),
-        content.get("iteration"),
-        "optimizer of the legacy layout" if content.get("optimizer") else None,
-    )
-
-
-def _tensors(archive: TorchArchive, key: str, model: object) -> dict[str, StridedTensor]:
-    """The tensors of one part of the model, by Megatron's names; what is none of them is refused."""
-    where = f"{archive.span.path}: {key}"
-    if not isinstance(model, dict):
-        raise CheckpointError(f"{where} is not a dict")
-    if "language_model" in model:
-        raise CheckpointError(
-            f"{where} has a language_model: it was written before Megatron's models were those of "
-            "megatron-core, which is not read. Convert it with Megatron-LM's tools/checkpoint."
-        )
-    if len(model) > MAX_TENSORS:
-        raise CheckpointError(f"{where} holds more than {MAX_TENSORS} tensors")
-    tensors = {}
-    for name, value in model.items():
-        if not isinstance(name, str) or name.endswith(EXTRA_STATE):
-            continue
-        if not isinstance(value, StoredTensor):
-            raise CheckpointError(f"{where}: {shown(name)[:200]} is not a tensor")
-        tensors[name] = archive.tensor(value)
-    return tensors
-
-
 def _check_arguments(
-    directory: Path, ranks: Mapping[RankPlace, _RankContents], arguments: Mapping[str, object]
+    directory: Path, ranks: Mapping[RankPlace, RankContents], arguments: Mapping[str, object]
 ) -> None:
     """Raise CheckpointError where the ranks that are there aren't those that the arguments say."""
     counts = {
@@ -204,11 +98,8 @@ def _check_arguments(
             )
 
 
-# --- Tensors -------------------------------------------------------------------------------------
-
-
 def _by_global_name(
-    directory: Path, ranks: Mapping[RankPlace, _RankContents]
+    directory: Path, ranks: Mapping[RankPlace, RankContents]
 ) -> dict[str, list[StridedTensor]]:
     """What each tensor-parallel rank holds of each tensor, with layers numbered over the model."""
     size = 1 + max(tensor for tensor, _ in ranks)
@@ -225,11 +116,11 @@ def _by_global_name(
             held.append(rank.chunks[chunk])
             if held[0].keys() != held[-1].keys():
                 name = min(held[0].keys() ^ held[-1].keys())
-                raise CheckpointError(f"{rank.path}: {shown(name)[:200]} is not on all ranks")
+                raise CheckpointError(f"{rank.path}: {name} is not on all ranks")
         for name in held[0]:
             whole = _renumbered(name, layers)
             if whole in shards:
-                raise CheckpointError(f"{directory}: two stages hold {shown(whole)[:200]}")
+                raise CheckpointError(f"{directory}: two stages hold {whole}")
             shards[whole] = [one[name] for one in held]
         layers += _layer_count(ranks[0, stage].path, held[0])
     _check_layers(directory, ranks[0, 0].arguments, layers)

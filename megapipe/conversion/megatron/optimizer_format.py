@@ -6,26 +6,36 @@ from megapipe.files import shown
 TYPE = "param_state_sharding_type"
 CONTENT = "content_metadata"
 CONTENT_TYPE = "distrib_optim_sharding_type"
-"""Where `common.pt` says how the distributed optimizer's state is cut."""
-PER_GROUP = "optimizer.distributed."
-MOMENT = "optimizer.state."
+"""Where Megatron says how the distributed optimizer's state is cut."""
+PREFIXES = ("optimizer.", "chained_")
 
 
 def optimizer_format(found: DistributedContents) -> str | None:
     """Megatron's name of the format of the optimizer's state, or one in words where it has none;
     None where there is no state."""
-    names = [*found.tensors, *found.objects]
-    if not any(name.startswith(("optimizer.", "chained_")) for name in names):
+    names = [name for name in (*found.tensors, *found.objects) if name.startswith(PREFIXES)]
+    if not names:
         return None
-    for holder, key in (("optimizer", TYPE), (CONTENT, CONTENT_TYPE)):
-        fields = found.common.get(holder)
-        kind = fields.get(key) if isinstance(fields, dict) else None
+    kinds = [
+        *_named(found.common.get("optimizer"), TYPE),
+        *_named(found.common.get(CONTENT), CONTENT_TYPE),
+    ]
+    for name in names:
+        if f".{TYPE}/" in name:
+            kinds.append(found.object(name))
+            break
+    for kind in kinds:
         if isinstance(kind, str):
             return shown(kind)[:99]
-    if any(name.startswith(PER_GROUP) for name in names):
-        # What names the type is itself among the objects of each group.
-        whole = any(".param_state/" in name for name in names)
-        return "dp_zero_gather_scatter" if whole else "dp_reshardable"
-    if any(name.startswith(MOMENT) for name in names):
-        return "a tensor for each parameter, without the distributed optimizer"
-    return "of an unknown kind"
+    if any(name.startswith("optimizer.distributed.") for name in names):
+        return "an unnamed format of the distributed optimizer"
+    return "a tensor for each parameter, without the distributed optimizer"
+
+
+def _named(fields: object, key: str) -> list[object]:
+    """What a dict has under `key`, or each of the dicts in it, of which there is one for each of
+    several optimizers."""
+    if not isinstance(fields, dict):
+        return []
+    inner = [value for value in fields.values() if isinstance(value, dict)]
+    return [one[key] for one in (fields, *inner) if key in one]

@@ -13,7 +13,7 @@ from megapipe.errors import CheckpointError
 
 MAX_DIMS = 16
 MAX_SIZE = 2**60
-MAX_NAME = 200
+MAX_NAME = 500
 
 ITEM_BYTES_OF_STORAGE = {
     "DoubleStorage": ("float64", 8),
@@ -97,6 +97,11 @@ def storage_from(identifier: object) -> StorageReference:
             raise CheckpointError(f"it has a {kind.path}, whose elements can't be read")
         return StorageReference(key, ITEM_BYTES_OF_STORAGE[kind.name][0], elements)
     raise CheckpointError("it refers to an object outside of it that is no storage of torch's")
+
+
+def is_name(value: object) -> TypeGuard[str]:
+    """Whether it is a text that may be a tensor's name, and stand in a message."""
+    return isinstance(value, str) and len(value) <= MAX_NAME and value.isprintable()
 
 
 def is_size(value: object) -> TypeGuard[int]:
