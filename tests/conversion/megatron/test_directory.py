@@ -64,11 +64,16 @@ def save_plainly(path: Path, whole: Weights) -> Path:
     return path
 
 
+single = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@single
 def test_distributed_as_torch_writes_it(tmp_path: Path) -> None:
     whole = weights()
     assert_holds(save_plainly(tmp_path / "run", whole), whole)
 
 
+@single
 def test_gate_and_up_that_are_two_tensors_are_joined(tmp_path: Path) -> None:
     whole = weights(2)
     split = dict(whole)
