@@ -13,6 +13,11 @@ FIRST = re.compile(r"(.*\.)?linear_fc1\.(weight|bias)")
 SECOND = "linear_fc2.weight"
 LAYER = re.compile(r"(.*\blayers\.)(\d{1,6})(\..+)")
 """What comes before the number of a layer, the number, and the rest."""
+OWN_NORMS = {
+    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
+    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
+}
+"""Part of the name of a norm in megatron-core's own layers, and in Transformer Engine's."""
 TIED_OUTPUT = "output_layer.weight"
 """Where the last stage keeps its copy of the embedding, if the output has no weights of its own."""
 
