@@ -103,7 +103,8 @@ def _by_layer(name: str, tensor: GlobalTensor) -> Iterator[tuple[str, GlobalTens
     if stacked is None or not tensor.shape:
         yield name, tensor
         return
-    if tensor.shape[0] > MAX_LAYERS or 0 in tensor.shape:
+    parts = sum(part.rectangle.shape[0] for part in tensor.parts)
+    if tensor.shape[0] > MAX_LAYERS or parts > MAX_PARTS or 0 in tensor.shape:
         raise CheckpointError(f"tensor {name} of shape {list(tensor.shape)} is not read")
     for number, layer in enumerate(unstacked(tensor)):
         yield f"{stacked[1]}.{number}.{stacked[2]}", layer

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megapipe.conversion.megatron import ranks, torch_dist
 from megapipe.conversion.megatron.directory import is_megatron, open_megatron
 from megapipe.errors import CheckpointError
 from tests.conversion.megatron.samples import (
@@ -304,6 +305,22 @@ def test_other_directories_are_refused(tmp_path: Path) -> None:
     tracker.write_text("7")
     with pytest.raises(CheckpointError, match=r"iter_0000007 is missing, though .* names it"):
         open_megatron(tmp_path)
+
+
+def test_there_is_a_limit_to_what_ranks_may_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_ranks(tmp_path / "run", weights(2), 2)
+    monkeypatch.setattr(ranks, "MAX_TENSORS", 30)
+    with pytest.raises(CheckpointError, match="holds more than 30 tensors"):
+        open_megatron(path)
+
+
+def test_there_is_a_limit_to_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_distributed(tmp_path / "run", weights(3))
+    monkeypatch.setattr(torch_dist, "MAX_LAYERS", 2)
+    with pytest.raises(CheckpointError, match=r"of shape \[3, 8\] is not read"):
+        open_megatron(path)
 
 
 def test_unknown_tensors_and_rectangles_are_refused(tmp_path: Path) -> None:
