@@ -101,7 +101,7 @@ def test_what_would_happen_if_they_were_run(tmp_path: Path) -> None:
 
 
 MADE_WITHOUT_INIT = ("new object", "new object with keywords")
-NEED_TORCH = ("torch.load", "torch's storage")
+NEED_TORCH = ("torch.load", "torch's storage", "tensor")
 
 
 def test_every_cut_and_every_changed_byte_is_an_error_or_a_value() -> None:
