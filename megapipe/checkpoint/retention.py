@@ -104,7 +104,9 @@ def _problems(ranks: RankGroup, path: Path, *, read: bool) -> tuple[str, ...]:
             own = damage(path, manifest, part=ranks.rank, parts=parts, read=read)
         except CheckpointError as error:
             return [str(error)]
-        if path.name.startswith("step-") and path.name != step_name(manifest.step):
+        if manifest.step is None:
+            own.append(f"{path} holds weights alone, which no run can go on from")
+        elif path.name.startswith("step-") and path.name != step_name(manifest.step):
             own.append(f"{path} holds step {manifest.step}, not the one of its name")
         return own
 

@@ -92,7 +92,7 @@ def summarize_checkpoint(path: Path, *, read: bool) -> CheckpointSummary:
 
 def _facts(path: Path, manifest: Manifest) -> list[tuple[str, str]]:
     config = _config(path, manifest)
-    facts = [("step", _number(manifest.step))]
+    facts = [("step", "none: weights alone" if manifest.step is None else _number(manifest.step))]
     facts += [(key, _describe(value)) for key, value in manifest.state.items() if key != "step"]
     if "model" in config:
         facts.append(("model", _fields(config["model"], MODEL_FIELDS)))

@@ -22,6 +22,7 @@ from megapipe.optim import parameter_groups
 from megapipe.optim.learning_rate import Course
 from megapipe.train.course_change import course_change
 from megapipe.train.engine import Engine
+from megapipe.train.run_directory import step_to_resume
 
 
 @dataclass(frozen=True)
@@ -122,11 +123,11 @@ class Checkpoints:
         path = self._to_resume()
         if path is None:
             return Progress(), None
-        (reader, saved), _ = self._ranks.in_agreement(lambda: self._load(path))
-        self._say(f"Resumed from {path} at step {reader.step}.")
-        if change := course_change(saved, self._course, reader.step):
+        (reader, saved, step), _ = self._ranks.in_agreement(lambda: self._load(path))
+        self._say(f"Resumed from {path} at step {step}.")
+        if change := course_change(saved, self._course, step):
             self._say(change)
-        return Progress(reader.step, int(reader.state["tokens"])), reader.state["data"]
+        return Progress(step, int(reader.state["tokens"])), reader.state["data"]
 
     @property
     def _course(self) -> Course:
@@ -162,12 +163,13 @@ class Checkpoints:
             )
         return found.path
 
-    def _load(self, path: Path) -> tuple[CheckpointReader, Course]:
+    def _load(self, path: Path) -> tuple[CheckpointReader, Course, int]:
         """Fill every shard, copies included, then round the master weights into the model's.
 
-        Returns the course of the run that saved it, too.
+        Returns the course of the run that saved it, too, and its step.
         """
         reader = open_checkpoint(path)
+        step = step_to_resume(path, reader.manifest)
         state = list(self.engine.optimizer.state())
         self._require_optimizer(reader, {kind for kind, _, _ in state})
         course = _saved_course(reader)
@@ -177,7 +179,7 @@ class Checkpoints:
         self.engine.optimizer.load_scalars(reader.state)
         for buffer in self.engine.buffers:
             buffer.publish_master()
-        return reader, course
+        return reader, course, step
 
     def _require_optimizer(self, reader: CheckpointReader, own: set[str]) -> None:
         """Raises CheckpointError where the run that saved it had another optimizer, or one that

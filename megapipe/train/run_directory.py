@@ -18,7 +18,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megapipe.checkpoint.manifest import Manifest
 from megapipe.checkpoint.steps import check_names, committed, has_manifest
+from megapipe.checkpoint.verify import read_manifest
 from megapipe.config import Config, Families, difference, dump_config, parse_config
 from megapipe.config.save import write_text
 from megapipe.config.source import parse_source
@@ -120,6 +122,7 @@ def _plan(config: Config, families: Families) -> StartPlan:
     if not own:
         if resume not in ("auto", "never"):
             check_names(Path(resume) / "checkpoints")
+            _refuse_weights(Path(resume))
             _check_model(
                 _config_at(Path(resume), families, notes),
                 config,
@@ -144,6 +147,28 @@ def _plan(config: Config, families: Families) -> StartPlan:
     if last is not None:
         notes += _notes_on_changes(last, config)
     return StartPlan("auto", notes)
+
+
+def step_to_resume(path: Path, manifest: Manifest) -> int:
+    """The step of a checkpoint. Raises CheckpointError where it holds weights alone."""
+    if manifest.step is None:
+        place = shown(path)
+        raise CheckpointError(
+            f'checkpoint.resume = "{place}" holds weights alone: no step, no optimizer state and '
+            f'no position in the data to go on from. Use checkpoint.load_from = "{place}" instead, '
+            "which starts a new run from its weights."
+        )
+    return manifest.step
+
+
+def _refuse_weights(path: Path) -> None:
+    """Raises CheckpointError where checkpoint.resume names weights alone; what is damaged, or no
+    checkpoint, is reported when it is loaded."""
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError:
+        return
+    step_to_resume(path, manifest)
 
 
 def _config_at(place: Path, families: Families, notes: list[str]) -> Config | None:
