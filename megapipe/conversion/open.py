@@ -10,6 +10,7 @@ from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.config import ModelConfig, family_of
 from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory, is_hugging_face
 from megapipe.conversion.source import CheckpointWeights, ForeignWeights, WeightSource
+from megapipe.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from megapipe.errors import CheckpointError, ConfigError, ConversionError
 from megapipe.files import shown
 from megapipe.layout.architecture import Architecture, Stack
@@ -90,6 +91,17 @@ def model_of(reader: CheckpointReader, families: Families) -> ModelConfig:
         return family_of(values, families).config.model_validate(values)
     except ConfigError as error:
         raise CheckpointError(f"{reader.path}: {error}") from error
+
+
+def kept_tokenizer(reader: CheckpointReader) -> Tokenizer | None:
+    """The tokenizer that a checkpoint keeps, wherever the run's own has gone; None where it keeps
+    none. Raises CheckpointError where a byte of it is damaged."""
+    name = next((name for name in TOKENIZER_FILES if name in reader.files), None)
+    if name is None:
+        return None
+    for file in reader.files:
+        reader.read_file(file)  # verifies it
+    return load_tokenizer(reader.path / name, key=None)
 
 
 def fill(module: nn.Module, source: WeightSource) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from megapipe.checkpoint.find import find_checkpoint
 from megapipe.checkpoint.load import open_checkpoint
-from megapipe.conversion.open import fill, model_of, open_weights
-from megapipe.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
+from megapipe.conversion.open import fill, kept_tokenizer, model_of, open_weights
+from megapipe.data.tokenizer import Tokenizer
 from megapipe.errors import CheckpointError
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.attention import KeyValueCache
@@ -66,12 +66,10 @@ def load_kept_tokenizer(path: str | Path) -> Tokenizer:
     Raises CheckpointError if it keeps none, or a byte of it is damaged.
     """
     reader = open_checkpoint(find_checkpoint(Path(path)))
-    name = next((name for name in TOKENIZER_FILES if name in reader.files), None)
-    if name is None:
+    tokenizer = kept_tokenizer(reader)
+    if tokenizer is None:
         raise CheckpointError(f"{reader.path} holds no tokenizer")
-    for file in reader.files:
-        reader.read_file(file)  # verifies it
-    return load_tokenizer(reader.path / name, key=None)
+    return tokenizer
 
 
 def check_kept_vocabulary(path: str | Path, tokenizer: Tokenizer) -> None:

@@ -18,6 +18,7 @@ from megapipe.errors import CheckpointError, ConversionError
 from megapipe.files import shown
 
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OTHER_FORMATS = (
