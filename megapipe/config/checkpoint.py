@@ -13,6 +13,11 @@ class CheckpointConfig(Section):
         default=1000, description="Steps between checkpoints; 0 saves at the end only."
     )
     keep: PositiveInt = Field(default=3, description="How many of the newest checkpoints to keep.")
+    export_every: NonNegativeInt = Field(
+        default=0,
+        description="Steps between exports to <train.run_dir>/exports as Hugging Face directories, "
+        "which are never removed; a checkpoint is saved with each. 0 exports nothing.",
+    )
     resume: PathText = Field(
         default="auto",
         min_length=1,
