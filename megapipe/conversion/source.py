@@ -206,7 +206,7 @@ def _check_tensors(
         found = store.tensors.get(name)
         if found is None:
             problems.append(f"{name} is missing")
-        elif found.shape != tensor.shape:
+        elif not _fits(found.shape, tensor):
             problems.append(
                 f"{name} has shape {list(found.shape)}; by the config it is {list(tensor.shape)}"
             )
@@ -222,6 +222,13 @@ def _check_tensors(
         raise ConversionError(
             "\n  ".join([f"{store.place}: its tensors don't fit its config:", *lines])
         )
+
+
+def _fits(shape: tuple[int, ...], tensor: ForeignTensor) -> bool:
+    """Whether a stored tensor of that shape can be `tensor`: the same, or padded behind."""
+    if tensor.padded:
+        return shape[1:] == tensor.shape[1:] and shape[:1] >= tensor.shape[:1]
+    return shape == tensor.shape
 
 
 def _differing_copy(store: TensorStore, name: str, of: str) -> list[str]:
