@@ -19,6 +19,7 @@ COMMANDS = {
     "verify": "check that a config's layout computes what one process computes",
     "plan": "draw a config's pipeline schedule, or compare all schedules, without running",
     "tokenizer": "train a tokenizer on text files, or look into one",
+    "convert": "bring a model in from Hugging Face, or take one out",
     "inspect": "what is in a checkpoint, and is it whole",
     "generate": "continue a text with a checkpoint",
     "bench": "measure speed on this machine",

@@ -63,7 +63,7 @@ def save_checkpoint(
     as `RankGroup` does; nothing of the attempt is left behind, and older checkpoints are as they
     were.
     """
-    return _save(root / step_name(step), step, shards, state, files, ranks, None)
+    return _save(root / step_name(step), step, shards, state, files, ranks)
 
 
 def save_weights(
@@ -75,6 +75,7 @@ def save_weights(
     state: dict[str, object],
     ranks: RankGroup = ALONE,
     progress: Callable[[int], None] | None = None,
+    accept: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write a checkpoint of weights alone as the directory `target`; collective over `ranks`.
 
@@ -82,10 +83,12 @@ def save_weights(
     section [model] alone. `files`, `state` and errors are as in `save_checkpoint`, but nothing is
     ever replaced: CheckpointError where `target` exists. What killed processes left of earlier
     attempts at the same `target` is removed first. `progress` is called on each rank with the
-    number of bytes after each write of that many.
+    number of bytes after each write of that many. `accept` is called on the first rank with the
+    finished directory under its temporary name, before it gets its own; where it raises, nothing
+    is left.
     """
     files = {"config.toml": model_toml, **files}
-    return _save(target, None, shards, state, files, ranks, progress)
+    return _save(target, None, shards, state, files, ranks, progress, accept)
 
 
 def _save(
@@ -95,7 +98,8 @@ def _save(
     state: dict[str, object],
     files: Mapping[str, bytes | Path],
     ranks: RankGroup,
-    progress: Callable[[int], None] | None,
+    progress: Callable[[int], None] | None = None,
+    accept: Callable[[Path], None] | None = None,
 ) -> Path:
     """The four phases; `step` is None for weights alone."""
     what, place = f"cannot save checkpoint {shown(target)}", target.parent
@@ -136,6 +140,8 @@ def _save(
                 for name, content in extras.items():
                     write_durably(folder / name, [content])
                 write_durably(folder / MANIFEST_NAME, [encode(manifest)])
+                if accept is not None:
+                    accept(folder)
                 return str(commit_new(folder, target) if step is None else commit(folder, step))
 
         return Path(ranks.from_first(finish, what))

@@ -9,7 +9,7 @@ from megapipe.config.load import family_of, load_config, parse_config, section_t
 from megapipe.config.logging import LoggingConfig
 from megapipe.config.model import ModelConfig
 from megapipe.config.parallel import ParallelConfig
-from megapipe.config.save import dump_config, save_config, schema
+from megapipe.config.save import dump_config, dump_model, save_config, schema
 from megapipe.config.train import TrainConfig
 from megapipe.optim import OptimizerConfig
 
@@ -27,6 +27,7 @@ __all__ = [
     "TrainConfig",
     "difference",
     "dump_config",
+    "dump_model",
     "family_of",
     "load_config",
     "parse_config",

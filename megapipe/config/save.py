@@ -7,7 +7,7 @@ import tomli_w
 
 from megapipe.config.config import Config
 from megapipe.config.family import Families
-from megapipe.config.model import DEFAULT_FAMILY
+from megapipe.config.model import DEFAULT_FAMILY, ModelConfig
 from megapipe.config.optimizer import AnyOptimizerConfig
 from megapipe.errors import MegapipeError
 from megapipe.files import replace_durably, write_reason
@@ -22,6 +22,12 @@ def dump_config(config: Config) -> str:
     if config.model.preset is not None:
         tree["model"] |= {key: "none" for key, value in config.model if value is None}
     return tomli_w.dumps(tree)
+
+
+def dump_model(model: ModelConfig) -> str:
+    """TOML of the section [model] alone, with every value spelled out but the preset's name."""
+    values = model.model_dump(mode="json", exclude={"preset"})
+    return tomli_w.dumps({"model": _plain(values)})
 
 
 def _plain(value: Any) -> Any:

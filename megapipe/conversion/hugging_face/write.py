@@ -1,0 +1,222 @@
+"""Writing a directory of Hugging Face's, which its libraries load with nothing added.
+
+Ranks share the files of the weights. One rank holds one tensor at a time, whatever the size of the
+model.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megapipe.checkpoint.shard import Shard
+from megapipe.checkpoint.shard_file import FilePlan, plan_file, write_file
+from megapipe.checkpoint.steps import (
+    clear_attempts,
+    commit_new,
+    require_free,
+    temporary_name,
+)
+from megapipe.checkpoint.storage import (
+    checkpoint_errors,
+    remove_tree,
+    require_space,
+    space_explained,
+)
+from megapipe.conversion.hugging_face.directory import CONFIG, INDEX, SINGLE
+from megapipe.conversion.source import WeightSource
+from megapipe.distributed.rank_group import ALONE, RankGroup
+from megapipe.files import shown, write_durably
+from megapipe.layout.architecture import Architecture, ForeignTensor
+
+FILE_BYTES = 5 * 10**9
+"""The usual upper bound of a file of weights (a larger tensor has a file of its own)."""
+LEAST_FILE_BYTES = 64 * 10**6
+"""Files are not made smaller than this for the sake of ranks that share them."""
+DTYPE_WORDS = {
+    torch.float64: "float64",
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What is to be written: the weights, as which architecture, and what lies beside them.
+
+    dtype: that of all weights; None: each as it is stored. config: keys of config.json about
+    tokens. files: the contents of others by name. parts: what is written by a function that is
+    given the directory (the tokenizer).
+    """
+
+    source: WeightSource
+    architecture: Architecture
+    dtype: torch.dtype | None = None
+    config: Mapping[str, object] = field(default_factory=dict)
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    parts: Sequence[Callable[[Path], object]] = ()
+    file_bytes: int = FILE_BYTES
+
+    @property
+    def table(self) -> Sequence[ForeignTensor]:
+        """All tensors in their order."""
+        return self.architecture.tensors(self.source.model)
+
+    def dtype_of(self, tensor: ForeignTensor) -> torch.dtype:
+        """What a tensor is written as: the widest of its pieces where nothing else is asked for."""
+        if self.dtype is not None:
+            return self.dtype
+        dtypes = [self.source.dtype(piece.parameter) for piece in tensor.pieces]
+        widest = dtypes[0]
+        for dtype in dtypes[1:]:
+            widest = torch.promote_types(widest, dtype)
+        return widest
+
+    def bytes_of(self, tensor: ForeignTensor) -> int:
+        """Its size in the file."""
+        return tensor.size * self.dtype_of(tensor).itemsize
+
+
+def export_bytes(export: Export) -> int:
+    """Bytes of all weights."""
+    return sum(map(export.bytes_of, export.table))
+
+
+def write_export(
+    export: Export,
+    target: Path,
+    *,
+    ranks: RankGroup = ALONE,
+    progress: Callable[[int], None] | None = None,
+    accept: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write the directory `target`; collective over `ranks`, which share a file system.
+
+    It gets its name when all of it is durable and `accept`, called by the first rank with the
+    directory under its temporary name, has not raised. What killed attempts left beside it is
+    removed first. Raises CheckpointError where `target` exists or the system refuses a write, on
+    all ranks alike.
+    """
+    what, place = f"cannot write {shown(target)}", target.parent
+    plans = _plan_files(export, ranks.size)
+    needed = sum(plan.bytes for plan in plans) + sum(map(len, export.files.values()))
+
+    @checkpoint_errors()
+    def prepare() -> str:
+        place.mkdir(parents=True, exist_ok=True)
+        require_free(target)
+        clear_attempts(target)
+        require_space(needed, place)
+        folder = place / temporary_name(target.name)
+        folder.mkdir()
+        return folder.name
+
+    folder = place / ranks.from_first(prepare, what)
+    try:
+
+        @checkpoint_errors()
+        def write() -> None:
+            with space_explained(needed, place):
+                for plan in plans[ranks.rank :: ranks.size]:
+                    write_file(folder, plan, progress)
+
+        ranks.in_agreement(write, what=what)
+
+        @checkpoint_errors()
+        def finish() -> str:
+            with space_explained(needed, place):
+                _write_small_files(export, plans, folder)
+            for part in export.parts:
+                part(folder)
+            if accept is not None:
+                accept(folder)
+            return str(commit_new(folder, target))
+
+        return Path(ranks.from_first(finish, what))
+    except BaseException:
+        if ranks.is_first:
+            remove_tree(folder)
+        raise
+
+
+def _plan_files(export: Export, sharing: int) -> list[FilePlan]:
+    """The files of the weights: about as many as ranks at least, unless they would be tiny."""
+    total = export_bytes(export)
+    limit = min(export.file_bytes, max(LEAST_FILE_BYTES, -(-total // sharing)))
+    groups: list[list[ForeignTensor]] = [[]]
+    size = 0
+    for tensor in export.table:
+        more = export.bytes_of(tensor)
+        if groups[-1] and size + more > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += more
+    count = len(groups)
+    names = [SINGLE] if count == 1 else [_file_name(number, count) for number in range(count)]
+    return [
+        plan_file(name, [_shard(export, tensor) for tensor in group])
+        for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def _file_name(number: int, count: int) -> str:
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _shard(export: Export, tensor: ForeignTensor) -> Shard:
+    dtype = export.dtype_of(tensor)
+    promised = torch.empty(tensor.shape, dtype=dtype, device="meta")
+    start = (0,) * len(tensor.shape)
+    return Shard(
+        tensor.name,
+        tensor.shape,
+        start,
+        promised,
+        load=lambda: compose(export.source, tensor, dtype),
+    )
+
+
+def compose(source: WeightSource, tensor: ForeignTensor, dtype: torch.dtype) -> Tensor:
+    """The values of another stack's tensor; padding is zero."""
+    parts = [
+        (piece, _rows(source, piece.parameter, piece.start, piece.rows, dtype))
+        for piece in tensor.pieces
+    ]
+    if len(parts) == 1 and parts[0][1].shape == tensor.turned_shape:
+        result = parts[0][1]
+    else:
+        result = torch.zeros(tensor.turned_shape, dtype=dtype)
+        for piece, values in parts:
+            result[piece.row : piece.row + piece.rows] = values
+    return result.t() if tensor.transposed else result
+
+
+def _rows(source: WeightSource, name: str, start: int, rows: int, dtype: torch.dtype) -> Tensor:
+    _, *others = source.shape(name)
+    return source.read(name, (start, *(0 for _ in others)), (rows, *others), dtype)
+
+
+def _write_small_files(export: Export, plans: Sequence[FilePlan], folder: Path) -> None:
+    config = export.architecture.write_config(export.source.model)
+    used = export.dtype or export.source.dtype(export.table[0].pieces[0].parameter)
+    config |= {"torch_dtype": DTYPE_WORDS[used], **export.config}
+    contents = {CONFIG: as_json(config), **export.files}
+    if len(plans) > 1:
+        contents[INDEX] = as_json(
+            {
+                "metadata": {"total_size": export_bytes(export)},
+                "weight_map": {name: plan.name for plan in plans for name in sorted(plan.shapes)},
+            }
+        )
+    for name, content in contents.items():
+        write_durably(folder / name, [content])
+
+
+def as_json(value: object) -> bytes:
+    """A JSON file as Hugging Face's libraries write it."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

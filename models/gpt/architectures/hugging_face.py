@@ -1,0 +1,172 @@
+"""What all of Hugging Face's configs and weight names have in common."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from megapipe.config.problems import show
+from megapipe.errors import ConversionError
+from megapipe.layout.architecture import ForeignTensor, whole
+from megapipe.layout.foreign_config import ForeignConfig
+from megapipe.layout.parameters import ParameterSpec
+from megapipe.models.gpt.config import GPTConfig, RopeScaling
+
+ABOUT_TEXT = (
+    "_name_or_path",
+    "_attn_implementation_autoset",
+    "architectures",
+    "begin_suppress_tokens",
+    "bos_token_id",
+    "decoder_start_token_id",
+    "dtype",
+    "eos_token_id",
+    "finetuning_task",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "id2label",
+    "label2id",
+    "model_type",
+    "pad_token_id",
+    "prefix",
+    "problem_type",
+    "sep_token_id",
+    "suppress_tokens",
+    "task_specific_params",
+    "tokenizer_class",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+)
+"""Keys that say nothing of what the network computes: token ids, metadata, settings of text
+generation and of other heads."""
+
+GENERATION = (
+    "bad_words_ids",
+    "chunk_size_feed_forward",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_attentions",
+    "output_hidden_states",
+    "output_scores",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict",
+    "return_dict_in_generate",
+    "temperature",
+    "tf_legacy_loss",
+    "top_k",
+    "top_p",
+    "torchscript",
+    "typical_p",
+)
+"""Keys that old versions of transformers wrote into every config."""
+
+
+def read_common(config: ForeignConfig, name: str, model_type: str) -> None:
+    """Ask for the keys of every config."""
+    config.require("model_type", model_type, model_type)
+    config.require("architectures", [name], [name])
+    for key, default in (
+        ("is_decoder", False),
+        ("is_encoder_decoder", False),
+        ("add_cross_attention", False),
+        ("cross_attention_hidden_size", None),
+        ("tie_encoder_decoder", False),
+    ):
+        config.require(key, default, default)
+    config.require("pruned_heads", {}, {})
+    config.ignore(ABOUT_TEXT)
+    config.ignore(GENERATION)
+
+
+def read_rope(config: ForeignConfig) -> dict[str, Any]:
+    """Our keys of [model] for rotary positions.
+
+    Version 5 of transformers writes them all into `rope_parameters`; version 4 knows `rope_theta`
+    and `rope_scaling`, which wins where both are there.
+    """
+    theta = config.take("rope_theta", float, 10000.0)
+    config.require("partial_rotary_factor", 1.0, 1.0, 1)
+    parameters, scaling = config.table("rope_parameters"), config.table("rope_scaling")
+    kept: dict[str, Any] = {"position": "rope", "rope_theta": theta, "rope_scaling": None}
+    if parameters is not None:
+        kept |= _read_rope_table(parameters, theta)
+        config.join(parameters)
+    if scaling is not None:
+        kept |= _read_rope_table(scaling, theta)
+        config.join(scaling)
+    return kept
+
+
+def _read_rope_table(table: ForeignConfig, theta: float) -> dict[str, Any]:
+    kind = table.optional("rope_type", str) or table.take("type", str, "default")
+    table.ignore(["type"])
+    theta = table.take("rope_theta", float, theta)
+    table.require("partial_rotary_factor", 1.0, 1.0, 1)
+    scaling = None
+    if kind == "llama3":
+        scaling = RopeScaling(
+            factor=max(table.take("factor", float), 1.0 + 1e-9),
+            low_frequency_factor=table.take("low_freq_factor", float) or 1.0,
+            high_frequency_factor=table.take("high_freq_factor", float) or 4.0,
+            original_max_sequence_length=table.take("original_max_position_embeddings", int) or 1,
+        )
+    elif kind != "default":
+        table.problem(
+            "rope_type",
+            f'= {show(kind)} asks for what is not computed here ("default" or "llama3" is)',
+        )
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def write_rope(model: GPTConfig) -> dict[str, object]:
+    """Rotary positions in the words of version 5 and of version 4 of transformers."""
+    scaling: dict[str, object] | None = None
+    if model.rope_scaling is not None:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": model.rope_scaling.factor,
+            "low_freq_factor": model.rope_scaling.low_frequency_factor,
+            "high_freq_factor": model.rope_scaling.high_frequency_factor,
+            "original_max_position_embeddings": model.rope_scaling.original_max_sequence_length,
+        }
+    return {
+        "rope_theta": model.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {
+            "rope_theta": model.rope_theta,
+            **(scaling or {"rope_type": "default"}),
+        },
+    }
+
+
+def check_fits(model: GPTConfig, name: str, needed: Mapping[str, object]) -> None:
+    """Raises ConversionError where keys of [model] have other values than an architecture needs."""
+    problems = [
+        f"model.{key} = {show(getattr(model, key))} can't be said in a config of {name}, where it "
+        f"is {show(value)}"
+        for key, value in needed.items()
+        if getattr(model, key) != value
+    ]
+    if problems:
+        raise ConversionError("\n  ".join([f"the model is no {name}:", *problems]))
+
+
+def renamed(
+    parameters: Mapping[str, ParameterSpec], ours: str, theirs: str, *, transposed: bool = False
+) -> Iterator[ForeignTensor]:
+    """The weight and the bias of a layer, those that there are, under another name."""
+    for kind in ("weight", "bias"):
+        spec = parameters.get(f"{ours}.{kind}")
+        if spec is not None:
+            turned = transposed and len(spec.shape) > 1
+            yield whole(spec, f"{theirs}.{kind}", transposed=turned)
