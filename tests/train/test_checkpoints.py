@@ -59,7 +59,7 @@ def test_checkpoints_of_keep_every_are_kept_beside_the_newest(tmp_path: Path) ->
     words = ["--checkpoint.every=1", "--checkpoint.keep=1", "--checkpoint.keep_every=3"]
     run_dir = f"--train.run_dir={tmp_path}/run"
     config = load_config(write(tmp_path), [*words, run_dir], FAMILIES)
-    optimizer = SimpleNamespace(state=lambda: [], scalars=dict)  # which has nothing to save
+    optimizer = SimpleNamespace(state=list, scalars=dict)  # which has nothing to save
     mesh = Mesh.single(torch.device("cpu"))
     engine: Any = SimpleNamespace(config=config, mesh=mesh, optimizer=optimizer)
     checkpoints = Checkpoints(engine, "auto", {}, print)
