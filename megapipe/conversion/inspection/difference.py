@@ -35,7 +35,7 @@ class TensorDifference:
 
 
 @dataclass(frozen=True)
-class Difference:
+class StoreDifference:
     """How the tensors of two directories differ: `tensors` are those that both have."""
 
     only_first: Sequence[str]
@@ -50,13 +50,13 @@ class Difference:
 
 def compare_tensors(
     first: TensorStore, second: TensorStore, progress: Callable[[int], None] = lambda count: None
-) -> Difference:
+) -> StoreDifference:
     """Compare all values; `progress` is called with the bytes that were looked at, of both.
 
     Raises CheckpointError or ConversionError where some can't be read or are damaged.
     """
     common = [name for name in first.tensors if name in second.tensors]
-    return Difference(
+    return StoreDifference(
         [name for name in first.tensors if name not in second.tensors],
         [name for name in second.tensors if name not in first.tensors],
         in_threads(lambda name: _compare(first, second, name, progress), common),

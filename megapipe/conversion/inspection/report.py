@@ -15,7 +15,7 @@ from megapipe.amounts import counted
 from megapipe.checkpoint.summary import CheckpointSummary, ListedCheckpoint, TensorSummary
 
 if TYPE_CHECKING:  # both need torch
-    from megapipe.conversion.inspection.difference import Difference
+    from megapipe.conversion.inspection.difference import StoreDifference
     from megapipe.conversion.inspection.statistics import TensorStatistics
 
 MAX_LINES = 20
@@ -108,7 +108,7 @@ def _tensor_table(
     return table
 
 
-def report_difference(first: Path, second: Path, found: "Difference") -> Report:
+def report_difference(first: Path, second: Path, found: "StoreDifference") -> Report:
     """How the tensors of two directories differ; those that don't are only counted."""
     parts: list[RenderableType] = [_text(f"A: {first}"), _text(f"B: {second}")]
     for letter, names in (("A", found.only_first), ("B", found.only_second)):
