@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": "draw a config's pipeline schedule, or compare all schedules, without running",
     "tokenizer": "train a tokenizer on text files, or look into one",
     "convert": "bring a model in from Hugging Face, or take one out",
+    "export": "write the newest checkpoint of a run as a Hugging Face directory",
     "inspect": "what is in a checkpoint, and is it whole",
     "generate": "continue a text with a checkpoint",
     "bench": "measure speed on this machine",

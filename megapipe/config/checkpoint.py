@@ -18,6 +18,11 @@ class CheckpointConfig(Section):
         description="Checkpoints of steps that are a multiple of this are kept for ever, and don't "
         "count towards checkpoint.keep; a multiple of checkpoint.every. 0 keeps none for ever.",
     )
+    export_every: NonNegativeInt = Field(
+        default=0,
+        description="Steps between exports to <train.run_dir>/exports as Hugging Face directories, "
+        "which are never removed; a checkpoint is saved with each. 0 exports nothing.",
+    )
     resume: PathText = Field(
         default="auto",
         min_length=1,

@@ -1,10 +1,10 @@
 """The proof of a conversion: another implementation and ours say the same of the same tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from megapipe.config import ModelConfig
 from megapipe.conversion.open import fill
@@ -80,20 +80,33 @@ def proof_sequences(
 
 
 def our_logits(
-    family: ModelFamily, source: WeightSource, sequences: Sequences, layers: int | None
+    family: ModelFamily,
+    source: WeightSource,
+    sequences: Sequences,
+    layers: int | None = None,
+    rounded: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
     """Logits [S, vocabulary] of each sequence in float32, computed here; with `layers` by the
-    first of the model's layers alone, so that the others are not read."""
+    first of the model's layers alone, so that the others are not read. Weights are rounded to the
+    dtype `rounded` first."""
     model = source.model
     if layers is not None:
         model = model.model_copy(update={"num_layers": min(layers, model.num_layers)})
     module = whole_model(family, model, dtype=torch.float32, device=torch.device("cpu"))
     fill(module, source)
+    if rounded is not None:
+        round_weights(module, rounded)
     with torch.no_grad():
         return {
             name: module.logits(tokens[None])[:, 0]  # type: ignore[operator]
             for name, tokens in sequences.items()
         }
+
+
+def round_weights(module: nn.Module, dtype: torch.dtype) -> None:
+    """Round the values of all parameters to what `dtype` can hold."""
+    for parameter in module.parameters():
+        parameter.data.copy_(parameter.data.to(dtype))
 
 
 def compare_logits(
@@ -136,13 +149,16 @@ def prove(
     family: ModelFamily,
     source: WeightSource,
     theirs: TheirLogits,
-    sequences: Sequence[tuple[str, Tensor]] | Sequences,
-    layers: int | None,
+    sequences: Sequences,
+    *,
+    layers: int | None = None,
+    rounded: torch.dtype | None = None,
 ) -> Proof:
-    """Compare; raises ConversionError with what was found where the two don't agree."""
-    sequences = dict(sequences)
+    """Compare `theirs` with ours, of the arguments of `our_logits`; raises ConversionError with
+    what was found where the two don't agree."""
     reference = theirs(sequences, layers)
-    proof = compare_logits(our_logits(family, source, sequences, layers), reference, layers)
+    ours = our_logits(family, source, sequences, layers, rounded)
+    proof = compare_logits(ours, reference, layers)
     if not proof.holds:
         raise ConversionError(f"the conversion is wrong, and nothing was written: {proof}")
     return proof

@@ -55,6 +55,7 @@ from megapipe.train.bubble import BubbleMeter
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine
 from megapipe.train.environment import environment_lines
+from megapipe.train.exports import Exports
 from megapipe.train.loggers import Loggers
 from megapipe.train.loop import Run, train
 from megapipe.train.run_directory import RunLock, plan_start, write_config
@@ -226,6 +227,8 @@ def _start_or_resume(
     readers = [one.reader for one in (feed, validation) if one is not None and one.reader]
     for line in ranks.from_first(lambda: text_lines(config, readers)):
         lines.say(line)
+    exports = Exports(config, start.family, ranks, lines.say)
+    exports.check()
     engine = Engine(layout, mesh, channels)
     check_activation_bytes(engine)
     checkpoints = Checkpoints(engine, plan.resume, kept_files(config, ranks), lines.say)
@@ -247,7 +250,17 @@ def _start_or_resume(
         flops = flops_per_token(layout)
         bubble = BubbleMeter(mesh, engine.program, engine.recorder)
         run = Run(
-            config, engine, feed, validation, checkpoints, loggers, stop, progress, flops, bubble
+            config,
+            engine,
+            feed,
+            validation,
+            checkpoints,
+            loggers,
+            stop,
+            progress,
+            flops,
+            bubble,
+            exports,
         )
         run.timeline = _timeline(config, engine, loggers, progress.step)
         try:

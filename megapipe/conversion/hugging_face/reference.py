@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megapipe.conversion.proof import Sequences
+from megapipe.conversion.proof import Sequences, round_weights
 from megapipe.errors import ConversionError
 from megapipe.files import shown
 
@@ -24,10 +24,14 @@ def require_transformers() -> None:
 
 
 def transformers_logits(
-    folder: Path, sequences: Sequences, layers: int | None
+    folder: Path,
+    sequences: Sequences,
+    layers: int | None = None,
+    rounded: torch.dtype | None = None,
 ) -> Mapping[str, Tensor]:
     """Logits [S, vocabulary] in float32 by the implementation that transformers has of the model
-    of a directory; with `layers` by the first of its layers alone.
+    of a directory; with `layers` by the first of its layers alone. Weights are rounded to the
+    dtype `rounded` first.
 
     Nothing is downloaded and no code of the directory is run. Raises ConversionError where
     transformers can't load it, or finds no values for a weight.
@@ -64,6 +68,8 @@ def transformers_logits(
             f"{shown(folder)}"
         )
     model.eval()
+    if rounded is not None:
+        round_weights(model, rounded)
     with torch.no_grad():
         return {
             name: model(tokens[None], use_cache=False).logits[0]

@@ -127,16 +127,17 @@ def write_export(
         ranks.in_agreement(write, what=what)
 
         @checkpoint_errors()
-        def finish() -> str:
+        def finish() -> None:
             with space_explained(needed, place):
                 _write_small_files(export, plans, folder)
-            for part in export.parts:
-                part(folder)
-            if accept is not None:
-                accept(folder)
-            return str(commit_new(folder, target))
+                for part in export.parts:
+                    part(folder)
 
-        return Path(ranks.from_first(finish, what))
+        ranks.from_first(finish, what)
+        if accept is not None:
+            ranks.from_first(lambda: accept(folder))
+        commit = checkpoint_errors()(lambda: str(commit_new(folder, target)))
+        return Path(ranks.from_first(commit, what))
     except BaseException:
         if ranks.is_first:
             remove_tree(folder)
