@@ -48,6 +48,11 @@ class MegatronCheckpoint:
     optimizer: str | None
     """The format of the optimizer's state, which is not read; None where there is none."""
 
+    @property
+    def place(self) -> str:
+        """Where it lies, for messages."""
+        return shown(self.path)
+
     def read(
         self,
         name: str,
