@@ -9,7 +9,7 @@ from typing import Any
 from megapipe.conversion.sentencepiece.model import SentencePieceModel, read_model
 from megapipe.conversion.sentencepiece.tree import tokenizer_tree
 from megapipe.conversion.tokenizer_lines import proof_lines
-from megapipe.data.hugging_face_tokenizer import HuggingFaceTokenizer
+from megapipe.data.hugging_face_tokenizer import BY_TOKEN, KEPT, HuggingFaceTokenizer
 from megapipe.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.errors import ConversionError
@@ -20,14 +20,20 @@ LINES = 1000
 
 EXAMPLES = 3
 ENGINE, CONFIG = "tokenizer.json", "tokenizer_config.json"
-TEMPLATES = ("chat_template.jinja", "chat_template.json")
-COPIED = (ENGINE, CONFIG, "special_tokens_map.json", "added_tokens.json", *TEMPLATES)
+COPIED = (ENGINE, *BY_TOKEN, *KEPT)
 FAST = "PreTrainedTokenizerFast"
 """The class that does what tokenizer.json says, in all versions of transformers."""
 
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How Qwen2's tokenizer cuts text into words. AutoTokenizer of transformers 5 gives any model of
+the type "qwen2" that tokenizer, with vocabulary and merges out of tokenizer.json and no more."""
+
 
 @dataclass(frozen=True)
-class Difference:
+class OtherIds:
     """A line of text of which two tokenizers make other ids, or other text out of the ids."""
 
     line: str
@@ -53,7 +59,7 @@ class TokenizerReport:
     files: tuple[str, ...]
     lines: int
     differing: int
-    examples: tuple[Difference, ...]
+    examples: tuple[OtherIds, ...]
     notes: tuple[str, ...] = ()
 
     @property
@@ -70,13 +76,19 @@ class TokenizerReport:
 
 
 def export_tokenizer(
-    tokenizer: Tokenizer, folder: Path, *, allow_drift: bool, max_length: int
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    allow_drift: bool,
+    max_length: int,
+    model_type: str | None = None,
 ) -> TokenizerReport:
     """Write what transformers' AutoTokenizer loads into `folder`, which is there.
 
-    max_length: tokens of the longest text that the model takes. Raises ConversionError for a
-    tokenizer that can't be exported, and where the exported one gives other ids or decodes
-    otherwise, unless `allow_drift`; then nothing is written.
+    max_length: tokens of the longest text that the model takes. model_type: what the config.json
+    beside it will say, where there is one. Raises ConversionError for a tokenizer that can't be
+    exported, and, unless `allow_drift`, where the exported one gives other ids or decodes
+    otherwise; then nothing is written.
     """
     notes: list[str] = []
     try:
@@ -86,6 +98,8 @@ def export_tokenizer(
             files = _copies(tokenizer, max_length, notes)
         else:
             raise ConversionError(f"{type(tokenizer).__name__} is no kind of tokenizer known here")
+        if model_type == "qwen2" and not allow_drift:
+            _check_qwen2(json.loads(files[ENGINE].decode("utf-8-sig")))
     except ConversionError as error:
         raise ConversionError(f"tokenizer {shown(tokenizer.path)}: {error}") from error
     report = _compare(tokenizer, files, notes)
@@ -109,7 +123,7 @@ def _write(path: Path, content: bytes) -> None:
         raise ConversionError(f"{shown(path)} can't be written: {write_reason(error)}") from error
 
 
-# --- The files -------------------------------------------------------------------------------------
+# --- The files -----------------------------------------------------------------------------------
 
 
 def _from_sentencepiece(tokenizer: SentencePieceTokenizer, max_length: int) -> dict[str, bytes]:
@@ -150,13 +164,30 @@ def _copies(tokenizer: HuggingFaceTokenizer, max_length: int, notes: list[str]) 
         notes.append(f"{CONFIG}: left out auto_map = {json.dumps(code)}, which names code to run")
     named = config.get("tokenizer_class")
     if named not in (None, FAST):
-        notes.append(f"{CONFIG}: tokenizer_class is {FAST}, which does what {ENGINE} says ({named})")
+        notes.append(
+            f"{CONFIG}: tokenizer_class is {FAST}, which does what {ENGINE} says ({named})"
+        )
     config["tokenizer_class"] = FAST
     config["model_max_length"] = max_length
     config.setdefault("clean_up_tokenization_spaces", False)
     if config.get("eos_token") is None:
         config["eos_token"] = tokenizer.engine.id_to_token(tokenizer.end_of_document)
     return files | {CONFIG: _json(config)}
+
+
+def _check_qwen2(tree: Mapping[str, Any]) -> None:
+    cuts = (tree.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
+    same_words = cuts[0].get("pattern") == {"Regex": QWEN2_WORDS}
+    if (
+        tree["model"]["type"] != "BPE"
+        or tree.get("normalizer") != {"type": "NFC"}
+        or not same_words
+    ):
+        raise ConversionError(
+            "transformers takes the tokenizer of any Qwen2 model for Qwen2's own, which cuts text "
+            "into other words than this one. Export to another architecture (such as --to "
+            "Qwen3ForCausalLM or --to LlamaForCausalLM), or with --allow-tokenizer-drift"
+        )
 
 
 def _read(path: Path) -> bytes:
@@ -170,12 +201,10 @@ def _json(value: Mapping[str, Any]) -> bytes:
     return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode()
 
 
-# --- The proof -------------------------------------------------------------------------------------
+# --- The proof -----------------------------------------------------------------------------------
 
 
-def _compare(
-    tokenizer: Tokenizer, files: Mapping[str, bytes], notes: list[str]
-) -> TokenizerReport:
+def _compare(tokenizer: Tokenizer, files: Mapping[str, bytes], notes: list[str]) -> TokenizerReport:
     engine = _engine(files[ENGINE])
     pieces = sorted(engine.get_vocab(with_added_tokens=True))
     lines = proof_lines(pieces, LINES)
@@ -199,7 +228,7 @@ def _engine(content: bytes) -> Any:
     return engine
 
 
-def _differences(tokenizer: Tokenizer, engine: Any, lines: list[str]) -> Iterator[Difference]:
+def _differences(tokenizer: Tokenizer, engine: Any, lines: list[str]) -> Iterator[OtherIds]:
     """Lines whose ids differ, or whose ids become another text. What stands for an unknown
     character is not compared: it is lost here and there."""
     encodings = engine.encode_batch(lines, add_special_tokens=False)
@@ -208,7 +237,7 @@ def _differences(tokenizer: Tokenizer, engine: Any, lines: list[str]) -> Iterato
         if ours == encoding.ids:
             decoded = tokenizer.decode(ours), engine.decode(ours, skip_special_tokens=False)
         if ours != encoding.ids or (decoded[0] != decoded[1] and not tokenizer.unknown(line)):
-            yield Difference(line, ours, encoding.ids, decoded)
+            yield OtherIds(line, ours, encoding.ids, decoded)
 
 
 def _short(value: object, longest: int = 80) -> str:

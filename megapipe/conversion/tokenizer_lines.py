@@ -79,7 +79,7 @@ REAL = (
     "Съешь ещё этих мягких французских булок, да выпей же чаю.",
     "Ξεσκεπάζω την ψυχοφθόρα βδελυγμία. Τάχιστη αλώπηξ.",
     "すべての人間は、生まれながらにして自由であり、ガギグゲゴとパピプペポ。",
-    "人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心。",
+    "人人生而自由，在尊严和权利上一律平等。他们赋有理性和良心。",  # noqa: RUF001
     "모든 인간은 태어날 때부터 자유로우며 그 존엄과 권리에 있어 동등하다.",
     "يولد جميع الناس أحرارًا متساوين في الكرامة والحقوق.",
     "כל בני האדם נולדו בני חורין ושווים בערכם ובזכויותיהם.",
@@ -88,8 +88,8 @@ REAL = (
     "மனிதப் பிறிவியினர் சகலரும் சுதந்திரமாகவே பிறக்கின்றனர்.",
     "มนุษย์ทั้งหลายเกิดมามีอิสระและเสมอภาคกันในเกียรติศักดิ์",
     "لە دایک بوون ئازادن ‌و می‌خواهم بدانم",
-    "ყველა ადამიანი იბადება თავისუფალი. Բոլոր մարդիկ ծնվում են ազատ։",
-    "Þjóðin sagði ýmislegt; İstanbul'da ışık ılık. Ĳsselmeer ŉ ſ",
+    "ყველა ადამიანი იბადება თავისუფალი. Բոլոր մարդիկ ծնվում են ազատ։",  # noqa: RUF001
+    "Þjóðin sagði ýmislegt; İstanbul'da ışık ılık. Ĳsselmeer ŉ ſ",  # noqa: RUF001
 )
 
 RANGES = (
@@ -125,7 +125,9 @@ def proof_lines(pieces: Sequence[str], count: int) -> list[str]:
     makers: tuple[Callable[[], str], ...] = (
         lambda: "".join(chooser.choices(pieces, k=chooser.randrange(1, 30))),
         lambda: _spaced("".join(chooser.choices(pieces, k=chooser.randrange(1, 30)))),
-        lambda: chooser.choice(pieces) if chooser.random() < 0.5 else _spaced(chooser.choice(pieces)),
+        lambda: (
+            chooser.choice(pieces) if chooser.random() < 0.5 else _spaced(chooser.choice(pieces))
+        ),
         lambda: "".join(_character(chooser) for _ in range(chooser.randrange(1, 40))),
         lambda: chooser.randbytes(chooser.randrange(1, 60)).decode("latin-1"),
         lambda: _mixed(chooser, pieces),
@@ -154,7 +156,7 @@ def _mixed(chooser: random.Random, pieces: Sequence[str]) -> str:
     """Bits of everything, next to each other."""
     bits = []
     for _ in range(chooser.randrange(1, 6)):
-        text = chooser.choice((*HARD, *REAL, chooser.choice(pieces)))
+        text = chooser.choice(chooser.choice((HARD, REAL, pieces)))
         start = chooser.randrange(len(text) + 1)
         bits.append(text[start : start + chooser.randrange(1, 20)])
     return chooser.choice(("", " ")).join(bits)

@@ -1,6 +1,5 @@
 """A sentencepiece model, read: its pieces and what it does to text."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +14,7 @@ TABLES = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf")
 
 
 @dataclass(frozen=True)
-class Piece:
+class ModelPiece:
     text: str
     score: float
     kind: int
@@ -30,7 +29,7 @@ class SentencePieceModel:
 
     content: bytes
     kind: str
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ModelPiece, ...]
     byte_fallback: bool
     charsmap: bytes
     adds_space: bool
@@ -46,22 +45,19 @@ class SentencePieceModel:
         return [piece.text for piece in self.pieces if piece.kind in kinds]
 
     @cached_property
-    def processor(self) -> Any:
-        import sentencepiece
-
-        return sentencepiece.SentencePieceProcessor(model_proto=self.content)
-
-    @cached_property
-    def replaced(self) -> Callable[[str], str]:
-        """What the table makes of a text; spaces stay as they are."""
+    def bare(self) -> Any:
+        """Its SentencePieceProcessor without any treatment of spaces."""
         import sentencepiece
 
         proto = _parse(self.content)
         spec = proto.normalizer_spec
         spec.add_dummy_prefix = spec.remove_extra_whitespaces = spec.escape_whitespaces = False
-        bare = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-        normalize: Callable[[str], str] = bare.normalize
-        return normalize
+        return sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+
+    def replaced(self, text: str) -> str:
+        """What the table makes of a text; spaces stay as they are."""
+        normalized: str = self.bare.normalize(text)
+        return normalized
 
 
 def read_model(content: bytes) -> SentencePieceModel:
@@ -75,7 +71,7 @@ def read_model(content: bytes) -> SentencePieceModel:
     model = SentencePieceModel(
         content=content,
         kind=kind,
-        pieces=tuple(Piece(piece.piece, piece.score, piece.type) for piece in proto.pieces),
+        pieces=tuple(ModelPiece(piece.piece, piece.score, piece.type) for piece in proto.pieces),
         byte_fallback=trainer.byte_fallback,
         charsmap=spec.precompiled_charsmap,
         adds_space=spec.add_dummy_prefix,

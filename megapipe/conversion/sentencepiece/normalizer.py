@@ -57,7 +57,7 @@ def literal(text: str) -> str:
     return "".join(f"\\x{{{ord(character):x}}}" for character in text)
 
 
-def one_of(characters: Iterable[str]) -> str:
+def any_of(characters: Iterable[str]) -> str:
     """The regular expression that matches any of the characters."""
     ranges: list[list[int]] = []
     for code in sorted(set(map(ord, characters))):
@@ -75,7 +75,7 @@ def charsmap_steps(charsmap: bytes, normalize: Normalize) -> list[Step]:
     """
     becomes = {mark: normalize(mark) for mark in _marks()}
     marks = [mark for mark, text in sorted(becomes.items()) if not text.startswith(" ")]
-    after = _marks() | {becomes[mark][0] for mark in marks if becomes[mark]}
+    after = set(_marks()) | {becomes[mark][0] for mark in marks if becomes[mark]}
     controls = _controls()
     several = [one for one in _characters() if len(normalize(one)) > 1]
     separator = literal(SEPARATOR)
@@ -83,12 +83,12 @@ def charsmap_steps(charsmap: bytes, normalize: Normalize) -> list[Step]:
         {"type": "Prepend", "prepend": SEPARATOR},
         precompiled(build_charsmap({one: one + SEPARATOR for one in controls})),
         precompiled(build_charsmap({one: SEPARATOR + one for one in marks})),
-        replace(rf"\A{separator}|(?<={one_of(controls)}){separator}", ""),
-        replace(f"(?<={one_of(several)}){separator}(?={one_of(marks)})", FIXED),
+        replace(rf"\A{separator}|(?<={any_of(controls)}){separator}", ""),
+        replace(f"(?<={any_of(several)}){separator}(?={any_of(marks)})", FIXED),
         precompiled(charsmap),
         replace(_joints(normalize), ""),
         {"type": "NFC"},
-        replace(f"{one_of(SEPARATOR + FIXED)}(?={one_of(after)})", ""),
+        replace(f"{any_of(SEPARATOR + FIXED)}(?={any_of(after)})", ""),
     ]
     if normalize("\r") == normalize("\n") != "\n":
         steps.insert(0, replace_text("\r\n", "\n\n"))  # one cluster, of two characters
@@ -105,12 +105,15 @@ def _marks() -> frozenset[str]:
 def _controls() -> tuple[str, ...]:
     kinds = ("Cc", "Cf", "Zl", "Zp")
     controls = (one for one in _characters() if unicodedata.category(one) in kinds)
-    return tuple(one for one in controls if one != "\0" and one not in BEFORE | _marks())
+    others = {"\0"} | BEFORE | _marks()
+    return tuple(one for one in controls if one not in others)
 
 
 def _characters() -> Iterator[str]:
-    """All that can be marks, format characters or compositions: beyond, there are ideographs."""
-    codes = itertools.chain(range(0xD800), range(0xE000, 0x20000), range(0xE0000, 0xE0200))
+    """All that can be marks, format characters, compositions or short for several characters:
+    not the ideographs, Hangul syllables and code points for private use."""
+    parts = (0, 0x3400), (0xA000, 0xAC00), (0xD7B0, 0xD800), (0xF900, 0x20000), (0xE0000, 0xE0200)
+    codes = itertools.chain.from_iterable(itertools.starmap(range, parts))
     return map(chr, codes)
 
 
@@ -132,9 +135,9 @@ def _joints(normalize: Normalize) -> str:
     choices = []
     for before, marks in sorted(alike.items(), key=lambda pair: min(pair[1])):
         singles = [one for one in before if len(one) == 1]
-        behind = [one_of(singles)] if singles else []
+        behind = [any_of(singles)] if singles else []
         behind += [separator.join(map(literal, one)) for one in sorted(before) if len(one) > 1]
-        choices.append(f"(?={one_of(marks)})(?<={'|'.join(one + separator for one in behind)})")
+        choices.append(f"(?={any_of(marks)})(?<={'|'.join(one + separator for one in behind)})")
     return f"{separator}(?:{'|'.join(choices)})"
 
 
@@ -145,8 +148,6 @@ def _compositions() -> frozenset[str]:
     for character in _characters():
         parts = unicodedata.normalize("NFD", character)
         if len(parts) == 1 or unicodedata.normalize("NFC", character) != character:
-            continue
-        if "\uac00" <= character <= "\ud7a3":
             continue
         for base, *marks in ((parts[0], *order) for order in itertools.permutations(parts[1:])):
             for joined in range(len(marks)):

@@ -24,9 +24,9 @@ from megapipe.conversion.sentencepiece.model import (
 )
 from megapipe.conversion.sentencepiece.normalizer import (
     Step,
+    any_of,
     charsmap_steps,
     literal,
-    one_of,
     replace,
     replace_text,
 )
@@ -49,9 +49,9 @@ def tokenizer_tree(model: SentencePieceModel) -> dict[str, Any]:
     steps, words = _spaces(model), _words(model)
     if model.kind == "unigram" and (strange := _strange_characters(model)):
         if model.byte_fallback:
-            words = [_split(one_of(strange))]
+            words = [_split(any_of(strange))]
         else:
-            steps.append(replace(one_of(strange), NO_CHARACTER))
+            steps.append(replace(any_of(strange), NO_CHARACTER))
     return {
         "version": "1.0",
         "truncation": None,
@@ -74,7 +74,7 @@ def _added_token(id_: int, text: str) -> dict[str, Any]:
     return {"id": id_, "content": text, **flags, "special": True}
 
 
-# --- Text before it is cut -------------------------------------------------------------------------
+# --- Text before it is cut -----------------------------------------------------------------------
 
 
 def _spaces(model: SentencePieceModel) -> list[Step]:
@@ -87,7 +87,7 @@ def _spaces(model: SentencePieceModel) -> list[Step]:
         # First, since sentencepiece adds a space to a text that the table makes empty, too.
         first = [{"type": "Prepend", "prepend": " "}] if model.adds_space else []
         return [*first, *table, *escape]
-    squeeze = replace(rf"\A +|(?<= ) +|{one_of(' ' + space)}+\z", "")
+    squeeze = replace(rf"\A +|(?<= ) +|{any_of(' ' + space)}+\z", "")
     return [*table, squeeze, *first, *escape]
 
 
@@ -100,9 +100,8 @@ def _words(model: SentencePieceModel) -> list[Step]:
     # A word that is the text of a reserved piece would be that piece. It is cut once more.
     cuts = []
     for text in model.texts(*RESERVED):
-        first, *rest = model.processor.encode(text, out_type=str)
-        first = first.removeprefix(META_SPACE) if not text.startswith(first) else first
-        if first and rest and text != first and text.startswith(first):
+        first, *rest = model.bare.encode(text, out_type=str)
+        if rest and text.startswith(first):
             cuts.append(f"{literal(first)}(?={literal(text[len(first) :])}(?:\\z|{any_symbol}))")
     whole = f"|(?<=\\A|{any_symbol})(?:{'|'.join(cuts)})" if cuts else ""
     return [_split(f"{any_symbol}{whole}")]
@@ -124,7 +123,7 @@ def _decoders(model: SentencePieceModel) -> list[Step]:
     return decoders
 
 
-# --- BPE -------------------------------------------------------------------------------------------
+# --- BPE -----------------------------------------------------------------------------------------
 
 
 def _bpe(model: SentencePieceModel) -> dict[str, Any]:
@@ -159,7 +158,7 @@ def _merges(model: SentencePieceModel) -> Iterator[tuple[str, str]]:
                 yield text[:cut], text[cut:]
 
 
-# --- Unigram ---------------------------------------------------------------------------------------
+# --- Unigram -------------------------------------------------------------------------------------
 
 
 def _unigram(model: SentencePieceModel) -> dict[str, Any]:
