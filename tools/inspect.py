@@ -48,7 +48,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "path",
         type=path_argument,
         nargs="?",
-        help="a checkpoint, a run directory to list all of, or a Hugging Face directory",
+        help="a checkpoint, a run directory to list all of, or another stack's directory (Hugging "
+        "Face's, Megatron's)",
     )
     parser.add_argument(
         "--diff",

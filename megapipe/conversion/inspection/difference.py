@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megapipe.checkpoint.slices import in_threads, slices
-from megapipe.conversion.source import StoredTensor, TensorStore
+from megapipe.conversion.source import TensorInfo, TensorStore
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,6 @@ def _largest(a: Tensor, b: Tensor) -> tuple[float, float]:
     return float(gaps.max()), float(torch.where(gaps > 0, gaps / sizes, 0.0).max())
 
 
-def dtype_name(stored: StoredTensor) -> str:
+def dtype_name(stored: TensorInfo) -> str:
     """`float32`, `bfloat16`."""
     return str(stored.dtype).removeprefix("torch.")
