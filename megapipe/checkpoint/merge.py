@@ -169,8 +169,8 @@ def _require_same_model(
         raise CheckpointError(
             "\n  ".join(
                 [
-                    f"{shown(other.path)} is of another model than {shown(first.path)}, so they "
-                    "have no average (there -> here):",
+                    f"{shown(first.path)} and {shown(other.path)} are of two models, which have no "
+                    "average (the first -> the other):",
                     *problems[:MAX_NAMES],
                 ]
             )

@@ -68,7 +68,7 @@ def summarize_other_stack(path: Path) -> CheckpointSummary | None:
     values = sum(math.prod(one.shape) for one in tensors)
     known = _known(store)
     facts = [
-        *((name, "-" if value is None else str(value)) for name, value in known.items()),
+        *((key.replace("_", " "), str(value or "-")) for key, value in known.items()),
         ("tensors", ", ".join(amounts)),
         ("  values", counted(values, "value")),
         ("bytes", format_bytes(tensor_bytes(store))),
@@ -85,7 +85,7 @@ def _known(store: HuggingFaceDirectory | MegatronCheckpoint) -> dict[str, object
         "stack": "Megatron",
         "format": store.kind,
         "step": store.iteration,
-        "optimizer state": store.optimizer,
+        "optimizer_state": store.optimizer,
     }
 
 
