@@ -5,6 +5,7 @@ from itertools import zip_longest
 from typing import Any
 
 from megapipe.config.config import Config
+from megapipe.config.model import ModelConfig
 from megapipe.config.problems import show
 
 
@@ -16,10 +17,22 @@ def difference(old: Config, new: Config, sections: Sequence[str] = ("model",)) -
     families only the families are named.
     """
     before, after = old.model_dump(), new.model_dump()
-    if old.model.family != new.model.family:
-        before["model"], after["model"] = ({"family": each.model.family} for each in (old, new))
-    changes = [change for name in sections for change in _changes(name, before[name], after[name])]
-    free = {f"model.{key}" for key in new.model.MAY_CHANGE}
+    lines = []
+    for name in sections:
+        if name == "model":
+            lines += model_difference(old.model, new.model)
+        else:
+            changes = _changes(name, before[name], after[name])
+            lines += [f"{key}: {show(a)} -> {show(b)}" for key, a, b in changes]
+    return lines
+
+
+def model_difference(old: ModelConfig, new: ModelConfig) -> list[str]:
+    """As `difference`, of two sections [model]."""
+    if old.family != new.family:
+        return [f"model.family: {show(old.family)} -> {show(new.family)}"]
+    changes = _changes("model", old.model_dump(), new.model_dump())
+    free = {f"model.{key}" for key in new.MAY_CHANGE}
     return [f"{key}: {show(a)} -> {show(b)}" for key, a, b in changes if key not in free]
 
 

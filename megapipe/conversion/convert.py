@@ -16,16 +16,13 @@ from megapipe.checkpoint.save import save_weights
 from megapipe.checkpoint.shard import Shard
 from megapipe.checkpoint.steps import require_free
 from megapipe.config import ModelConfig, dump_model
-from megapipe.conversion.hugging_face.directory import (
-    GENERATION,
-    HuggingFaceDirectory,
-    is_hugging_face,
-    read_json,
-)
+from megapipe.conversion.hugging_face.config_file import GENERATION, is_hugging_face, read_json
+from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
 from megapipe.conversion.hugging_face.export import SPECIAL_TOKENS, ExportOptions, plan_export
 from megapipe.conversion.hugging_face.reference import require_transformers, transformers_logits
 from megapipe.conversion.hugging_face.write import as_json, export_bytes, write_export
-from megapipe.conversion.open import Families, find_architecture, open_hugging_face
+from megapipe.conversion.model_at import Families, find_architecture
+from megapipe.conversion.open import open_hugging_face
 from megapipe.conversion.proof import proof_sequences, prove
 from megapipe.conversion.source import CheckpointWeights, WeightSource
 from megapipe.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer

@@ -58,16 +58,16 @@ class CheckpointWeights:
     """The weights of a checkpoint of ours, those of training or weights alone."""
 
     def __init__(self, reader: CheckpointReader, model: ModelConfig) -> None:
-        self._reader, self.model = reader, model
+        self.reader, self.model = reader, model
         self.place = shown(reader.path)
         kind = "weights/"
         self.names = [name[len(kind) :] for name in reader.names if name.startswith(kind)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._reader.shape(f"weights/{name}")
+        return self.reader.shape(f"weights/{name}")
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._reader.dtype(f"weights/{name}")
+        return self.reader.dtype(f"weights/{name}")
 
     def read(
         self,
@@ -76,7 +76,7 @@ class CheckpointWeights:
         shape: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        return self._reader.read(f"weights/{name}", start, shape, dtype)
+        return self.reader.read(f"weights/{name}", start, shape, dtype)
 
 
 @dataclass(frozen=True)
