@@ -65,9 +65,11 @@ def run(argv: Sequence[str]) -> int:
         from megapipe.conversion.fitting import load_notes
         from megapipe.plan.dry_run import dry_run
 
-        family, notes = FAMILIES[config.model.family], load_notes(config, FAMILIES)
+        notes = load_notes(config, FAMILIES)
+        family = FAMILIES[config.model.family]
         print(dry_run(config, family, str(arguments.config), arguments.world_size))
-        print("".join(f"\n{note}" for note in notes), end="\n" * bool(notes))
+        if notes:
+            print("\n" + "\n".join(notes))
         return 0
 
     with interruptible():

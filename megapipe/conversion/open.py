@@ -1,5 +1,6 @@
 """Opening a model wherever it comes from, by what its directory holds."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
@@ -22,22 +23,25 @@ from megapipe.files import shown
 from megapipe.tensor_parallel.parameter import sharded_parameters
 
 
-def open_weights(path: Path, families: Families) -> WeightSource:
+def open_weights(path: Path, families: Families, allow: Sequence[str] = ()) -> WeightSource:
     """The weights of a Hugging Face directory, of a checkpoint, or of a run's newest checkpoint.
+    `allow` names what may be missing or left over in the first, as `ForeignWeights` has it.
 
     Raises CheckpointError or ConversionError where there are none, or none that we compute.
     """
     if is_hugging_face(path):
-        return open_hugging_face(HuggingFaceDirectory(path), families)
+        return open_hugging_face(HuggingFaceDirectory(path), families, allow)
     reader = open_checkpoint(find_checkpoint(path))
     return CheckpointWeights(reader, model_of(reader, families))
 
 
-def open_hugging_face(directory: HuggingFaceDirectory, families: Families) -> ForeignWeights:
+def open_hugging_face(
+    directory: HuggingFaceDirectory, families: Families, allow: Sequence[str] = ()
+) -> ForeignWeights:
     """The weights of a Hugging Face directory under our names."""
     family, architecture = find_architecture(directory, families)
     model = hugging_face_model(directory, family, architecture)
-    return ForeignWeights(directory, architecture, model, family.parameters(model))
+    return ForeignWeights(directory, architecture, model, family.parameters(model), allow)
 
 
 def model_of(reader: CheckpointReader, families: Families) -> ModelConfig:
