@@ -169,6 +169,23 @@ def optimizer_problems(train: TrainConfig, optimizer: OptimizerConfig) -> Iterat
         )
 
 
+def checkpoint_problems(checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    """Checkpoints that are kept for ever have to be saved."""
+    every, kept = checkpoint.every, checkpoint.keep_every
+    if kept and not every:
+        yield Problem(
+            "checkpoint.keep_every",
+            "has no effect with checkpoint.every = 0, which saves at the end of the run only; set "
+            f"checkpoint.every = {kept}, or remove keep_every",
+        )
+    elif kept and kept % every:
+        yield Problem(
+            "checkpoint.keep_every",
+            f"must be a multiple of checkpoint.every = {every}, which says after which steps there "
+            f"are checkpoints: use {_near_multiples(kept, every)}",
+        )
+
+
 def data_problems(parallel: ParallelConfig, data: DataConfig) -> Iterator[Problem]:
     """Streams against replicas."""
     sizes, replicas = _replicas(parallel)

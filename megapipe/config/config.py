@@ -83,6 +83,7 @@ def cross_problems(sections: Mapping[str, Section]) -> list[checks.Problem]:
     if isinstance(train, TrainConfig) and isinstance(data, DataConfig):
         found += checks.validation_problems(train, data)
     if isinstance(checkpoint, CheckpointConfig):
+        found += checks.checkpoint_problems(checkpoint)
         found += checks.load_problems(checkpoint)
     if isinstance(model, ModelConfig) and isinstance(checkpoint, CheckpointConfig):
         found += checks.layer_map_problems(model, checkpoint)

@@ -1,9 +1,9 @@
-"""The shape of a model wherever it lies, without torch: from its config alone."""
+"""The shape of a model wherever it lies, from its config alone. Importing this imports no torch."""
 
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -11,12 +11,16 @@ from megapipe.checkpoint.steps import committed, has_manifest
 from megapipe.checkpoint.storage import read_small
 from megapipe.config import ModelConfig, family_of
 from megapipe.config.paths import HUB
+from megapipe.config.problems import show
 from megapipe.config.source import BEYOND_PYTHON
 from megapipe.conversion.hugging_face.config_file import HuggingFaceConfig, is_hugging_face
 from megapipe.errors import CheckpointError, ConfigError, ConversionError, MegapipeError
 from megapipe.files import shown
 from megapipe.layout.architecture import Architecture, Stack
 from megapipe.layout.family import ModelFamily
+
+if TYPE_CHECKING:
+    from megapipe.conversion.megatron.directory import MegatronCheckpoint
 
 Families = Mapping[str, ModelFamily]
 
@@ -39,7 +43,8 @@ def lend_model(load_from: Path, run_dir: Path | None, families: Families) -> Mod
 
 
 def model_at(path: Path, families: Families) -> ModelConfig:
-    """The model of a Hugging Face directory, of a checkpoint, or of a run's newest checkpoint.
+    """The model of a Hugging Face directory, of a checkpoint, or of a run's newest checkpoint; of
+    a checkpoint of Megatron's, for which torch is imported.
 
     Raises CheckpointError or ConversionError where there is none, or none that we compute.
     """
@@ -59,9 +64,13 @@ def model_at(path: Path, families: Families) -> ModelConfig:
         newest = next(iter(committed(root).values()), None)
         if newest is not None:
             return _in_checkpoint(newest, families)
+    from megapipe.conversion.megatron.directory import is_megatron, open_megatron  # imports torch
+
+    if is_megatron(path):
+        return megatron_model(open_megatron(path), megatron_architecture(families)[1], {})
     raise CheckpointError(
-        f"{shown(path)} holds no model: neither config.json of Hugging Face's, nor manifest.json of "
-        "a checkpoint, nor the folder checkpoints of a run with a checkpoint in it"
+        f"{shown(path)} holds no model: neither a config.json of Hugging Face's, nor a checkpoint "
+        "of ours or of Megatron's, nor is it a run with a checkpoint"
     )
 
 
@@ -133,6 +142,37 @@ def named_architectures(
         for architecture in family.architectures:
             if architecture.stack == stack:
                 yield architecture.name, (family, architecture)
+
+
+def megatron_model(
+    checkpoint: "MegatronCheckpoint", architecture: Architecture, arguments: Mapping[str, object]
+) -> ModelConfig:
+    """Our [model] for the arguments of Megatron's that a checkpoint holds, and `arguments`, which
+    it does not hold.
+
+    Raises ConversionError where one says something else than the checkpoint, or they ask for what
+    we don't compute.
+    """
+    for name, value in arguments.items():
+        held = checkpoint.arguments.get(name)
+        if held is not None and held != value:
+            raise ConversionError(
+                f"--argument {name}={value}: {checkpoint.place} says {name} = {show(held)}. Leave "
+                "it out."
+            )
+    try:
+        return architecture.read_config({**checkpoint.arguments, **arguments})
+    except ConversionError as error:
+        raise ConversionError(
+            f"{checkpoint.place}: of Megatron's arguments, {error}\n  What the checkpoint does not "
+            "hold is given to `megapipe convert` as --argument NAME=VALUE."
+        ) from error
+
+
+def megatron_architecture(families: Families) -> tuple[ModelFamily, Architecture]:
+    """The architecture of Megatron's models, and the family that it is of."""
+    ((_, found), *_) = named_architectures(families, "megatron")
+    return found
 
 
 def _in_checkpoint(path: Path, families: Families) -> ModelConfig:

@@ -1,6 +1,6 @@
 """Opening a model wherever it comes from, by what its directory holds."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch import nn
@@ -10,11 +10,18 @@ from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.config import ModelConfig
 from megapipe.conversion.hugging_face.config_file import is_hugging_face
 from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
+from megapipe.conversion.megatron.directory import (
+    MegatronCheckpoint,
+    is_megatron,
+    open_megatron,
+)
 from megapipe.conversion.model_at import (
     Families,
     described_model,
     find_architecture,
     hugging_face_model,
+    megatron_architecture,
+    megatron_model,
 )
 from megapipe.conversion.source import CheckpointWeights, ForeignWeights, WeightSource
 from megapipe.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
@@ -24,13 +31,16 @@ from megapipe.tensor_parallel.parameter import sharded_parameters
 
 
 def open_weights(path: Path, families: Families, allow: Sequence[str] = ()) -> WeightSource:
-    """The weights of a Hugging Face directory, of a checkpoint, or of a run's newest checkpoint.
-    `allow` names what may be missing or left over in the first, as `ForeignWeights` has it.
+    """The weights of a Hugging Face directory, of a Megatron checkpoint, of a checkpoint of ours,
+    or of a run's newest one. `allow` names what may be missing or left over in the first two, as
+    `ForeignWeights` has it.
 
     Raises CheckpointError or ConversionError where there are none, or none that we compute.
     """
     if is_hugging_face(path):
         return open_hugging_face(HuggingFaceDirectory(path), families, allow)
+    if is_megatron(path):
+        return open_megatron_weights(open_megatron(path), families, {}, allow)
     reader = open_checkpoint(find_checkpoint(path))
     return CheckpointWeights(reader, model_of(reader, families))
 
@@ -42,6 +52,22 @@ def open_hugging_face(
     family, architecture = find_architecture(directory, families)
     model = hugging_face_model(directory, family, architecture)
     return ForeignWeights(directory, architecture, model, family.parameters(model), allow)
+
+
+def open_megatron_weights(
+    checkpoint: MegatronCheckpoint,
+    families: Families,
+    arguments: Mapping[str, object],
+    allow: Sequence[str] = (),
+) -> ForeignWeights:
+    """The weights of a Megatron checkpoint under our names. `arguments` are Megatron's that the
+    checkpoint does not hold.
+
+    Raises ConversionError where one says something else than the checkpoint.
+    """
+    family, architecture = megatron_architecture(families)
+    model = megatron_model(checkpoint, architecture, arguments)
+    return ForeignWeights(checkpoint, architecture, model, family.parameters(model), allow)
 
 
 def model_of(reader: CheckpointReader, families: Families) -> ModelConfig:

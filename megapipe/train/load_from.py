@@ -14,6 +14,7 @@ from megapipe.config import Config
 from megapipe.config.problems import show
 from megapipe.conversion.fitting import Fitting, Origin, fit
 from megapipe.conversion.hugging_face.config_file import is_hugging_face
+from megapipe.conversion.megatron.directory import is_megatron
 from megapipe.conversion.model_at import Families, model_at
 from megapipe.conversion.open import kept_tokenizer, open_weights
 from megapipe.conversion.source import CheckpointWeights, WeightSource
@@ -75,15 +76,12 @@ class LoadFrom:
         wanted, load_from = self._settings.load_state, shown(self._path)
         other, model = model_at(self._path, self._families), self._config.model
         beyond = [part for part in wanted if part != WEIGHTS]
-        kind = "a Hugging Face model" if is_hugging_face(self._path) else None
-        if beyond and kind is None and has_manifest(self._path):
-            alone = read_manifest(self._path).step is None
-            kind = "a checkpoint of weights alone" if alone else None
-        if beyond and kind is not None:
+        kind = _without_state(self._path) if beyond else None
+        if kind is not None:
             raise CheckpointError(
                 f"checkpoint.load_state = {show(wanted)} asks for {show(beyond[0])}, and "
-                f'checkpoint.load_from = "{load_from}" is {kind}: it has no optimizer state, no '
-                'step and no position in the data. Set checkpoint.load_state = ["weights"].'
+                f'checkpoint.load_from = "{load_from}" is {kind}: no optimizer state, step '
+                'or position in the data is read from it. Set checkpoint.load_state = ["weights"].'
             )
         if not {WEIGHTS, OPTIMIZER} & set(wanted):
             return Fitting({}, [])
@@ -94,7 +92,7 @@ class LoadFrom:
 
         def find() -> str | None:
             path = self._path
-            if is_hugging_face(path) or has_manifest(path):
+            if is_hugging_face(path) or has_manifest(path) or is_megatron(path):
                 return None
             inner = path / "checkpoints"
             return str(inner if committed(inner) else path)
@@ -171,6 +169,15 @@ class LoadFrom:
             f"Warning: {source.place} is of another tokenizer than data.tokenizer = "
             f'"{shown(own.path)}": the same ids may stand for other text.'
         ]
+
+
+def _without_state(path: Path) -> str | None:
+    """What lies at `path` in words, where it has no more than weights for us; else None."""
+    if is_hugging_face(path):
+        return "a Hugging Face model"
+    if has_manifest(path):
+        return "a checkpoint of weights alone" if read_manifest(path).step is None else None
+    return "a Megatron checkpoint" if is_megatron(path) else None
 
 
 def _mean_row(source: WeightSource, name: str) -> Tensor:

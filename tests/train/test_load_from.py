@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
 
 from megapipe.config import Config, load_config
 from megapipe.conversion.model_at import lend_model
@@ -14,7 +13,6 @@ from megapipe.data.synthetic import synthetic_tokens
 from megapipe.distributed.mesh import Mesh
 from megapipe.models.families import FAMILIES
 from megapipe.optim.learning_rate import learning_rate
-from megapipe.train.engine import Engine
 from megapipe.train.load_from import LoadFrom
 from tests.config.examples import write
 from tests.layouts import engine_of, mesh_of
