@@ -133,10 +133,10 @@ def _joints(normalize: Normalize) -> str:
         alike.setdefault(frozenset(before), []).append(mark)
     separator = literal(SEPARATOR)
     choices = []
-    for before, marks in sorted(alike.items(), key=lambda pair: min(pair[1])):
-        singles = [one for one in before if len(one) == 1]
+    for firsts, marks in sorted(alike.items(), key=lambda pair: min(pair[1])):
+        singles = [one for one in firsts if len(one) == 1]
         behind = [any_of(singles)] if singles else []
-        behind += [separator.join(map(literal, one)) for one in sorted(before) if len(one) > 1]
+        behind += [separator.join(map(literal, one)) for one in sorted(firsts) if len(one) > 1]
         choices.append(f"(?={any_of(marks)})(?<={'|'.join(one + separator for one in behind)})")
     return f"{separator}(?:{'|'.join(choices)})"
 
