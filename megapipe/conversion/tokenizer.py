@@ -17,7 +17,7 @@ from megapipe.errors import ConversionError
 from megapipe.files import reason, shown, write_reason
 
 LINES = 1000
-"""On so many lines of text the exported tokenizer has to give the same ids."""
+"""The number of lines of text on which an exported tokenizer has to give the same ids."""
 
 EXAMPLES = 3
 ENGINE, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -101,7 +101,9 @@ def export_tokenizer(
         elif isinstance(tokenizer, HuggingFaceTokenizer):
             files = _copies(tokenizer, max_length, notes)
         else:
-            raise ConversionError(f"{type(tokenizer).__name__} is no kind of tokenizer known here")
+            raise ConversionError(
+                f"{type(tokenizer).__name__} is a kind of tokenizer that can't be exported"
+            )
         if model_type == "qwen2" and not allow_drift:
             _check_qwen2(json.loads(files[ENGINE].decode("utf-8-sig")))
         report = _compare(tokenizer, files, notes)

@@ -5,9 +5,11 @@ and sequences that Unicode composes into one ("e" and U+0301). `Precompiled` rea
 but looks at user-perceived characters (grapheme clusters) and takes the shortest key, so that marks
 get lost ("ﬁ" and U+0301), and sequences of 6 bytes or more are not composed. Therefore:
 
-    a separator before each mark makes every character one of its own; `Precompiled` is then exact
-    separators go where the table has the sequence, and NFC composes what is joined now
-    the other separators go
+    1. a separator before each mark makes every character a cluster of its own (and one behind each
+       control character, for a moment, keeps marks there from being a cluster)
+    2. `Precompiled` with the table of the model is now exact
+    3. separators go where the table has the sequence, and NFC composes what is joined
+    4. the other separators go
 
 Separators are code points that Unicode keeps free of any character.
 """

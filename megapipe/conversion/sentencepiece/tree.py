@@ -9,9 +9,9 @@ Where the `tokenizers` library works otherwise than sentencepiece, the tree make
     reserved    pieces (control, byte, unknown, unused) are never found in text: in Unigram models
                 their score is lower than that of their characters one by one
 
-What is left: where two ways to cut a text score the same ("aaa" is "aa" and "a", or "a" and "aa"),
-a Unigram model of sentencepiece takes the one that its sums in float32 happen to favour. The library
-adds in float64, and takes the one with the longer piece at the end.
+One difference is left. Where two ways to cut a text score the same ("aaa" is "aa" and "a", or "a"
+and "aa"), a Unigram model of sentencepiece takes the one that its sums in float32 happen to favour.
+The library adds in float64, and takes the one with the longer piece at the end.
 """
 
 from collections.abc import Iterator
