@@ -132,7 +132,7 @@ def _save(
 
         # 4. commit
         @checkpoint_errors()
-        def finish() -> str:
+        def finish() -> None:
             assert tables is not None
             with space_explained(needed, place):
                 manifest = _merge(step, state, extras, tables)
@@ -140,11 +140,16 @@ def _save(
                 for name, content in extras.items():
                     write_durably(folder / name, [content])
                 write_durably(folder / MANIFEST_NAME, [encode(manifest)])
-                if accept is not None:
-                    accept(folder)
+
+        @checkpoint_errors()
+        def give_name() -> str:
+            with space_explained(needed, place):
                 return str(commit_new(folder, target) if step is None else commit(folder, step))
 
-        return Path(ranks.from_first(finish, what))
+        ranks.from_first(finish, what)
+        if accept is not None:
+            ranks.from_first(lambda: accept(folder))
+        return Path(ranks.from_first(give_name, what))
     except BaseException:
         if ranks.is_first:
             remove_tree(folder)

@@ -26,7 +26,8 @@ from megapipe.checkpoint.storage import (
     require_space,
     space_explained,
 )
-from megapipe.conversion.hugging_face.directory import CONFIG, INDEX, SINGLE
+from megapipe.conversion.hugging_face.config_file import CONFIG
+from megapipe.conversion.hugging_face.directory import INDEX, SINGLE
 from megapipe.conversion.source import WeightSource
 from megapipe.distributed.rank_group import ALONE, RankGroup
 from megapipe.files import shown, write_durably
@@ -127,16 +128,17 @@ def write_export(
         ranks.in_agreement(write, what=what)
 
         @checkpoint_errors()
-        def finish() -> str:
+        def finish() -> None:
             with space_explained(needed, place):
                 _write_small_files(export, plans, folder)
-            for part in export.parts:
-                part(folder)
-            if accept is not None:
-                accept(folder)
-            return str(commit_new(folder, target))
+                for part in export.parts:
+                    part(folder)
 
-        return Path(ranks.from_first(finish, what))
+        ranks.from_first(finish, what)
+        if accept is not None:
+            ranks.from_first(lambda: accept(folder))
+        commit = checkpoint_errors()(lambda: str(commit_new(folder, target)))
+        return Path(ranks.from_first(commit, what))
     except BaseException:
         if ranks.is_first:
             remove_tree(folder)
