@@ -8,10 +8,11 @@ import torch
 
 from megapipe.checkpoint.load import CheckpointReader
 from megapipe.config import ModelConfig
-from megapipe.conversion.hugging_face.directory import GENERATION, read_json
+from megapipe.conversion.hugging_face.config_file import GENERATION, read_json
 from megapipe.conversion.hugging_face.model_card import model_card
 from megapipe.conversion.hugging_face.write import FILE_BYTES, Export, as_json
-from megapipe.conversion.open import Families, kept_tokenizer, model_of, named_architectures
+from megapipe.conversion.model_at import Families, named_architectures
+from megapipe.conversion.open import kept_tokenizer, model_of
 from megapipe.conversion.source import CheckpointWeights
 from megapipe.conversion.tokenizer import export_tokenizer
 from megapipe.data.tokenizer import Tokenizer
@@ -71,7 +72,7 @@ def plan_export(
         )
     parts: list[Callable[[Path], object]] = []
     if tokenizer is not None:
-        parts.append(_tokenizer_writer(tokenizer, model, options, say))
+        parts.append(_tokenizer_writer(tokenizer, model, architecture, options, say))
     generation = _generation_config(reader, tokenizer)
     export = Export(
         CheckpointWeights(reader, model),
@@ -129,7 +130,11 @@ def choose_architecture(
 
 
 def _tokenizer_writer(
-    tokenizer: Tokenizer, model: ModelConfig, options: ExportOptions, say: Callable[[str], None]
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    architecture: Architecture,
+    options: ExportOptions,
+    say: Callable[[str], None],
 ) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         report = export_tokenizer(
@@ -137,6 +142,7 @@ def _tokenizer_writer(
             folder,
             allow_drift=options.allow_tokenizer_drift,
             max_length=model.max_sequence_length,
+            model_type=architecture.model_type,
         )
         say(str(report))
 

@@ -21,7 +21,7 @@ from megapipe.errors import UsageError
 from megapipe.files import shown
 
 if TYPE_CHECKING:  # which needs torch
-    from megapipe.conversion.open import Families
+    from megapipe.conversion.model_at import Families
 
 
 def report_one(path: Path, *, read: bool, tensors: bool, stats: bool, bar: Bar) -> Report:

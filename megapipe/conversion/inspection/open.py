@@ -11,14 +11,16 @@ from megapipe.amounts import counted, format_bytes
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.checkpoint.steps import has_manifest
 from megapipe.checkpoint.summary import CheckpointSummary, TensorSummary
-from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory, is_hugging_face
+from megapipe.conversion.hugging_face.config_file import is_hugging_face
+from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
 from megapipe.conversion.inspection.difference import dtype_name
 from megapipe.conversion.megatron.directory import (
     MegatronCheckpoint,
     is_megatron,
     open_megatron,
 )
-from megapipe.conversion.open import Families, open_weights
+from megapipe.conversion.model_at import Families
+from megapipe.conversion.open import open_weights
 from megapipe.conversion.source import StoredTensor, TensorStore, WeightSource
 from megapipe.files import shown
 
