@@ -132,7 +132,7 @@ class _Comparison:
         """The name under which the other model has each of our parameters; none for those of new
         layers."""
         layers = self.settings.load_layers or tuple(range(self.model.num_layers))
-        numbers = [one for one in layers if one != "new"]
+        numbers = [one for one in layers if one != "new" and one < self.other.num_layers]
         deepest = max([self.model.num_layers, *(one + 1 for one in numbers)])
         deep = self.model.model_copy(update={"num_layers": deepest})
         of_layer: dict[int, list[str]] = defaultdict(list)
