@@ -54,8 +54,21 @@ def load_notes(config: Config, families: Families) -> Sequence[str]:
     load_from = config.checkpoint.load_from
     if load_from is None or committed(Path(config.train.run_dir) / "checkpoints"):
         return []
-    other = model_at(Path(load_from), families)
-    return fit(config.model, other, families[config.model.family], config.checkpoint).notes
+    return fit_config(config, families).notes
+
+
+def fit_config(config: Config, families: Families) -> Fitting:
+    """What the model of a config starts as, where checkpoint.load_from names one; nothing where
+    neither weights nor what an optimizer keeps of them is wanted of it.
+
+    Raises CheckpointError or ConversionError where it does not fit the model.
+    """
+    settings, model = config.checkpoint, config.model
+    assert settings.load_from is not None
+    if not {"weights", "optimizer"} & set(settings.load_state):
+        return Fitting({}, [])
+    other = model_at(Path(settings.load_from), families)
+    return fit(model, other, families[model.family], settings)
 
 
 def fit(

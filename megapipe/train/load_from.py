@@ -12,10 +12,10 @@ from megapipe.checkpoint.steps import committed, has_manifest
 from megapipe.checkpoint.verify import read_manifest
 from megapipe.config import Config
 from megapipe.config.problems import show
-from megapipe.conversion.fitting import Fitting, Origin, fit
+from megapipe.conversion.fitting import Fitting, Origin, fit_config
 from megapipe.conversion.hugging_face.config_file import is_hugging_face
 from megapipe.conversion.megatron.directory import is_megatron
-from megapipe.conversion.model_at import Families, model_at
+from megapipe.conversion.model_at import Families
 from megapipe.conversion.open import kept_tokenizer, open_weights
 from megapipe.conversion.source import CheckpointWeights, ForeignWeights, WeightSource
 from megapipe.data.tokenizer import load_tokenizer
@@ -76,7 +76,6 @@ class LoadFrom:
     def _fit(self) -> Fitting:
         """Raises CheckpointError where the two models, or what is wanted of them, don't fit."""
         wanted, load_from = self._settings.load_state, shown(self._path)
-        other, model = model_at(self._path, self._families), self._config.model
         beyond = [part for part in wanted if part != WEIGHTS]
         kind = _without_state(self._path) if beyond else None
         if kind is not None:
@@ -85,9 +84,7 @@ class LoadFrom:
                 f'checkpoint.load_from = "{load_from}" is {kind}: no optimizer state, step '
                 'or position in the data is read from it. Set checkpoint.load_state = ["weights"].'
             )
-        if not {WEIGHTS, OPTIMIZER} & set(wanted):
-            return Fitting({}, [])
-        return fit(model, other, self._families[model.family], self._settings)
+        return fit_config(self._config, self._families)
 
     def _settle(self, say: Callable[[str], None]) -> Path:
         """The Hugging Face directory or checkpoint: of a run, its newest whole one."""
