@@ -269,7 +269,7 @@ def test_the_model_may_come_from_the_one_that_is_loaded(tmp_path: Path) -> None:
 
 
 def test_the_preset_and_the_keys_lie_over_the_model_that_is_loaded(tmp_path: Path) -> None:
-    text = '[model]\npreset = "small"\nvocab_size = 120\n' + LOADING
+    text = '[model]\npreset = "small"\nvocab_size = 120\nnum_kv_heads = 2\n' + LOADING
     model = load_lent(tmp_path, "--model.rope_theta=7.0", text=text).model
     assert isinstance(model, GPTConfig)
     assert (model.num_layers, model.vocab_size, model.rope_theta) == (2, 120, 7.0)
