@@ -1,6 +1,6 @@
 """What two configs disagree on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
@@ -16,24 +16,28 @@ def difference(old: Config, new: Config, sections: Sequence[str] = ("model",)) -
     are left out. An empty list says that weights of one config fit the other. Of models of two
     families only the families are named.
     """
-    before, after = old.model_dump(), new.model_dump()
     lines = []
+    before, after = old.model_dump(), new.model_dump()
     for name in sections:
         if name == "model":
             lines += model_difference(old.model, new.model)
         else:
-            changes = _changes(name, before[name], after[name])
-            lines += [f"{key}: {show(a)} -> {show(b)}" for key, a, b in changes]
+            lines += _lines(_changes(name, before[name], after[name]))
     return lines
 
 
 def model_difference(old: ModelConfig, new: ModelConfig) -> list[str]:
-    """As `difference`, of two sections [model]."""
+    """As `difference`, of two shapes of a model."""
+    before, after = old.model_dump(), new.model_dump()
     if old.family != new.family:
-        return [f"model.family: {show(old.family)} -> {show(new.family)}"]
-    changes = _changes("model", old.model_dump(), new.model_dump())
+        before, after = {"family": old.family}, {"family": new.family}
     free = {f"model.{key}" for key in new.MAY_CHANGE}
-    return [f"{key}: {show(a)} -> {show(b)}" for key, a, b in changes if key not in free]
+    changes = _changes("model", before, after)
+    return _lines(change for change in changes if change[0] not in free)
+
+
+def _lines(changes: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    return [f"{key}: {show(a)} -> {show(b)}" for key, a, b in changes]
 
 
 def _changes(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

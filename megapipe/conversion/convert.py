@@ -165,6 +165,9 @@ def _prove(
     sequences = proof_sequences(ours.model, tokenizer, options.tokens)
     proof = prove(family, ours, theirs, sequences, layers=options.layers, rounded=rounded)
     say(f"Proven: {proof}")
+    length, longest = max(map(len, sequences.values())), ours.model.max_sequence_length
+    if ours.model.masks_attention(longest) and not ours.model.masks_attention(length):
+        say(f"{length} tokens do not fill the model's window of attention: see --proof-tokens.")
 
 
 def _amounts(weights: WeightSource) -> str:
