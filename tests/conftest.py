@@ -2,8 +2,9 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: forked ranks hang on a parent's thread pool
 
@@ -19,7 +20,7 @@ import triton
 
 from tests.corpus import write_config, write_text, write_tokenizer
 from tests.interpreter import interpreting, make_faster
-from tests.kernels.compiling import Compiling
+from tests.kernels.compiling import WAITING, Compiler, Compiling
 from tests.ranks import GPU_POOL, POOL
 
 numpy_is_new = np.lib.NumpyVersion(np.__version__) >= "2.4.0"
@@ -59,28 +60,55 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def compiling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiling]:
-    """The compiler of all kernels, at work since the first test."""
-    work = Compiling.start(tmp_path_factory.mktemp("compiled"))
-    yield work
-    work.stop()
+# --- The compiler of all kernels -----------------------------------------------------------------
+
+COMPILER = pytest.StashKey[Compiler]()
+"""Of the process that starts it."""
 
 
-def _waits_for_the_compiler(item: pytest.Item) -> bool:
-    return "compiling" in getattr(item, "fixturenames", ())
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.stash[COMPILER] = Compiler()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if COMPILER in config.stash:
+        config.stash[COMPILER].stop()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """In pytest-xdist's controller, before a worker starts: say where the results will be."""
+    node.workerinput["compiled"] = str(node.config.stash[COMPILER].folder)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
+    """In the controller, when a worker has found its tests."""
+    node.config.stash[COMPILER].start_for(ids)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiling_starts_early(request: pytest.FixtureRequest) -> None:
-    if any(map(_waits_for_the_compiler, request.session.items)):
-        request.getfixturevalue("compiling")
+    if compiler := request.config.stash.get(COMPILER, None):
+        compiler.start_for([item.nodeid for item in request.session.items])
+
+
+@pytest.fixture(scope="session")
+def compiling(pytestconfig: pytest.Config) -> Compiling:
+    """The results of the compiler of all kernels, at work since the first test."""
+    if compiler := pytestconfig.stash.get(COMPILER, None):
+        return Compiling(compiler.folder)
+    return Compiling(Path(pytestconfig.workerinput["compiled"]))  # type: ignore[attr-defined]
+
+
+# --- Which tests run, and in which order ---------------------------------------------------------
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The tests that wait for the compiler come last. Tests marked `gpu` are skipped where there is
     none, or where kernels are interpreted."""
-    items.sort(key=_waits_for_the_compiler)
+    items.sort(key=lambda item: item.nodeid.startswith(WAITING))
     if not torch.cuda.is_available() or interpreting:
         for item in items:
             if item.get_closest_marker("gpu"):
