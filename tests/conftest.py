@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tokenizer(folder)
     write_config(folder, steps=8)
     return folder
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port of this machine that no other program is given while the test runs.
+
+    It is bound here, and nobody listens there. torch's store can, since it sets SO_REUSEADDR too.
+    """
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("localhost", 0))
+        yield reserved.getsockname()[1]
 
 
 # --- The compiler of all kernels -----------------------------------------------------------------
