@@ -118,10 +118,30 @@ def compiling(pytestconfig: pytest.Config) -> Compiling:
 # --- Which tests run, and in which order ---------------------------------------------------------
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests that wait for the compiler come last. Tests marked `gpu` are skipped where there is
-    none, or where kernels are interpreted."""
-    items.sort(key=lambda item: item.nodeid.startswith(WAITING))
+LONGEST = (
+    "tests/test_layouts.py",
+    "tests/fuzz/test_fuzz.py",
+    "tests/tools/test_bench_gpu.py",
+    "tests/tools/test_train.py",
+    "tests/golden/test_golden.py",
+    "tests/kernels/test_planted_errors.py",
+    "tests/models/test_adding_a_model_family.py",
+    "tests/tools/test_console.py",
+    "tests/layout/test_adding_an_axis.py",
+    "tests/train/test_host_sync.py",
+    "tests/test_kill_and_resume.py",
+)
+"""The files that take most time, longest first. Workers begin with them, or else one worker would
+still have a whole file to do when the others have ended."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The tests that wait for the compiler come last, and where there are several workers the
+    longest files first. Tests marked `gpu` are skipped where there is none, or where kernels are
+    interpreted."""
+    first = LONGEST if hasattr(config, "workerinput") else ()
+    ranks = {name: rank for rank, name in enumerate(first)} | {WAITING: len(items)}
+    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(first)))
     if not torch.cuda.is_available() or interpreting:
         for item in items:
             if item.get_closest_marker("gpu"):
