@@ -117,7 +117,6 @@ def compiling(pytestconfig: pytest.Config) -> Compiling:
 
 # --- Which tests run, and in which order ---------------------------------------------------------
 
-
 LONGEST = (
     "tests/test_layouts.py",
     "tests/fuzz/test_fuzz.py",
