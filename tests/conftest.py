@@ -79,14 +79,16 @@ COMPILER = pytest.StashKey[Compiler]()
 """Of the process that starts it."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):
-        config.stash[COMPILER] = Compiler()
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        session.config.stash[COMPILER] = Compiler()
 
 
-def pytest_unconfigure(config: pytest.Config) -> None:
-    if COMPILER in config.stash:
-        config.stash[COMPILER].stop()
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Before pytest removes the temporary folders of earlier sessions, which takes a while."""
+    if compiler := session.config.stash.get(COMPILER, None):
+        compiler.stop()
 
 
 @pytest.hookimpl(optionalhook=True)
