@@ -1,6 +1,7 @@
 """What `megapipe convert` and `megapipe export` have in common: options, and the call."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from megapipe.errors import UsageError
@@ -39,7 +40,10 @@ def add_conversion_options(parser: Parser) -> None:
         "--no-proof", dest="proof", action="store_false", help="convert without the proof"
     )
     parser.add_argument(
-        "--no-tokenizer", dest="tokenizer", action="store_false", help="convert the weights alone"
+        "--no-tokenizer",
+        dest="with_tokenizer",
+        action="store_false",
+        help="convert the weights alone",
     )
     parser.add_argument(
         "--allow-tokenizer-drift",
@@ -55,8 +59,16 @@ def add_conversion_options(parser: Parser) -> None:
     )
 
 
-def run_conversion(options: argparse.Namespace, source: Path, target: Path) -> None:
-    """Convert as the options say. Raises UsageError for values that make no sense."""
+def run_conversion(
+    options: argparse.Namespace,
+    source: Path,
+    target: Path,
+    *,
+    arguments: Mapping[str, object] | None = None,
+    tokenizer: Path | None = None,
+) -> None:
+    """Convert as the options say; `arguments` and `tokenizer` are of models from Megatron. Raises
+    UsageError for values that make no sense."""
     for name in ("proof_layers", "proof_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -76,10 +88,12 @@ def run_conversion(options: argparse.Namespace, source: Path, target: Path) -> N
         ExportOptions(
             architecture=options.to,
             dtype=dtypes.get(options.dtype),
-            tokenizer=options.tokenizer,
+            tokenizer=options.with_tokenizer,
             allow_tokenizer_drift=options.allow_tokenizer_drift,
             file_bytes=int(options.file_size * GIGABYTE),
         ),
         ProofOptions(options.proof, options.proof_layers, options.proof_tokens),
+        arguments or {},
+        tokenizer,
     )
     convert(asked, FAMILIES, print, bytes_bar)

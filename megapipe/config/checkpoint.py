@@ -13,6 +13,11 @@ class CheckpointConfig(Section):
         default=1000, description="Steps between checkpoints; 0 saves at the end only."
     )
     keep: PositiveInt = Field(default=3, description="How many of the newest checkpoints to keep.")
+    keep_every: NonNegativeInt = Field(
+        default=0,
+        description="Checkpoints of steps that are a multiple of this are kept for ever, and don't "
+        "count towards checkpoint.keep; a multiple of checkpoint.every. 0 keeps none for ever.",
+    )
     export_every: NonNegativeInt = Field(
         default=0,
         description="Steps between exports to <train.run_dir>/exports as Hugging Face directories, "

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from megapipe.amounts import counted
 from megapipe.config.axes import Splits, given_sizes
+from megapipe.config.checkpoint import CheckpointConfig
 from megapipe.config.contradiction import Problem, choices
 from megapipe.config.data import DataConfig
 from megapipe.config.logging import LoggingConfig, parse_steps, project_problem
@@ -165,6 +166,23 @@ def optimizer_problems(train: TrainConfig, optimizer: OptimizerConfig) -> Iterat
             "optimizer.decay_steps",
             f"does not fit: optimizer.warmup_steps {optimizer.warmup_steps} + decay_steps "
             f"{optimizer.decay_steps} is more than train.steps = {train.steps}",
+        )
+
+
+def checkpoint_problems(checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    """Checkpoints that are kept for ever have to be saved."""
+    every, kept = checkpoint.every, checkpoint.keep_every
+    if kept and not every:
+        yield Problem(
+            "checkpoint.keep_every",
+            "has no effect with checkpoint.every = 0, which saves at the end of the run only; set "
+            f"checkpoint.every = {kept}, or remove keep_every",
+        )
+    elif kept and kept % every:
+        yield Problem(
+            "checkpoint.keep_every",
+            f"must be a multiple of checkpoint.every = {every}, which says after which steps there "
+            f"are checkpoints: use {_near_multiples(kept, every)}",
         )
 
 

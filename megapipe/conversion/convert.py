@@ -3,9 +3,10 @@
 The direction follows from what the source holds. The result gets its name when it is proven.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,21 +16,19 @@ from megapipe.checkpoint.load import open_checkpoint
 from megapipe.checkpoint.save import save_weights
 from megapipe.checkpoint.shard import Shard
 from megapipe.checkpoint.steps import require_free
-from megapipe.config import ModelConfig, dump_model
-from megapipe.conversion.hugging_face.directory import (
-    GENERATION,
-    HuggingFaceDirectory,
-    is_hugging_face,
-    read_json,
-)
-from megapipe.conversion.hugging_face.export import SPECIAL_TOKENS, ExportOptions, plan_export
+from megapipe.config import dump_model
+from megapipe.conversion.hugging_face.directory import GENERATION, is_hugging_face
+from megapipe.conversion.hugging_face.export import ExportOptions, plan_export
 from megapipe.conversion.hugging_face.reference import require_transformers, transformers_logits
 from megapipe.conversion.hugging_face.write import as_json, export_bytes, write_export
-from megapipe.conversion.open import Families, find_architecture, open_hugging_face
-from megapipe.conversion.proof import proof_sequences, prove
+from megapipe.conversion.incoming import open_incoming
+from megapipe.conversion.megatron.directory import is_megatron
+from megapipe.conversion.megatron.reference import require_megatron
+from megapipe.conversion.open import Families
+from megapipe.conversion.proof import TheirLogits, proof_sequences, prove
 from megapipe.conversion.source import CheckpointWeights, WeightSource
-from megapipe.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
-from megapipe.errors import ConversionError, DataError
+from megapipe.data.tokenizer import Tokenizer
+from megapipe.errors import ConversionError
 from megapipe.files import shown
 from megapipe.layout.family import ModelFamily
 
@@ -51,12 +50,18 @@ class ProofOptions:
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a user has asked for; `options` are for exports, and of imports those that apply."""
+    """What a user has asked for; `options` are for exports, and of imports those that apply.
+
+    arguments: Megatron's, those that its checkpoint does not hold. tokenizer: where the tokenizer
+    of a model from Megatron is.
+    """
 
     source: Path
     target: Path
     options: ExportOptions = field(default_factory=ExportOptions)
     proof: ProofOptions = field(default_factory=ProofOptions)
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    tokenizer: Path | None = None
 
 
 def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
@@ -66,9 +71,10 @@ def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     proven; then nothing is there.
     """
     require_free(asked.target)
+    incoming = is_hugging_face(asked.source) or is_megatron(asked.source)
     if asked.proof.wanted:
-        require_transformers()
-    if is_hugging_face(asked.source):
+        require_megatron() if is_megatron(asked.source) else require_transformers()
+    if incoming:
         _import(asked, families, say, bar)
     else:
         _export(asked, families, say, bar)
@@ -76,25 +82,26 @@ def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
 
 
 def _import(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
-    """From a Hugging Face directory to a checkpoint of weights alone."""
+    """From another stack's directory to a checkpoint of weights alone."""
     options = asked.options
     if options.architecture is not None:
         raise ConversionError(
             f"--to {options.architecture} is for conversions to other stacks; "
-            f"{shown(asked.source)} is a model of Hugging Face's, which becomes a checkpoint"
+            f"{shown(asked.source)} becomes a checkpoint of megapipe"
         )
-    directory = HuggingFaceDirectory(asked.source)
-    family, architecture = find_architecture(directory, families)
-    weights = open_hugging_face(directory, families)
-    tokenizer = _load_tokenizer(asked.source, weights.model) if options.tokenizer else None
-    say(f"{weights.place}: {architecture.name}, {_amounts(weights)}")
+    incoming = open_incoming(asked.source, asked.arguments, asked.tokenizer, families)
+    weights = incoming.weights
+    tokenizer = incoming.load_tokenizer() if options.tokenizer else None
+    say(f"{weights.place}: {incoming.architecture}, {_amounts(weights)}")
     files: dict[str, bytes | Path] = dict(tokenizer.files) if tokenizer else {}
-    files[GENERATION] = as_json(_generation_config(directory))
+    if incoming.generation:
+        files[GENERATION] = as_json(incoming.generation)
     shards = [_shard(weights, name, options.dtype) for name in weights.names]
 
     def accept(folder: Path) -> None:
         written = CheckpointWeights(open_checkpoint(folder), weights.model)
-        _prove(asked, family, written, asked.source, tokenizer, say)
+        logits = partial(incoming.logits, rounded=options.dtype)
+        _prove(asked.proof, incoming.family, written, logits, tokenizer, say)
 
     with bar("converting", sum(shard.tensor.nbytes for shard in shards)) as progress:
         save_weights(
@@ -102,7 +109,7 @@ def _import(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
             shards,
             model_toml=dump_model(weights.model).encode(),
             files=files,
-            state={"origin": {"stack": "hugging_face", "architecture": architecture.name}},
+            state={"origin": {"stack": incoming.stack, "architecture": incoming.architecture}},
             progress=progress,
             accept=accept,
         )
@@ -116,29 +123,19 @@ def _export(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     say(f"{export.source.place}: {export.architecture.name}, {_amounts(export.source)}")
 
     def accept(folder: Path) -> None:
-        _prove(asked, planned.family, export.source, folder, planned.tokenizer, say, export.dtype)
+        logits = partial(transformers_logits, folder)
+        _prove(
+            asked.proof,
+            planned.family,
+            export.source,
+            logits,
+            planned.tokenizer,
+            say,
+            rounded=export.dtype,
+        )
 
     with bar("converting", export_bytes(export)) as progress:
         write_export(export, asked.target, progress=progress, accept=accept)
-
-
-def _generation_config(directory: HuggingFaceDirectory) -> dict[str, object]:
-    """generation_config.json, with the special tokens of config.json that it does not name."""
-    named = {key: directory.config[key] for key in SPECIAL_TOKENS if key in directory.config}
-    if not (directory.path / GENERATION).exists():
-        return named
-    return {**named, **read_json(directory.path, GENERATION)}
-
-
-def _load_tokenizer(source: Path, model: ModelConfig) -> Tokenizer:
-    try:
-        tokenizer = load_tokenizer(source, key=None)
-        check_vocabulary(tokenizer, model.vocab_size)
-    except DataError as error:
-        raise ConversionError(
-            f"{error} To convert the weights without a tokenizer: --no-tokenizer."
-        ) from error
-    return tokenizer
 
 
 def _shard(weights: WeightSource, name: str, dtype: torch.dtype | None) -> Shard:
@@ -154,28 +151,19 @@ def _shard(weights: WeightSource, name: str, dtype: torch.dtype | None) -> Shard
 
 
 def _prove(
-    asked: Conversion,
+    options: ProofOptions,
     family: ModelFamily,
     ours: WeightSource,
-    theirs: Path,
+    theirs: TheirLogits,
     tokenizer: Tokenizer | None,
     say: Say,
-    dtype: torch.dtype | None = None,
+    rounded: torch.dtype | None = None,
 ) -> None:
-    """Compare our logits with those of transformers; `dtype` is what ours are rounded to first."""
-    if not asked.proof.wanted:
+    if not options.wanted:
         say("Not proven: --no-proof.")
         return
-    proof = prove(
-        family,
-        ours,
-        lambda sequences, layers: transformers_logits(
-            theirs, sequences, layers, rounded=asked.options.dtype
-        ),
-        proof_sequences(ours.model, tokenizer, asked.proof.tokens),
-        layers=asked.proof.layers,
-        rounded=dtype,
-    )
+    sequences = proof_sequences(ours.model, tokenizer, options.tokens)
+    proof = prove(family, ours, theirs, sequences, layers=options.layers, rounded=rounded)
     say(f"Proven: {proof}")
 
 

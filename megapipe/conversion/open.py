@@ -8,7 +8,13 @@ from torch import nn
 from megapipe.checkpoint.find import find_checkpoint
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.config import ModelConfig, family_of
+from megapipe.config.problems import show
 from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory, is_hugging_face
+from megapipe.conversion.megatron.directory import (
+    MegatronCheckpoint,
+    is_megatron,
+    open_megatron,
+)
 from megapipe.conversion.source import CheckpointWeights, ForeignWeights, WeightSource
 from megapipe.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from megapipe.errors import CheckpointError, ConfigError, ConversionError
@@ -21,12 +27,15 @@ Families = Mapping[str, ModelFamily]
 
 
 def open_weights(path: Path, families: Families) -> WeightSource:
-    """The weights of a Hugging Face directory, of a checkpoint, or of a run's newest checkpoint.
+    """The weights of a Hugging Face directory, of a Megatron checkpoint, of a checkpoint of ours,
+    or of a run's newest one.
 
     Raises CheckpointError or ConversionError where there are none, or none that we compute.
     """
     if is_hugging_face(path):
         return open_hugging_face(HuggingFaceDirectory(path), families)
+    if is_megatron(path):
+        return open_megatron_weights(open_megatron(path), families, {})
     reader = open_checkpoint(find_checkpoint(path))
     return CheckpointWeights(reader, model_of(reader, families))
 
@@ -46,6 +55,38 @@ def open_hugging_face(directory: HuggingFaceDirectory, families: Families) -> Fo
             f"{problems[0].text}"
         )
     return ForeignWeights(directory, architecture, model, family.parameters(model))
+
+
+def open_megatron_weights(
+    checkpoint: MegatronCheckpoint, families: Families, arguments: Mapping[str, object]
+) -> ForeignWeights:
+    """The weights of a Megatron checkpoint under our names. `arguments` are Megatron's that the
+    checkpoint does not hold.
+
+    Raises ConversionError where one says something else than the checkpoint.
+    """
+    family, architecture = megatron_architecture(families)
+    for name, value in arguments.items():
+        held = checkpoint.arguments.get(name)
+        if held is not None and held != value:
+            raise ConversionError(
+                f"--argument {name}={value}: {checkpoint.place} says {name} = {show(held)}. Leave "
+                "it out."
+            )
+    try:
+        model = architecture.read_config({**checkpoint.arguments, **arguments})
+    except ConversionError as error:
+        raise ConversionError(
+            f"{checkpoint.place}: of Megatron's arguments, {error}\n  What the checkpoint does not "
+            "hold is given as --argument NAME=VALUE."
+        ) from error
+    return ForeignWeights(checkpoint, architecture, model, family.parameters(model))
+
+
+def megatron_architecture(families: Families) -> tuple[ModelFamily, Architecture]:
+    """The architecture of Megatron's models, and the family that it is of."""
+    ((_, found), *_) = named_architectures(families, "megatron")
+    return found
 
 
 def find_architecture(

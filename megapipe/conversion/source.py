@@ -79,9 +79,18 @@ class CheckpointWeights:
         return self._reader.read(f"weights/{name}", start, shape, dtype)
 
 
+class TensorInfo(Protocol):
+    """What a stored tensor is like."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a stored tensor is like."""
+    """The plainest `TensorInfo`."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -95,7 +104,7 @@ class TensorStore(Protocol):
         """Where they lie, for messages."""
 
     @property
-    def tensors(self) -> Mapping[str, StoredTensor]:
+    def tensors(self) -> Mapping[str, TensorInfo]:
         """All that are there."""
 
     def read(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
@@ -206,7 +215,7 @@ def _check_tensors(
         found = store.tensors.get(name)
         if found is None:
             problems.append(f"{name} is missing")
-        elif found.shape != tensor.shape:
+        elif not _fits(found.shape, tensor):
             problems.append(
                 f"{name} has shape {list(found.shape)}; by the config it is {list(tensor.shape)}"
             )
@@ -224,13 +233,20 @@ def _check_tensors(
         )
 
 
+def _fits(shape: tuple[int, ...], tensor: ForeignTensor) -> bool:
+    """Whether a stored tensor of that shape can be `tensor`: the same, or padded behind."""
+    if tensor.padded:
+        return shape[1:] == tensor.shape[1:] and shape[:1] >= tensor.shape[:1]
+    return shape == tensor.shape
+
+
 def _differing_copy(store: TensorStore, name: str, of: str) -> list[str]:
     """A problem where a tensor that is stored twice has two values."""
     one, other = store.tensors[name], store.tensors.get(of)
     if other is None:
         return []  # which is reported as missing
     rows = max(1, (16 << 20) // max(1, one.shape[-1]))
-    same = one == other and all(
+    same = (one.shape, one.dtype) == (other.shape, other.dtype) and all(
         torch.equal(
             store.read(name, (at, 0), (min(rows, one.shape[0] - at), one.shape[1])),
             store.read(of, (at, 0), (min(rows, one.shape[0] - at), one.shape[1])),

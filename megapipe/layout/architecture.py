@@ -33,14 +33,16 @@ class ForeignTensor:
 
     shape: as it is stored there; with `transposed` that is [in, out] for a matrix that is
     [out, in] here, and rows are counted after turning it.
-    pieces: what its rows are, without overlap. Rows that belong to no piece are padding: zeros when
-    written, and not looked at when read.
+    pieces: what its rows are, without overlap, first to last.
+    padded: any number of rows may lie behind those, which the other stack has for speed: zeros
+    when written, and not looked at when read.
     """
 
     name: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     transposed: bool = False
+    padded: bool = False
 
     @property
     def turned_shape(self) -> tuple[int, ...]:

@@ -78,6 +78,16 @@ class ForeignConfig:
             self._refuse(key, value, "is not from 0 to less than 1")
         return value
 
+    def pair(self, key: str) -> tuple[int, int] | None:
+        """Two whole numbers, or None where the key is absent or null."""
+        value = self._value(key, None)
+        if value is None:
+            return None
+        if isinstance(value, list | tuple) and [type(one) for one in value] == [int, int]:
+            return value[0], value[1]
+        self._refuse(key, value, "is not a pair of whole numbers")
+        return None
+
     def table(self, key: str) -> "ForeignConfig | None":
         """The keys within a key, for `join`; None where there are none."""
         value = self._value(key, None)

@@ -101,8 +101,13 @@ class Checkpoints:
         )
         self._own.append(path)
         try:
-            keep = self.config.checkpoint.keep
-            prune(self.root, keep, trusted=self._own, ranks=self._ranks)
+            prune(
+                self.root,
+                self.config.checkpoint.keep,
+                keep_every=self.config.checkpoint.keep_every,
+                trusted=self._own,
+                ranks=self._ranks,
+            )
         except CheckpointError as error:  # on all ranks alike
             self._say(f"{path} was saved, and older checkpoints stay: {error}")
         return path

@@ -121,6 +121,16 @@ from tests.config.examples import write
             '--data.validation_fraction=0.1 --data.validation_sources=[{path="x"}]',
             "data.validation_fraction = 0.1 and data.validation_sources are both given",
         ),
+        (
+            "--checkpoint.every=40 --checkpoint.keep_every=100",
+            "checkpoint.keep_every = 100 must be a multiple of checkpoint.every = 40, which says "
+            "after which steps there are checkpoints: use 80 or 120.",
+        ),
+        (
+            "--checkpoint.every=0 --checkpoint.keep_every=100",
+            "checkpoint.keep_every = 100 has no effect with checkpoint.every = 0, which saves at "
+            "the end of the run only; set checkpoint.every = 100, or remove keep_every.",
+        ),
         ("--train.validation_every=5", "train.validation_every = 5 asks for a validation loss"),
     ],
 )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from megapipe.layout.architecture import Architecture
 from megapipe.models.gpt.architectures.gpt2 import GPT2
 from megapipe.models.gpt.architectures.llama import LLAMA, MISTRAL, PHI3, QWEN2, QWEN3
+from megapipe.models.gpt.architectures.megatron import MEGATRON
 from megapipe.models.gpt.architectures.starcoder2 import STARCODER2
 
 ARCHITECTURES: Sequence[Architecture] = (
@@ -18,4 +19,5 @@ ARCHITECTURES: Sequence[Architecture] = (
     GPT2,
     STARCODER2,
     PHI3,
+    MEGATRON,
 )

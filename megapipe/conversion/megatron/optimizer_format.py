@@ -1,0 +1,41 @@
+"""What kind of optimizer state a distributed checkpoint holds."""
+
+from megapipe.conversion.megatron.torch_dist import DistributedContents
+from megapipe.files import shown
+
+TYPE = "param_state_sharding_type"
+CONTENT = "content_metadata"
+CONTENT_TYPE = "distrib_optim_sharding_type"
+"""Where Megatron says how the distributed optimizer's state is cut."""
+PREFIXES = ("optimizer.", "chained_")
+
+
+def optimizer_format(found: DistributedContents) -> str | None:
+    """Megatron's name of the format of the optimizer's state, or one in words where it has none;
+    None where there is no state."""
+    names = [name for name in (*found.tensors, *found.objects) if name.startswith(PREFIXES)]
+    if not names:
+        return None
+    kinds = [
+        *_named(found.common.get("optimizer"), TYPE),
+        *_named(found.common.get(CONTENT), CONTENT_TYPE),
+    ]
+    for name in names:
+        if f".{TYPE}/" in name:
+            kinds.append(found.object(name))
+            break
+    for kind in kinds:
+        if isinstance(kind, str):
+            return shown(kind)[:99]
+    if any(name.startswith("optimizer.distributed.") for name in names):
+        return "an unnamed format of the distributed optimizer"
+    return "a tensor for each parameter, without the distributed optimizer"
+
+
+def _named(fields: object, key: str) -> list[object]:
+    """What a dict has under `key`, or each of the dicts in it, of which there is one for each of
+    several optimizers."""
+    if not isinstance(fields, dict):
+        return []
+    inner = [value for value in fields.values() if isinstance(value, dict)]
+    return [one[key] for one in (fields, *inner) if key in one]

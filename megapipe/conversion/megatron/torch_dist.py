@@ -1,0 +1,119 @@
+"""Core's distributed checkpoints ("torch_dist"): global tensors cut into chunks.
+
+    metadata.json    that it is one, and of which version
+    .metadata        a pickle of torch.distributed.checkpoint: shapes, chunks, where each chunk lies
+    __0_1.distcp     chunks one after the other, each a zip file of torch.save's
+    common.pt        what is the same on all ranks: Megatron's arguments, the iteration
+
+Megatron stacks what equal layers hold: `decoder.layers.mlp.linear_fc2.weight` has a first dimension
+over the layers. Here each layer has tensors of its own, as if its number stood in the name.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from megapipe.checkpoint.storage import read_small
+from megapipe.conversion.megatron.archive import ByteSpan, open_archive, whole_file
+from megapipe.conversion.megatron.assembly import GlobalTensor, joined, unstacked
+from megapipe.conversion.megatron.metadata import METADATA, read_metadata
+from megapipe.errors import CheckpointError
+from megapipe.files import shown
+
+CONFIG = "metadata.json"
+COMMON = "common.pt"
+COMMON_OBJECT = "common_state/shard_0_1"
+"""Where newer cores keep what `common.pt` was for."""
+MAX_CONFIG_BYTES = 2**16
+MAX_LAYERS = 2000
+MAX_PARTS = 200_000
+STACKED = re.compile(r"(.*\blayers)\.(?!\d)(.+)")
+"""A tensor over all layers: the layer's number is not in its name."""
+HALVES = ("_w", "_v")
+"""Endings of the gate's and the other half of a gated MLP, where they are saved as two tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class DistributedContents:
+    """What an `iter_...` directory holds."""
+
+    tensors: dict[str, GlobalTensor]
+    common: Mapping[object, object]
+    """What is the same on all ranks: Megatron's arguments, the iteration."""
+    objects: Mapping[str, ByteSpan]
+    """What was saved as bytes: states of random generators, of some optimizers."""
+
+    def object(self, name: str) -> object:
+        """One of `objects`, without the list of one that Megatron puts it in."""
+        listed = open_archive(self.objects[name]).content
+        return listed[0] if isinstance(listed, list) and len(listed) == 1 else listed
+
+
+def read_distributed(directory: Path) -> DistributedContents:
+    """Read where everything lies. Raises CheckpointError."""
+    _check_format(directory)
+    tables, objects = read_metadata(directory)
+    tensors: dict[str, GlobalTensor] = {}
+    held = 0
+    for name, tensor in tables.items():
+        try:
+            tensor.check()
+        except CheckpointError as error:
+            raise CheckpointError(f"{directory / METADATA}: tensor {name}: {error}") from None
+        for one, part in _by_layer(name, tensor):
+            held += len(part.parts)
+            if one in tensors or held > MAX_PARTS:
+                raise CheckpointError(f"{directory / METADATA} has {one} twice, or too many parts")
+            tensors[one] = part
+    contents = DistributedContents(_with_joined_halves(tensors), {}, objects)
+    if COMMON_OBJECT in objects:
+        common = contents.object(COMMON_OBJECT)
+    else:
+        common = open_archive(whole_file(directory / COMMON)).content
+    if not isinstance(common, dict):
+        raise CheckpointError(f"{directory}: {COMMON} or its place among the chunks holds no dict")
+    return replace(contents, common=common)
+
+
+def _check_format(directory: Path) -> None:
+    if not (directory / CONFIG).exists():
+        raise CheckpointError(
+            f"{directory} has {METADATA} and no {CONFIG}: a checkpoint of torch's own "
+            '("torch_dcp" or "fsdp_dtensor"), which is not read. Save it with '
+            "--ckpt-format torch_dist."
+        )
+    try:
+        config = json.loads(read_small(directory / CONFIG, MAX_CONFIG_BYTES))
+        backend, version = config["sharded_backend"], config.get("sharded_backend_version", 1)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise CheckpointError(f"{directory / CONFIG} is not what Megatron writes") from None
+    if (backend, version) != ("torch_dist", 1):
+        raise CheckpointError(
+            f"{directory / CONFIG}: format {shown(str(backend))[:99]!r} of version "
+            f'{shown(str(version))[:99]} is not read, only "torch_dist" of version 1. Load and '
+            "save it with Megatron and --ckpt-format torch_dist."
+        )
+
+
+def _by_layer(name: str, tensor: GlobalTensor) -> Iterator[tuple[str, GlobalTensor]]:
+    """The tensor of each layer where one tensor stacks them."""
+    stacked = STACKED.fullmatch(name)
+    if stacked is None or not tensor.shape:
+        yield name, tensor
+        return
+    if tensor.shape[0] > MAX_LAYERS or 0 in tensor.shape:
+        raise CheckpointError(f"tensor {name} of shape {list(tensor.shape)} is not read")
+    for number, layer in enumerate(unstacked(tensor)):
+        yield f"{stacked[1]}.{number}.{stacked[2]}", layer
+
+
+def _with_joined_halves(tensors: dict[str, GlobalTensor]) -> dict[str, GlobalTensor]:
+    """Gate and up in one tensor, where they are two."""
+    first, second = HALVES
+    for name in [name for name in tensors if name.endswith(first)]:
+        whole = name.removesuffix(first)
+        if whole + second in tensors:
+            tensors[whole] = joined(tensors.pop(name), tensors.pop(whole + second))
+    return tensors
