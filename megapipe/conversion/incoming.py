@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megapipe.conversion.hugging_face.companions import check_companions
 from megapipe.conversion.hugging_face.directory import (
     GENERATION,
     HuggingFaceDirectory,
@@ -69,6 +70,8 @@ class Incoming:
                 f"{self.weights.place} holds no tokenizer. Name it: --tokenizer PATH; or convert "
                 "the weights alone: --no-tokenizer."
             )
+        if is_hugging_face(self.tokenizer):
+            check_companions(self.tokenizer)
         try:
             tokenizer = load_tokenizer(self.tokenizer, key=None)
             check_vocabulary(tokenizer, self.weights.model.vocab_size)

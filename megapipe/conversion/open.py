@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
+from megapipe.amounts import counted
 from megapipe.checkpoint.find import find_checkpoint
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.config import ModelConfig, family_of
@@ -15,7 +16,12 @@ from megapipe.conversion.megatron.directory import (
     is_megatron,
     open_megatron,
 )
-from megapipe.conversion.source import CheckpointWeights, ForeignWeights, WeightSource
+from megapipe.conversion.source import (
+    CheckpointWeights,
+    ForeignWeights,
+    TensorStore,
+    WeightSource,
+)
 from megapipe.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from megapipe.errors import CheckpointError, ConfigError, ConversionError
 from megapipe.files import shown
@@ -43,18 +49,33 @@ def open_weights(path: Path, families: Families) -> WeightSource:
 def open_hugging_face(directory: HuggingFaceDirectory, families: Families) -> ForeignWeights:
     """The weights of a Hugging Face directory under our names."""
     family, architecture = find_architecture(directory, families)
+    place = f"{directory.place}/config.json"
     try:
         model = architecture.read_config(directory.config)
-        family.parameters(model)
-        problems = list(model.problems())
     except ConversionError as error:
-        raise ConversionError(f"{directory.place}/config.json: {error}") from error
+        raise ConversionError(f"{place}: {error}") from error
+    return _foreign_weights(directory, family, architecture, model, place)
+
+
+def _foreign_weights(
+    store: TensorStore,
+    family: ModelFamily,
+    architecture: Architecture,
+    model: ModelConfig,
+    place: str,
+) -> ForeignWeights:
+    """The weights of `store`. Raises ConversionError where the config, which lies at `place`, can't
+    be that of a model, or of this one."""
+    problems = list(model.problems())
     if problems:
+        key, text = problems[0].key, problems[0].text
+        raise ConversionError(f"{place} contradicts itself: {key} {text}")
+    if model.num_layers > len(store.tensors):  # before there is a table of so many
         raise ConversionError(
-            f"{directory.place}/config.json contradicts itself: {problems[0].key} "
-            f"{problems[0].text}"
+            f"{place} says that there are {model.num_layers:,} layers, and {store.place} holds "
+            f"{counted(len(store.tensors), 'tensor')}"
         )
-    return ForeignWeights(directory, architecture, model, family.parameters(model))
+    return ForeignWeights(store, architecture, model, family.parameters(model))
 
 
 def open_megatron_weights(
@@ -80,7 +101,8 @@ def open_megatron_weights(
             f"{checkpoint.place}: of Megatron's arguments, {error}\n  What the checkpoint does not "
             "hold is given as --argument NAME=VALUE."
         ) from error
-    return ForeignWeights(checkpoint, architecture, model, family.parameters(model))
+    place = f"{checkpoint.place}: what Megatron's arguments say"
+    return _foreign_weights(checkpoint, family, architecture, model, place)
 
 
 def megatron_architecture(families: Families) -> tuple[ModelFamily, Architecture]:
@@ -129,9 +151,15 @@ def model_of(reader: CheckpointReader, families: Families) -> ModelConfig:
     """
     values = reader.config["model"]
     try:
-        return family_of(values, families).config.model_validate(values)
+        model = family_of(values, families).config.model_validate(values)
     except ConfigError as error:
         raise CheckpointError(f"{reader.path}: {error}") from error
+    if model.num_layers > len(reader.names):
+        raise CheckpointError(
+            f"{reader.path} has {model.num_layers:,} layers by its config.toml, and "
+            f"{counted(len(reader.names), 'tensor')}"
+        )
+    return model
 
 
 def kept_tokenizer(reader: CheckpointReader) -> Tokenizer | None:

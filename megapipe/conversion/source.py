@@ -9,7 +9,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megapipe.amounts import counted
 from megapipe.checkpoint.load import CheckpointReader
 from megapipe.checkpoint.rectangle import Rectangle
 from megapipe.config import ModelConfig
@@ -18,6 +17,8 @@ from megapipe.files import shown
 from megapipe.layout.architecture import Architecture, ForeignTensor, Piece
 from megapipe.layout.parameters import ParameterSpec
 
+COMPARED_AT_ONCE = 4 * 2**20
+"""Values of two tensors that should be the same."""
 MAX_NAMES = 10
 """How many names a message lists."""
 
@@ -219,15 +220,17 @@ def _check_tensors(
             problems.append(
                 f"{name} has shape {list(found.shape)}; by the config it is {list(tensor.shape)}"
             )
+        elif not found.dtype.is_floating_point:
+            problems.append(f"{name} is stored as {found.dtype}, which weights are not")
     for name in store.tensors.keys() - expected.keys():
         if name in copies:
             problems += _differing_copy(store, name, copies[name])
         elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in architecture.ignored):
-            problems.append(f"{shown(name)} is no tensor of {architecture.name}")
+            problems.append(f"{shown(name[:200])} is no tensor of {architecture.name}")
     if problems:
         lines = sorted(problems)[:MAX_NAMES]
         if len(problems) > MAX_NAMES:
-            lines.append(f"and {counted(len(problems) - MAX_NAMES, 'more')}")
+            lines.append(f"and {len(problems) - MAX_NAMES:,} more")
         raise ConversionError(
             "\n  ".join([f"{store.place}: its tensors don't fit its config:", *lines])
         )
@@ -243,15 +246,16 @@ def _fits(shape: tuple[int, ...], tensor: ForeignTensor) -> bool:
 def _differing_copy(store: TensorStore, name: str, of: str) -> list[str]:
     """A problem where a tensor that is stored twice has two values."""
     one, other = store.tensors[name], store.tensors.get(of)
-    if other is None:
-        return []  # which is reported as missing
-    rows = max(1, (16 << 20) // max(1, one.shape[-1]))
+    if other is None or len(other.shape) != 2:
+        return []  # which is reported as missing, or of another shape
+    rows, width = other.shape
+    step = max(1, COMPARED_AT_ONCE // max(1, width))
     same = (one.shape, one.dtype) == (other.shape, other.dtype) and all(
         torch.equal(
-            store.read(name, (at, 0), (min(rows, one.shape[0] - at), one.shape[1])),
-            store.read(of, (at, 0), (min(rows, one.shape[0] - at), one.shape[1])),
+            store.read(name, (at, 0), (min(step, rows - at), width)),
+            store.read(of, (at, 0), (min(step, rows - at), width)),
         )
-        for at in range(0, one.shape[0], rows)
+        for at in range(0, rows, step)
     )
     if same:
         return []

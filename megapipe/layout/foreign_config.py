@@ -73,10 +73,10 @@ class ForeignConfig:
 
     def rate(self, key: str, default: object = NO_DEFAULT) -> float:
         """A probability of dropout, below 1."""
-        value = self.take(key, float, default)
+        known, value = len(self.problems), self.take(key, float, default)
         if not 0 <= value < 1:
             self._refuse(key, value, "is not from 0 to less than 1")
-        return value
+        return value if len(self.problems) == known else 0.0
 
     def pair(self, key: str) -> tuple[int, int] | None:
         """Two whole numbers, or None where the key is absent or null."""
@@ -151,4 +151,5 @@ class ForeignConfig:
         return default if value is None else value
 
     def _refuse(self, key: str, value: object, text: str) -> None:
-        self.problem(shown(key)[:80], f"= {show(value)} {text}")
+        value = value[:100] if isinstance(value, str) else value
+        self.problem(shown(key[:80])[:80], f"= {show(value)} {text}")

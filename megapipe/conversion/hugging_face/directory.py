@@ -1,6 +1,6 @@
 """Reading a directory of Hugging Face's. What is read is distrusted, and nothing in it is run."""
 
-import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from megapipe.checkpoint.storage import open_regular, read_small
+from megapipe.conversion.foreign_json import MAX_BYTES, parse_json
 from megapipe.conversion.hugging_face.header import TensorRange, read_header
 from megapipe.conversion.source import StoredTensor
 from megapipe.conversion.strided import read_rectangle
@@ -32,8 +33,10 @@ OTHER_FORMATS = (
     "consolidated.00.pth",
 )
 """Weights that are not read, by the names that they usually have."""
-MAX_JSON_BYTES = 32 * 2**20
-MAX_DEPTH = 64
+ADAPTER = "adapter_config.json"
+MAX_NAME_BYTES = 255
+MAX_TENSORS = 50_000
+"""More than any model has whose every tensor is a matrix of a layer."""
 
 
 def is_hugging_face(path: Path) -> bool:
@@ -59,6 +62,11 @@ class HuggingFaceDirectory:
         self.path, self.place = path, shown(path)
         self.config = read_json(path, CONFIG)
         self._refuse_code()
+        if os.path.lexists(path / ADAPTER):
+            raise ConversionError(
+                f"{self.place} holds an adapter ({ADAPTER}), which is no whole model. Merge it "
+                "into its model first (peft: merge_and_unload), or remove it, if it is a leftover."
+            )
 
     def _refuse_code(self) -> None:
         for key, why in (
@@ -116,45 +124,52 @@ class HuggingFaceDirectory:
     def _places(self) -> Mapping[str, _Place]:
         files = self._weight_files()
         places: dict[str, _Place] = {}
-        owners = self._index() if len(files) > 1 or files[0] != SINGLE else {}
+        owners = self._index if files != [SINGLE] else {}
         for file in files:
             path = self.path / file
             with _opened(self.path, path) as descriptor:
                 header = read_header(descriptor, path)
             for name, found in header.items():
-                if name in places:
-                    raise ConversionError(f"{self.place}: {shown(name)} is in two of its files")
                 if owners and owners.get(name) != file:
+                    where = "elsewhere" if name in owners else "nowhere"
                     raise ConversionError(
-                        f"{self.place}/{file} holds {shown(name)}, which {INDEX} puts "
-                        f"{'elsewhere' if name in owners else 'nowhere'}: the files are of "
-                        "different models"
+                        f"{shown(path)} holds {_name(name)}, which {INDEX} puts {where}: the files "
+                        "are of different models"
                     )
                 places[name] = _Place(path, found)
+            if len(places) > MAX_TENSORS:
+                raise ConversionError(f"{self.place} has more than {MAX_TENSORS:,} tensors")
         missing = [name for name in owners if name not in places]
         if missing:
             raise ConversionError(
-                f"{self.place}/{owners[missing[0]]} lacks {shown(missing[0])}, which {INDEX} puts "
-                "there: the files are of different models"
+                f"{self.place}/{shown(owners[missing[0]])} lacks {_name(missing[0])}, which "
+                f"{INDEX} puts there: the files are of different models"
             )
         return places
 
     def _weight_files(self) -> list[str]:
-        if (self.path / INDEX).exists():
-            files = sorted(set(self._index().values()))
+        single = os.path.lexists(self.path / SINGLE)
+        if os.path.lexists(self.path / INDEX):
+            files = sorted(set(self._index.values()))
+            if single and files != [SINGLE]:
+                raise ConversionError(
+                    f"{self.place} has both {SINGLE} and {INDEX}, which names other files: remove "
+                    "the one that is not meant"
+                )
             gone = [file for file in files if not (self.path / file).exists()]
             if gone:
                 raise ConversionError(
                     f"{self.place} has {len(files) - len(gone)} of the {len(files)} files of its "
-                    f"weights ({gone[0]} is not there): download it again, to the end"
+                    f"weights ({shown(gone[0])} is not there): download it again, to the end"
                 )
             return files
-        if (self.path / SINGLE).exists():
+        if single:
             return [SINGLE]
         others = [name for name in OTHER_FORMATS if (self.path / name).exists()]
+        others += sorted(path.name for path in self.path.glob("*.gguf"))
         if others:
             raise ConversionError(
-                f"{self.place} has its weights as {others[0]}, which is not read. Take the "
+                f"{self.place} has its weights as {shown(others[0])}, which is not read. Take the "
                 f"model's {SINGLE}, or write one with transformers: "
                 "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
             )
@@ -163,68 +178,66 @@ class HuggingFaceDirectory:
             "Download them too."
         )
 
+    @cached_property
     def _index(self) -> dict[str, str]:
         """The file of each tensor, by the index."""
         table = read_json(self.path, INDEX).get("weight_map")
         if not isinstance(table, dict) or not table:
             raise ConversionError(f"{self.place}/{INDEX} has no table weight_map")
         for name, file in table.items():
-            plain = isinstance(file, str) and Path(file).name == file and file not in ("", "..")
-            if not plain or not file.endswith(".safetensors"):
+            if not isinstance(file, str) or not _is_plain(file):
                 raise ConversionError(
-                    f"{self.place}/{INDEX}: {shown(name)[:100]} is in {shown(str(file))[:100]!r}, "
+                    f"{self.place}/{INDEX}: {_name(name)} is in {shown(str(file))[:100]!r}, "
                     "which is not a name of a safetensors file in the same directory"
                 )
         return table
+
+
+def _is_plain(file: str) -> bool:
+    """Whether a text is the name of a safetensors file, and no path."""
+    size = len(file.encode(errors="replace"))
+    return file.endswith(".safetensors") and size <= MAX_NAME_BYTES and not {"/", "\0"} & set(file)
+
+
+def _name(tensor: str) -> str:
+    """A tensor's name for messages."""
+    return shown(tensor[:200])
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object of a file. Raises ConversionError where it is none, or absurdly large."""
     path = folder / name
     try:
-        target = _inside(folder, path)
-        value = json.loads(read_small(target, MAX_JSON_BYTES))
-        nested = _depth(value)
+        value = parse_json(read_small(inside(folder, path), MAX_BYTES))
     except FileNotFoundError:
         raise ConversionError(f"{shown(path)} is missing") from None
     except CheckpointError as error:
         raise ConversionError(str(error)) from error
-    except (ValueError, RecursionError):
-        raise ConversionError(f"{shown(path)} is not JSON: download it again") from None
-    if nested > MAX_DEPTH or not isinstance(value, dict):
+    except ValueError as error:
+        raise ConversionError(f"{shown(path)} {error}: download it again") from None
+    if not isinstance(value, dict):
         raise ConversionError(f"{shown(path)} is not a JSON object as models have it")
     return value
-
-
-def _depth(value: object) -> int:
-    """How deep lists and tables are nested."""
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return depth
 
 
 @contextmanager
 def _opened(folder: Path, path: Path) -> Iterator[int]:
     try:
-        with open_regular(_inside(folder, path)) as descriptor:
+        with open_regular(inside(folder, path)) as descriptor:
             yield descriptor
     except CheckpointError as error:
         raise ConversionError(str(error)) from error
 
 
-def _inside(folder: Path, path: Path) -> Path:
+def inside(folder: Path, path: Path) -> Path:
     """The file that `path` leads to. Links may lead to the same directory, or as in the hub's cache
     from snapshots/REVISION/ to blobs/. Raises ConversionError for others."""
     if not path.is_symlink():
         return path
-    target, home = path.resolve(), folder.resolve()
+    try:
+        target, home = path.resolve(), folder.resolve()
+    except RuntimeError:  # what Python up to 3.12 raises where links lead in a circle
+        raise ConversionError(f"{shown(path)} is a link that leads to itself: remove it") from None
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megapipe.amounts import counted
 from megapipe.checkpoint.storage import read_into
 from megapipe.conversion.foreign_json import MAX_BYTES, parse_json
 from megapipe.errors import CheckpointError, ConversionError
@@ -99,7 +100,7 @@ def _check_tiling(path: Path, ranges: dict[str, TensorRange], data: int, size: i
     if at > size:
         raise _broken(path, f"is cut off: it has {size:,} of {at:,} bytes; download it again")
     if at < size:
-        raise _broken(path, f"has {size - at:,} bytes that belong to no tensor")
+        raise _broken(path, f"has {counted(size - at, 'byte')} that belong to no tensor")
 
 
 def _read(descriptor: int, path: Path, offset: int, length: int) -> bytes:
