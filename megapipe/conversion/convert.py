@@ -25,6 +25,7 @@ from megapipe.conversion.incoming import open_incoming
 from megapipe.conversion.megatron.directory import is_megatron
 from megapipe.conversion.megatron.reference import require_megatron
 from megapipe.conversion.open import Families
+from megapipe.conversion.places import check_target, new_parents_removed, require_model
 from megapipe.conversion.proof import TheirLogits, proof_sequences, prove
 from megapipe.conversion.source import CheckpointWeights, WeightSource
 from megapipe.data.tokenizer import Tokenizer
@@ -71,13 +72,13 @@ def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     proven; then nothing is there.
     """
     require_free(asked.target)
+    require_model(asked.source)
+    check_target(asked.source, asked.target)
     incoming = is_hugging_face(asked.source) or is_megatron(asked.source)
     if asked.proof.wanted:
         require_megatron() if is_megatron(asked.source) else require_transformers()
-    if incoming:
-        _import(asked, families, say, bar)
-    else:
-        _export(asked, families, say, bar)
+    with new_parents_removed(asked.target):
+        (_import if incoming else _export)(asked, families, say, bar)
     say(f"Written: {shown(asked.target)}")
 
 
