@@ -1,6 +1,7 @@
 """`megapipe inspect PATH` or `--diff A B`: what is in a directory of tensors, and is it whole."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -16,6 +17,8 @@ _DESCRIPTION = """\
 Say what a checkpoint holds and whether it is whole (exit status 1 if not), or how two differ
 (exit status 1 if they do). All work is done in bounded memory."""
 STANDARD_OUTPUT = "-"
+PIPE_COLUMNS = 1000
+"""Wide enough for every row: programs that read the tables get one line for each."""
 
 
 def run(argv: Sequence[str]) -> int:
@@ -36,7 +39,8 @@ def run(argv: Sequence[str]) -> int:
     if options.json == STANDARD_OUTPUT:
         print(report.json(), end="")
         return report.status
-    Console(highlight=False, soft_wrap=True).print(*report.parts, sep="\n")
+    width = None if sys.stdout.isatty() else PIPE_COLUMNS
+    Console(highlight=False, soft_wrap=True, width=width).print(*report.parts, sep="\n")
     if options.json is not None:
         write_text(report.json(), options.json)
     return report.status
@@ -48,7 +52,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "path",
         type=path_argument,
         nargs="?",
-        help="a checkpoint, a run directory to list all of, or a Hugging Face directory",
+        help="a checkpoint, a run directory to list all of, or another stack's directory (Hugging "
+        "Face's, Megatron's)",
     )
     parser.add_argument(
         "--diff",

@@ -215,6 +215,11 @@ def decode(data: bytes) -> Manifest:
     return manifest
 
 
+def recorded_checksum(data: bytes) -> str:
+    """The checksum that a manifest's file ends with, which names the checkpoint it is of."""
+    return data[-len(_seal(b"")) :].decode("ascii").split('"')[3]
+
+
 class _Probe(BaseModel):
     """What every version has: read first, so that a newer format is called by its name."""
 

@@ -3,7 +3,7 @@
 from megapipe.config.checkpoint import CheckpointConfig
 from megapipe.config.config import Config
 from megapipe.config.data import DataConfig, SourceConfig
-from megapipe.config.difference import difference
+from megapipe.config.difference import difference, model_difference
 from megapipe.config.family import ConfigFamily, Families
 from megapipe.config.load import family_of, load_config, parse_config, section_types
 from megapipe.config.logging import LoggingConfig
@@ -30,6 +30,7 @@ __all__ = [
     "dump_model",
     "family_of",
     "load_config",
+    "model_difference",
     "parse_config",
     "save_config",
     "schema",

@@ -234,3 +234,30 @@ def timeline_problems(train: TrainConfig, logging: LoggingConfig) -> Iterator[Pr
             "logging.timeline",
             f"is after the last step, train.steps = {train.steps}; name an earlier one",
         )
+
+
+def load_problems(checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    """The model to start from against the run to go on from, and keys that go with it."""
+    if checkpoint.load_from is None:
+        for key in ("load_state", "load_allow", "load_new_tokens", "load_layers"):
+            if getattr(checkpoint, key) != type(checkpoint).model_fields[key].default:
+                yield Problem(
+                    f"checkpoint.{key}", "has no effect without checkpoint.load_from; set both"
+                )
+    elif checkpoint.resume not in ("auto", "never"):
+        yield Problem(
+            "checkpoint.load_from",
+            f'and checkpoint.resume = "{checkpoint.resume}" are both given; keep resume to go on '
+            "with that run, or load_from to start a new one",
+        )
+
+
+def layer_map_problems(model: ModelConfig, checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    """The map of layers against their number."""
+    layers = checkpoint.load_layers
+    if layers is not None and len(layers) != model.num_layers:
+        yield Problem(
+            "checkpoint.load_layers",
+            f"has {counted(len(layers), 'entry')}, and model.num_layers = {model.num_layers}: give "
+            "one for each layer of the model",
+        )

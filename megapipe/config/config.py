@@ -84,6 +84,9 @@ def cross_problems(sections: Mapping[str, Section]) -> list[checks.Problem]:
         found += checks.validation_problems(train, data)
     if isinstance(checkpoint, CheckpointConfig):
         found += checks.checkpoint_problems(checkpoint)
+        found += checks.load_problems(checkpoint)
+    if isinstance(model, ModelConfig) and isinstance(checkpoint, CheckpointConfig):
+        found += checks.layer_map_problems(model, checkpoint)
     if isinstance(logging, LoggingConfig):
         found += checks.wandb_problems(logging)
     if isinstance(train, TrainConfig) and isinstance(logging, LoggingConfig):

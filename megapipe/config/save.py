@@ -18,8 +18,8 @@ _PART = "#/$defs/{model}"
 def dump_config(config: Config) -> str:
     """TOML with every value spelled out; `parse_config` and `load_config` give an equal config."""
     tree = {name: _plain(section) for name, section in config.model_dump(mode="json").items()}
-    # What a preset would set is written even where it is absent, or the preset would set it again.
-    if config.model.preset is not None:
+    # What is absent is written too where a preset or another model would set it again.
+    if config.model.preset is not None or config.checkpoint.load_from is not None:
         tree["model"] |= {key: "none" for key, value in config.model if value is None}
     return tomli_w.dumps(tree)
 

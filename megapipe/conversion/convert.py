@@ -17,14 +17,14 @@ from megapipe.checkpoint.save import save_weights
 from megapipe.checkpoint.shard import Shard
 from megapipe.checkpoint.steps import require_free
 from megapipe.config import dump_model
-from megapipe.conversion.hugging_face.directory import GENERATION, is_hugging_face
+from megapipe.conversion.hugging_face.config_file import GENERATION, is_hugging_face
 from megapipe.conversion.hugging_face.export import ExportOptions, plan_export
 from megapipe.conversion.hugging_face.reference import require_transformers, transformers_logits
 from megapipe.conversion.hugging_face.write import as_json, export_bytes, write_export
 from megapipe.conversion.incoming import open_incoming
 from megapipe.conversion.megatron.directory import is_megatron
 from megapipe.conversion.megatron.reference import require_megatron
-from megapipe.conversion.open import Families
+from megapipe.conversion.model_at import Families
 from megapipe.conversion.places import check_target, new_parents_removed, require_model
 from megapipe.conversion.proof import TheirLogits, proof_sequences, prove
 from megapipe.conversion.source import CheckpointWeights, WeightSource
@@ -166,6 +166,9 @@ def _prove(
     sequences = proof_sequences(ours.model, tokenizer, options.tokens)
     proof = prove(family, ours, theirs, sequences, layers=options.layers, rounded=rounded)
     say(f"Proven: {proof}")
+    length, longest = max(map(len, sequences.values())), ours.model.max_sequence_length
+    if ours.model.masks_attention(longest) and not ours.model.masks_attention(length):
+        say(f"{length} tokens do not fill the model's window of attention: see --proof-tokens.")
 
 
 def _amounts(weights: WeightSource) -> str:

@@ -10,23 +10,14 @@ import torch
 from torch import Tensor
 
 from megapipe.conversion.hugging_face.companions import check_companions
-from megapipe.conversion.hugging_face.directory import (
-    GENERATION,
-    HuggingFaceDirectory,
-    is_hugging_face,
-    read_json,
-)
+from megapipe.conversion.hugging_face.config_file import GENERATION, is_hugging_face, read_json
+from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
 from megapipe.conversion.hugging_face.export import SPECIAL_TOKENS
 from megapipe.conversion.hugging_face.reference import transformers_logits
 from megapipe.conversion.megatron.directory import open_megatron
 from megapipe.conversion.megatron.reference import megatron_logits
-from megapipe.conversion.open import (
-    Families,
-    find_architecture,
-    megatron_architecture,
-    open_hugging_face,
-    open_megatron_weights,
-)
+from megapipe.conversion.model_at import Families, find_architecture, megatron_architecture
+from megapipe.conversion.open import open_hugging_face, open_megatron_weights
 from megapipe.conversion.proof import Sequences
 from megapipe.conversion.source import WeightSource
 from megapipe.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megapipe.checkpoint.find import find_checkpoint
 from megapipe.checkpoint.steps import has_manifest
-from megapipe.conversion.hugging_face.directory import CONFIG, is_hugging_face
+from megapipe.conversion.hugging_face.config_file import CONFIG, is_hugging_face
 from megapipe.conversion.megatron.directory import is_megatron
 from megapipe.errors import ConversionError
 from megapipe.files import shown

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megapipe.amounts import counted
 from megapipe.checkpoint.load import CheckpointReader
 from megapipe.checkpoint.rectangle import Rectangle
 from megapipe.config import ModelConfig
@@ -59,16 +60,16 @@ class CheckpointWeights:
     """The weights of a checkpoint of ours, those of training or weights alone."""
 
     def __init__(self, reader: CheckpointReader, model: ModelConfig) -> None:
-        self._reader, self.model = reader, model
+        self.reader, self.model = reader, model
         self.place = shown(reader.path)
         kind = "weights/"
         self.names = [name[len(kind) :] for name in reader.names if name.startswith(kind)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._reader.shape(f"weights/{name}")
+        return self.reader.shape(f"weights/{name}")
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._reader.dtype(f"weights/{name}")
+        return self.reader.dtype(f"weights/{name}")
 
     def read(
         self,
@@ -77,7 +78,7 @@ class CheckpointWeights:
         shape: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        return self._reader.read(f"weights/{name}", start, shape, dtype)
+        return self.reader.read(f"weights/{name}", start, shape, dtype)
 
 
 class TensorInfo(Protocol):
@@ -124,7 +125,9 @@ class _Holder:
 class ForeignWeights:
     """Another stack's tensors read as our parameters, through the table of an architecture.
 
-    Raises ConversionError where tensors are missing, left over, or of another shape.
+    Raises ConversionError where tensors are missing, left over, or of another shape. Parameters of
+    ours that may be missing, and tensors that may be left over, are named by the patterns `allow`;
+    `missing` and `unused` are those that are.
     """
 
     def __init__(
@@ -133,15 +136,21 @@ class ForeignWeights:
         architecture: Architecture,
         model: ModelConfig,
         parameters: Sequence[ParameterSpec],
+        allow: Sequence[str] = (),
     ) -> None:
         self.store, self.model = store, model
         self.place = store.place
         self._specs = {spec.name: spec for spec in parameters}
-        self.names = list(self._specs)
+        if model.num_layers > len(store.tensors):
+            raise ConversionError(
+                f"{store.place} has {model.num_layers:,} layers by its config, and "
+                f"{counted(len(store.tensors), 'tensor')}"
+            )
         table = architecture.tensors(model)
         prefix = _missing_prefix(store, architecture, table)
         stored = {tensor.name: tensor.name.removeprefix(prefix) for tensor in table}
-        _check_tensors(store, architecture, model, table, prefix)
+        self.missing, self.unused = _check_tensors(store, architecture, model, table, prefix, allow)
+        self.names = [name for name in self._specs if name not in self.missing]
         self._holders: dict[str, list[_Holder]] = defaultdict(list)
         for tensor in table:
             for piece in tensor.pieces:
@@ -204,18 +213,23 @@ def _check_tensors(
     model: ModelConfig,
     table: Sequence[ForeignTensor],
     prefix: str,
-) -> None:
-    """Raises ConversionError that lists tensors that are missing, left over or wrong."""
+    allow: Sequence[str],
+) -> tuple[list[str], list[str]]:
+    """The parameters that are missing and the tensors that are left over, as far as that is
+    allowed. Raises ConversionError that lists the others, and tensors of another shape."""
     expected = {tensor.name.removeprefix(prefix): tensor for tensor in table}
     copies = {
         copy.removeprefix(prefix): of.removeprefix(prefix)
         for copy, of in architecture.copies(model).items()
     }
-    problems = []
+    problems, missing, unused = [], dict[str, None](), []
     for name, tensor in expected.items():
         found = store.tensors.get(name)
-        if found is None:
-            problems.append(f"{name} is missing")
+        parameters = [piece.parameter for piece in tensor.pieces]
+        if found is None and parameters and all(_matches(one, allow) for one in parameters):
+            missing |= dict.fromkeys(parameters)
+        elif found is None:
+            problems.append(f"{name} is missing ({', '.join(parameters)} here)")
         elif not _fits(found.shape, tensor):
             problems.append(
                 f"{name} has shape {list(found.shape)}; by the config it is {list(tensor.shape)}"
@@ -225,7 +239,9 @@ def _check_tensors(
     for name in store.tensors.keys() - expected.keys():
         if name in copies:
             problems += _differing_copy(store, name, copies[name])
-        elif not any(fnmatch.fnmatchcase(name, pattern) for pattern in architecture.ignored):
+        elif _matches(name, allow):
+            unused.append(name)
+        elif not _matches(name, architecture.ignored):
             problems.append(f"{shown(name[:200])} is no tensor of {architecture.name}")
     if problems:
         lines = sorted(problems)[:MAX_NAMES]
@@ -234,6 +250,11 @@ def _check_tensors(
         raise ConversionError(
             "\n  ".join([f"{store.place}: its tensors don't fit its config:", *lines])
         )
+    return [*missing], sorted(unused)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _fits(shape: tuple[int, ...], tensor: ForeignTensor) -> bool:

@@ -14,6 +14,8 @@ Value = TypeVar("Value", int, float, str, bool)
 NO_DEFAULT = object()
 MOST = 2**31 - 1
 """The largest size that is taken for one: what follows from a size is then soon computed."""
+MOST_LAYERS = 2048
+"""So many make a table of a few 10,000 tensors; no model is as deep."""
 MAX_PROBLEMS = 10
 """How many of the problems a message lists."""
 
@@ -50,11 +52,13 @@ class ForeignConfig:
             return kind()
         return value
 
-    def size(self, key: str, default: object = NO_DEFAULT, *, least: int = 1) -> int:
-        """A number of layers, heads, tokens: a whole number from `least` on."""
+    def size(
+        self, key: str, default: object = NO_DEFAULT, *, least: int = 1, most: int = MOST
+    ) -> int:
+        """A number of heads, tokens, layers: a whole number from `least` to `most`."""
         known, value = len(self.problems), self.take(key, int, default)
-        if len(self.problems) == known and not least <= value <= MOST:
-            self._refuse(key, value, f"is not a whole number from {least} to {MOST:,}")
+        if len(self.problems) == known and not least <= value <= most:
+            self._refuse(key, value, f"is not a whole number from {least} to {most:,}")
         return value if len(self.problems) == known else least
 
     def optional_size(self, key: str, absent: int | None = None) -> int | None:

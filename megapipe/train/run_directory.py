@@ -36,10 +36,12 @@ ANOTHER = "Choose another train.run_dir, or move that directory elsewhere."
 
 @dataclass(frozen=True)
 class StartPlan:
-    """`resume` stands for checkpoint.resume in this start; `notes` are lines for people."""
+    """`resume` stands for checkpoint.resume in this start; `notes` are lines for people; `loads`
+    says whether checkpoint.load_from applies."""
 
     resume: str
     notes: list[str]
+    loads: bool = False
 
 
 def plan_start(config: Config, families: Families, ranks: RankGroup = ALONE) -> StartPlan:
@@ -129,7 +131,7 @@ def _plan(config: Config, families: Families) -> StartPlan:
                 Path(resume),
                 f'Put the model back, or take another checkpoint.resume (now "{resume}").',
             )
-        return StartPlan(resume, notes)
+        return StartPlan(resume, notes, loads=config.checkpoint.load_from is not None)
     if resume == "never":
         raise CheckpointError(
             f'checkpoint.resume = "never", and train.run_dir = "{run_dir}" holds checkpoints '
@@ -144,6 +146,11 @@ def _plan(config: Config, families: Families) -> StartPlan:
         run_dir,
         f'Put the model back, or choose another train.run_dir (now "{run_dir}").',
     )
+    if config.checkpoint.load_from is not None:
+        notes.append(
+            f'checkpoint.load_from = "{shown(config.checkpoint.load_from)}" was for the first '
+            f"start; the run goes on from its own checkpoints in {shown(run_dir)}."
+        )
     if last is not None:
         notes += _notes_on_changes(last, config)
     return StartPlan("auto", notes)

@@ -22,7 +22,7 @@ from megapipe.conversion.source import WeightSource
 from megapipe.errors import CheckpointError, ConversionError
 from megapipe.models import load_pretrained
 from megapipe.models.families import FAMILIES
-from tests.conversion.models import CASES, LENGTH, greedy, make_model, save_model, tokens
+from tests.conversion.models import CASES, LENGTH, WINDOW, greedy, make_model, save_model, tokens
 
 NO_TOKENIZER = ExportOptions(tokenizer=False)
 
@@ -209,6 +209,15 @@ def test_a_proof_of_some_layers_reads_no_others(tmp_path: Path) -> None:
     source = save_model("qwen2-window", tmp_path / "in")
     said = run(source, tmp_path / "checkpoint", layers=2)
     assert "(first 2 layers)" in said[-2]
+
+
+def test_a_window_that_is_not_filled_is_said(tmp_path: Path) -> None:
+    source = save_model("mistral", tmp_path / "in")
+    said = run(source, tmp_path / "short", tokens=WINDOW)
+    assert said[-2] == (
+        "16 tokens do not fill the model's window of attention: see --proof-tokens."
+    )
+    assert run(source, tmp_path / "long", tokens=WINDOW + 1)[-2].startswith("Proven: ")
 
 
 def test_without_the_other_implementation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

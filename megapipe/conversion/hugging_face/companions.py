@@ -4,7 +4,7 @@ from pathlib import Path
 
 from megapipe.amounts import format_bytes
 from megapipe.checkpoint.storage import read_small
-from megapipe.conversion.hugging_face.directory import inside
+from megapipe.conversion.hugging_face.config_file import inside
 from megapipe.errors import CheckpointError, ConversionError
 from megapipe.files import shown
 

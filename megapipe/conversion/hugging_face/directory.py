@@ -6,20 +6,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from megapipe.checkpoint.storage import open_regular, read_small
-from megapipe.conversion.foreign_json import MAX_BYTES, parse_json
+from megapipe.checkpoint.storage import open_regular
+from megapipe.conversion.hugging_face.config_file import (
+    CONFIG,
+    HuggingFaceConfig,
+    inside,
+    read_json,
+)
 from megapipe.conversion.hugging_face.header import TensorRange, read_header
 from megapipe.conversion.source import StoredTensor
 from megapipe.conversion.strided import read_rectangle
 from megapipe.errors import CheckpointError, ConversionError
 from megapipe.files import shown
 
-CONFIG = "config.json"
-GENERATION = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 OTHER_FORMATS = (
@@ -33,15 +35,9 @@ OTHER_FORMATS = (
     "consolidated.00.pth",
 )
 """Weights that are not read, by the names that they usually have."""
-ADAPTER = "adapter_config.json"
 MAX_NAME_BYTES = 255
 MAX_TENSORS = 50_000
 """More than any model has whose every tensor is a matrix of a layer."""
-
-
-def is_hugging_face(path: Path) -> bool:
-    """Whether a directory looks like one of Hugging Face's."""
-    return (path / CONFIG).is_file()
 
 
 @dataclass(frozen=True)
@@ -52,47 +48,11 @@ class _Place:
     range: TensorRange
 
 
-class HuggingFaceDirectory:
+class HuggingFaceDirectory(HuggingFaceConfig):
     """config.json and the tensors of the safetensors files beside it.
 
     Raises ConversionError for what is missing, half there, or not to be trusted.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.place = path, shown(path)
-        self.config = read_json(path, CONFIG)
-        self._refuse_code()
-        if os.path.lexists(path / ADAPTER):
-            raise ConversionError(
-                f"{self.place} holds an adapter ({ADAPTER}), which is no whole model. Merge it "
-                "into its model first (peft: merge_and_unload), or remove it, if it is a leftover."
-            )
-
-    def _refuse_code(self) -> None:
-        for key, why in (
-            ("auto_map", "names code of its own, and none from a model's directory is run"),
-            ("quantization_config", "says that the weights are quantised, which are not read"),
-            ("compression_config", "says that the weights are compressed, which are not read"),
-        ):
-            if self.config.get(key):
-                raise ConversionError(
-                    f"{self.place}/{CONFIG}: {key} {why}. Take the original weights (or remove the "
-                    "key, if it is a leftover)."
-                )
-
-    @property
-    def architecture(self) -> str | None:
-        """The name of its architecture, by `architectures` of the config."""
-        names = self.config.get("architectures")
-        if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
-            return names[0]
-        return None
-
-    @property
-    def model_type(self) -> str | None:
-        """`model_type` of the config."""
-        kind = self.config.get("model_type")
-        return kind if isinstance(kind, str) else None
 
     @cached_property
     def tensors(self) -> Mapping[str, StoredTensor]:
@@ -204,22 +164,6 @@ def _name(tensor: str) -> str:
     return shown(tensor[:200])
 
 
-def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """A JSON object of a file. Raises ConversionError where it is none, or absurdly large."""
-    path = folder / name
-    try:
-        value = parse_json(read_small(inside(folder, path), MAX_BYTES))
-    except FileNotFoundError:
-        raise ConversionError(f"{shown(path)} is missing") from None
-    except CheckpointError as error:
-        raise ConversionError(str(error)) from error
-    except ValueError as error:
-        raise ConversionError(f"{shown(path)} {error}: download it again") from None
-    if not isinstance(value, dict):
-        raise ConversionError(f"{shown(path)} is not a JSON object as models have it")
-    return value
-
-
 @contextmanager
 def _opened(folder: Path, path: Path) -> Iterator[int]:
     try:
@@ -227,23 +171,3 @@ def _opened(folder: Path, path: Path) -> Iterator[int]:
             yield descriptor
     except CheckpointError as error:
         raise ConversionError(str(error)) from error
-
-
-def inside(folder: Path, path: Path) -> Path:
-    """The file that `path` leads to. Links may lead to the same directory, or as in the hub's cache
-    from snapshots/REVISION/ to blobs/. Raises ConversionError for others."""
-    if not path.is_symlink():
-        return path
-    try:
-        target, home = path.resolve(), folder.resolve()
-    except RuntimeError:  # what Python up to 3.12 raises where links lead in a circle
-        raise ConversionError(f"{shown(path)} is a link that leads to itself: remove it") from None
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    if target.parent not in allowed:
-        raise ConversionError(
-            f"{shown(path)} is a link out of its directory, to {shown(target)}: replace it by the "
-            "file"
-        )
-    return target

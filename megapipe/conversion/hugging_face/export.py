@@ -9,10 +9,11 @@ import torch
 from megapipe.checkpoint.load import CheckpointReader
 from megapipe.config import ModelConfig
 from megapipe.config.problems import nearest
-from megapipe.conversion.hugging_face.directory import GENERATION, read_json
+from megapipe.conversion.hugging_face.config_file import GENERATION, read_json
 from megapipe.conversion.hugging_face.model_card import model_card
 from megapipe.conversion.hugging_face.write import FILE_BYTES, Export, as_json
-from megapipe.conversion.open import Families, kept_tokenizer, model_of, named_architectures
+from megapipe.conversion.model_at import Families, named_architectures
+from megapipe.conversion.open import kept_tokenizer, model_of
 from megapipe.conversion.source import CheckpointWeights
 from megapipe.conversion.tokenizer import export_tokenizer
 from megapipe.data.tokenizer import Tokenizer

@@ -26,7 +26,8 @@ from megapipe.checkpoint.storage import (
     require_space,
     space_explained,
 )
-from megapipe.conversion.hugging_face.directory import CONFIG, INDEX, SINGLE
+from megapipe.conversion.hugging_face.config_file import CONFIG
+from megapipe.conversion.hugging_face.directory import INDEX, SINGLE
 from megapipe.conversion.source import WeightSource
 from megapipe.distributed.rank_group import ALONE, RankGroup
 from megapipe.files import shown, write_durably

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megapipe.conversion.inspection.slices import in_threads, slices
+from megapipe.checkpoint.slices import in_threads, slices
 from megapipe.conversion.source import TensorInfo, TensorStore
 
 

@@ -21,7 +21,7 @@ from megapipe.errors import UsageError
 from megapipe.files import shown
 
 if TYPE_CHECKING:  # which needs torch
-    from megapipe.conversion.open import Families
+    from megapipe.conversion.model_at import Families
 
 
 def report_one(path: Path, *, read: bool, tensors: bool, stats: bool, bar: Bar) -> Report:
@@ -37,7 +37,7 @@ def report_one(path: Path, *, read: bool, tensors: bool, stats: bool, bar: Bar) 
         return report_run(root, list_checkpoints(root, read=read, bar=bar), _verdict(read))
     other = None if has_manifest(path) else _other_stack(path)
     summary = other or summarize_checkpoint(path, read=read, bar=bar)
-    verdict = "sizes agree, there are no checksums" if other else _verdict(read)
+    verdict = "sizes agree, the format has no checksums" if other else _verdict(read)
     if not stats or summary.problems:
         return report_tensors(summary, verdict, listed=tensors or stats)
 

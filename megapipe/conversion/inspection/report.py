@@ -94,10 +94,10 @@ def _values_verdict(bad: "Mapping[str, TensorStatistics]") -> Text:
 def _tensor_table(
     tensors: Sequence[TensorSummary], statistics: "Mapping[str, TensorStatistics] | None"
 ) -> Table:
-    table = Table(Column("tensor", overflow="fold"), "dtype", "shape", "chunks")
+    table = _wide_table("dtype", "shape", "chunks")
     if statistics is not None:
         for title in ("norm", "max |x|", "mean", "not finite"):
-            table.add_column(title, justify="right")
+            table.add_column(title, justify="right", no_wrap=True)
     for one in tensors:
         cells: list[str | Text] = [one.dtype, _text(str(list(one.shape))), str(one.chunks)]
         if statistics is not None:
@@ -116,14 +116,7 @@ def report_difference(first: Path, second: Path, found: "StoreDifference") -> Re
             parts.append(Text(f"{counted(len(names), 'tensor')} only in {letter}:"))
             parts += _listed([f"  {name}" for name in names])
     differing = [one for one in found.tensors if one.differs]
-    table = Table(
-        Column("tensor", overflow="fold"),
-        "shape",
-        "dtype",
-        "values that differ",
-        "largest",
-        "relative",
-    )
+    table = _wide_table("shape", "dtype", "values that differ", "largest", "relative")
     for one in differing:
         shapes = " / ".join(dict.fromkeys(str(list(shape)) for shape in one.shapes))
         compared = one.shapes[0] == one.shapes[1]
@@ -160,6 +153,12 @@ def report_difference(first: Path, second: Path, found: "StoreDifference") -> Re
         "same": [one.name for one in found.tensors if not one.differs],
     }
     return Report(parts, content, status=1 if found.differs else 0)
+
+
+def _wide_table(*titles: str) -> Table:
+    """A table of tensors in which a narrow terminal folds nothing but their names."""
+    columns = (Column(title, no_wrap=True) for title in titles)
+    return Table(Column("tensor", overflow="fold", min_width=12), *columns)
 
 
 def _red(problems: Sequence[str]) -> list[Text]:

@@ -229,7 +229,10 @@ class Interpreter:
         self.charge(charged)
         made = make(kind, args)
         shared = any(made is arg for arg in args) if isinstance(args, tuple) else False
-        self.settle(charged, 0 if shared else max(RECORD_BYTES, sys.getsizeof(made)))
+        copying = SLOT_BYTES * sum(copied)  # kept, so that copies without end are an error too
+        self.settle(
+            charged, copying if shared else copying + max(RECORD_BYTES, sys.getsizeof(made))
+        )
         self.push(made)
 
     def build(self) -> None:

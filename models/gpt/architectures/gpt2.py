@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megapipe.config import ModelConfig
 from megapipe.layout.architecture import ForeignTensor, Stack, stacked
-from megapipe.layout.foreign_config import ForeignConfig
+from megapipe.layout.foreign_config import MOST_LAYERS, ForeignConfig
 from megapipe.models.gpt.architectures.hugging_face import (
     check_fits,
     read_common,
@@ -57,7 +57,7 @@ class GPT2Architecture:
         if hidden % heads and not config.problems:
             config.problem("n_embd", f"= {hidden} is no multiple of n_head = {heads}")
         keys = {
-            "num_layers": config.size("n_layer", 12),
+            "num_layers": config.size("n_layer", 12, most=MOST_LAYERS),
             "hidden_size": hidden,
             "vocab_size": config.size("vocab_size", 50257),
             "max_sequence_length": config.size("n_positions", 1024),

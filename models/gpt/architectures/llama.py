@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from megapipe.config import ModelConfig
 from megapipe.layout.architecture import ForeignTensor, Stack, stacked
-from megapipe.layout.foreign_config import ForeignConfig
+from megapipe.layout.foreign_config import MOST_LAYERS, ForeignConfig
 from megapipe.models.gpt.architectures.hugging_face import (
     check_fits,
     read_common,
@@ -73,7 +73,7 @@ class LlamaLike:
         config.require("hidden_act", "silu", "silu")
         bias = self._read_biases(config)
         keys: dict[str, Any] = {
-            "num_layers": config.size("num_hidden_layers"),
+            "num_layers": config.size("num_hidden_layers", most=MOST_LAYERS),
             "vocab_size": config.size("vocab_size"),
             "max_sequence_length": config.size("max_position_embeddings", self.sequence),
             **read_heads(config, self.kv_heads, self.head_dim),

@@ -9,7 +9,7 @@ from typing import Any
 
 from megapipe.config import ModelConfig
 from megapipe.layout.architecture import ForeignTensor, Piece, Stack, stacked, whole
-from megapipe.layout.foreign_config import ForeignConfig
+from megapipe.layout.foreign_config import MOST_LAYERS, ForeignConfig
 from megapipe.layout.parameters import ParameterSpec
 from megapipe.models.gpt.architectures.hugging_face import check_fits, renamed
 from megapipe.models.gpt.config import GPTConfig, RopeScaling
@@ -80,7 +80,7 @@ class MegatronGPT:
         hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
         bias = config.take("add_bias_linear", bool, True)
         keys: dict[str, Any] = {
-            "num_layers": config.size("num_layers"),
+            "num_layers": config.size("num_layers", most=MOST_LAYERS),
             "hidden_size": hidden,
             "vocab_size": config.optional_size("vocab_size") or config.size("padded_vocab_size"),
             "max_sequence_length": config.optional_size("max_position_embeddings")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from megapipe.config import ModelConfig
 from megapipe.layout.architecture import ForeignTensor, Stack
-from megapipe.layout.foreign_config import ForeignConfig
+from megapipe.layout.foreign_config import MOST_LAYERS, ForeignConfig
 from megapipe.models.gpt.architectures.hugging_face import (
     check_fits,
     read_common,
@@ -50,7 +50,7 @@ class StarCoder2Architecture:
         bias = config.take("use_bias", bool, True)
         dropout = read_dropout(config, "residual_dropout", "embedding_dropout", 0.0)
         keys = {
-            "num_layers": config.size("num_hidden_layers", 30),
+            "num_layers": config.size("num_hidden_layers", 30, most=MOST_LAYERS),
             "vocab_size": config.size("vocab_size", 49152),
             "max_sequence_length": config.size("max_position_embeddings", 4096),
             **read_heads(config, 2),

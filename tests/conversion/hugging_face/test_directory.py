@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory, read_json
+from megapipe.conversion.hugging_face.config_file import read_json
+from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
 from megapipe.conversion.open import open_hugging_face
 from megapipe.errors import ConversionError
 from megapipe.models.families import FAMILIES
@@ -173,8 +174,8 @@ def test_no_permission(tmp_path: Path) -> None:
 
 
 def test_no_more_layers_than_tensors(tmp_path: Path) -> None:
-    write_model(tmp_path, tensors(), num_hidden_layers=10**9)
-    assert "says that there are 1,000,000,000 layers, and" in refusal(tmp_path)
+    write_model(tmp_path, tensors(), num_hidden_layers=2000)
+    assert "has 2,000 layers by its config, and 21 tensors" in refusal(tmp_path)
 
 
 def test_many_tensors_of_no_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megapipe.conversion.inspection import slices as slices_module
+from megapipe.checkpoint import slices as slices_module
 from megapipe.conversion.inspection.difference import (
     TensorDifference,
     common_bytes,

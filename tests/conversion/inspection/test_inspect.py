@@ -117,7 +117,7 @@ def test_a_hugging_face_directory(tmp_path: Path) -> None:
     report = inspect(tmp_path, stats=True)
     said = lines(report)
     assert {"architecture LlamaForCausalLM", "tensors 1 float32", "values all finite"} <= said
-    assert "whole sizes agree, there are no checksums" in said
+    assert "whole sizes agree, the format has no checksums" in said
     assert "model.norm.weight │ float32 │ [4] │ 1 │ 2 │ 1 │ 1 │ 0" in said
     assert json.loads(report.json())["kind"] == "hugging_face"
     assert report_two(tmp_path, tmp_path, FAMILIES, bar).status == 0

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from megapipe.checkpoint.rectangle import Rectangle, covers
-from megapipe.conversion.inspection.slices import in_threads, slices
+from megapipe.checkpoint.slices import in_threads, slices
 
 
 @pytest.mark.parametrize("shape", [(), (7,), (0, 3), (3, 5), (2, 3, 4), (1, 1, 9)])

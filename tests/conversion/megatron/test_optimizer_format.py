@@ -1,0 +1,53 @@
+"""Formats of optimizer state are named as Megatron names them."""
+
+import io
+from pathlib import Path
+
+import pytest
+import torch
+
+from megapipe.conversion.megatron.archive import whole_file
+from megapipe.conversion.megatron.assembly import GlobalTensor
+from megapipe.conversion.megatron.optimizer_format import optimizer_format
+from megapipe.conversion.megatron.torch_dist import DistributedContents
+
+MOMENT = "optimizer.state.exp_avg.decoder.final_layernorm.weight"
+BUCKET = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_x.bucket_idx_0.exp_avg"
+SHAPELESS = GlobalTensor((), "float32", ())
+
+
+@pytest.mark.parametrize(
+    ("names", "common", "expected"),
+    [
+        (["decoder.final_layernorm.weight"], {}, None),
+        ([MOMENT], {}, "a tensor for each parameter, without the distributed optimizer"),
+        (
+            [MOMENT],
+            {"optimizer": {"param_state_sharding_type": "fully_reshardable"}},
+            "fully_reshardable",
+        ),
+        (
+            ["chained_0.optimizer.state.exp_avg.x"],
+            {"optimizer": {0: {"param_state_sharding_type": "fully_sharded_model_space"}, 1: {}}},
+            "fully_sharded_model_space",
+        ),
+        (
+            [BUCKET],
+            {"content_metadata": {"distrib_optim_sharding_type": "dp_reshardable"}},
+            "dp_reshardable",
+        ),
+        ([BUCKET], {}, "an unnamed format of the distributed optimizer"),
+    ],
+)
+def test_it_is_found(names: list[str], common: dict[object, object], expected: str | None) -> None:
+    found = DistributedContents(dict.fromkeys(names, SHAPELESS), common, {})
+    assert optimizer_format(found) == expected
+
+
+def test_it_may_be_an_object_of_each_group(tmp_path: Path) -> None:
+    name = "optimizer.distributed.dp_group_idx_0.param_state_sharding_type/shard_0_1"
+    content = io.BytesIO()
+    torch.save(["dp_zero_gather_scatter"], content)
+    (tmp_path / "file").write_bytes(content.getvalue())
+    found = DistributedContents({}, {}, {name: whole_file(tmp_path / "file")})
+    assert optimizer_format(found) == "dp_zero_gather_scatter"
