@@ -67,7 +67,7 @@ def read_header(descriptor: int, path: Path) -> dict[str, TensorRange]:
 
 
 def _range(path: Path, name: str, entry: Any, data: int) -> TensorRange:
-    what = f"tensor {shown(name)[:200]}"
+    what = f"tensor {shown(name[:200])}"
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
@@ -95,7 +95,7 @@ def _check_tiling(path: Path, ranges: dict[str, TensorRange], data: int, size: i
     at = data
     for name, found in sorted(ranges.items(), key=lambda one: (one[1].offset, one[1].bytes)):
         if found.offset != at:
-            raise _broken(path, f"tensor {shown(name)[:200]} does not follow the one before it")
+            raise _broken(path, f"tensor {shown(name[:200])} does not follow the one before it")
         at += found.bytes
     if at > size:
         raise _broken(path, f"is cut off: it has {size:,} of {at:,} bytes; download it again")
