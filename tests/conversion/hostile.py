@@ -212,7 +212,10 @@ ATTACKS: Mapping[str, tuple[Attack, str]] = {
         raw("tokenizer.model", b"\n\0" * 4 * MIB),
         "no model of sentencepiece",
     ),
-    "sentencepiece-small": (raw("tokenizer.model", b"\n\3\n\1a" * (3 * MIB // 2)), "tokenizer.model"),
+    "sentencepiece-small": (
+        raw("tokenizer.model", b"\n\3\n\1a" * (3 * MIB // 2)),
+        "tokenizer.model",
+    ),
 }
 """What is done to a good directory, and what is said of it then."""
 
@@ -251,9 +254,7 @@ def run(source: Path, *options: str) -> dict[str, Any]:
 def main(folder: Path) -> None:
     run(folder / GOOD, "--no-tokenizer")
     shutil.rmtree(folder / "out")
-    first = reset_peak()
-    found = {name: run(folder / name) for name in ATTACKS}
-    print(json.dumps({"found": found, "before": first, "after": reset_peak()}))
+    print(json.dumps({name: run(folder / name) for name in ATTACKS}))
 
 
 if __name__ == "__main__":
