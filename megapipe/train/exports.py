@@ -45,11 +45,16 @@ class Exports:
 
     def _check(self) -> None:
         every, model = self._config.checkpoint.export_every, self._config.model
-        choose_architecture(self._family, model, place=f"checkpoint.export_every = {every}")
+        place = f"checkpoint.export_every = {every}"
+        architecture = choose_architecture(self._family, model, place=place)
         tokenizer = load_tokenizer(self._config.data.tokenizer)
         with tempfile.TemporaryDirectory() as folder:
             export_tokenizer(
-                tokenizer, Path(folder), allow_drift=False, max_length=model.max_sequence_length
+                tokenizer,
+                Path(folder),
+                allow_drift=False,
+                max_length=model.max_sequence_length,
+                model_type=architecture.model_type,
             )
 
     def write(self, checkpoint: Path, step: int) -> str:

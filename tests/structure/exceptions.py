@@ -17,6 +17,9 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
             "the number of replicas, as far as a config names it: batch and streams are checked "
             "against it before there is a layout"
         ),
+        "megapipe/conversion/megatron/ranks.py: tensor * pipeline": (
+            "the number of directories that another stack's run has written"
+        ),
         "megapipe/pipeline/schedule/limit.py: (1 / virtual,) * (pipeline * virtual)": (
             NUMBERS_ALONE
         ),
@@ -30,7 +33,11 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
         ),
     },
     "config_fields": {},
-    "parameter_names": {},
+    "parameter_names": {
+        "megapipe/conversion/megatron/legacy.py: name.rpartition('linear_fc1.')": (
+            "a name of Megatron's: whether its ranks hold gated halves shows in the tensor beside it"
+        ),
+    },
     "commands": {},
     "public_names": {},
 }

@@ -73,7 +73,7 @@ def plan_export(
         )
     parts: list[Callable[[Path], object]] = []
     if tokenizer is not None:
-        parts.append(_tokenizer_writer(tokenizer, model, options, say))
+        parts.append(_tokenizer_writer(tokenizer, model, architecture, options, say))
     generation = _generation_config(reader, tokenizer)
     export = Export(
         CheckpointWeights(reader, model),
@@ -133,7 +133,11 @@ def choose_architecture(
 
 
 def _tokenizer_writer(
-    tokenizer: Tokenizer, model: ModelConfig, options: ExportOptions, say: Callable[[str], None]
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    architecture: Architecture,
+    options: ExportOptions,
+    say: Callable[[str], None],
 ) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         report = export_tokenizer(
@@ -141,6 +145,7 @@ def _tokenizer_writer(
             folder,
             allow_drift=options.allow_tokenizer_drift,
             max_length=model.max_sequence_length,
+            model_type=architecture.model_type,
         )
         say(str(report))
 

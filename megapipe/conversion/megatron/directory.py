@@ -13,6 +13,7 @@ from megapipe.conversion.megatron.assembly import GlobalTensor
 from megapipe.conversion.megatron.legacy import read_rank_directories
 from megapipe.conversion.megatron.optimizer_format import optimizer_format
 from megapipe.conversion.megatron.plain import plain_arguments
+from megapipe.conversion.megatron.sharing import OWN_NORMS
 from megapipe.conversion.megatron.torch_dist import CONFIG, METADATA, read_distributed
 from megapipe.errors import CheckpointError
 from megapipe.files import reason, shown
@@ -23,11 +24,6 @@ NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state", "opt_param_
 """How names of a distributed checkpoint begin that are of no weight of the model."""
 EXTRA_STATE = "_extra_state"
 """How names end of what kernels of lower precision keep; not part of the model."""
-FUSED = {
-    ".input_layernorm.": ".self_attention.linear_qkv.layer_norm_",
-    ".pre_mlp_layernorm.": ".mlp.linear_fc1.layer_norm_",
-}
-"""Part of the name of a norm in megatron-core's own layers, and in Transformer Engine's."""
 ITERATION = re.compile(r"iter_(\d{1,12})")
 
 
@@ -52,6 +48,10 @@ class MegatronCheckpoint:
     def place(self) -> str:
         """Where it lies, for messages."""
         return shown(self.path)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
 
     def read(
         self,
@@ -107,7 +107,7 @@ def with_fused_norms(tensors: Mapping[str, GlobalTensor]) -> dict[str, GlobalTen
     Transformer Engine's layers, as in every distributed checkpoint."""
     named: dict[str, GlobalTensor] = {}
     for name, tensor in tensors.items():
-        for own, fused in FUSED.items():
+        for own, fused in OWN_NORMS.items():
             name = name.replace(own, fused)
         if name in named:
             raise CheckpointError(f"tensor {name} is there under two names")

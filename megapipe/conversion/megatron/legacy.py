@@ -9,7 +9,6 @@ of stage 0; then follow `model0` of the other stages, then `model1` of stage 0.
 """
 
 import itertools
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,34 +18,18 @@ from megapipe.amounts import counted
 from megapipe.checkpoint.rectangle import Rectangle
 from megapipe.conversion.megatron.assembly import GlobalTensor, TensorPart
 from megapipe.conversion.megatron.ranks import RankContents, RankPlace, rank_files, read_rank
+from megapipe.conversion.megatron.sharing import (
+    LAYER,
+    SECOND,
+    TIED_OUTPUT,
+    is_gated,
+    second_of_mlp,
+    shared_dim,
+)
 from megapipe.conversion.megatron.strided import StridedTensor
 from megapipe.errors import CheckpointError
 
 OPTIMIZER_FILE = "distrib_optim.pt"
-LAYER = re.compile(r"(.*\blayers\.)(\d{1,6})(\..+)")
-
-BY_ROWS = (
-    "word_embeddings.weight",
-    "output_layer.weight",
-    "output_layer.bias",
-    "linear_qkv.weight",
-    "linear_qkv.bias",
-    "linear_fc1.weight",
-    "linear_fc1.bias",
-)
-BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
-ON_ALL = (
-    "position_embeddings.weight",
-    "linear_proj.bias",
-    "linear_fc2.bias",
-    "norm.weight",
-    "norm.bias",
-    "norm_weight",
-    "norm_bias",
-)
-"""How tensor-parallel ranks hold a tensor, by the end of its name."""
-GATED = ("linear_fc1.weight", "linear_fc1.bias")
-"""With a gated MLP each rank holds [its rows of the gate; its rows of the other half]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +51,7 @@ def read_rank_directories(directory: Path) -> RankDirectories:
     _check_arguments(directory, ranks, first.arguments)
     shards = _by_global_name(directory, ranks)
     if first.arguments.get("untie_embeddings_and_output_weights") is False:
-        shards.pop("output_layer.weight", None)  # the last stage's copy of the embedding
+        shards.pop(TIED_OUTPUT, None)
     tensors = {}
     for name, parts in shards.items():
         try:
@@ -155,31 +138,24 @@ def _assembled(
     first = parts[0]
     if any(part.dtype != first.dtype or len(part.shape) != len(first.shape) for part in parts):
         raise CheckpointError("it has another dtype or rank on some ranks")
-    if len(parts) == 1 or name.endswith(ON_ALL):
+    dim = None if len(parts) == 1 else shared_dim(name)
+    if dim is None:
         if any(part.shape != first.shape for part in parts):
             raise CheckpointError("it should be the same on all ranks, but its shapes differ")
         return _tensor_of([first], 0)
-    if name.endswith(BY_COLUMNS) and len(first.shape) == 2:
-        return _tensor_of(parts, 1)
-    if not name.endswith(BY_ROWS) or not first.shape:
-        raise CheckpointError("it isn't known how tensor-parallel ranks share it")
-    if not name.endswith(GATED) or not _is_gated(name, first, shards):
-        return _tensor_of(parts, 0)
+    if dim >= len(first.shape):
+        raise CheckpointError(f"ranks can't share dimension {dim} of its shape {first.shape}")
+    second = second_of_mlp(name)
+    if second is None or not _is_gated(first, shards.get(second)):
+        return _tensor_of(parts, dim)
     halves = [_halves(part) for part in parts]
-    return _tensor_of([half for side in zip(*halves, strict=True) for half in side], 0)
+    return _tensor_of([half for side in zip(*halves, strict=True) for half in side], dim)
 
 
-def _is_gated(name: str, part: StridedTensor, shards: Mapping[str, list[StridedTensor]]) -> bool:
-    """Whether a first linear layer has twice the rows that the second one has columns."""
-    second = shards.get(f"{name.rpartition('linear_fc1.')[0]}linear_fc2.weight")
+def _is_gated(first: StridedTensor, second: list[StridedTensor] | None) -> bool:
     if second is None or len(second[0].shape) != 2:
-        raise CheckpointError("there is no linear_fc2.weight beside it")
-    times, rest = divmod(part.shape[0], max(1, second[0].shape[1]))
-    if rest or times not in (1, 2):
-        raise CheckpointError(
-            f"{part.shape[0]} rows don't fit {second[0].shape[1]} columns of linear_fc2.weight"
-        )
-    return times == 2
+        raise CheckpointError(f"there is no {SECOND} beside it")
+    return is_gated(first.shape[0], second[0].shape[1])
 
 
 def _halves(part: StridedTensor) -> tuple[StridedTensor, StridedTensor]:

@@ -1,5 +1,6 @@
 """The files of the legacy layout: one for each rank, and what each holds."""
 
+import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,14 +43,14 @@ def rank_files(directory: Path) -> dict[RankPlace, Path]:
         if place in found:
             raise CheckpointError(f"{path} and {found[place].parent} are of the same rank")
         found[place] = path / RANK_FILE
-    tensor, pipeline = (1 + max(place[dim] for place in found) for dim in (0, 1))
-    if tensor * pipeline > MAX_RANKS:
+    if len(found) > MAX_RANKS:
         raise CheckpointError(f"{directory} is of more than {MAX_RANKS} ranks")
-    for place in ((t, p) for p in range(pipeline) for t in range(tensor)):
+    ranks, stages = (1 + max(place[dim] for place in found) for dim in (0, 1))
+    for place in itertools.product(range(ranks), range(stages)):
         if place not in found:
             raise CheckpointError(
                 f"{directory} lacks the directory of tensor-parallel rank {place[0]} on pipeline "
-                f"stage {place[1]}: there are {tensor} ranks and {counted(pipeline, 'stage')}"
+                f"stage {place[1]}: there are {ranks} ranks and {counted(stages, 'stage')}"
             )
     return found
 

@@ -129,8 +129,8 @@ def _joints(normalize: Normalize) -> str:
         if composes and all(normalize(one) == one for one in sequence):
             befores.setdefault(last, set()).add(first)
     alike: dict[frozenset[str], list[str]] = {}
-    for mark, before in befores.items():
-        alike.setdefault(frozenset(before), []).append(mark)
+    for mark, found in befores.items():
+        alike.setdefault(frozenset(found), []).append(mark)
     separator = literal(SEPARATOR)
     choices = []
     for before, marks in sorted(alike.items(), key=lambda pair: min(pair[1])):
