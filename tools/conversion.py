@@ -77,7 +77,9 @@ def run_conversion(
     if min(grid) < 1:
         raise UsageError("--tensor, --pipeline and --virtual must be 1 or more.")
     if not LEAST_FILE_SIZE <= options.file_size < float("inf"):
-        raise UsageError(f"--file-size {options.file_size} must be {LEAST_FILE_SIZE} or more.")
+        raise UsageError(
+            f"--file-size {options.file_size} must be a number of GB, {LEAST_FILE_SIZE} or more."
+        )
 
     import torch
 

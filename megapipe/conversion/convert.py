@@ -28,6 +28,7 @@ from megapipe.conversion.megatron.reference import megatron_logits, require_mega
 from megapipe.conversion.megatron.writer import RankGrid
 from megapipe.conversion.model_at import Families, megatron_architecture
 from megapipe.conversion.open import kept_tokenizer, model_of
+from megapipe.conversion.places import check_target, new_parents_removed, require_model
 from megapipe.conversion.proof import TheirLogits, proof_sequences, prove
 from megapipe.conversion.source import CheckpointWeights, WeightSource
 from megapipe.data.tokenizer import Tokenizer
@@ -78,6 +79,8 @@ def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     proven; then nothing is there.
     """
     require_free(asked.target)
+    require_model(asked.source)
+    check_target(asked.source, asked.target)
     incoming = is_hugging_face(asked.source) or is_megatron(asked.source)
     to_megatron = not incoming and asked.options.architecture == MEGATRON
     if asked.grid != RankGrid() and not to_megatron:
@@ -87,12 +90,13 @@ def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     if asked.proof.wanted:
         with_megatron = is_megatron(asked.source) or to_megatron
         require_megatron() if with_megatron else require_transformers()
-    if incoming:
-        _import(asked, families, say, bar)
-    elif to_megatron:
-        _export_to_megatron(asked, families, say)
-    else:
-        _export(asked, families, say, bar)
+    with new_parents_removed(asked.target):
+        if incoming:
+            _import(asked, families, say, bar)
+        elif to_megatron:
+            _export_to_megatron(asked, families, say)
+        else:
+            _export(asked, families, say, bar)
     say(f"Written: {shown(asked.target)}")
 
 
