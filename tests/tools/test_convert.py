@@ -201,7 +201,6 @@ def test_wrong_commands(
             "tokenizer.model",
         ),
     ],
-    ids=str,
 )
 def test_without_a_tokenizer(
     step: Callable[[Path], object] | None,
