@@ -23,6 +23,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
             OTHER_STACK
         ),
         "megapipe/conversion/megatron/writer.py: virtual * grid.pipeline": OTHER_STACK,
+        "megapipe/conversion/megatron/writer.py: self.tensor * self.pipeline": OTHER_STACK,
         "megapipe/pipeline/schedule/limit.py: (1 / virtual,) * (pipeline * virtual)": (
             NUMBERS_ALONE
         ),
