@@ -52,7 +52,7 @@ class ForeignConfig:
             return kind()
         return value
 
-    def size(
+    def count(
         self, key: str, default: object = NO_DEFAULT, *, least: int = 1, most: int = MOST
     ) -> int:
         """A number of heads, tokens, layers: a whole number from `least` to `most`."""
@@ -61,12 +61,12 @@ class ForeignConfig:
             self._refuse(key, value, f"is not a whole number from {least} to {most:,}")
         return value if len(self.problems) == known else least
 
-    def optional_size(self, key: str, absent: int | None = None) -> int | None:
-        """A size, None where it is null, `absent` where there is no such key."""
+    def optional_count(self, key: str, absent: int | None = None) -> int | None:
+        """Such a number, None where it is null, `absent` where there is no such key."""
         self._asked.add(key)
         if key not in self._values:
             return absent
-        return None if self._values[key] is None else self.size(key)
+        return None if self._values[key] is None else self.count(key)
 
     def positive(self, key: str, default: object = NO_DEFAULT) -> float:
         """A number above 0."""
