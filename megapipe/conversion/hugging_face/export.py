@@ -78,7 +78,7 @@ def plan_export(
     export = Export(
         CheckpointWeights(reader, model),
         architecture,
-        options.dtype or _dtype_of_run(reader),
+        options.dtype or dtype_of_run(reader),
         config={key: generation.get(key) for key in SPECIAL_TOKENS},
         files={
             GENERATION: as_json(generation),
@@ -152,7 +152,7 @@ def _tokenizer_writer(
     return write
 
 
-def _dtype_of_run(reader: CheckpointReader) -> torch.dtype | None:
+def dtype_of_run(reader: CheckpointReader) -> torch.dtype | None:
     """What a run computed with; None for weights alone, which stay as they are."""
     if reader.step is None:
         return None
