@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
+from itertools import islice
 from typing import Any, TypeVar
 
 from megapipe.amounts import counted
@@ -16,6 +17,8 @@ MOST = 2**31 - 1
 """The largest size that is taken for one: what follows from a size is then soon computed."""
 MOST_LAYERS = 2048
 """So many make a table of a few 10,000 tensors; no model is as deep."""
+SHOWN = 100
+"""How many characters or entries of a value are looked at for a message, which shows fewer."""
 MAX_PROBLEMS = 10
 """How many of the problems a message lists."""
 
@@ -155,5 +158,8 @@ class ForeignConfig:
         return default if value is None else value
 
     def _refuse(self, key: str, value: object, text: str) -> None:
-        value = value[:100] if isinstance(value, str) else value
+        if isinstance(value, str | list):
+            value = value[:SHOWN]
+        elif isinstance(value, Mapping):
+            value = dict(islice(value.items(), SHOWN))
         self.problem(shown(key[:80])[:80], f"= {show(value)} {text}")
