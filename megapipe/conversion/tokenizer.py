@@ -171,8 +171,8 @@ def _copies(tokenizer: HuggingFaceTokenizer, max_length: int, notes: list[str]) 
     named = config.get("tokenizer_class")
     if named not in (None, FAST):
         notes.append(
-            f"{CONFIG}: tokenizer_class = {json.dumps(named)} is written as {FAST}, which does what "
-            f"{ENGINE} says"
+            f"{CONFIG}: tokenizer_class = {json.dumps(named)} is written as {FAST}, "
+            f"which does what {ENGINE} says"
         )
     config["tokenizer_class"] = FAST
     config["model_max_length"] = max_length
