@@ -52,6 +52,10 @@ class CheckpointError(MegapipeError):
     """A checkpoint that is missing, damaged, or does not fit the model."""
 
 
+class ConversionError(MegapipeError):
+    """A model that can't be converted, or whose conversion is not proven."""
+
+
 def explained(error: Exception) -> MegapipeError | None:
     """The error as one that the user can mend, where it is one; None for a fault of the program.
 

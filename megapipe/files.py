@@ -113,6 +113,7 @@ def write_all(descriptor: int, parts: Iterable[bytes | memoryview]) -> None:
                 room = select.poll()
                 room.register(descriptor, select.POLLOUT)
                 room.poll()
+        del part, rest  # making the next part may need their memory
 
 
 def sync_directory(path: Path) -> None:

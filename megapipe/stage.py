@@ -10,9 +10,9 @@ from megapipe import kernels
 from megapipe.config import ModelConfig
 from megapipe.distributed.mesh import Axis, Mesh
 from megapipe.kernel_choice import KernelChoice
-from megapipe.layout.family import StageModule
+from megapipe.layout.family import ModelFamily, StageModule
 from megapipe.layout.layout import Layout, Stage
-from megapipe.layout.parameters import ParameterShard
+from megapipe.layout.parameters import ParameterShard, shard_of
 from megapipe.precision import PRECISIONS
 from megapipe.tensor_parallel.embedding import VocabParallelEmbedding
 from megapipe.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -151,6 +151,33 @@ def _stage_build(
         kernels=choice,
         loss=LossSettings(train.linear_cross_entropy, train.z_loss),
     )
+
+
+def whole_model(
+    family: ModelFamily, model: ModelConfig, *, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The whole model as one stage on one rank, for inference: weights are still zero, and torch
+    computes it."""
+    shards = {
+        spec.name: shard_of(spec, tensor_rank=0, tensor_size=1, sequence_parallel=False)
+        for spec in family.parameters(model)
+    }
+    build = StageBuild(
+        model=model,
+        layers=range(model.num_layers),
+        first=True,
+        last=True,
+        parameters=StageParameters(shards, dtype=dtype, device=device),
+        tensor=Axis("tensor"),
+        sequence_parallel=False,
+        recompute=False,
+        dtype=dtype,
+        device=device,
+        seed=0,
+        store=WeightGradStore(),
+        kernels=KernelChoice("torch", "torch", "torch"),
+    )
+    return _built(family.build_stage(build), build).eval()
 
 
 def initialize(module: nn.Module, seed: int) -> None:

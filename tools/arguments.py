@@ -4,12 +4,14 @@ import argparse
 import difflib
 import os
 from collections.abc import Collection, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megapipe.config import section_types
+from megapipe.config import Config, load_config, section_types
 from megapipe.config.paths import expand_path, is_unicode
+from megapipe.conversion.model_at import lend_model
 from megapipe.errors import UsageError
 from megapipe.files import shown
 from megapipe.models.families import FAMILIES
@@ -33,6 +35,12 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if not equals:
             overrides += [value for value in [next(words, None)] if value is not None]
     return others, overrides
+
+
+def read_config(path: str, overrides: Sequence[str]) -> Config:
+    """The config of a command line; keys of [model] may come from the model that it names with
+    checkpoint.load_from. Raises ConfigError."""
+    return load_config(path, overrides, FAMILIES, partial(lend_model, families=FAMILIES))
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,103 +1,88 @@
-"""`megapipe inspect CHECKPOINT|RUN_DIR`: what is in a checkpoint, and is it whole."""
+"""`megapipe inspect PATH` or `--diff A B`: what is in a directory of tensors, and is it whole."""
 
+import argparse
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
 
-from megapipe.amounts import counted
-from megapipe.checkpoint.steps import committed
-from megapipe.checkpoint.summary import (
-    CheckpointSummary,
-    ListedCheckpoint,
-    find_checkpoints,
-    list_checkpoints,
-    summarize_checkpoint,
-)
+from megapipe.config.save import write_text
+from megapipe.conversion.inspection.inspect import report_one, report_two
 from megapipe.errors import UsageError
-from megapipe.tools.arguments import Parser, path_argument
+from megapipe.models.families import FAMILIES
+from megapipe.tools.arguments import Parser, json_argument, path_argument
+from megapipe.tools.progress import bytes_bar
 
-MAX_PROBLEMS = 20
+_DESCRIPTION = """\
+Say what a checkpoint holds and whether it is whole (exit status 1 if not), or how two differ
+(exit status 1 if they do). All work is done in bounded memory."""
+STANDARD_OUTPUT = "-"
+PIPE_COLUMNS = 1000
+"""Wide enough for every row: programs that read the tables get one line for each."""
 
 
 def run(argv: Sequence[str]) -> int:
-    """Print a summary of a checkpoint or a list of a run's; 1 if any of it is damaged."""
-    arguments, _ = _parser().parse(argv)
-    path: Path = arguments.path
-    read: bool = arguments.verify
-    root = find_checkpoints(path)
-    if root is None:
-        return _print_checkpoint(
-            summarize_checkpoint(path, read=read), tensors=arguments.tensors, read=read
+    """Print the summary of a checkpoint, a list of a run's, or the difference of two; 1 where any
+    of it is damaged, or they differ."""
+    options = _parse(argv)
+    if options.diff:
+        first, second = options.diff
+        report = report_two(first, second, FAMILIES, bytes_bar)
+    else:
+        report = report_one(
+            options.path,
+            read=options.verify,
+            tensors=options.tensors,
+            stats=options.stats,
+            bar=bytes_bar,
         )
-    if arguments.tensors:
-        newest = next(iter(committed(root).values()))
-        raise UsageError(f"--tensors lists those of one checkpoint, such as {newest}")
-    return _print_run(root, list_checkpoints(root, read=read), read=read)
+    if options.json == STANDARD_OUTPUT:
+        print(report.json(), end="")
+        return report.status
+    width = None if sys.stdout.isatty() else PIPE_COLUMNS
+    Console(highlight=False, soft_wrap=True, width=width).print(*report.parts, sep="\n")
+    if options.json is not None:
+        write_text(report.json(), options.json)
+    return report.status
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        "inspect", "Say what a checkpoint holds and whether it is whole. Exit status 1 if not."
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = Parser("inspect", _DESCRIPTION)
+    parser.add_argument(
+        "path",
+        type=path_argument,
+        nargs="?",
+        help="a checkpoint, a run directory to list all of, or another stack's directory (Hugging "
+        "Face's, Megatron's)",
     )
     parser.add_argument(
-        "path", type=path_argument, help="a checkpoint, or a run directory to list all of"
+        "--diff",
+        type=path_argument,
+        nargs=2,
+        metavar=("A", "B"),
+        help="say instead which tensors of two differ, and by how much",
     )
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument(
+        "--stats",
+        action="store_true",
+        help="list every tensor with its norm, largest value, mean and what is not finite",
+    )
     parser.add_argument(
         "--no-verify",
         dest="verify",
         action="store_false",
         help="look only at the manifest and the sizes of the files, not at their bytes",
     )
-    return parser
-
-
-def _print_run(root: Path, checkpoints: Sequence[ListedCheckpoint], *, read: bool) -> int:
-    table = Table("step", "tokens", "bytes", "whole")
-    for one in checkpoints:
-        whole = "DAMAGED" if one.problems else _verdict(read)
-        table.add_row(str(one.step), _text(one.tokens), one.size, whole)
-    console = _console()
-    console.print(_text(str(root)), table)
-    return _print_problems(console, [problem for one in checkpoints for problem in one.problems])
-
-
-def _print_checkpoint(found: CheckpointSummary, *, tensors: bool, read: bool) -> int:
-    facts = Table(show_header=False, box=None)
-    for name, value in found.facts:
-        facts.add_row(_text(name), _text(value))
-    facts.add_row("whole", "NO" if found.problems else _verdict(read))
-    console = _console()
-    console.print(_text(str(found.path)), facts)
-    status = _print_problems(console, found.problems)
-    if tensors:
-        table = Table(Column("tensor", overflow="fold"), "dtype", "shape", "chunks")
-        for one in found.tensors:
-            table.add_row(_text(one.name), one.dtype, _text(str(list(one.shape))), str(one.chunks))
-        console.print(table)
-    return status
-
-
-def _print_problems(console: Console, problems: Sequence[str]) -> int:
-    """Returns the exit status."""
-    for problem in problems[:MAX_PROBLEMS]:
-        console.print(_text(problem, style="red"))
-    if len(problems) > MAX_PROBLEMS:
-        console.print(f"and {counted(len(problems) - MAX_PROBLEMS, 'more problem')}")
-    return 1 if problems else 0
-
-
-def _console() -> Console:
-    return Console(highlight=False, soft_wrap=True)
-
-
-def _text(value: str, style: str = "") -> Text:
-    """Text as it is: no markup, and nothing that a terminal would obey."""
-    return Text(value if value.isprintable() else ascii(value), style=style)
-
-
-def _verdict(read: bool) -> str:
-    return "yes, every byte verified" if read else "sizes agree, bytes not read"
+    parser.add_argument(
+        "--json",
+        type=lambda text: text if text == STANDARD_OUTPUT else json_argument(text),
+        metavar="FILE",
+        help="also write all of it there; - for standard output, in place of the tables",
+    )
+    options = parser.parse(argv)[0]
+    if (options.path is None) == (options.diff is None):
+        raise UsageError("Name a directory, or two with --diff. Type `megapipe inspect --help`.")
+    if options.diff and (options.tensors or options.stats):
+        raise UsageError("--diff lists the tensors that differ: leave --tensors and --stats out.")
+    return options

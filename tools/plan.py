@@ -4,11 +4,10 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from megapipe.config import load_config
 from megapipe.errors import UsageError
 from megapipe.models.families import FAMILIES
 from megapipe.pipeline.picture import require_matplotlib
-from megapipe.tools.arguments import Parser, check_output, path_argument
+from megapipe.tools.arguments import Parser, check_output, path_argument, read_config
 
 _DESCRIPTION = """\
 Draw the pipeline's schedule and say what it costs: bubble, activation memory, transfers.
@@ -56,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(f"--columns {columns} must be 40 or more.")
     work = None if arguments.costs is None else _costs(arguments.costs)
     out = None if arguments.out is None else _picture(arguments.out)
-    config = load_config(arguments.config, overrides, FAMILIES)
+    config = read_config(arguments.config, overrides)
 
     from megapipe.plan.schedules import plan
 

@@ -3,13 +3,12 @@
 import textwrap
 from collections.abc import Collection, Sequence
 
-from megapipe.config import load_config
 from megapipe.config.axes import WORLD_SIZE
 from megapipe.config.model import DEFAULT_FAMILY
 from megapipe.errors import UsageError
 from megapipe.models.families import FAMILIES
 from megapipe.stop_signals import interruptible
-from megapipe.tools.arguments import Parser, path_argument
+from megapipe.tools.arguments import Parser, path_argument, read_config
 from megapipe.tools.field_help import field_help
 
 _DESCRIPTION = """\
@@ -61,12 +60,16 @@ def run(argv: Sequence[str]) -> int:
         )
     if arguments.world_size is not None and arguments.world_size < 1:
         raise UsageError(f"--world-size {arguments.world_size} must be 1 or more.")
-    config = load_config(arguments.config, overrides, FAMILIES)
+    config = read_config(arguments.config, overrides)
     if arguments.dry_run:
+        from megapipe.conversion.fitting import load_notes
         from megapipe.plan.dry_run import dry_run
 
+        notes = load_notes(config, FAMILIES)
         family = FAMILIES[config.model.family]
         print(dry_run(config, family, str(arguments.config), arguments.world_size))
+        if notes:
+            print("\n" + "\n".join(notes))
         return 0
 
     with interruptible():

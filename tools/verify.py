@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 
-from megapipe.config import load_config
 from megapipe.errors import UsageError
 from megapipe.models.families import FAMILIES
-from megapipe.tools.arguments import Parser, path_argument
+from megapipe.tools.arguments import Parser, path_argument, read_config
 
 
 def run(argv: Sequence[str]) -> int:
@@ -23,7 +22,7 @@ def run(argv: Sequence[str]) -> int:
     arguments, overrides = parser.parse(argv)
     if arguments.steps < 1:
         raise UsageError(f"--steps {arguments.steps} must be 1 or more.")
-    config = load_config(arguments.config, overrides, FAMILIES)
+    config = read_config(arguments.config, overrides)
 
     from megapipe.equivalence.run import verify
 

@@ -50,7 +50,8 @@ class CheckpointReader:
         self._verified: set[tuple[str, int]] = set()
 
     @property
-    def step(self) -> int:
+    def step(self) -> int | None:
+        """None for a checkpoint of weights alone."""
         return self.manifest.step
 
     @property
@@ -68,7 +69,7 @@ class CheckpointReader:
 
     @property
     def config(self) -> dict[str, Any]:
-        """`config.toml` of the run that saved this."""
+        """`config.toml` of the run that saved this; of weights alone, it has only [model]."""
         return tomllib.loads(self.read_file("config.toml").decode())
 
     def shape(self, name: str) -> tuple[int, ...]:

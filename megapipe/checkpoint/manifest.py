@@ -1,6 +1,6 @@
 """The manifest: one JSON file that says what a checkpoint holds, where, and with which checksums.
 
-Format version 1. A checkpoint is a directory of
+Format version 2. A checkpoint is a directory of
 
     manifest.json                    this file, the last to be written
     shard-00000-of-00004.safetensors one per rank that held any; every safetensors reader opens it
@@ -11,6 +11,9 @@ bytes (row-major, little-endian) of one shard file. Every byte of every file lie
 checksum: a chunk's blocks, a shard's header, a small file, or the manifest's own, which is its last
 field and covers the bytes before it. Checksums find damage; they don't prove who wrote the file, so
 what is read is distrusted: names are plain, sizes bounded, chunks inside their tensors and files.
+
+A checkpoint of weights alone has null for its step: it holds no optimizer state and no position in
+the data, and its config.toml has only [model]. Version 1, which is read too, has no such ones.
 """
 
 import json
@@ -27,7 +30,9 @@ from megapipe.checkpoint.storage import BLOCK_BYTES, checksum
 from megapipe.errors import CheckpointError
 
 FORMAT = "megapipe-checkpoint"
-VERSION = 1
+VERSION = 2
+WEIGHTS_PREFIX = "weights/"
+"""With which the names of weights begin; a checkpoint of weights alone has no others."""
 MAX_MANIFEST_BYTES = 512 * 2**20
 MAX_EXTRA_BYTES = 256 * 2**20
 MAX_HEADER_BYTES = 100_000_000  # of the safetensors library
@@ -93,9 +98,10 @@ class ExtraFile(Record):
 
 class Manifest(Record):
     format: Literal["megapipe-checkpoint"] = "megapipe-checkpoint"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     megapipe: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9.+-]{1,100}$")]
-    step: Annotated[int, Field(ge=0, lt=10**18)]
+    step: Annotated[int, Field(ge=0, lt=10**18)] | None
+    """None for a checkpoint of weights alone."""
     block_bytes: Annotated[int, Field(ge=BLOCK_BYTES, le=BLOCK_BYTES)] = BLOCK_BYTES
     state: dict[str, JsonValue]
     files: dict[FileName, ExtraFile]
@@ -104,6 +110,8 @@ class Manifest(Record):
 
     def problems(self) -> Iterator[str]:
         """What is wrong between the fields: sizes, bounds, gaps and overlaps."""
+        if self.step is None:
+            yield from self._weights_problems()
         for name in sorted({*self.files, *self.shards} & {MANIFEST_NAME} | self._in_both()):
             yield f"file name {name} is used twice"
         chunks_of: dict[str, list[Chunk]] = {name: [] for name in self.shards}
@@ -116,6 +124,13 @@ class Manifest(Record):
                     yield f"tensor {name}: its file {chunk.file} is not among the shards"
         for file, chunks in chunks_of.items():
             yield from _file_problems(file, self.shards[file], chunks)
+
+    def _weights_problems(self) -> Iterator[str]:
+        if self.version == 1:
+            yield "step: null is not allowed in format version 1"
+        for name in self.tensors:
+            if not name.startswith(WEIGHTS_PREFIX):
+                yield f"tensor {name}: without a step there may only be {WEIGHTS_PREFIX}..."
 
     def _in_both(self) -> set[str]:
         return self.files.keys() & self.shards.keys()
@@ -198,6 +213,11 @@ def decode(data: bytes) -> Manifest:
     if problems:
         raise CheckpointError(_list(problems))
     return manifest
+
+
+def recorded_checksum(data: bytes) -> str:
+    """The checksum that a manifest's file ends with, which names the checkpoint it is of."""
+    return data[-len(_seal(b"")) :].decode("ascii").split('"')[3]
 
 
 class _Probe(BaseModel):

@@ -37,7 +37,7 @@ def newest_valid(root: Path, ranks: RankGroup = ALONE) -> NewestCheckpoint:
     The ranks share the reading, and all get the same answer.
     """
     skipped: list[Skipped] = []
-    for path in _candidates(ranks, root):
+    for path in _candidates(ranks, root).values():
         problems = _problems(ranks, path, read=True)
         if not problems:
             return NewestCheckpoint(path, tuple(skipped))
@@ -49,6 +49,7 @@ def prune(
     root: Path,
     keep: int,
     *,
+    keep_every: int = 0,
     trusted: Collection[Path] = (),
     ranks: RankGroup = ALONE,
 ) -> list[Path]:
@@ -58,12 +59,18 @@ def prune(
     that this run saved itself) only the manifest and the files' sizes are looked at, so that a run
     does not read back what it has just written. Damaged ones don't count towards `keep`; with fewer
     than `keep` valid ones nothing is removed. Nor is a symbolic link, or what it leads to. What
-    killed runs left half-written goes too.
+    killed runs left half-written goes too. Those whose step is a multiple of `keep_every`, unless
+    that is 0, are never removed and don't count towards `keep`.
     """
     assert keep >= 1, keep
+    assert keep_every >= 0, keep_every
     what = f"cannot remove old checkpoints from {root}"
     ranks.from_first(checkpoint_errors()(lambda: clear_leftovers(root)), what)
-    candidates = _candidates(ranks, root)
+    candidates = [
+        path
+        for step, path in _candidates(ranks, root).items()
+        if keep_every == 0 or step % keep_every != 0
+    ]
     valid, doomed = 0, []
     for path in candidates:
         if valid == keep:
@@ -80,15 +87,15 @@ def prune(
     return doomed
 
 
-def _candidates(ranks: RankGroup, root: Path) -> list[Path]:
-    """The committed checkpoints as the first rank sees them, newest first."""
+def _candidates(ranks: RankGroup, root: Path) -> dict[int, Path]:
+    """The committed checkpoints by step, as the first rank sees them, newest first."""
 
     @checkpoint_errors()
-    def names() -> list[str]:
-        return [path.name for path in committed(root).values()]
+    def names() -> list[tuple[int, str]]:
+        return [(step, path.name) for step, path in committed(root).items()]
 
     found = ranks.from_first(names, f"cannot list the checkpoints in {root}")
-    return [root / name for name in found]
+    return {step: root / name for step, name in found}
 
 
 def _problems(ranks: RankGroup, path: Path, *, read: bool) -> tuple[str, ...]:
@@ -104,7 +111,9 @@ def _problems(ranks: RankGroup, path: Path, *, read: bool) -> tuple[str, ...]:
             own = damage(path, manifest, part=ranks.rank, parts=parts, read=read)
         except CheckpointError as error:
             return [str(error)]
-        if path.name.startswith("step-") and path.name != step_name(manifest.step):
+        if manifest.step is None:
+            own.append(f"{path} holds weights alone, which no run can go on from")
+        elif path.name.startswith("step-") and path.name != step_name(manifest.step):
             own.append(f"{path} holds step {manifest.step}, not the one of its name")
         return own
 

@@ -11,25 +11,25 @@ rank ends the save on all of them, with one message, and no rank is left waiting
 """
 
 import json
-import sys
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from megapipe import __version__
-from megapipe.checkpoint.manifest import MAX_EXTRA_BYTES, Manifest, build, encode
-from megapipe.checkpoint.rectangle import Rectangle
-from megapipe.checkpoint.shard import DTYPE_NAMES, Shard, as_bytes
+from megapipe.checkpoint.manifest import MAX_EXTRA_BYTES, WEIGHTS_PREFIX, Manifest, build, encode
+from megapipe.checkpoint.shard import Shard
+from megapipe.checkpoint.shard_file import FilePlan, plan_file, write_file
 from megapipe.checkpoint.steps import (
     MANIFEST_NAME,
+    clear_attempts,
     clear_leftovers,
     commit,
+    commit_new,
+    require_free,
     step_name,
     temporary_name,
 )
 from megapipe.checkpoint.storage import (
-    blocks,
     checkpoint_errors,
     checksum,
     read_small,
@@ -39,19 +39,8 @@ from megapipe.checkpoint.storage import (
 )
 from megapipe.distributed.rank_group import ALONE, RankGroup
 from megapipe.errors import CheckpointError
-from megapipe.files import write_durably
+from megapipe.files import shown, write_durably
 
-SAFETENSORS_DTYPES = {
-    "float64": "F64",
-    "int64": "I64",
-    "float32": "F32",
-    "int32": "I32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "uint8": "U8",
-    "bool": "BOOL",
-}
-HEADER_ALIGNMENT = 8
 MANIFEST_ALLOWANCE = 2**20
 
 
@@ -74,14 +63,54 @@ def save_checkpoint(
     as `RankGroup` does; nothing of the attempt is left behind, and older checkpoints are as they
     were.
     """
-    target = root / step_name(step)
-    what = f"cannot save checkpoint {target}"
+    return _save(root / step_name(step), step, shards, state, files, ranks)
+
+
+def save_weights(
+    target: Path,
+    shards: Iterable[Shard],
+    *,
+    model_toml: bytes,
+    files: Mapping[str, bytes | Path],
+    state: dict[str, object],
+    ranks: RankGroup = ALONE,
+    progress: Callable[[int], None] | None = None,
+    accept: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write a checkpoint of weights alone as the directory `target`; collective over `ranks`.
+
+    The names of `shards` begin with `weights/`. `model_toml` is kept as config.toml, and has the
+    section [model] alone. `files`, `state` and errors are as in `save_checkpoint`, but nothing is
+    ever replaced: CheckpointError where `target` exists. What killed processes left of earlier
+    attempts at the same `target` is removed first. `progress` is called on each rank with the
+    number of bytes after each write of that many. `accept` is called on the first rank with the
+    finished directory under its temporary name, before it gets its own; where it raises, nothing
+    is left.
+    """
+    files = {"config.toml": model_toml, **files}
+    return _save(target, None, shards, state, files, ranks, progress, accept)
+
+
+def _save(
+    target: Path,
+    step: int | None,
+    shards: Iterable[Shard],
+    state: dict[str, object],
+    files: Mapping[str, bytes | Path],
+    ranks: RankGroup,
+    progress: Callable[[int], None] | None = None,
+    accept: Callable[[Path], None] | None = None,
+) -> Path:
+    """The four phases; `step` is None for weights alone."""
+    what, place = f"cannot save checkpoint {shown(target)}", target.parent
     file = f"shard-{ranks.rank:05d}-of-{ranks.size:05d}.safetensors"
 
     # 1. plan
     @checkpoint_errors()
     def make_plan() -> tuple[FilePlan, dict[str, bytes]]:
-        return plan_file(file, shards), _load_extras(state, files) if ranks.is_first else {}
+        plan = plan_file(file, shards)
+        assert step is not None or all(name.startswith(WEIGHTS_PREFIX) for name in plan.shapes)
+        return plan, _load_extras(state, files) if ranks.is_first else {}
 
     (plan, extras), sizes = ranks.in_agreement(
         make_plan, what=what, share=lambda plans: plans[0].bytes + sum(map(len, plans[1].values()))
@@ -89,134 +118,42 @@ def save_checkpoint(
 
     # 2. prepare
     needed = sum(sizes)
-    prepare = checkpoint_errors()(lambda: _prepare(root, step, needed))
-    folder = root / ranks.from_first(prepare, what)
+    prepare = checkpoint_errors()(lambda: _prepare(target, step, needed))
+    folder = place / ranks.from_first(prepare, what)
     try:
         # 3. write
         @checkpoint_errors()
         def write() -> dict[str, object]:
-            with space_explained(needed, root):
-                return write_file(folder, plan)
+            with space_explained(needed, place):
+                return write_file(folder, plan, progress)
 
         table, _ = ranks.in_agreement(write, what=what)
         tables = ranks.gather(table)
 
         # 4. commit
         @checkpoint_errors()
-        def finish() -> str:
+        def finish() -> None:
             assert tables is not None
-            with space_explained(needed, root):
+            with space_explained(needed, place):
                 manifest = _merge(step, state, extras, tables)
                 _check_written(folder, manifest)
                 for name, content in extras.items():
                     write_durably(folder / name, [content])
                 write_durably(folder / MANIFEST_NAME, [encode(manifest)])
-                return str(commit(folder, step))
 
-        return Path(ranks.from_first(finish, what))
+        @checkpoint_errors()
+        def give_name() -> str:
+            with space_explained(needed, place):
+                return str(commit_new(folder, target) if step is None else commit(folder, step))
+
+        ranks.from_first(finish, what)
+        if accept is not None:
+            ranks.from_first(lambda: accept(folder))
+        return Path(ranks.from_first(give_name, what))
     except BaseException:
         if ranks.is_first:
             remove_tree(folder)
         raise
-
-
-@dataclass(frozen=True)
-class FilePlan:
-    """The layout of one rank's shard file: the header, then the tensors of `shards` in order.
-
-    It is all that `write_file` needs, and the tensors in it are read only there: with copies in
-    their place a file can be written while training goes on.
-    """
-
-    name: str
-    header: bytes
-    shards: tuple[Shard, ...]
-    """Without empty ones."""
-    shapes: dict[str, tuple[tuple[int, ...], str]]
-    """Global shape and dtype of every tensor that this rank knows, empty ones too."""
-
-    @property
-    def bytes(self) -> int:
-        return len(self.header) + sum(shard.tensor.nbytes for shard in self.shards)
-
-
-def plan_file(name: str, shards: Iterable[Shard]) -> FilePlan:
-    """Lay out `shards` as safetensors asks: no gaps, and wide dtypes first so that all align."""
-    kept: list[Shard] = []
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
-    for shard in shards:
-        known = (tuple(shard.global_shape), _dtype_name(shard))
-        if shapes.setdefault(shard.name, known) != known:
-            raise CheckpointError(f"tensor {shard.name} is given as {known}, {shapes[shard.name]}")
-        if not Rectangle.whole(known[0]).contains(shard.rectangle):
-            raise CheckpointError(
-                f"tensor {shard.name}: shard {shard.rectangle} lies outside {list(known[0])}"
-            )
-        if shard.tensor.numel():
-            kept.append(shard)
-    kept.sort(key=lambda shard: (-shard.tensor.itemsize, shard.name, shard.rectangle))
-    return FilePlan(name, _header(kept), tuple(kept), shapes)
-
-
-def write_file(folder: Path, plan: FilePlan) -> dict[str, object]:
-    """Write one rank's file, durably, if it holds anything; returns its share of the manifest.
-
-    At most one shard at a time is copied to the CPU or made contiguous. Checksums are taken from
-    memory just before the same memory is written, so that no fault of the disk can enter them.
-    """
-    checksums: list[list[str]] = []
-
-    def parts() -> Iterator[bytes | memoryview]:
-        yield plan.header
-        for shard in plan.shards:
-            tensor = shard.tensor.detach().cpu().contiguous()
-            checksums.append([])
-            for block in blocks(as_bytes(tensor).numpy().data):
-                checksums[-1].append(checksum(block))
-                yield block
-
-    if plan.shards:
-        write_durably(folder / plan.name, parts())
-    chunks: dict[str, list[dict[str, object]]] = {name: [] for name in plan.shapes}
-    offset = len(plan.header)
-    for shard, sums in zip(plan.shards, checksums, strict=True):
-        start, shape = list(shard.rectangle.start), list(shard.rectangle.shape)
-        size = shard.tensor.nbytes
-        chunk = {"start": start, "shape": shape, "offset": offset, "bytes": size}
-        chunks[shard.name].append({"file": plan.name, **chunk, "checksums": sums})
-        offset += size
-    header = {"header_bytes": len(plan.header), "header_checksum": checksum(plan.header)}
-    files = {plan.name: {"bytes": offset, **header}} if plan.shards else {}
-    tensors = {
-        name: {"shape": list(shape), "dtype": dtype, "chunks": chunks[name]}
-        for name, (shape, dtype) in plan.shapes.items()
-    }
-    return {"shards": files, "tensors": tensors}
-
-
-def _dtype_name(shard: Shard) -> str:
-    if shard.tensor.dtype not in DTYPE_NAMES:
-        raise CheckpointError(f"tensor {shard.name}: {shard.tensor.dtype} can't be saved")
-    return DTYPE_NAMES[shard.tensor.dtype]
-
-
-def _header(shards: list[Shard]) -> bytes:
-    assert sys.byteorder == "little", "safetensors is little-endian"
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for shard in shards:
-        is_whole = shard.rectangle == Rectangle.whole(shard.global_shape)
-        key = shard.name if is_whole else f"{shard.name}{shard.rectangle}"
-        if key in entries:
-            raise CheckpointError(f"tensor {shard.name}: shard {shard.rectangle} is given twice")
-        stop = offset + shard.tensor.nbytes
-        dtype = SAFETENSORS_DTYPES[DTYPE_NAMES[shard.tensor.dtype]]
-        shape = list(shard.tensor.shape)
-        entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, stop]}
-        offset = stop
-    text = json.dumps(entries, separators=(",", ":")).encode("ascii")
-    text += b" " * (-len(text) % HEADER_ALIGNMENT)
-    return len(text).to_bytes(8, "little") + text
 
 
 def _load_extras(state: dict[str, object], files: Mapping[str, bytes | Path]) -> dict[str, bytes]:
@@ -231,18 +168,27 @@ def _load_extras(state: dict[str, object], files: Mapping[str, bytes | Path]) ->
     return contents
 
 
-def _prepare(root: Path, step: int, needed: int) -> str:
-    """Clear the way and make the temporary directory; returns its name."""
-    root.mkdir(parents=True, exist_ok=True)
-    clear_leftovers(root)
-    require_space(needed + MANIFEST_ALLOWANCE, root)
-    folder = root / temporary_name(step_name(step))
+def _prepare(target: Path, step: int | None, needed: int) -> str:
+    """Clear the way and make the temporary directory beside `target`; returns its name."""
+    place = target.parent
+    if step is None:
+        require_free(target)
+    place.mkdir(parents=True, exist_ok=True)
+    if step is None:
+        clear_attempts(target)
+    else:
+        clear_leftovers(place)
+    require_space(needed + MANIFEST_ALLOWANCE, place)
+    folder = place / temporary_name(target.name)
     folder.mkdir(mode=0o750)
     return folder.name
 
 
 def _merge(
-    step: int, state: dict[str, object], extras: Mapping[str, bytes], tables: list[dict[str, Any]]
+    step: int | None,
+    state: dict[str, object],
+    extras: Mapping[str, bytes],
+    tables: list[dict[str, Any]],
 ) -> Manifest:
     """One manifest of all ranks' shares. `encode` refuses it if the chunks don't tile the tensors.
 
@@ -258,7 +204,7 @@ def _merge(
                     f"{known['dtype']} {known['shape']} on a lower one"
                 )
             known["chunks"] += entry["chunks"]
-    fields = {
+    fields: dict[str, object] = {
         "megapipe": __version__,
         "step": step,
         "state": state,

@@ -1,5 +1,6 @@
 """What a rank hands over to be saved: rectangles of global tensors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,16 +30,29 @@ class Shard:
     Each rectangle is handed over by exactly one rank (the one that owns it). The
     tensor may be on any device and need not be contiguous. A name is what the values are, a slash,
     and the global name of the parameter: `exp_avg/layers.0.mlp.up.weight`.
+
+    With `load`, `tensor` is on the meta device and gives shape and dtype alone. `load()` is called
+    once, when the values are written, and they are let go before the next tensor is loaded: so a
+    model of any size can be saved by a process that holds one tensor at a time.
     """
 
     name: str
     global_shape: tuple[int, ...]
     start: tuple[int, ...]
     tensor: Tensor
+    load: Callable[[], Tensor] | None = None
 
     @property
     def rectangle(self) -> Rectangle:
         return Rectangle(tuple(self.start), tuple(self.tensor.shape))
+
+    def values(self) -> Tensor:
+        """The values: `tensor`, or what `load` returns, which has to be of its shape and dtype."""
+        if self.load is None:
+            return self.tensor
+        values, promised = self.load(), self.tensor
+        assert (values.shape, values.dtype) == (promised.shape, promised.dtype), self.name
+        return values
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

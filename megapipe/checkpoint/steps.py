@@ -12,6 +12,9 @@ A committed name may also be a symbolic link to a checkpoint on another disk: it
 other, and neither removed nor replaced. Other links are left alone.
 
 One run at a time writes to a root.
+
+A checkpoint of weights alone has any name and place. While it is being written it lies beside that
+as .tmp-<name>-<token>, and one rename commits it.
 """
 
 import os
@@ -33,8 +36,9 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def temporary_name(step_directory: str) -> str:
-    return f".tmp-{step_directory}-{secrets.token_hex(4)}"
+def temporary_name(name: str) -> str:
+    """Of the directory in which what will be `name` is written, beside it."""
+    return f".tmp-{name}-{secrets.token_hex(4)}"
 
 
 def committed(root: Path) -> dict[int, Path]:
@@ -156,6 +160,34 @@ def commit(temporary: Path, step: int) -> Path:
     else:
         aside.rename(root / f"{target.name}-replaced-{secrets.token_hex(4)}")
         sync_directory(root)
+    return target
+
+
+def require_free(target: Path) -> None:
+    """Raises CheckpointError where something, even a link that leads nowhere, has that name."""
+    if os.path.lexists(target):
+        raise CheckpointError(
+            f"{shown(target)} exists already. Name another directory, or move that one away."
+        )
+
+
+def clear_attempts(target: Path) -> None:
+    """Remove what was left beside `target` by processes that were killed while they wrote it."""
+    attempt = re.compile(re.escape(f".tmp-{target.name}-") + "[0-9a-f]{8}")
+    for entry in _entries(target.parent):
+        if attempt.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
+            remove_tree(entry)
+
+
+def commit_new(temporary: Path, target: Path) -> Path:
+    """Give a finished temporary directory beside `target` that name, durably; returns `target`.
+
+    Raises CheckpointError where the name was taken meanwhile.
+    """
+    sync_directory(temporary)
+    require_free(target)
+    temporary.rename(target)
+    sync_directory(target.parent)
     return target
 
 

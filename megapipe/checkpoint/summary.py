@@ -3,7 +3,8 @@
 import math
 import tomllib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,21 @@ from megapipe.amounts import counted, format_bytes
 from megapipe.checkpoint.manifest import Manifest
 from megapipe.checkpoint.steps import check_names, committed, has_manifest
 from megapipe.checkpoint.storage import checksum, read_small
-from megapipe.checkpoint.verify import damage, read_manifest
+from megapipe.checkpoint.verify import damage, damage_in_threads, read_manifest
 from megapipe.config import ModelConfig
 from megapipe.errors import CheckpointError, MegapipeError
 
 MODEL_FIELDS = tuple(ModelConfig.model_fields)
 """The keys of [model] that every family has."""
+
+
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""A progress bar: what is done, and bytes in all -> what is called with each number of bytes."""
+
+
+@contextmanager
+def _no_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    yield lambda count: None
 
 
 @dataclass(frozen=True)
@@ -32,12 +42,14 @@ class TensorSummary:
 
 @dataclass(frozen=True)
 class CheckpointSummary:
-    """One checkpoint; `facts` are pairs of what and how much."""
+    """One checkpoint; `facts` are pairs of what and how much, for people; `content` is what they
+    are made from, as JSON has it."""
 
     path: Path
     facts: Sequence[tuple[str, str]]
     tensors: Sequence[TensorSummary]
     problems: Sequence[str]
+    content: Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -62,21 +74,29 @@ def find_checkpoints(path: Path) -> Path | None:
     return None if whole else next((root for root in places if committed(root)), None)
 
 
-def list_checkpoints(root: Path, *, read: bool) -> list[ListedCheckpoint]:
+def list_checkpoints(root: Path, *, read: bool, bar: Bar = _no_bar) -> list[ListedCheckpoint]:
     """All checkpoints of a run, the newest first; with `read`, every byte is verified."""
-    found = []
+    manifests: dict[int, Manifest | CheckpointError] = {}
     for step, path in committed(root).items():
         try:
-            manifest = read_manifest(path)
-            problems = damage(path, manifest, read=read)
-            tokens, size = _number(manifest.state.get("tokens")), format_bytes(_bytes(manifest))
+            manifests[step] = read_manifest(path)
         except CheckpointError as error:
-            tokens, size, problems = "?", "?", [str(error)]
-        found.append(ListedCheckpoint(step, tokens, size, problems))
+            manifests[step] = error
+    total = sum(_bytes(one) for one in manifests.values() if isinstance(one, Manifest))
+    found = []
+    with bar("verifying", total) if read else _no_bar("", 0) as progress:
+        for step, path in committed(root).items():
+            manifest = manifests[step]
+            if isinstance(manifest, CheckpointError):
+                found.append(ListedCheckpoint(step, "?", "?", [str(manifest)]))
+                continue
+            tokens, size = _number(manifest.state.get("tokens")), format_bytes(_bytes(manifest))
+            problems = _problems(path, manifest, read, progress)
+            found.append(ListedCheckpoint(step, tokens, size, problems))
     return found
 
 
-def summarize_checkpoint(path: Path, *, read: bool) -> CheckpointSummary:
+def summarize_checkpoint(path: Path, *, read: bool, bar: Bar = _no_bar) -> CheckpointSummary:
     """All about one checkpoint; with `read`, every byte is verified.
 
     Raises CheckpointError where there is none, or its manifest can't be read.
@@ -86,13 +106,33 @@ def summarize_checkpoint(path: Path, *, read: bool) -> CheckpointSummary:
         TensorSummary(name, entry.dtype, tuple(entry.shape), len(entry.chunks))
         for name, entry in manifest.tensors.items()
     ]
-    problems = damage(path, manifest, read=read)
-    return CheckpointSummary(path, _facts(path, manifest), tensors, problems)
-
-
-def _facts(path: Path, manifest: Manifest) -> list[tuple[str, str]]:
     config = _config(path, manifest)
-    facts = [("step", _number(manifest.step))]
+    with bar("verifying", _bytes(manifest)) if read else _no_bar("", 0) as progress:
+        problems = _problems(path, manifest, read, progress)
+    content = {
+        "path": str(path),
+        "kind": "checkpoint",
+        "step": manifest.step,
+        "state": manifest.state,
+        "model": config.get("model", {}),
+        "bytes": _bytes(manifest),
+        "files": [*manifest.shards, *manifest.files],
+        "megapipe": manifest.megapipe,
+        "version": manifest.version,
+    }
+    return CheckpointSummary(path, _facts(manifest, config), tensors, problems, content)
+
+
+def _problems(
+    path: Path, manifest: Manifest, read: bool, progress: Callable[[int], None]
+) -> list[str]:
+    if read:
+        return damage_in_threads(path, manifest, progress)
+    return damage(path, manifest, read=False)
+
+
+def _facts(manifest: Manifest, config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    facts = [("step", "none: weights alone" if manifest.step is None else _number(manifest.step))]
     facts += [(key, _describe(value)) for key, value in manifest.state.items() if key != "step"]
     if "model" in config:
         facts.append(("model", _fields(config["model"], MODEL_FIELDS)))

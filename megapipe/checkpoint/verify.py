@@ -1,6 +1,8 @@
 """Reading a manifest, and proving that every byte is the one that was written. Needs no torch."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +19,8 @@ from megapipe.checkpoint.storage import (
 )
 from megapipe.errors import CheckpointError
 from megapipe.files import shown
+
+MAX_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -71,13 +75,34 @@ def byte_ranges(manifest: Manifest) -> Iterator[ByteRange]:
                 yield ByteRange(chunk.file, chunk.offset + begin, size, expected, f"tensor {name}")
 
 
+def damage_in_threads(
+    directory: Path, manifest: Manifest, progress: Callable[[int], None] | None = None
+) -> list[str]:
+    """As `damage`, with the reading shared by threads: reads and checksums run side by side."""
+    threads = min(MAX_THREADS, os.cpu_count() or 1)
+
+    def share(part: int) -> list[str]:
+        return damage(directory, manifest, part=part, parts=threads, progress=progress)
+
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(share, range(threads))
+        return list(dict.fromkeys(problem for part in found for problem in part))
+
+
 def damage(
-    directory: Path, manifest: Manifest, *, part: int = 0, parts: int = 1, read: bool = True
+    directory: Path,
+    manifest: Manifest,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    read: bool = True,
+    progress: Callable[[int], None] | None = None,
 ) -> list[str]:
     """What is wrong with the files of a checkpoint, one sentence each; empty when it is whole.
 
     Files must have their exact sizes and, unless `read` is False, every byte its checksum. With
-    `parts` > 1 this process looks at its share only: of `parts` equal shares, number `part`.
+    `parts` > 1 this looks at its share only: of `parts` equal shares, number `part`. `progress` is
+    called with the number of bytes after each read of that many.
     """
     sizes = {name: file.bytes for name, file in (manifest.files | manifest.shards).items()}
     by_place = sorted(byte_ranges(manifest), key=lambda span: (span.file, span.offset))
@@ -94,6 +119,8 @@ def damage(
                     read_into(descriptor, view, span.offset, path)
                     if checksum(view) != span.checksum:
                         problems.append(describe(path, span))
+                    if progress is not None:
+                        progress(span.bytes)
         except CheckpointError as error:
             problems.append(str(error))
     return problems

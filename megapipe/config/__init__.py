@@ -3,13 +3,13 @@
 from megapipe.config.checkpoint import CheckpointConfig
 from megapipe.config.config import Config
 from megapipe.config.data import DataConfig, SourceConfig
-from megapipe.config.difference import difference
+from megapipe.config.difference import difference, model_difference
 from megapipe.config.family import ConfigFamily, Families
 from megapipe.config.load import family_of, load_config, parse_config, section_types
 from megapipe.config.logging import LoggingConfig
 from megapipe.config.model import ModelConfig
 from megapipe.config.parallel import ParallelConfig
-from megapipe.config.save import dump_config, save_config, schema
+from megapipe.config.save import dump_config, dump_model, save_config, schema
 from megapipe.config.train import TrainConfig
 from megapipe.optim import OptimizerConfig
 
@@ -27,8 +27,10 @@ __all__ = [
     "TrainConfig",
     "difference",
     "dump_config",
+    "dump_model",
     "family_of",
     "load_config",
+    "model_difference",
     "parse_config",
     "save_config",
     "schema",

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from megapipe.amounts import counted
 from megapipe.config.axes import Splits, given_sizes
+from megapipe.config.checkpoint import CheckpointConfig
 from megapipe.config.contradiction import Problem, choices
 from megapipe.config.data import DataConfig
 from megapipe.config.logging import LoggingConfig, parse_steps, project_problem
@@ -168,6 +169,23 @@ def optimizer_problems(train: TrainConfig, optimizer: OptimizerConfig) -> Iterat
         )
 
 
+def checkpoint_problems(checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    """Checkpoints that are kept for ever have to be saved."""
+    every, kept = checkpoint.every, checkpoint.keep_every
+    if kept and not every:
+        yield Problem(
+            "checkpoint.keep_every",
+            "has no effect with checkpoint.every = 0, which saves at the end of the run only; set "
+            f"checkpoint.every = {kept}, or remove keep_every",
+        )
+    elif kept and kept % every:
+        yield Problem(
+            "checkpoint.keep_every",
+            f"must be a multiple of checkpoint.every = {every}, which says after which steps there "
+            f"are checkpoints: use {_near_multiples(kept, every)}",
+        )
+
+
 def data_problems(parallel: ParallelConfig, data: DataConfig) -> Iterator[Problem]:
     """Streams against replicas."""
     sizes, replicas = _replicas(parallel)
@@ -215,4 +233,31 @@ def timeline_problems(train: TrainConfig, logging: LoggingConfig) -> Iterator[Pr
         yield Problem(
             "logging.timeline",
             f"is after the last step, train.steps = {train.steps}; name an earlier one",
+        )
+
+
+def load_problems(checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    """The model to start from against the run to go on from, and keys that go with it."""
+    if checkpoint.load_from is None:
+        for key in ("load_state", "load_allow", "load_new_tokens", "load_layers"):
+            if getattr(checkpoint, key) != type(checkpoint).model_fields[key].default:
+                yield Problem(
+                    f"checkpoint.{key}", "has no effect without checkpoint.load_from; set both"
+                )
+    elif checkpoint.resume not in ("auto", "never"):
+        yield Problem(
+            "checkpoint.load_from",
+            f'and checkpoint.resume = "{checkpoint.resume}" are both given; keep resume to go on '
+            "with that run, or load_from to start a new one",
+        )
+
+
+def layer_map_problems(model: ModelConfig, checkpoint: CheckpointConfig) -> Iterator[Problem]:
+    """The map of layers against their number."""
+    layers = checkpoint.load_layers
+    if layers is not None and len(layers) != model.num_layers:
+        yield Problem(
+            "checkpoint.load_layers",
+            f"has {counted(len(layers), 'entry')}, and model.num_layers = {model.num_layers}: give "
+            "one for each layer of the model",
         )

@@ -64,6 +64,7 @@ def cross_problems(sections: Mapping[str, Section]) -> list[checks.Problem]:
     model, parallel = sections.get("model"), sections.get("parallel")
     train, data = sections.get("train"), sections.get("data")
     optimizer, logging = sections.get("optimizer"), sections.get("logging")
+    checkpoint = sections.get("checkpoint")
     if isinstance(model, ModelConfig):
         found += model.problems()
     if isinstance(parallel, ParallelConfig):
@@ -81,6 +82,11 @@ def cross_problems(sections: Mapping[str, Section]) -> list[checks.Problem]:
         found += checks.data_problems(parallel, data)
     if isinstance(train, TrainConfig) and isinstance(data, DataConfig):
         found += checks.validation_problems(train, data)
+    if isinstance(checkpoint, CheckpointConfig):
+        found += checks.checkpoint_problems(checkpoint)
+        found += checks.load_problems(checkpoint)
+    if isinstance(model, ModelConfig) and isinstance(checkpoint, CheckpointConfig):
+        found += checks.layer_map_problems(model, checkpoint)
     if isinstance(logging, LoggingConfig):
         found += checks.wandb_problems(logging)
     if isinstance(train, TrainConfig) and isinstance(logging, LoggingConfig):

@@ -1,10 +1,11 @@
 """What two configs disagree on."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
 from megapipe.config.config import Config
+from megapipe.config.model import ModelConfig
 from megapipe.config.problems import show
 
 
@@ -15,12 +16,28 @@ def difference(old: Config, new: Config, sections: Sequence[str] = ("model",)) -
     are left out. An empty list says that weights of one config fit the other. Of models of two
     families only the families are named.
     """
+    lines = []
     before, after = old.model_dump(), new.model_dump()
-    if old.model.family != new.model.family:
-        before["model"], after["model"] = ({"family": each.model.family} for each in (old, new))
-    changes = [change for name in sections for change in _changes(name, before[name], after[name])]
-    free = {f"model.{key}" for key in new.model.MAY_CHANGE}
-    return [f"{key}: {show(a)} -> {show(b)}" for key, a, b in changes if key not in free]
+    for name in sections:
+        if name == "model":
+            lines += model_difference(old.model, new.model)
+        else:
+            lines += _lines(_changes(name, before[name], after[name]))
+    return lines
+
+
+def model_difference(old: ModelConfig, new: ModelConfig) -> list[str]:
+    """As `difference`, of two shapes of a model."""
+    before, after = old.model_dump(), new.model_dump()
+    if old.family != new.family:
+        before, after = {"family": old.family}, {"family": new.family}
+    free = {f"model.{key}" for key in new.MAY_CHANGE}
+    changes = _changes("model", before, after)
+    return _lines(change for change in changes if change[0] not in free)
+
+
+def _lines(changes: Iterable[tuple[str, Any, Any]]) -> list[str]:
+    return [f"{key}: {show(a)} -> {show(b)}" for key, a, b in changes]
 
 
 def _changes(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -1,7 +1,8 @@
 """From a TOML file, presets and the command line to a Config, or to every reason why not."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -15,6 +16,7 @@ from megapipe.config.optimizer import (
     optimizer_type,
     without_effect,
 )
+from megapipe.config.paths import expand_path
 from megapipe.config.problems import nearest, section_problem, sentence, show
 from megapipe.config.source import (
     ConfigSource,
@@ -24,9 +26,12 @@ from megapipe.config.source import (
     parse_source,
     read_source,
 )
-from megapipe.errors import ConfigError
+from megapipe.errors import ConfigError, MegapipeError
 from megapipe.files import shown
 from megapipe.section import Section
+
+ModelLender = Callable[[Path, Path | None], ModelConfig]
+"""(checkpoint.load_from, train.run_dir) -> the model there. Raises MegapipeError."""
 
 
 def section_types(model: type[ModelConfig] = ModelConfig) -> dict[str, type[Section]]:
@@ -41,17 +46,26 @@ def section_types(model: type[ModelConfig] = ModelConfig) -> dict[str, type[Sect
     return {**types, "model": model, "optimizer": AnyOptimizerConfig}
 
 
-def load_config(path: str | Path, overrides: Sequence[str], families: Families) -> Config:
+def load_config(
+    path: str | Path,
+    overrides: Sequence[str],
+    families: Families,
+    lender: ModelLender | None = None,
+) -> Config:
     """Reads a config, its preset under it and the command line over it.
 
     `overrides` are command-line words: `--parallel.tensor 4`, `--train.run_dir=runs/x`; values are
-    TOML, and a word that is not TOML is text. Raises ConfigError with all problems at once.
+    TOML, and a word that is not TOML is text. `lender` reads the model that checkpoint.load_from
+    names, whose keys lie under the preset. Raises ConfigError with all problems at once.
     """
     source = read_source(Path(path))
     problems = apply_overrides(source, parse_overrides(overrides))
+    lent = None if lender is None else _lent_keys(source, lender, problems)
     family = _find_family(source, families, problems)
     if family is not None:
         problems += _merge_preset(source, family, families)
+    if lent is not None:
+        source.tree["model"] = merge(lent, source.tree["model"])
     return _build(source, family, families, problems)
 
 
@@ -81,6 +95,45 @@ def _find_family(
         return None
 
 
+def _lent_keys(
+    source: ConfigSource, lender: ModelLender, problems: list[str]
+) -> Mapping[str, object] | None:
+    """The keys of [model] that the model of checkpoint.load_from gives; its family is set where
+    none is named. None where there is no such key, or another family is named."""
+    load_from = _path(source.tree, "checkpoint", "load_from")
+    if load_from is None:
+        return None
+    model = source.tree.setdefault("model", {})
+    if not isinstance(model, dict):
+        return None
+    try:
+        found = lender(load_from, _path(source.tree, "train", "run_dir"))
+    except MegapipeError as error:
+        source.model_unknown = True
+        where = source.where(("checkpoint", "load_from"))
+        text = f"checkpoint.load_from: {str(error).removesuffix('.')}"
+        problems.append(sentence(where, text))
+        return None
+    if model.setdefault("family", found.family) != found.family:
+        return None  # which is told where the two are compared
+    keys = found.model_dump(mode="json", exclude={"preset"}, exclude_none=True)
+    source.load_from, source.loaded_keys = shown(load_from), frozenset(keys)
+    return keys
+
+
+def _path(tree: Mapping[str, Any], section: str, key: str) -> Path | None:
+    """The path that is the value of a key; None where there is none, or it can't be used, as its
+    section will say."""
+    values = tree.get(section)
+    text = values.get(key) if isinstance(values, dict) else None
+    if not isinstance(text, str) or text in ("", "none"):
+        return None
+    try:
+        return Path(expand_path(text))
+    except ValueError:
+        return None
+
+
 def _merge_preset(source: ConfigSource, family: ConfigFamily, families: Families) -> list[str]:
     model = source.tree.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("preset"), str):
@@ -90,7 +143,7 @@ def _merge_preset(source: ConfigSource, family: ConfigFamily, families: Families
         del model["preset"]
         return []
     if name not in presets:
-        source.preset_unknown = True
+        source.model_unknown = True
         text = f"model.preset = {show(name)} {_no_preset(name, family, families)}"
         return [sentence(source.where(("model", "preset")), text)]
     source.preset, source.preset_keys = name, frozenset(presets[name])
@@ -147,8 +200,8 @@ def _validation_problems(
     sentences = [
         _problem(section, detail, source, types, owners)
         for detail in error.errors(include_url=False)
-        # What an unknown preset would have given says nothing more.
-        if not (detail["type"] == "missing" and section == "model" and source.preset_unknown)
+        # What is missing for want of an unknown preset or model says nothing more.
+        if not (detail["type"] == "missing" and section == "model" and source.model_unknown)
         and not _follows(detail, error)
     ]
     return [sentence for sentence in sentences if sentence is not None]

@@ -7,7 +7,7 @@ import tomli_w
 
 from megapipe.config.config import Config
 from megapipe.config.family import Families
-from megapipe.config.model import DEFAULT_FAMILY
+from megapipe.config.model import DEFAULT_FAMILY, ModelConfig
 from megapipe.config.optimizer import AnyOptimizerConfig
 from megapipe.errors import MegapipeError
 from megapipe.files import replace_durably, write_reason
@@ -18,10 +18,17 @@ _PART = "#/$defs/{model}"
 def dump_config(config: Config) -> str:
     """TOML with every value spelled out; `parse_config` and `load_config` give an equal config."""
     tree = {name: _plain(section) for name, section in config.model_dump(mode="json").items()}
-    # What a preset would set is written even where it is absent, or the preset would set it again.
-    if config.model.preset is not None:
-        tree["model"] |= {key: "none" for key, value in config.model if value is None}
+    # What is absent is written too where a preset or another model would set it again.
+    if config.model.preset is not None or config.checkpoint.load_from is not None:
+        absent = [key for key, value in config.model if value is None and key != "preset"]
+        tree["model"] |= dict.fromkeys(absent, "none")
     return tomli_w.dumps(tree)
+
+
+def dump_model(model: ModelConfig) -> str:
+    """TOML of the section [model] alone, with every value spelled out but the preset's name."""
+    values = model.model_dump(mode="json", exclude={"preset"})
+    return tomli_w.dumps({"model": _plain(values)})
 
 
 def _plain(value: Any) -> Any:
@@ -59,12 +66,11 @@ def schema(families: Families) -> dict[str, Any]:
     parts = described["$defs"]
     del parts["ModelConfig"]
     parts["OptimizerConfig"] = AnyOptimizerConfig.model_json_schema()
-    shapes = []
+    shapes, needed = [], [{"required": ["preset"]}]
     for name, family in families.items():
         shape = family.config.model_json_schema(ref_template=_PART)
         parts |= shape.pop("$defs", {})
-        # A preset may give the keys that have no default.
-        shape["anyOf"] = [{"required": ["preset"]}, {"required": shape.pop("required")}]
+        needed.append({"required": shape.pop("required")})
         if name != DEFAULT_FAMILY:
             shape["required"] = ["family"]
         parts[family.config.__name__] = shape
@@ -73,6 +79,12 @@ def schema(families: Families) -> dict[str, Any]:
         "description": Config.model_fields["model"].description,
         **(shapes[0] if len(shapes) == 1 else {"anyOf": shapes}),
     }
+    # A preset may give the keys that have no default, and so may a model that is loaded.
+    described["required"].remove("model")
+    described["anyOf"] = [
+        {"required": ["model"], "properties": {"model": {"anyOf": needed}}},
+        {"required": ["checkpoint"], "properties": {"checkpoint": {"required": ["load_from"]}}},
+    ]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **described,

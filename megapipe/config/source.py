@@ -34,7 +34,8 @@ def dotted(path: KeyPath) -> str:
 class ConfigSource:
     """Raw values under `tree`, and what is needed to say where a value was written.
 
-    `preset` is the name of the one that was merged, `preset_keys` the keys of [model] it gives.
+    `preset` is the name of the one that was merged, `preset_keys` the keys of [model] it gives;
+    `load_from` and `loaded_keys` are those of the model that lies under it.
     """
 
     name: str
@@ -43,16 +44,21 @@ class ConfigSource:
     overridden: set[KeyPath] = field(default_factory=set)
     preset: str | None = None
     preset_keys: frozenset[str] = frozenset()
-    preset_unknown: bool = False
+    load_from: str | None = None
+    loaded_keys: frozenset[str] = frozenset()
+    model_unknown: bool = False
+    """There is no such preset, or no model to load: who knows what it would have given."""
 
     def where(self, path: KeyPath) -> str:
-        """`run.toml:12`, `command line` or `run.toml, preset "gpt2"`."""
+        """`run.toml:12`, `command line`, `run.toml, preset "gpt2"` or `run.toml, load_from "x"`."""
         if any(path[: len(key)] == key for key in self.overridden):
             return "command line"
         line, matched = self._line(path)
-        from_preset = len(path) > 1 and path[0] == "model" and path[1] in self.preset_keys
-        if from_preset and matched < 2:
-            return f'{self.name}, preset "{self.preset}"'
+        if len(path) > 1 and path[0] == "model" and matched < 2:
+            if path[1] in self.preset_keys:
+                return f'{self.name}, preset "{self.preset}"'
+            if path[1] in self.loaded_keys:
+                return f'{self.name}, checkpoint.load_from "{self.load_from}"'
         if not line and any(key[: len(path)] == path for key in self.overridden):
             return "command line"  # a table that only overrides made
         return f"{self.name}:{line}" if line else self.name

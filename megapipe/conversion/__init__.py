@@ -1,1 +1,1 @@
-"""Models of other stacks: read, written, proven."""
+"""Models of other stacks: read, written, and proven to compute the same."""

@@ -15,6 +15,8 @@ from megapipe.files import reason
 END_OF_DOCUMENT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 BY_TOKEN = ("tokenizer_config.json", "special_tokens_map.json")
 BY_NUMBER = ("generation_config.json", "config.json")
+KEPT = ("added_tokens.json", "chat_template.jinja", "chat_template.json")
+"""Copied with a tokenizer, and not read."""
 
 
 class HuggingFaceTokenizer:
@@ -203,7 +205,7 @@ def _companions(path: Path) -> dict[str, Path]:
     """
     beside = {"tokenizer_config.json": _config_beside(path)}
     if path.name == "tokenizer.json":
-        beside |= {name: path.with_name(name) for name in (*BY_TOKEN, *BY_NUMBER)}
+        beside |= {name: path.with_name(name) for name in (*BY_TOKEN, *BY_NUMBER, *KEPT)}
     return {name: file for name, file in beside.items() if os.path.lexists(file)}
 
 

@@ -20,6 +20,7 @@ from megapipe.amounts import counted
 from megapipe.errors import (
     CheckpointError,
     ConfigError,
+    ConversionError,
     DataError,
     MegapipeError,
     ScheduleError,
@@ -30,7 +31,14 @@ Value = TypeVar("Value")
 
 KINDS: dict[str, type[MegapipeError]] = {
     kind.__name__: kind
-    for kind in (ConfigError, ScheduleError, DataError, CheckpointError, MegapipeError)
+    for kind in (
+        ConfigError,
+        ScheduleError,
+        DataError,
+        CheckpointError,
+        ConversionError,
+        MegapipeError,
+    )
 }
 """The errors that are raised on other ranks too; one derived from them arrives as its base."""
 

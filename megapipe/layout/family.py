@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megapipe.config import Config, ConfigFamily, ModelConfig
+from megapipe.layout.architecture import Architecture
 from megapipe.layout.axes import Axes
 from megapipe.layout.parameters import ParameterSpec, Place
 
@@ -49,9 +50,18 @@ class StageModule(Protocol):
         """The hidden states after the stage, from those of the stage before (None on the first) and
         a `megapipe.microbatch.MicroBatch`; on the last stage the sum of its token losses."""
 
+    def logits(self, tokens_BS: "Tensor") -> "Tensor":
+        """What the model says of the token after each, [S, B, vocabulary], where the stage is the
+        whole model on one rank: for inference, and for proofs of conversions."""
+
 
 class ModelFamily(ConfigFamily, Protocol):
     """A kind of model. Its functions are pure; `model` is a section of its class `config`."""
+
+    @property
+    def architectures(self) -> Sequence[Architecture]:
+        """What other stacks call models of this family, and how they store them. Of several that
+        can hold a model, the first is the one that it is exported as."""
 
     def parameters(self, model: ModelConfig) -> Sequence[ParameterSpec]:
         """The table of all parameters, in the order in which the model applies them."""

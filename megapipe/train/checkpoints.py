@@ -13,6 +13,7 @@ from megapipe.checkpoint.retention import Skipped, newest_valid, prune
 from megapipe.checkpoint.save import MANIFEST_ALLOWANCE, save_checkpoint
 from megapipe.checkpoint.shard import Shard
 from megapipe.checkpoint.storage import require_space
+from megapipe.config import Config
 from megapipe.config.optimizer import read_optimizer
 from megapipe.config.problems import show
 from megapipe.data_parallel.optimizer import WEIGHTS
@@ -22,6 +23,9 @@ from megapipe.optim import parameter_groups
 from megapipe.optim.learning_rate import Course
 from megapipe.train.course_change import course_change
 from megapipe.train.engine import Engine
+from megapipe.train.run_directory import step_to_resume
+
+NEW_RUN = 'start a new run: checkpoint.resume = "never" and another train.run_dir'
 
 
 @dataclass(frozen=True)
@@ -100,8 +104,13 @@ class Checkpoints:
         )
         self._own.append(path)
         try:
-            keep = self.config.checkpoint.keep
-            prune(self.root, keep, trusted=self._own, ranks=self._ranks)
+            prune(
+                self.root,
+                self.config.checkpoint.keep,
+                keep_every=self.config.checkpoint.keep_every,
+                trusted=self._own,
+                ranks=self._ranks,
+            )
         except CheckpointError as error:  # on all ranks alike
             self._say(f"{path} was saved, and older checkpoints stay: {error}")
         return path
@@ -122,11 +131,11 @@ class Checkpoints:
         path = self._to_resume()
         if path is None:
             return Progress(), None
-        (reader, saved), _ = self._ranks.in_agreement(lambda: self._load(path))
-        self._say(f"Resumed from {path} at step {reader.step}.")
-        if change := course_change(saved, self._course, reader.step):
+        (reader, saved, step), _ = self._ranks.in_agreement(lambda: self._load(path))
+        self._say(f"Resumed from {path} at step {step}.")
+        if change := course_change(saved, self._course, step):
             self._say(change)
-        return Progress(reader.step, int(reader.state["tokens"])), reader.state["data"]
+        return Progress(step, int(reader.state["tokens"])), reader.state["data"]
 
     @property
     def _course(self) -> Course:
@@ -162,39 +171,40 @@ class Checkpoints:
             )
         return found.path
 
-    def _load(self, path: Path) -> tuple[CheckpointReader, Course]:
+    def _load(self, path: Path) -> tuple[CheckpointReader, Course, int]:
         """Fill every shard, copies included, then round the master weights into the model's.
 
-        Returns the course of the run that saved it, too.
+        Returns the course of the run that saved it, too, and its step.
         """
         reader = open_checkpoint(path)
+        step = step_to_resume(path, reader.manifest)
         state = list(self.engine.optimizer.state())
-        self._require_optimizer(reader, {kind for kind, _, _ in state})
-        course = _saved_course(reader)
+        require_optimizer(reader, self.config, {kind for kind, _, _ in state}, NEW_RUN)
+        course = saved_course(reader)
         reader.require({f"{kind}/{shard.name}": shard.global_shape for kind, shard, _ in state})
         for kind, shard, values in state:
             values.copy_(reader.read(f"{kind}/{shard.name}", shard.start, shard.shape))
         self.engine.optimizer.load_scalars(reader.state)
         for buffer in self.engine.buffers:
             buffer.publish_master()
-        return reader, course
+        return reader, course, step
 
-    def _require_optimizer(self, reader: CheckpointReader, own: set[str]) -> None:
-        """Raises CheckpointError where the run that saved it had another optimizer, or one that
-        kept other state than this one's, of which this rank has the kinds `own`."""
-        name = reader.config["optimizer"]["name"]
-        saved = {name.partition("/")[0] for name in reader.manifest.tensors} - {WEIGHTS}
-        groups = parameter_groups(self.config.optimizer)
-        kept = {one.name for group in groups for one in group.state}
-        same_state = saved <= kept and own <= saved | {WEIGHTS}
-        if name == self.config.optimizer.name and same_state:
-            return
-        raise CheckpointError(
-            f"{shown(reader.path)} is of a run with optimizer.name = {show(name)}, which kept "
-            f"{_names(saved)} of each parameter; here it is {show(self.config.optimizer.name)}, "
-            f"which keeps {_names(kept)}. Set the keys of [optimizer] as they were there, or start "
-            'a new run: checkpoint.resume = "never" and another train.run_dir.'
-        )
+
+def require_optimizer(reader: CheckpointReader, config: Config, own: set[str], advice: str) -> None:
+    """Raises CheckpointError where the run that saved it had another optimizer, or one that kept
+    other state than this one's, of which this rank has the kinds `own`. `advice` ends the text."""
+    name = reader.config["optimizer"]["name"]
+    saved = {name.partition("/")[0] for name in reader.manifest.tensors} - {WEIGHTS}
+    groups = parameter_groups(config.optimizer)
+    kept = {one.name for group in groups for one in group.state}
+    same_state = saved <= kept and own <= saved | {WEIGHTS}
+    if name == config.optimizer.name and same_state:
+        return
+    raise CheckpointError(
+        f"{shown(reader.path)} is of a run with optimizer.name = {show(name)}, which kept "
+        f"{_names(saved)} of each parameter; here it is {show(config.optimizer.name)}, "
+        f"which keeps {_names(kept)}. Set the keys of [optimizer] as they were there, or {advice}."
+    )
 
 
 def _refuse_links(skipped: Skipped) -> None:
@@ -215,7 +225,7 @@ def _names(state: set[str]) -> str:
     return " and ".join(sorted(state)) or "nothing"
 
 
-def _saved_course(reader: CheckpointReader) -> Course:
+def saved_course(reader: CheckpointReader) -> Course:
     """Of the run that saved a checkpoint, whose config has every value.
 
     Raises CheckpointError where the optimizer of that name had other keys then.
@@ -231,6 +241,5 @@ def _saved_course(reader: CheckpointReader) -> Course:
             had = f"no {key}, which this version of megapipe needs"
         raise CheckpointError(
             f"{shown(reader.path)} is of a run with {had}. Go on with megapipe "
-            f"{reader.manifest.megapipe}, which saved it, or start a new run: "
-            'checkpoint.resume = "never" and another train.run_dir.'
+            f"{reader.manifest.megapipe}, which saved it, or {NEW_RUN}."
         ) from error

@@ -8,6 +8,7 @@ inside a step leaves weights that nobody can vouch for: it ends the run without 
 import time
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 from megapipe.config import Config
@@ -19,6 +20,7 @@ from megapipe.step_sums import Given, StepPart, StepSums
 from megapipe.train.bubble import BubbleMeter
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine, StepResult
+from megapipe.train.exports import Exports
 from megapipe.train.loggers import Loggers
 from megapipe.train.metrics import Metrics, device_peak_flops, peak_memory_bytes
 from megapipe.train.signals import StopRequest
@@ -39,6 +41,7 @@ class Run:
     progress: Progress
     flops_per_token: float
     bubble: BubbleMeter
+    exports: Exports
     timeline: TimelineWriter | None = None
     first_step: int = 0
     """The step from which this start goes on."""
@@ -94,17 +97,20 @@ def train(run: Run) -> Progress:
             run.timeline.after(progress.step)
         stopping = result.totals["stop"] > 0  # some rank was asked to
         leaving = stopping or progress.step == config.train.steps
-        if leaving or _due(progress.step, config.checkpoint.every):
-            save(run, progress, last=leaving)
+        exporting = _due(progress.step, config.checkpoint.export_every)
+        if leaving or exporting or _due(progress.step, config.checkpoint.every):
+            saved = save(run, progress, last=leaving)
+            if exporting and saved is not None:
+                export(run, saved, progress.step)
         if stopping:
             break
     return progress
 
 
-def save(run: Run, progress: Progress, *, last: bool) -> None:
-    """Write a checkpoint. One that can't be written (a full disk) is reported, and the next one is
-    tried when it is due: older checkpoints are whole. The last one has to succeed, or this raises
-    CheckpointError."""
+def save(run: Run, progress: Progress, *, last: bool) -> Path | None:
+    """Write a checkpoint; returns its path. One that can't be written (a full disk) is reported,
+    and the next one is tried when it is due: older checkpoints are whole. The last one has to
+    succeed, or this raises CheckpointError."""
     try:
         with run.stop.saving(), run.engine.patient():
             path = run.checkpoints.save(progress, run.feed.state())
@@ -115,14 +121,28 @@ def save(run: Run, progress: Progress, *, last: bool) -> None:
                 "start the same command again."
             )
             raise
-        every, step = run.config.checkpoint.every, progress.step
         run.loggers.event(
-            f"NOT SAVED at step {step}: {str(error).removesuffix('.')}. Training goes on; the next "
-            f"attempt is after step {min(step + every, run.config.train.steps)}."
+            f"NOT SAVED at step {progress.step}: {str(error).removesuffix('.')}. Training goes on; "
+            f"the next attempt is after step {_next_save(run.config, progress.step)}."
         )
-    else:
-        run.saved_step = progress.step
-        run.loggers.event(f"Saved {path}")
+        return None
+    run.saved_step = progress.step
+    run.loggers.event(f"Saved {path}")
+    return path
+
+
+def _next_save(config: Config, step: int) -> int:
+    """The step after which the next checkpoint is due."""
+    periods = (config.checkpoint.every, config.checkpoint.export_every)
+    due = [(step // every + 1) * every for every in periods if every > 0]
+    return min([*due, config.train.steps])
+
+
+def export(run: Run, checkpoint: Path, step: int) -> None:
+    """Export the checkpoint that was just saved. One that can't be written is reported."""
+    with run.stop.saving(), run.engine.patient():
+        said = run.exports.write(checkpoint, step)
+    run.loggers.event(said)
 
 
 def end_with(run: Run, progress: Progress, error: Exception) -> NoReturn:

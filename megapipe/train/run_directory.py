@@ -18,7 +18,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megapipe.checkpoint.manifest import Manifest
 from megapipe.checkpoint.steps import check_names, committed, has_manifest
+from megapipe.checkpoint.verify import read_manifest
 from megapipe.config import Config, Families, difference, dump_config, parse_config
 from megapipe.config.save import write_text
 from megapipe.config.source import parse_source
@@ -34,10 +36,12 @@ ANOTHER = "Choose another train.run_dir, or move that directory elsewhere."
 
 @dataclass(frozen=True)
 class StartPlan:
-    """`resume` stands for checkpoint.resume in this start; `notes` are lines for people."""
+    """`resume` stands for checkpoint.resume in this start; `notes` are lines for people; `loads`
+    says whether checkpoint.load_from applies."""
 
     resume: str
     notes: list[str]
+    loads: bool = False
 
 
 def plan_start(config: Config, families: Families, ranks: RankGroup = ALONE) -> StartPlan:
@@ -120,13 +124,14 @@ def _plan(config: Config, families: Families) -> StartPlan:
     if not own:
         if resume not in ("auto", "never"):
             check_names(Path(resume) / "checkpoints")
+            _refuse_weights(Path(resume))
             _check_model(
                 _config_at(Path(resume), families, notes),
                 config,
                 Path(resume),
                 f'Put the model back, or take another checkpoint.resume (now "{resume}").',
             )
-        return StartPlan(resume, notes)
+        return StartPlan(resume, notes, loads=config.checkpoint.load_from is not None)
     if resume == "never":
         raise CheckpointError(
             f'checkpoint.resume = "never", and train.run_dir = "{run_dir}" holds checkpoints '
@@ -141,9 +146,36 @@ def _plan(config: Config, families: Families) -> StartPlan:
         run_dir,
         f'Put the model back, or choose another train.run_dir (now "{run_dir}").',
     )
+    if config.checkpoint.load_from is not None:
+        notes.append(
+            f'checkpoint.load_from = "{shown(config.checkpoint.load_from)}" was for the first '
+            f"start; the run goes on from its own checkpoints in {shown(run_dir)}."
+        )
     if last is not None:
         notes += _notes_on_changes(last, config)
     return StartPlan("auto", notes)
+
+
+def step_to_resume(path: Path, manifest: Manifest) -> int:
+    """The step of a checkpoint. Raises CheckpointError where it holds weights alone."""
+    if manifest.step is None:
+        place = shown(path)
+        raise CheckpointError(
+            f'checkpoint.resume = "{place}" holds weights alone: no step, no optimizer state and '
+            f'no position in the data to go on from. Use checkpoint.load_from = "{place}" instead, '
+            "which starts a new run from its weights."
+        )
+    return manifest.step
+
+
+def _refuse_weights(path: Path) -> None:
+    """Raises CheckpointError where checkpoint.resume names weights alone; what is damaged, or no
+    checkpoint, is reported when it is loaded."""
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError:
+        return
+    step_to_resume(path, manifest)
 
 
 def _config_at(place: Path, families: Families, notes: list[str]) -> Config | None:

@@ -55,6 +55,8 @@ from megapipe.train.bubble import BubbleMeter
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine
 from megapipe.train.environment import environment_lines
+from megapipe.train.exports import Exports
+from megapipe.train.load_from import LoadFrom
 from megapipe.train.loggers import Loggers
 from megapipe.train.loop import Run, train
 from megapipe.train.run_directory import RunLock, plan_start, write_config
@@ -217,7 +219,9 @@ def _start_or_resume(
 ) -> int:
     ranks = mesh.world.rank_group
     plan = plan_start(start.config, start.families, ranks)
-    for line in [*_introduction(start, mesh.device), *plan.notes]:
+    loads = LoadFrom(start.config, start.families, ranks) if plan.loads else None
+    notes = [*plan.notes, *(loads.notes if loads else [])]
+    for line in [*_introduction(start, mesh.device), *notes]:
         lines.say(line)
     channels = make_channels(mesh)
     layout = settle_layout(start.config, start.family, mesh, channels, lock, lines.say)
@@ -226,10 +230,14 @@ def _start_or_resume(
     readers = [one.reader for one in (feed, validation) if one is not None and one.reader]
     for line in ranks.from_first(lambda: text_lines(config, readers)):
         lines.say(line)
+    exports = Exports(config, start.family, ranks, lines.say)
+    exports.check()
     engine = Engine(layout, mesh, channels)
     check_activation_bytes(engine)
     checkpoints = Checkpoints(engine, plan.resume, kept_files(config, ranks), lines.say)
     progress, data_state = checkpoints.restore()
+    if loads is not None:
+        progress, data_state = loads.restore(engine, lines.say)
     if data_state is not None:
         feed.load(data_state)
     steps = config.train.steps
@@ -247,7 +255,17 @@ def _start_or_resume(
         flops = flops_per_token(layout)
         bubble = BubbleMeter(mesh, engine.program, engine.recorder)
         run = Run(
-            config, engine, feed, validation, checkpoints, loggers, stop, progress, flops, bubble
+            config,
+            engine,
+            feed,
+            validation,
+            checkpoints,
+            loggers,
+            stop,
+            progress,
+            flops,
+            bubble,
+            exports,
         )
         run.timeline = _timeline(config, engine, loggers, progress.step)
         try:

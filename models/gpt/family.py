@@ -5,9 +5,11 @@ from typing import Any
 
 from megapipe.config import Config, ModelConfig
 from megapipe.config.family import Preset
+from megapipe.layout.architecture import Architecture
 from megapipe.layout.axes import Axes
 from megapipe.layout.family import ModelFamily, PlaceCosts, StageModule
 from megapipe.layout.parameters import ParameterSpec, Place
+from megapipe.models.gpt.architectures import ARCHITECTURES
 from megapipe.models.gpt.config import GPTConfig
 from megapipe.models.gpt.costs import place_costs
 from megapipe.models.gpt.parameters import parameter_table
@@ -20,6 +22,7 @@ class GPTFamily:
     name: str = "gpt"
     config: type[GPTConfig] = GPTConfig
     presets: Mapping[str, Preset] = PRESETS
+    architectures: Sequence[Architecture] = ARCHITECTURES
 
     def parameters(self, model: ModelConfig) -> Sequence[ParameterSpec]:
         assert isinstance(model, GPTConfig), model.family

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from megapipe.amounts import counted
+from megapipe.checkpoint.find import find_checkpoint
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.errors import DataError
 from megapipe.models.gpt.pretrained import (
     check_kept_vocabulary,
-    find_checkpoint,
     load_kept_tokenizer,
     load_pretrained,
 )

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from megapipe.checkpoint.rectangle import Rectangle
-from megapipe.checkpoint.save import save_checkpoint
+from megapipe.checkpoint.save import save_checkpoint, save_weights
 from megapipe.checkpoint.shard import DTYPE_NAMES, Shard
 from megapipe.checkpoint.storage import checksum
 
@@ -77,6 +77,16 @@ def save_sample(root: Path, step: int, config: bytes = CONFIG) -> Path:
     state = {"tokens": 1000 * step, "data": {"streams": [{"row": step}]}}
     files = {"config.toml": config, "tokenizer.model": bytes(range(256))}
     return save_checkpoint(root, step, shards, state=state, files=files)
+
+
+def save_sample_weights(target: Path, tensors: dict[str, torch.Tensor], **options: Any) -> Path:
+    """A checkpoint of weights alone, of these tensors under `weights/NAME`."""
+    shards = [
+        Shard(f"weights/{name}", tuple(tensor.shape), (0,) * tensor.ndim, tensor)
+        for name, tensor in tensors.items()
+    ]
+    given = {"model_toml": b"[model]\nnum_layers = 2\n", "files": {}, "state": {}, **options}
+    return save_weights(target, shards, **given)
 
 
 def edit_manifest(directory: Path, edit: Any) -> None:

@@ -97,6 +97,11 @@ FORGERIES = {
     "shorter file": (lambda d: d["shards"][SHARD].update(bytes=1), "the file at byte 1"),
     "block size": (lambda d: d.update(block_bytes=1), "block_bytes"),
     "null state": (lambda d: d.update(state=None), "state"),
+    "weights alone in version 1": (
+        lambda d: d.update(step=None, version=1),
+        "null is not allowed in format version 1",
+    ),
+    "weights alone with others": (lambda d: d.update(step=None), "there may only be weights/"),
 }
 
 
@@ -113,9 +118,17 @@ def test_forged(name: str, tmp_path: Path) -> None:
 
 def test_a_newer_format_is_called_by_its_name(tmp_path: Path) -> None:
     path = save_sample(tmp_path, 3)
-    edit_manifest(path, lambda d: d.update(version=2, anything="else"))
-    with pytest.raises(CheckpointError, match=r"format version 2 is newer .* upgrade"):
+    edit_manifest(path, lambda d: d.update(version=3, anything="else"))
+    with pytest.raises(CheckpointError, match=r"format version 3 is newer .* upgrade"):
         open_checkpoint(path)
+
+
+def test_version_1_is_still_read(tmp_path: Path) -> None:
+    path = save_sample(tmp_path, 3)
+    assert read_manifest(path).version == 2
+    edit_manifest(path, lambda d: d.update(version=1))
+    reader = open_checkpoint(path)
+    assert (reader.manifest.version, reader.step, reader.verify()) == (1, 3, [])
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"null", b"[" * 100_000, b"\xff" * 1000])

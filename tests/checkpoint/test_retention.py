@@ -102,6 +102,14 @@ def test_trusted_ones_are_not_read_back_but_must_be_there(
     assert list(committed(tmp_path).values()) == [paths[3], paths[2]]
 
 
+def test_multiples_of_keep_every_stay_and_do_not_count(tmp_path: Path) -> None:
+    paths = {step: save_sample(tmp_path, step) for step in (4, 5, 6, 8, 9, 11, 12)}
+    assert prune(tmp_path, 2, keep_every=4) == [paths[6], paths[5]]
+    assert list(committed(tmp_path)) == [12, 11, 9, 8, 4]
+    assert prune(tmp_path, 2, keep_every=4) == []
+    assert prune(tmp_path, 2) == [paths[9], paths[8], paths[4]]
+
+
 def find_together(root: Path) -> tuple[object, list[Path]]:
     ranks = RankGroup.of(dist.group.WORLD)
     return newest_valid(root, ranks), prune(root, 1, ranks=ranks)

@@ -207,7 +207,7 @@ def save_with_error(root: Path, error: Exception) -> str:
     """The write of rank 1 fails with the error."""
     ranks = RankGroup.of(dist.group.WORLD)
 
-    def fail(folder: Path, plan: object) -> NoReturn:
+    def fail(*arguments: object) -> NoReturn:
         raise error
 
     with pytest.MonkeyPatch.context() as patch:

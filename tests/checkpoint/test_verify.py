@@ -10,7 +10,7 @@ import pytest
 
 from megapipe.checkpoint.load import open_checkpoint
 from megapipe.checkpoint.retention import newest_valid
-from megapipe.checkpoint.verify import damage, read_manifest
+from megapipe.checkpoint.verify import byte_ranges, damage, damage_in_threads, read_manifest
 from megapipe.errors import CheckpointError
 from tests.checkpoint.samples import same_bits, sample_tensors, save_sample
 
@@ -124,3 +124,8 @@ def test_shares_together_see_everything(tmp_path: Path) -> None:
         shares = [damage(path, manifest, part=part, parts=parts) for part in range(parts)]
         assert sorted(problem for share in shares for problem in share) == sorted(alone)
     assert damage(path, manifest, read=False) == []
+    read: list[int] = []
+    assert sorted(damage_in_threads(path, manifest, read.append)) == sorted(alone)
+    assert sum(read) == sum(span.bytes for span in byte_ranges(manifest))
+    (path / SHARD).unlink()
+    assert len(damage_in_threads(path, manifest)) == 3, "each problem once"

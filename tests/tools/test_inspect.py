@@ -1,5 +1,6 @@
 """`megapipe inspect`: the summary, the verdict, the exit status."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -98,6 +99,24 @@ def test_tensors_are_those_of_one_checkpoint(tmp_path: Path) -> None:
     path = save_sample(tmp_path, 3)
     with pytest.raises(UsageError, match=f"--tensors lists .*{path}$"):
         run([str(tmp_path), "--tensors"])
+
+
+def test_json_to_a_file_or_in_place_of_the_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, file = save_sample(tmp_path, 3), tmp_path / "it.json"
+    assert run([str(path), "--tensors", "--json", str(file)]) == 0
+    assert "whole" in capsys.readouterr().out
+    assert run([str(path), "--tensors", "--json=-"]) == 0
+    assert json.loads(capsys.readouterr().out) == json.loads(file.read_text())
+    assert run(["--diff", str(path), str(path), "--json=-"]) == 0
+    assert json.loads(capsys.readouterr().out)["differs"] is False
+
+
+@pytest.mark.parametrize("words", [[], ["a", "--diff", "b", "c"], ["--diff", "b", "c", "--stats"]])
+def test_one_directory_or_two(words: list[str]) -> None:
+    with pytest.raises(UsageError, match=r"^(Name a directory, or two|--diff lists the tensors)"):
+        run(words)
 
 
 def test_hostile_state_is_shown_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

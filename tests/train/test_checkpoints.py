@@ -10,6 +10,7 @@ import torch
 
 from megapipe import __version__
 from megapipe.checkpoint.load import CheckpointReader
+from megapipe.checkpoint.steps import committed
 from megapipe.config import Config, dump_config, load_config
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import CheckpointError
@@ -52,6 +53,19 @@ def test_a_linked_checkpoint_that_can_not_be_used_is_not_passed_over(
     checkpoints = Checkpoints(engine, config.checkpoint.resume, {}, print)
     with pytest.raises(CheckpointError, match="step-00000005 is linked from elsewhere and can't"):
         checkpoints.restore()
+
+
+def test_checkpoints_of_keep_every_are_kept_beside_the_newest(tmp_path: Path) -> None:
+    words = ["--checkpoint.every=1", "--checkpoint.keep=1", "--checkpoint.keep_every=3"]
+    run_dir = f"--train.run_dir={tmp_path}/run"
+    config = load_config(write(tmp_path), [*words, run_dir], FAMILIES)
+    optimizer = SimpleNamespace(state=list, scalars=dict)  # which has nothing to save
+    mesh = Mesh.single(torch.device("cpu"))
+    engine: Any = SimpleNamespace(config=config, mesh=mesh, optimizer=optimizer)
+    checkpoints = Checkpoints(engine, "auto", {}, print)
+    for step in range(1, 6):
+        checkpoints.save(Progress(step), {})
+    assert list(committed(checkpoints.root)) == [5, 3]
 
 
 def restore_where_a_rank_can_not_read(config: Config) -> str:

@@ -165,6 +165,17 @@ class Loggers:
         self.events.append(text)
 
 
+class Exports:
+    """Notes what is to be exported."""
+
+    def __init__(self) -> None:
+        self.written: list[tuple[Path, int]] = []
+
+    def write(self, checkpoint: Path, step: int) -> str:
+        self.written.append((checkpoint, step))
+        return f"Exported {step}"
+
+
 def make_config(folder: Path, *overrides: str) -> Config:
     words = ("--train.steps=7", "--checkpoint.every=3", "--data.validation_fraction=0.1")
     return load_config(write(folder), [*words, *overrides], FAMILIES)
@@ -182,6 +193,7 @@ def make_run(config: Config, **parts: Any) -> Any:
         "progress": Progress(),
         "flops_per_token": 6.0,
         "bubble": Bubble(),
+        "exports": Exports(),
     }
     return Run(config, **(defaults | parts))
 
@@ -194,6 +206,18 @@ def test_steps_to_the_end_and_saves_when_due_and_last(tmp_path: Path) -> None:
     assert run.checkpoints.saved[1] == (Progress(6, 600), {"step": 6})
     assert run.engine.rates == [learning_rate(t, config.optimizer, 7) for t in range(7)]
     assert run.loggers.events == ["Saved step-3", "Saved step-6", "Saved step-7"]
+
+
+def test_exports_what_it_saves_for_that(tmp_path: Path) -> None:
+    run = make_run(
+        make_config(tmp_path, "--checkpoint.export_every=2"), checkpoints=Checkpoints((4,))
+    )
+    train(run)
+    assert run.checkpoints.steps == [2, 3, 6, 7]
+    assert run.exports.written == [(Path("step-2"), 2), (Path("step-6"), 6)]
+    assert run.loggers.events[:2] == ["Saved step-2", "Exported 2"]
+    assert "NOT SAVED at step 4" in run.loggers.events[3]
+    assert "the next attempt is after step 6." in run.loggers.events[3]
 
 
 def test_tells_each_step(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import CheckpointError, MegapipeError
 from megapipe.models.families import FAMILIES
 from megapipe.train.run_directory import RunLock, StartPlan, plan_start, write_config
+from tests.checkpoint.samples import save_sample_weights
 from tests.config.convolution import BOTH
 from tests.config.examples import TEXT, write
 from tests.ranks import run_ranks
@@ -78,6 +79,18 @@ def test_a_new_run(make: Make, tmp_path: Path) -> None:
     for resume in ("auto", "never"):
         assert plan_start(make(f"--checkpoint.resume={resume}"), FAMILIES) == StartPlan(resume, [])
     assert not (tmp_path / "run").exists(), "a plan writes nothing"
+
+
+def test_a_model_is_loaded_into_a_run_without_checkpoints_only(make: Make, tmp_path: Path) -> None:
+    words = (f"--checkpoint.load_from={tmp_path}/llama",)
+    assert plan_start(make(*words), FAMILIES) == StartPlan("auto", [], loads=True)
+    begin(make(*words), 5)
+    plan = plan_start(make(*words), FAMILIES)
+    assert not plan.loads
+    (note,) = plan.notes
+    assert note.startswith(
+        f'checkpoint.load_from = "{tmp_path}/llama" was for the first start; the'
+    )
 
 
 def test_the_config_is_written_and_comes_back(make: Make) -> None:
@@ -208,6 +221,17 @@ def test_a_checkpoint_elsewhere_begins_a_run_that_then_goes_on(make: Make, tmp_p
     second = add_checkpoint(tmp_path / "other" / "checkpoints", 8, make())
     with pytest.raises(CheckpointError, match="holds checkpoints of its own"):
         plan_start(make(f"--checkpoint.resume={second}"), FAMILIES)
+
+
+def test_weights_alone_are_not_resumed(make: Make, tmp_path: Path) -> None:
+    path = save_sample_weights(tmp_path / "merged", {})
+    with pytest.raises(CheckpointError) as caught:
+        plan_start(make(f"--checkpoint.resume={path}"), FAMILIES)
+    assert str(caught.value) == (
+        f'checkpoint.resume = "{path}" holds weights alone: no step, no optimizer state and no '
+        f'position in the data to go on from. Use checkpoint.load_from = "{path}" instead, which '
+        "starts a new run from its weights."
+    )
 
 
 def test_a_checkpoint_elsewhere_of_another_model(make: Make, tmp_path: Path) -> None:

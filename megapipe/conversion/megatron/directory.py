@@ -44,6 +44,11 @@ class MegatronCheckpoint:
     weights), each under the names of the weights. Empty for formats that are not read."""
 
     @property
+    def place(self) -> str:
+        """Where it lies, for messages."""
+        return shown(self.path)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self.tensors.items()}
 

@@ -9,11 +9,11 @@ import tomli_w
 from megapipe.checkpoint.load import open_checkpoint
 from megapipe.checkpoint.save import save_checkpoint
 from megapipe.config import dump_config, load_config
+from megapipe.conversion.open import model_of
 from megapipe.errors import CheckpointError
 from megapipe.models import load_pretrained
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt import pretrained
-from megapipe.models.gpt.pretrained import model_config
 from tests.config.convolution import BOTH
 from tests.config.examples import TEXT, write
 
@@ -30,7 +30,7 @@ def test_a_checkpoint_that_names_no_family_is_gpt(tmp_path: Path) -> None:
     tree = tomllib.loads(dump_config(config))
     assert tree["model"].pop("family") == "gpt"
     path = save(tmp_path, tomli_w.dumps(tree))
-    assert model_config(open_checkpoint(path)) == config.model
+    assert model_of(open_checkpoint(path), FAMILIES) == config.model
 
 
 def test_the_family_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,8 +38,8 @@ def test_the_family_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     config = load_config(write(tmp_path, text), [], BOTH)
     path = save(tmp_path, dump_config(config))
     with pytest.raises(CheckpointError, match=r'step-00000001: model\.family = "convolution" does'):
-        model_config(open_checkpoint(path))
+        model_of(open_checkpoint(path), FAMILIES)
     monkeypatch.setattr(pretrained, "FAMILIES", BOTH)
-    assert model_config(open_checkpoint(path)) == config.model
+    assert model_of(open_checkpoint(path), pretrained.FAMILIES) == config.model
     with pytest.raises(CheckpointError, match=r'model\.family = "convolution", and only "gpt" can'):
         load_pretrained(path)

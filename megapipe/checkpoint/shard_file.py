@@ -1,0 +1,138 @@
+"""One safetensors file: its layout, planned before anything is written, and the writing of it."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megapipe.checkpoint.rectangle import Rectangle
+from megapipe.checkpoint.shard import DTYPE_NAMES, Shard, as_bytes
+from megapipe.checkpoint.storage import blocks, checksum
+from megapipe.errors import CheckpointError
+from megapipe.files import write_durably
+
+SAFETENSORS_DTYPES = {
+    "float64": "F64",
+    "int64": "I64",
+    "float32": "F32",
+    "int32": "I32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "uint8": "U8",
+    "bool": "BOOL",
+}
+HEADER_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """The layout of one file: the header, then the tensors of `shards` in order.
+
+    It is all that `write_file` needs, and the tensors in it are read only there: with copies in
+    their place a file can be written while training goes on.
+    """
+
+    name: str
+    header: bytes
+    shards: tuple[Shard, ...]
+    """Without empty ones."""
+    shapes: dict[str, tuple[tuple[int, ...], str]]
+    """Global shape and dtype of every tensor that was handed over, empty ones too."""
+
+    @property
+    def bytes(self) -> int:
+        return len(self.header) + sum(shard.tensor.nbytes for shard in self.shards)
+
+
+def plan_file(name: str, shards: Iterable[Shard]) -> FilePlan:
+    """Lay out `shards` as safetensors asks: no gaps, and wide dtypes first so that all align.
+
+    Nothing is loaded. In the file a tensor has its own name where a shard is all of it, else that
+    name followed by the rectangle. Raises CheckpointError for a dtype that can't be stored, shards
+    that contradict each other, and one that is given twice.
+    """
+    kept: list[Shard] = []
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+    for shard in shards:
+        known = (tuple(shard.global_shape), _dtype_name(shard))
+        if shapes.setdefault(shard.name, known) != known:
+            raise CheckpointError(f"tensor {shard.name} is given as {known}, {shapes[shard.name]}")
+        if not Rectangle.whole(known[0]).contains(shard.rectangle):
+            raise CheckpointError(
+                f"tensor {shard.name}: shard {shard.rectangle} lies outside {list(known[0])}"
+            )
+        if shard.tensor.numel():
+            kept.append(shard)
+    kept.sort(key=lambda shard: (-shard.tensor.itemsize, shard.name, shard.rectangle))
+    return FilePlan(name, _header(kept), tuple(kept), shapes)
+
+
+def write_file(
+    folder: Path, plan: FilePlan, progress: Callable[[int], None] | None = None
+) -> dict[str, object]:
+    """Write one file, durably, if it holds anything; returns its share of a manifest.
+
+    At most one shard at a time is loaded, copied to the CPU or made contiguous. Checksums are taken
+    from memory just before the same memory is written, so that no fault of the disk can enter them.
+    `progress` is called with the number of bytes after each write of that many.
+    """
+    checksums: list[list[str]] = []
+
+    def parts() -> Iterator[memoryview]:
+        yield memoryview(plan.header)
+        for shard in plan.shards:
+            checksums.append([])
+            yield from checked(shard, checksums[-1])
+
+    def checked(shard: Shard, sums: list[str]) -> Iterator[memoryview]:
+        """The bytes of one shard, which are let go at the end."""
+        tensor = shard.values().detach().cpu().contiguous()
+        for block in blocks(as_bytes(tensor).numpy().data):
+            sums.append(checksum(block))
+            yield block
+            if progress is not None:
+                progress(len(block))
+
+    if plan.shards:
+        write_durably(folder / plan.name, parts())
+    chunks: dict[str, list[dict[str, object]]] = {name: [] for name in plan.shapes}
+    offset = len(plan.header)
+    for shard, sums in zip(plan.shards, checksums, strict=True):
+        start, shape = list(shard.rectangle.start), list(shard.rectangle.shape)
+        size = shard.tensor.nbytes
+        chunk = {"start": start, "shape": shape, "offset": offset, "bytes": size}
+        chunks[shard.name].append({"file": plan.name, **chunk, "checksums": sums})
+        offset += size
+    header = {"header_bytes": len(plan.header), "header_checksum": checksum(plan.header)}
+    files = {plan.name: {"bytes": offset, **header}} if plan.shards else {}
+    tensors = {
+        name: {"shape": list(shape), "dtype": dtype, "chunks": chunks[name]}
+        for name, (shape, dtype) in plan.shapes.items()
+    }
+    return {"shards": files, "tensors": tensors}
+
+
+def _dtype_name(shard: Shard) -> str:
+    if shard.tensor.dtype not in DTYPE_NAMES:
+        raise CheckpointError(f"tensor {shard.name}: {shard.tensor.dtype} can't be saved")
+    return DTYPE_NAMES[shard.tensor.dtype]
+
+
+def _header(shards: list[Shard]) -> bytes:
+    assert sys.byteorder == "little", "safetensors is little-endian"
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for shard in shards:
+        is_whole = shard.rectangle == Rectangle.whole(shard.global_shape)
+        key = shard.name if is_whole else f"{shard.name}{shard.rectangle}"
+        if key in entries:
+            raise CheckpointError(f"tensor {shard.name}: shard {shard.rectangle} is given twice")
+        stop = offset + shard.tensor.nbytes
+        dtype = SAFETENSORS_DTYPES[DTYPE_NAMES[shard.tensor.dtype]]
+        shape = list(shard.tensor.shape)
+        entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, stop]}
+        offset = stop
+    text = json.dumps(entries, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % HEADER_ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text

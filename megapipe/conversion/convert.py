@@ -1,0 +1,213 @@
+"""`megapipe convert` behind its command line: a model from one stack's directory to another's.
+
+The direction follows from what the source holds. The result gets its name when it is proven.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from megapipe.checkpoint.find import find_checkpoint
+from megapipe.checkpoint.load import open_checkpoint
+from megapipe.checkpoint.save import save_weights
+from megapipe.checkpoint.shard import Shard
+from megapipe.checkpoint.steps import require_free
+from megapipe.config import dump_model
+from megapipe.conversion.hugging_face.config_file import GENERATION, is_hugging_face
+from megapipe.conversion.hugging_face.export import ExportOptions, dtype_of_run, plan_export
+from megapipe.conversion.hugging_face.reference import require_transformers, transformers_logits
+from megapipe.conversion.hugging_face.write import as_json, export_bytes, write_export
+from megapipe.conversion.incoming import open_incoming
+from megapipe.conversion.megatron.directory import is_megatron
+from megapipe.conversion.megatron.export import MegatronExport, write_megatron
+from megapipe.conversion.megatron.reference import megatron_logits, require_megatron
+from megapipe.conversion.megatron.writer import RankGrid
+from megapipe.conversion.model_at import Families, megatron_architecture
+from megapipe.conversion.open import checkpoint_weights, kept_tokenizer
+from megapipe.conversion.places import check_target, new_parents_removed, require_model
+from megapipe.conversion.proof import TheirLogits, proof_sequences, prove
+from megapipe.conversion.source import CheckpointWeights, WeightSource
+from megapipe.data.tokenizer import Tokenizer
+from megapipe.errors import ConversionError
+from megapipe.files import shown
+from megapipe.layout.family import ModelFamily
+
+MEGATRON = "GPTModel"
+"""The architecture that is written as directories for ranks."""
+
+Say = Callable[[str], None]
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+"""A progress bar: (what is done, bytes in all) -> what is called with each number of bytes."""
+
+
+@dataclass(frozen=True)
+class ProofOptions:
+    """Whether and how a result is compared with the other stack's own implementation: over the
+    first `layers` of the model (None: all), with sequences of `tokens` tokens (None: as many as
+    suit the model)."""
+
+    wanted: bool = True
+    layers: int | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a user has asked for; `options` are for exports, and of imports those that apply.
+
+    arguments: Megatron's, those that its checkpoint does not hold. tokenizer: where the tokenizer
+    of a model from Megatron is. grid: for how many of Megatron's ranks a model is written.
+    """
+
+    source: Path
+    target: Path
+    options: ExportOptions = field(default_factory=ExportOptions)
+    proof: ProofOptions = field(default_factory=ProofOptions)
+    arguments: Mapping[str, object] = field(default_factory=dict)
+    tokenizer: Path | None = None
+    grid: RankGrid = field(default_factory=RankGrid)
+
+
+def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
+    """Write `asked.target`. `say` takes lines for people.
+
+    Raises ConversionError, CheckpointError or DataError for what can't be converted or is not
+    proven; then nothing is there.
+    """
+    require_free(asked.target)
+    require_model(asked.source)
+    check_target(asked.source, asked.target)
+    incoming = is_hugging_face(asked.source) or is_megatron(asked.source)
+    to_megatron = not incoming and asked.options.architecture == MEGATRON
+    if asked.grid != RankGrid() and not to_megatron:
+        raise ConversionError(
+            f"--tensor, --pipeline and --virtual are for models that Megatron gets: --to {MEGATRON}"
+        )
+    if asked.proof.wanted:
+        with_megatron = is_megatron(asked.source) or to_megatron
+        require_megatron() if with_megatron else require_transformers()
+    with new_parents_removed(asked.target):
+        if incoming:
+            _import(asked, families, say, bar)
+        elif to_megatron:
+            _export_to_megatron(asked, families, say)
+        else:
+            _export(asked, families, say, bar)
+    say(f"Written: {shown(asked.target)}")
+
+
+def _import(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
+    """From another stack's directory to a checkpoint of weights alone."""
+    options = asked.options
+    if options.architecture is not None:
+        raise ConversionError(
+            f"--to {options.architecture} is for conversions to other stacks; "
+            f"{shown(asked.source)} becomes a checkpoint of megapipe"
+        )
+    incoming = open_incoming(asked.source, asked.arguments, asked.tokenizer, families)
+    weights = incoming.weights
+    tokenizer = incoming.load_tokenizer() if options.tokenizer else None
+    say(f"{weights.place}: {incoming.architecture}, {_amounts(weights)}")
+    files: dict[str, bytes | Path] = dict(tokenizer.files) if tokenizer else {}
+    if incoming.generation:
+        files[GENERATION] = as_json(incoming.generation)
+    shards = [_shard(weights, name, options.dtype) for name in weights.names]
+
+    def accept(folder: Path) -> None:
+        written = CheckpointWeights(open_checkpoint(folder), weights.model)
+        logits = partial(incoming.logits, rounded=options.dtype)
+        _prove(asked.proof, incoming.family, written, logits, tokenizer, say)
+
+    with bar("converting", sum(shard.tensor.nbytes for shard in shards)) as progress:
+        save_weights(
+            asked.target,
+            shards,
+            model_toml=dump_model(weights.model).encode(),
+            files=files,
+            state={"origin": {"stack": incoming.stack, "architecture": incoming.architecture}},
+            progress=progress,
+            accept=accept,
+        )
+
+
+def _export_to_megatron(asked: Conversion, families: Families, say: Say) -> None:
+    """From a checkpoint to Megatron-LM's directories for ranks."""
+    reader = open_checkpoint(find_checkpoint(asked.source))
+    weights = checkpoint_weights(reader, families)
+    family, architecture = megatron_architecture(
+        {weights.model.family: families[weights.model.family]}
+    )
+    dtype = asked.options.dtype or dtype_of_run(reader) or weights.dtype(weights.names[0])
+    export = MegatronExport(weights, architecture, asked.grid, dtype)
+    say(f"{weights.place}: {architecture.name}, {_amounts(weights)}")
+
+    def accept(folder: Path) -> None:
+        logits = partial(megatron_logits, folder, architecture.write_config(weights.model))
+        tokenizer = kept_tokenizer(reader)
+        _prove(asked.proof, family, weights, logits, tokenizer, say, rounded=dtype)
+
+    write_megatron(export, asked.target, accept)
+
+
+def _export(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
+    """From a checkpoint to a Hugging Face directory."""
+    reader = open_checkpoint(find_checkpoint(asked.source))
+    planned = plan_export(reader, families, asked.options, say)
+    export = planned.export
+    say(f"{export.source.place}: {export.architecture.name}, {_amounts(export.source)}")
+
+    def accept(folder: Path) -> None:
+        logits = partial(transformers_logits, folder)
+        _prove(
+            asked.proof,
+            planned.family,
+            export.source,
+            logits,
+            planned.tokenizer,
+            say,
+            rounded=export.dtype,
+        )
+
+    with bar("converting", export_bytes(export)) as progress:
+        write_export(export, asked.target, progress=progress, accept=accept)
+
+
+def _shard(weights: WeightSource, name: str, dtype: torch.dtype | None) -> Shard:
+    """A whole parameter, read when it is written."""
+    shape, used = weights.shape(name), dtype or weights.dtype(name)
+    return Shard(
+        f"weights/{name}",
+        shape,
+        (0,) * len(shape),
+        torch.empty(shape, dtype=used, device="meta"),
+        load=lambda: weights.read(name, dtype=used),
+    )
+
+
+def _prove(
+    options: ProofOptions,
+    family: ModelFamily,
+    ours: WeightSource,
+    theirs: TheirLogits,
+    tokenizer: Tokenizer | None,
+    say: Say,
+    rounded: torch.dtype | None = None,
+) -> None:
+    if not options.wanted:
+        say("Not proven: --no-proof.")
+        return
+    sequences = proof_sequences(ours.model, tokenizer, options.tokens)
+    proof = prove(family, ours, theirs, sequences, layers=options.layers, rounded=rounded)
+    say(f"Proven: {proof}")
+    length, longest = max(map(len, sequences.values())), ours.model.max_sequence_length
+    if ours.model.masks_attention(longest) and not ours.model.masks_attention(length):
+        say(f"{length} tokens do not fill the model's window of attention: see --proof-tokens.")
+
+
+def _amounts(weights: WeightSource) -> str:
+    values = sum(torch.Size(weights.shape(name)).numel() for name in weights.names)
+    return f"{values:,} parameters in {len(weights.names):,} tensors"

@@ -1,0 +1,167 @@
+"""What a checkpoint becomes as a directory of Hugging Face's."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megapipe.checkpoint.load import CheckpointReader
+from megapipe.config import ModelConfig
+from megapipe.config.problems import nearest
+from megapipe.conversion.hugging_face.config_file import GENERATION, read_json
+from megapipe.conversion.hugging_face.model_card import model_card
+from megapipe.conversion.hugging_face.write import FILE_BYTES, Export, as_json
+from megapipe.conversion.model_at import Families, named_architectures
+from megapipe.conversion.open import checkpoint_weights, kept_tokenizer
+from megapipe.conversion.tokenizer import export_tokenizer
+from megapipe.data.tokenizer import Tokenizer
+from megapipe.errors import ConversionError
+from megapipe.files import shown
+from megapipe.layout.architecture import Architecture
+from megapipe.layout.family import ModelFamily
+from megapipe.precision import PRECISIONS
+
+SPECIAL_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Keys of config.json that are always written: absent, they would be other tokens' by default."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What a user may choose.
+
+    architecture: Hugging Face's name for the model; None: what it was there, or the first that can
+    hold it. dtype: of the weights; None: what the run computed with, for weights alone as they are
+    stored. tokenizer: whether one is expected.
+    """
+
+    architecture: str | None = None
+    dtype: torch.dtype | None = None
+    tokenizer: bool = True
+    allow_tokenizer_drift: bool = False
+    file_bytes: int = FILE_BYTES
+
+
+@dataclass(frozen=True)
+class PlannedExport:
+    """An export, with the family of its model and its tokenizer."""
+
+    export: Export
+    family: ModelFamily
+    tokenizer: Tokenizer | None
+
+
+def plan_export(
+    reader: CheckpointReader,
+    families: Families,
+    options: ExportOptions,
+    say: Callable[[str], None],
+) -> PlannedExport:
+    """The export of a checkpoint. `say` takes lines for people while it is written.
+
+    Raises ConversionError where no architecture can hold the model, or its tokenizer is missing.
+    """
+    weights = checkpoint_weights(reader, families)
+    model = weights.model
+    family = families[model.family]
+    architecture = _choose(reader, family, model, options.architecture)
+    tokenizer = kept_tokenizer(reader) if options.tokenizer else None
+    if options.tokenizer and tokenizer is None:
+        raise ConversionError(
+            f"{shown(reader.path)} holds no tokenizer, and users of the model need one. To convert "
+            "without: --no-tokenizer."
+        )
+    parts: list[Callable[[Path], object]] = []
+    if tokenizer is not None:
+        parts.append(_tokenizer_writer(tokenizer, model, architecture, options, say))
+    generation = _generation_config(reader, tokenizer)
+    export = Export(
+        weights,
+        architecture,
+        options.dtype or dtype_of_run(reader),
+        config={key: generation.get(key) for key in SPECIAL_TOKENS},
+        files={
+            GENERATION: as_json(generation),
+            "README.md": model_card(reader, architecture).encode(),
+        },
+        parts=parts,
+        file_bytes=options.file_bytes,
+    )
+    return PlannedExport(export, family, tokenizer)
+
+
+def _choose(
+    reader: CheckpointReader, family: ModelFamily, model: ModelConfig, name: str | None
+) -> Architecture:
+    """The architecture of that name, or else the one that the weights came from if the model is
+    still one, or else the first that can hold it. Raises ConversionError that says why none can."""
+    origin = reader.state.get("origin")
+    first = origin.get("architecture") if isinstance(origin, dict) else None
+    return choose_architecture(family, model, name, first, place=shown(reader.path))
+
+
+def choose_architecture(
+    family: ModelFamily,
+    model: ModelConfig,
+    name: str | None = None,
+    first: str | None = None,
+    *,
+    place: str,
+) -> Architecture:
+    """The architecture `name`, or else `first` if it can hold the model, or else the first that
+    can. Raises ConversionError that says why none can; `place` is where the model lies."""
+    known = {
+        key: architecture
+        for key, (_, architecture) in named_architectures({family.name: family}, "hugging_face")
+    }
+    if name is not None and name not in known:
+        close = nearest(name, list(known))
+        raise ConversionError(
+            f"--to {shown(name)} is no architecture of models like this one; "
+            + (f"did you mean {close}? There are " if close else "there are ")
+            + (", ".join(known) or "none")
+        )
+    reasons = []
+    for key in [name] if name else sorted(known, key=lambda other: other != first):
+        try:
+            known[key].write_config(model)
+        except ConversionError as error:
+            reasons.append(str(error))
+        else:
+            return known[key]
+    raise ConversionError("\n".join([f"{place}: Hugging Face has no such model:", *reasons]))
+
+
+def _tokenizer_writer(
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    architecture: Architecture,
+    options: ExportOptions,
+    say: Callable[[str], None],
+) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        report = export_tokenizer(
+            tokenizer,
+            folder,
+            allow_drift=options.allow_tokenizer_drift,
+            max_length=model.max_sequence_length,
+            model_type=architecture.model_type,
+        )
+        say(str(report))
+
+    return write
+
+
+def dtype_of_run(reader: CheckpointReader) -> torch.dtype | None:
+    """What a run computed with; None for weights alone, which stay as they are."""
+    if reader.step is None:
+        return None
+    return PRECISIONS[reader.config["train"]["precision"]].model_dtype
+
+
+def _generation_config(reader: CheckpointReader, tokenizer: Tokenizer | None) -> dict[str, object]:
+    """That of the model that the weights came from, or one with the end token of documents."""
+    if GENERATION in reader.files:
+        reader.read_file(GENERATION)  # verifies it
+        return read_json(reader.path, GENERATION)
+    return {} if tokenizer is None else {"eos_token_id": tokenizer.end_of_document}

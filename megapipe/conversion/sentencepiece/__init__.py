@@ -1,0 +1,1 @@
+"""Sentencepiece models as tokenizers of the `tokenizers` library, with the same ids."""

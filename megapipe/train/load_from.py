@@ -1,0 +1,204 @@
+"""Starting a run from another model: checkpoint.load_from, read into this rank's shards."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megapipe.checkpoint.retention import newest_valid
+from megapipe.checkpoint.steps import committed, has_manifest
+from megapipe.checkpoint.verify import read_manifest
+from megapipe.config import Config
+from megapipe.config.problems import show
+from megapipe.conversion.fitting import Fitting, Origin, fit_config
+from megapipe.conversion.hugging_face.config_file import is_hugging_face
+from megapipe.conversion.megatron.directory import is_megatron
+from megapipe.conversion.model_at import Families
+from megapipe.conversion.open import kept_tokenizer, open_weights
+from megapipe.conversion.source import CheckpointWeights, ForeignWeights, WeightSource
+from megapipe.data.tokenizer import load_tokenizer
+from megapipe.data_parallel.optimizer import WEIGHTS
+from megapipe.distributed.rank_group import RankGroup
+from megapipe.errors import CheckpointError, DataError
+from megapipe.files import shown
+from megapipe.layout.parameters import ParameterShard
+from megapipe.optim.learning_rate import Course
+from megapipe.train.checkpoints import Progress, require_optimizer, saved_course
+from megapipe.train.course_change import course_change
+from megapipe.train.engine import Engine
+
+OPTIMIZER = "optimizer"
+MEAN_BYTES = 64 * 2**20
+"""How much of a table is read at once to average its rows, in float64."""
+
+
+class LoadFrom:
+    """What checkpoint.load_from gives to a run that has no checkpoint of its own.
+
+    Making one is collective and reads no weights: where these can't fit, all ranks raise
+    CheckpointError, ConversionError or what these become on other ranks. `notes` are lines for
+    people.
+    """
+
+    def __init__(self, config: Config, families: Families, ranks: RankGroup) -> None:
+        assert config.checkpoint.load_from is not None
+        self._config, self._families, self._ranks = config, families, ranks
+        self._settings = config.checkpoint
+        self._path = Path(config.checkpoint.load_from)
+        self._fitting, _ = ranks.in_agreement(self._fit)
+        parts = ", ".join(self._settings.load_state)
+        self.notes = [f"Starting from {shown(self._path)}: {parts}.", *self._fitting.notes]
+
+    def restore(
+        self, engine: Engine, say: Callable[[str], None]
+    ) -> tuple[Progress, dict[str, Any] | None]:
+        """Fill this rank's shards; (progress, data state), or a fresh start and None of what is not
+        wanted. Collective: what is damaged is raised on all ranks."""
+        path = self._settle(say)
+        source, _ = self._ranks.in_agreement(lambda: self._load(path, engine))
+        tokens = self._ranks.from_first(lambda: self._tokenizer_note(path, source))
+        for line in [*_allowed(source), *tokens]:
+            say(line)
+        progress, data = Progress(), None
+        if isinstance(source, CheckpointWeights) and source.reader.step is not None:
+            state, step = source.reader.state, source.reader.step
+            if "step" in self._settings.load_state:
+                progress = Progress(step, int(state["tokens"]))
+                now = Course(self._config.optimizer, self._config.train.steps)
+                if change := course_change(saved_course(source.reader), now, step):
+                    say(change)
+            if "data" in self._settings.load_state:
+                data = state["data"]
+        return progress, data
+
+    def _fit(self) -> Fitting:
+        """Raises CheckpointError where the two models, or what is wanted of them, don't fit."""
+        wanted, load_from = self._settings.load_state, shown(self._path)
+        beyond = [part for part in wanted if part != WEIGHTS]
+        kind = _without_state(self._path) if beyond else None
+        if kind is not None:
+            raise CheckpointError(
+                f"checkpoint.load_state = {show(wanted)} asks for {show(beyond[0])}, and "
+                f'checkpoint.load_from = "{load_from}" is {kind}: no optimizer state, step '
+                'or position in the data is read from it. Set checkpoint.load_state = ["weights"].'
+            )
+        return fit_config(self._config, self._families)
+
+    def _settle(self, say: Callable[[str], None]) -> Path:
+        """The Hugging Face directory or checkpoint: of a run, its newest whole one."""
+
+        def find() -> str | None:
+            path = self._path
+            if is_hugging_face(path) or has_manifest(path) or is_megatron(path):
+                return None
+            inner = path / "checkpoints"
+            return str(inner if committed(inner) else path)
+
+        root = self._ranks.from_first(find)
+        if root is None:
+            return self._path
+        found = newest_valid(Path(root), self._ranks)
+        for skipped in found.skipped:
+            say(f"Skipping damaged checkpoint {skipped.path}: {skipped.problems[0]}")
+        if found.path is None:
+            raise CheckpointError(
+                f'checkpoint.load_from = "{shown(self._path)}": no checkpoint in {shown(root)} is '
+                f"whole, of {len(found.skipped)}. `megapipe inspect` says what is wrong with them."
+            )
+        return found.path
+
+    def _load(self, path: Path, engine: Engine) -> WeightSource:
+        """Fill every shard, copies included, then round the master weights into the model's."""
+        wanted, origins = self._settings.load_state, self._fitting.origins
+        source = open_weights(path, self._families, self._settings.load_allow)
+        if isinstance(source, CheckpointWeights):
+            shapes = {f"{WEIGHTS}/{one.name}": one.shape for one in origins.values()}
+            source.reader.require(shapes)
+        kinds = {WEIGHTS} & set(wanted)
+        if OPTIMIZER in wanted:
+            assert isinstance(source, CheckpointWeights)
+            own = {kind for kind, _, _ in engine.optimizer.state()}
+            require_optimizer(
+                source.reader,
+                engine.config,
+                own,
+                f'leave "{OPTIMIZER}" out of checkpoint.load_state = {show(wanted)}',
+            )
+            kinds |= own - {WEIGHTS}
+            engine.optimizer.load_scalars(source.reader.state)
+        for kind, shard, values in engine.optimizer.state():
+            origin = origins.get(shard.name)
+            if kind in kinds and origin is not None and origin.name in source.names:
+                self._fill(values, kind, shard, origin, source)
+        for buffer in engine.buffers:
+            buffer.publish_master()
+        return source
+
+    def _fill(
+        self, values: Tensor, kind: str, shard: ParameterShard, origin: Origin, source: WeightSource
+    ) -> None:
+        """Read a shard's rectangle of one kind; rows of new tokens start as the config says."""
+        known = min(max(origin.shape[0] - shard.start[0], 0), shard.shape[0])
+        if known:
+            shape = (known, *shard.shape[1:])
+            if kind == WEIGHTS:
+                values[:known].copy_(source.read(origin.name, shard.start, shape))
+            else:
+                assert isinstance(source, CheckpointWeights)
+                name = f"{kind}/{origin.name}"
+                values[:known].copy_(source.reader.read(name, shard.start, shape))
+        if known == shard.shape[0] or kind != WEIGHTS:
+            return  # what an optimizer keeps of new tokens is zero, as it is at a start
+        if self._settings.load_new_tokens == "zeros":
+            values[known:].zero_()
+        elif self._settings.load_new_tokens == "mean":
+            values[known:].copy_(_mean_row(source, origin.name))
+
+    def _tokenizer_note(self, path: Path, source: WeightSource) -> list[str]:
+        """A warning where a tokenizer lies there that makes other tokens of text."""
+        try:
+            if isinstance(source, CheckpointWeights):
+                kept = kept_tokenizer(source.reader)
+            else:
+                kept = load_tokenizer(path, key=None)
+        except DataError:
+            return []  # there is none that could be compared
+        own = load_tokenizer(self._config.data.tokenizer)
+        if kept is None or kept.sha256 == own.sha256:
+            return []
+        return [
+            f"Warning: {source.place} is of another tokenizer than data.tokenizer = "
+            f'"{shown(own.path)}": the same ids may stand for other text.'
+        ]
+
+
+def _without_state(path: Path) -> str | None:
+    """What lies at `path` in words, where it has no more than weights for us; else None."""
+    if is_hugging_face(path):
+        return "a Hugging Face model"
+    if has_manifest(path):
+        return "a checkpoint of weights alone" if read_manifest(path).step is None else None
+    return "a Megatron checkpoint" if is_megatron(path) else None
+
+
+def _allowed(source: WeightSource) -> Iterator[str]:
+    """Lines on tensors that a directory of another stack lacks or has too many."""
+    if isinstance(source, ForeignWeights):
+        for what, names in (("lacks", source.missing), ("has, unused,", source.unused)):
+            if names:
+                listed = ", ".join(map(shown, names))
+                yield f"{source.place} {what} {listed}, as checkpoint.load_allow has it."
+
+
+def _mean_row(source: WeightSource, name: str) -> Tensor:
+    """The mean of all rows of a table, in float64."""
+    rows, *rest = source.shape(name)
+    total = torch.zeros(rest, dtype=torch.float64)
+    most = max(1, MEAN_BYTES // (8 * max(1, total.numel())))
+    for start in range(0, rows, most):
+        shape = (min(most, rows - start), *rest)
+        part = source.read(name, (start, *(0 for _ in rest)), shape)
+        total += part.double().sum(0)
+    return total / rows

@@ -1,0 +1,123 @@
+"""Reports on checkpoints, runs and Hugging Face directories, and on how two differ."""
+
+import json
+import math
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import save_file
+
+from megapipe.conversion.inspection.inspect import report_one, report_two
+from megapipe.conversion.inspection.report import Report
+from megapipe.errors import CheckpointError, UsageError
+from megapipe.models.families import FAMILIES
+from tests.checkpoint.samples import save_sample, save_sample_weights
+
+
+def bar(what: str, total: int) -> Any:
+    return nullcontext(lambda count: None)
+
+
+def lines(report: Report) -> set[str]:
+    console = Console(highlight=False, soft_wrap=True, width=200)
+    with console.capture() as capture:
+        console.print(*report.parts, sep="\n")
+    return {" ".join(line.strip("│ ").split()) for line in capture.get().splitlines()}
+
+
+def inspect(path: Path, **options: bool) -> Report:
+    return report_one(path, **{"read": True, "tensors": False, "stats": False, **options}, bar=bar)
+
+
+def test_statistics_of_a_checkpoint(tmp_path: Path) -> None:
+    values = torch.tensor([[3.0, math.nan], [-4.0, math.inf]])
+    path = save_sample_weights(tmp_path / "w", {"a": values, "b": torch.zeros(2)})
+    report = inspect(path, stats=True)
+    assert report.status == 0, "what is not finite is no damage"
+    said = lines(report)
+    assert "values 1 NaN and 1 infinite in 1 tensor" in said
+    assert "whole yes, every byte verified" in said
+    assert "weights/a │ float32 │ [2, 2] │ 1 │ 5 │ 4 │ -0.5 │ 2" in said
+    content = json.loads(report.json())
+    assert (content["kind"], content["step"], content["problems"]) == ("checkpoint", None, [])
+    assert content["not_finite"] == ["weights/a"]
+    assert content["tensors"][1] == {
+        "name": "weights/b",
+        "dtype": "float32",
+        "shape": [2],
+        "chunks": 1,
+        "norm": 0.0,
+        "largest": 0.0,
+        "mean": 0.0,
+        "nan": 0,
+        "infinite": 0,
+    }
+    assert "values all finite" in lines(
+        inspect(save_sample_weights(tmp_path / "e", {}), stats=True)
+    )
+
+
+def test_a_run_and_its_damage_as_json(tmp_path: Path) -> None:
+    newest = save_sample(tmp_path / "checkpoints", 2)
+    save_sample(tmp_path / "checkpoints", 1)
+    (newest / "config.toml").unlink()
+    report = inspect(tmp_path)
+    assert report.status == 1
+    content = json.loads(report.json())
+    assert [one["step"] for one in content["checkpoints"]] == [2, 1]
+    assert "config.toml is missing" in content["checkpoints"][0]["problems"][0]
+    with pytest.raises(
+        UsageError, match=f"--stats lists those of one checkpoint, such as {newest}"
+    ):
+        inspect(tmp_path, stats=True)
+    with pytest.raises(UsageError, match="--diff lists those of one checkpoint"):
+        report_two(newest, tmp_path, FAMILIES, bar)
+
+
+def test_statistics_stop_at_damage(tmp_path: Path) -> None:
+    path = save_sample_weights(tmp_path / "w", {"a": torch.zeros(3)})
+    (shard,) = path.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\1")
+    report = inspect(path, stats=True)
+    assert report.status == 1
+    assert any("is damaged: bytes" in line for line in lines(report))
+    with pytest.raises(CheckpointError, match="is damaged: bytes"):
+        inspect(path, stats=True, read=False)
+
+
+def test_two_checkpoints_that_differ(tmp_path: Path) -> None:
+    one = save_sample_weights(tmp_path / "A", {"w": torch.zeros(4), "same": torch.ones(2)})
+    two = save_sample_weights(
+        tmp_path / "B", {"w": torch.tensor([0.0, 1.0, 0.0, 0.5]), "same": torch.ones(2)}
+    )
+    three = save_sample_weights(tmp_path / "C", {"x": torch.zeros(4), "w": torch.zeros(2, 2)})
+    report = report_two(one, two, FAMILIES, bar)
+    assert report.status == 1
+    said = lines(report)
+    assert "weights/w │ [4] │ float32 │ 2 of 4 │ 1 │ 1" in said
+    assert "1 tensor the same, 1 not: 2 values in all, by up to 1 (relative 1)" in said
+    content = json.loads(report.json())
+    assert (content["differs"], content["differing_values"], content["largest"]) == (True, 2, 1.0)
+    assert content["same"] == ["weights/same"]
+    said = lines(report_two(one, three, FAMILIES, bar))
+    assert {"1 tensor only in A:", "weights/same", "1 tensor only in B:", "weights/x"} <= said
+    assert "weights/w │ [4] / [2, 2] │ float32 │ - │ - │ -" in said
+    report = report_two(one, one, FAMILIES, bar)
+    assert report.status == 0
+    assert "2 tensors the same, 0 not" in lines(report)
+
+
+def test_a_hugging_face_directory(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
+    save_file({"model.norm.weight": torch.ones(4)}, tmp_path / "model.safetensors")
+    report = inspect(tmp_path, stats=True)
+    said = lines(report)
+    assert {"architecture LlamaForCausalLM", "tensors 1 float32", "values all finite"} <= said
+    assert "whole sizes agree, the format has no checksums" in said
+    assert "model.norm.weight │ float32 │ [4] │ 1 │ 2 │ 1 │ 1 │ 0" in said
+    assert json.loads(report.json())["kind"] == "hugging_face"
+    assert report_two(tmp_path, tmp_path, FAMILIES, bar).status == 0

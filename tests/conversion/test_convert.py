@@ -1,0 +1,255 @@
+"""Models of Hugging Face brought in and taken out again, and what a proof finds."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
+
+from megapipe.checkpoint.load import open_checkpoint
+from megapipe.config import ModelConfig
+from megapipe.conversion.convert import Conversion, ProofOptions, convert
+from megapipe.conversion.hugging_face.export import ExportOptions
+from megapipe.conversion.hugging_face.reference import transformers_logits
+from megapipe.conversion.open import open_weights
+from megapipe.conversion.proof import TOLERANCE, prove
+from megapipe.conversion.source import WeightSource
+from megapipe.errors import CheckpointError, ConversionError
+from megapipe.models import load_pretrained
+from megapipe.models.families import FAMILIES
+from tests.conversion.models import CASES, LENGTH, WINDOW, greedy, make_model, save_model, tokens
+
+NO_TOKENIZER = ExportOptions(tokenizer=False)
+
+
+@contextmanager
+def no_bar(what: str, total: int) -> Iterator[Any]:
+    yield lambda count: None
+
+
+def run(
+    source: Path, target: Path, options: ExportOptions = NO_TOKENIZER, **proof: Any
+) -> list[str]:
+    """Convert; returns what was said."""
+    said: list[str] = []
+    asked = Conversion(source, target, options, ProofOptions(**{"tokens": LENGTH, **proof}))
+    convert(asked, FAMILIES, said.append, no_bar)
+    return said
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face directory."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+def assert_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """The same names, and bitwise the same values."""
+    assert one.keys() == other.keys()
+    for name, values in one.items():
+        assert values.dtype == other[name].dtype
+        assert torch.equal(values, other[name]), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip(case: str, tmp_path: Path) -> None:
+    model = make_model(case)
+    model.save_pretrained(tmp_path / "in")
+    said = run(tmp_path / "in", tmp_path / "checkpoint")
+    assert said[-2].startswith("Proven: ")
+    with torch.no_grad():
+        theirs = model(tokens()).logits
+    ours = load_pretrained(tmp_path / "checkpoint")(tokens())
+    assert 8 < theirs.abs().max() < 14
+    assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
+
+    said = run(
+        tmp_path / "checkpoint",
+        tmp_path / "out",
+        ExportOptions(tokenizer=False, file_bytes=200_000),
+    )
+    assert said[-2].startswith("Proven: ")
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert_same(weights(tmp_path / "in"), weights(tmp_path / "out"))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(again) is type(model)
+    assert greedy(again) == greedy(model)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        assert getattr(again.config, key) == getattr(model.config, key)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_as_it_is(dtype: torch.dtype, tmp_path: Path) -> None:
+    make_model("qwen3").to(dtype).save_pretrained(tmp_path / "in")
+    run(tmp_path / "in", tmp_path / "checkpoint")
+    run(tmp_path / "checkpoint", tmp_path / "out")
+    assert_same(weights(tmp_path / "in"), weights(tmp_path / "out"))
+
+
+def test_rounding_that_is_asked_for_is_proven_too(tmp_path: Path) -> None:
+    source = save_model("llama", tmp_path / "in")
+    rounded = ExportOptions(dtype=torch.bfloat16, tokenizer=False)
+    run(source, tmp_path / "checkpoint", rounded)
+    reader = open_checkpoint(tmp_path / "checkpoint")
+    assert {reader.dtype(name) for name in reader.names} == {torch.bfloat16}
+    run(source, tmp_path / "whole")
+    run(tmp_path / "whole", tmp_path / "out", rounded)
+    expected = {name: values.bfloat16() for name, values in weights(source).items()}
+    assert_same(expected, weights(tmp_path / "out"))
+
+
+def test_a_model_saved_without_its_output_layer(tmp_path: Path) -> None:
+    model = make_model("gpt2")
+    model.transformer.save_pretrained(tmp_path / "in")  # names without "transformer."
+    model.config.architectures = ["GPT2LMHeadModel"]  # as in the directory of the first GPT-2
+    (tmp_path / "in" / "config.json").write_text(model.config.to_json_string())
+    run(tmp_path / "in", tmp_path / "checkpoint")
+    with torch.no_grad():
+        expected = model(tokens()).logits
+    assert torch.allclose(load_pretrained(tmp_path / "checkpoint")(tokens()), expected, atol=1e-4)
+
+
+# --- Errors in a conversion ----------------------------------------------------------------------
+
+
+class Planted:
+    """Weights of which some, or keys of their model, are wrong."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        *,
+        keys: Mapping[str, Any] | None = None,
+        names: Mapping[str, str] | None = None,
+        zero: Sequence[str] = (),
+    ) -> None:
+        self._source, self._names, self._zero = source, names or {}, zero
+        self.model: ModelConfig = source.model.model_copy(update=dict(keys or {}))
+        self.place, self.names = source.place, [*source.names, "output.weight"]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._source.shape(self._names.get(name, name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._source.dtype(self._names.get(name, name))
+
+    def read(self, name: str, *where: Any) -> Tensor:
+        values = self._source.read(self._names.get(name, name), *where)
+        return torch.zeros_like(values) if name in self._zero else values
+
+
+GATE, UP = "layers.3.mlp.gate.weight", "layers.3.mlp.up.weight"
+OTHER_HEAD = {"output.weight": "embedding.weight"}
+
+
+@pytest.mark.parametrize(
+    ("case", "planted"),
+    [
+        ("llama", {"keys": {"norm_epsilon": 1e-5}}),
+        ("gpt2", {"keys": {"norm_epsilon": 1e-6}}),
+        ("llama", {"keys": {"rope_theta": 10100.0}}),
+        ("llama3", {"keys": {"rope_scaling": None}}),
+        ("llama", {"names": {GATE: UP, UP: GATE}}),
+        ("mistral", {"keys": {"sliding_window": 15}}),
+        ("mistral", {"keys": {"sliding_window": 17}}),
+        ("starcoder2", {"keys": {"sliding_window": 17}}),
+        ("qwen2", {"zero": ["layers.3.attention.k.bias"]}),
+        ("gpt2", {"zero": ["layers.3.mlp.down.bias"]}),
+        ("llama-biases", {"zero": ["layers.0.attention.output.bias"]}),
+        ("llama", {"names": OTHER_HEAD}),
+        ("gpt2", {"keys": {"activation": "gelu"}}),
+        ("qwen3", {"zero": ["layers.1.attention.q_norm.weight"]}),
+    ],
+    ids=str,
+)
+def test_a_proof_finds(case: str, planted: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_model(case, tmp_path / "in")
+    source = open_weights(folder, FAMILIES)
+    sequences = {"random tokens": tokens()[0]}
+    proof = prove(
+        FAMILIES["gpt"],
+        source,
+        lambda given, layers: transformers_logits(folder, given, layers),
+        sequences,
+    )
+    assert proof.holds
+    with pytest.raises(ConversionError, match=r"wrong.*random tokens, position \d+, token \d+"):
+        prove(
+            FAMILIES["gpt"],
+            Planted(source, **planted),
+            lambda given, layers: transformers_logits(folder, given, layers),
+            sequences,
+        )
+
+
+def test_what_is_not_proven_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_model("llama", tmp_path / "in")
+    run(source, tmp_path / "good")
+    monkeypatch.setattr(
+        "megapipe.conversion.convert.transformers_logits",
+        lambda folder, given, layers, rounded: {
+            name: torch.zeros(len(ids), 259) + 1 for name, ids in given.items()
+        },
+    )
+    for origin in (source, tmp_path / "good"):
+        with pytest.raises(ConversionError, match="wrong, and nothing was written"):
+            run(origin, tmp_path / "bad")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["good", "in"]
+    assert run(source, tmp_path / "bad", wanted=False)[-2] == "Not proven: --no-proof."
+
+
+def test_a_proof_of_some_layers_reads_no_others(tmp_path: Path) -> None:
+    source = save_model("qwen2-window", tmp_path / "in")
+    said = run(source, tmp_path / "checkpoint", layers=2)
+    assert "(first 2 layers)" in said[-2]
+
+
+def test_a_window_that_is_not_filled_is_said(tmp_path: Path) -> None:
+    source = save_model("mistral", tmp_path / "in")
+    said = run(source, tmp_path / "short", tokens=WINDOW)
+    assert said[-2] == (
+        "16 tokens do not fill the model's window of attention: see --proof-tokens."
+    )
+    assert run(source, tmp_path / "long", tokens=WINDOW + 1)[-2].startswith("Proven: ")
+
+
+def test_without_the_other_implementation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = save_model("llama", tmp_path / "in")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConversionError, match=r"not proven: transformers.*--no-proof"):
+        run(source, tmp_path / "checkpoint")
+    run(source, tmp_path / "checkpoint", wanted=False)
+
+
+# --- What is in the way --------------------------------------------------------------------------
+
+
+def test_nothing_is_replaced(tmp_path: Path) -> None:
+    source = save_model("llama", tmp_path / "in")
+    (tmp_path / "there").mkdir()
+    with pytest.raises(CheckpointError, match="there exists already"):
+        run(source, tmp_path / "there")
+
+
+def test_models_that_no_architecture_holds(tmp_path: Path) -> None:
+    source = save_model("qwen3", tmp_path / "in")
+    run(source, tmp_path / "checkpoint")
+    with pytest.raises(
+        ConversionError, match=r"model\.qk_norm = true can't be said in a config of"
+    ):
+        run(
+            tmp_path / "checkpoint",
+            tmp_path / "out",
+            ExportOptions("LlamaForCausalLM", tokenizer=False),
+        )
+    with pytest.raises(ConversionError, match=r"--to Llama is no architecture.*LlamaForCausalLM"):
+        run(tmp_path / "checkpoint", tmp_path / "out", ExportOptions("Llama", tokenizer=False))
+    with pytest.raises(ConversionError, match="--to X is for conversions to other stacks"):
+        run(source, tmp_path / "out", ExportOptions("X"))
