@@ -20,7 +20,8 @@ def dump_config(config: Config) -> str:
     tree = {name: _plain(section) for name, section in config.model_dump(mode="json").items()}
     # What is absent is written too where a preset or another model would set it again.
     if config.model.preset is not None or config.checkpoint.load_from is not None:
-        tree["model"] |= {key: "none" for key, value in config.model if value is None}
+        absent = [key for key, value in config.model if value is None and key != "preset"]
+        tree["model"] |= dict.fromkeys(absent, "none")
     return tomli_w.dumps(tree)
 
 
@@ -65,12 +66,11 @@ def schema(families: Families) -> dict[str, Any]:
     parts = described["$defs"]
     del parts["ModelConfig"]
     parts["OptimizerConfig"] = AnyOptimizerConfig.model_json_schema()
-    shapes = []
+    shapes, needed = [], [{"required": ["preset"]}]
     for name, family in families.items():
         shape = family.config.model_json_schema(ref_template=_PART)
         parts |= shape.pop("$defs", {})
-        # A preset may give the keys that have no default.
-        shape["anyOf"] = [{"required": ["preset"]}, {"required": shape.pop("required")}]
+        needed.append({"required": shape.pop("required")})
         if name != DEFAULT_FAMILY:
             shape["required"] = ["family"]
         parts[family.config.__name__] = shape
@@ -79,6 +79,12 @@ def schema(families: Families) -> dict[str, Any]:
         "description": Config.model_fields["model"].description,
         **(shapes[0] if len(shapes) == 1 else {"anyOf": shapes}),
     }
+    # A preset may give the keys that have no default, and so may a model that is loaded.
+    described["required"].remove("model")
+    described["anyOf"] = [
+        {"required": ["model"], "properties": {"model": {"anyOf": needed}}},
+        {"required": ["checkpoint"], "properties": {"checkpoint": {"required": ["load_from"]}}},
+    ]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         **described,

@@ -21,7 +21,7 @@ from megapipe.layout.family import ModelFamily
 from megapipe.layout.parameters import ParameterSpec
 
 MAX_LINES = 12
-"""How many groups of parameters a message lists."""
+"""How many parameters a message lists, those of all layers counted as one."""
 MAX_PATTERNS = 6
 """How many names a message proposes to allow."""
 
@@ -30,11 +30,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Origin:
-    """A parameter of the other model that one of ours starts as. The shapes are the same, but for
-    rows of tokens that only ours has, from row `known_rows` on."""
+    """A parameter of the other model, and its shape there, that one of ours starts as. Ours has the
+    same, or more rows, which are of new tokens."""
 
     name: str
-    known_rows: int
+    shape: Shape
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,21 @@ def load_notes(config: Config, families: Families) -> Sequence[str]:
     load_from = config.checkpoint.load_from
     if load_from is None or committed(Path(config.train.run_dir) / "checkpoints"):
         return []
-    other = model_at(Path(load_from), families)
-    return fit(config.model, other, families[config.model.family], config.checkpoint).notes
+    return fit_config(config, families).notes
+
+
+def fit_config(config: Config, families: Families) -> Fitting:
+    """What the model of a config starts as, where checkpoint.load_from names one; nothing where
+    neither weights nor what an optimizer keeps of them is wanted of it.
+
+    Raises CheckpointError or ConversionError where it does not fit the model.
+    """
+    settings, model = config.checkpoint, config.model
+    assert settings.load_from is not None
+    if not {"weights", "optimizer"} & set(settings.load_state):
+        return Fitting({}, [])
+    other = model_at(Path(settings.load_from), families)
+    return fit(model, other, families[model.family], settings)
 
 
 def fit(
@@ -71,8 +84,7 @@ def fit(
             f'"{other.family}", and here it is "{model.family}": leave model.family out.'
         )
     found = _Comparison(model, other, family, settings)
-    if found.problems:
-        raise CheckpointError("\n  ".join([*found.problems, found.advice]))
+    found.check()
     return Fitting(found.origins, found.notes)
 
 
@@ -110,11 +122,8 @@ class _Comparison:
         ]
 
     def _check_layers(self) -> Iterator[str]:
-        layers, here, there = (
-            self.settings.load_layers,
-            self.model.num_layers,
-            self.other.num_layers,
-        )
+        layers = self.settings.load_layers
+        here, there = self.model.num_layers, self.other.num_layers
         if layers is None:
             if here != there:
                 example: list[LayerSource] = [*range(min(here, there))]
@@ -136,7 +145,7 @@ class _Comparison:
         """The name under which the other model has each of our parameters; none for those of new
         layers."""
         layers = self.settings.load_layers or tuple(range(self.model.num_layers))
-        numbers = [one for one in layers if one != "new"]
+        numbers = [one for one in layers if one != "new" and one < self.other.num_layers]
         deepest = max([self.model.num_layers, *(one + 1 for one in numbers)])
         deep = self.model.model_copy(update={"num_layers": deepest})
         of_layer: dict[int, list[str]] = defaultdict(list)
@@ -158,11 +167,11 @@ class _Comparison:
         if theirs is None:
             self.missing.append(ours.name)
         elif theirs.shape == ours.shape:
-            self.origins[ours.name] = Origin(theirs.name, ours.shape[0])
+            self.origins[ours.name] = Origin(theirs.name, theirs.shape)
         elif tokens and theirs.shape[0] < ours.shape[0] and theirs.shape[1:] == ours.shape[1:]:
             self.grown.append(ours.name)
             if self.settings.load_new_tokens is not None:
-                self.origins[ours.name] = Origin(theirs.name, theirs.shape[0])
+                self.origins[ours.name] = Origin(theirs.name, theirs.shape)
         else:
             self.reshaped[ours.name] = (theirs.shape, ours.shape)
 
@@ -180,57 +189,55 @@ class _Comparison:
     def _refused(self, names: Iterable[str]) -> list[str]:
         return [name for name in names if not self._allowed(name)]
 
-    @property
-    def problems(self) -> list[str]:
-        """Lines of the error; none where all fits or is allowed."""
-        lines = list(self._layer_problems)
+    def check(self) -> None:
+        """Raises CheckpointError that lists what does not fit and is not allowed."""
+        problems = [*self._layer_problems, *self._vocabulary_problems(), *self._name_problems()]
+        if problems:
+            head = f'checkpoint.load_from = "{shown(str(self.settings.load_from))}" does not fit:'
+            raise CheckpointError("\n  ".join([head, *problems]))
+
+    def _vocabulary_problems(self) -> Iterator[str]:
         if self.settings.load_new_tokens is None and self._refused(self.grown):
-            lines.append(
+            yield (
                 f"model.vocab_size = {self.model.vocab_size}, and there it is "
                 f'{self.other.vocab_size}: say with checkpoint.load_new_tokens ("mean", "normal" '
                 'or "zeros") what new tokens start as, or leave model.vocab_size out'
             )
-        changed = self._refused(self.reshaped)
+
+    def _name_problems(self) -> list[str]:
+        """Lines on parameters that would have to be allowed by name, and how to do that."""
         shapes = [
-            f"another shape: {group}, {_shape(self.reshaped[names[0]][0])} there, "
-            f"{_shape(self.reshaped[names[0]][1])} here"
-            for group, names in _grouped(changed).items()
+            f"another shape: {group}, {list(self.reshaped[names[0]][0])} there, "
+            f"{list(self.reshaped[names[0]][1])} here"
+            for group, names in _grouped(self._refused(self.reshaped)).items()
         ]
-        lines += _first(shapes)
-        lines += _first(f"missing there: {one}" for one in _grouped(self._refused(self.missing)))
-        lines += _first(f"not used here: {one}" for one in _grouped(self._refused(self.unused)))
-        if lines:
-            differences = self.differences if len(lines) > len(self._layer_problems) else []
-            head = f'checkpoint.load_from = "{shown(str(self.settings.load_from))}" does not fit:'
-            lines = [head, *(f"{one} (there -> here)" for one in differences), *lines]
-        return lines
-
-    @property
-    def differences(self) -> list[str]:
-        """Keys of [model] that differ."""
-        return model_difference(self.other, self.model)
-
-    @property
-    def advice(self) -> str:
-        """What to do about the problems."""
+        missing = [f"missing there: {one}" for one in _grouped(self._refused(self.missing))]
+        unused = [f"not used here: {one}" for one in _grouped(self._refused(self.unused))]
+        if not (shapes or missing or unused):
+            return []
         names = self._refused([*self.reshaped, *self.missing, *self.unused])
-        if not names:
-            return "Nothing was loaded."
         patterns = list(dict.fromkeys(_pattern(name) for name in names))
         more = ", ..." if len(patterns) > MAX_PATTERNS else ""
         example = ", ".join(show(one) for one in patterns[:MAX_PATTERNS])
-        return (
+        return [
+            *(f"{one} (there -> here)" for one in self._differences),
+            *_first([*shapes, *missing, *unused]),
             "Leave keys of [model] out to have them as they are there; or allow by name what shall "
-            f"keep its initial values or be left out: checkpoint.load_allow = [{example}{more}]"
-        )
+            f"keep its initial values or be left out: checkpoint.load_allow = [{example}{more}]",
+        ]
+
+    @property
+    def _differences(self) -> list[str]:
+        """Keys of [model] that differ."""
+        return model_difference(self.other, self.model)
 
     @property
     def notes(self) -> list[str]:
         """What a start says of what it loads."""
         lines = []
-        if self.differences:
+        if self._differences:
             lines.append(
-                "\n  ".join(["Changed from that model (there -> here):", *self.differences])
+                "\n  ".join(["Changed from that model (there -> here):", *self._differences])
             )
         if self.settings.load_layers is not None:
             lines.append(f"Layers start as layers {show(self.settings.load_layers)} of it.")
@@ -271,11 +278,6 @@ def _grouped(names: Iterable[str]) -> dict[str, list[str]]:
     return {group if len(members) > 1 else members[0]: members for group, members in groups.items()}
 
 
-def _first(lines: Iterable[str]) -> list[str]:
-    found = list(lines)
-    more = len(found) - MAX_LINES
-    return [*found[:MAX_LINES], f"and {more} more"] if more > 0 else found
-
-
-def _shape(shape: Shape) -> str:
-    return str(list(shape))
+def _first(lines: Sequence[str]) -> Sequence[str]:
+    more = len(lines) - MAX_LINES
+    return [*lines[:MAX_LINES], f"and {more} more"] if more > 0 else lines

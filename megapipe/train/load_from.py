@@ -1,6 +1,6 @@
 """Starting a run from another model: checkpoint.load_from, read into this rank's shards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,12 @@ from megapipe.checkpoint.steps import committed, has_manifest
 from megapipe.checkpoint.verify import read_manifest
 from megapipe.config import Config
 from megapipe.config.problems import show
-from megapipe.conversion.fitting import Fitting, Origin, fit
+from megapipe.conversion.fitting import Fitting, Origin, fit_config
 from megapipe.conversion.hugging_face.config_file import is_hugging_face
 from megapipe.conversion.megatron.directory import is_megatron
-from megapipe.conversion.model_at import Families, model_at
+from megapipe.conversion.model_at import Families
 from megapipe.conversion.open import kept_tokenizer, open_weights
-from megapipe.conversion.source import CheckpointWeights, WeightSource
+from megapipe.conversion.source import CheckpointWeights, ForeignWeights, WeightSource
 from megapipe.data.tokenizer import load_tokenizer
 from megapipe.data_parallel.optimizer import WEIGHTS
 from megapipe.distributed.rank_group import RankGroup
@@ -48,7 +48,8 @@ class LoadFrom:
         self._settings = config.checkpoint
         self._path = Path(config.checkpoint.load_from)
         self._fitting, _ = ranks.in_agreement(self._fit)
-        self.notes = [f"Starting from {shown(self._path)}.", *self._fitting.notes]
+        parts = ", ".join(self._settings.load_state)
+        self.notes = [f"Starting from {shown(self._path)}: {parts}.", *self._fitting.notes]
 
     def restore(
         self, engine: Engine, say: Callable[[str], None]
@@ -57,7 +58,8 @@ class LoadFrom:
         wanted. Collective: what is damaged is raised on all ranks."""
         path = self._settle(say)
         source, _ = self._ranks.in_agreement(lambda: self._load(path, engine))
-        for line in self._ranks.from_first(lambda: self._tokenizer_note(path, source)):
+        tokens = self._ranks.from_first(lambda: self._tokenizer_note(path, source))
+        for line in [*_allowed(source), *tokens]:
             say(line)
         progress, data = Progress(), None
         if isinstance(source, CheckpointWeights) and source.reader.step is not None:
@@ -74,7 +76,6 @@ class LoadFrom:
     def _fit(self) -> Fitting:
         """Raises CheckpointError where the two models, or what is wanted of them, don't fit."""
         wanted, load_from = self._settings.load_state, shown(self._path)
-        other, model = model_at(self._path, self._families), self._config.model
         beyond = [part for part in wanted if part != WEIGHTS]
         kind = _without_state(self._path) if beyond else None
         if kind is not None:
@@ -83,9 +84,7 @@ class LoadFrom:
                 f'checkpoint.load_from = "{load_from}" is {kind}: no optimizer state, step '
                 'or position in the data is read from it. Set checkpoint.load_state = ["weights"].'
             )
-        if not {WEIGHTS, OPTIMIZER} & set(wanted):
-            return Fitting({}, [])
-        return fit(model, other, self._families[model.family], self._settings)
+        return fit_config(self._config, self._families)
 
     def _settle(self, say: Callable[[str], None]) -> Path:
         """The Hugging Face directory or checkpoint: of a run, its newest whole one."""
@@ -112,7 +111,11 @@ class LoadFrom:
 
     def _load(self, path: Path, engine: Engine) -> WeightSource:
         """Fill every shard, copies included, then round the master weights into the model's."""
-        source, wanted = open_weights(path, self._families), self._settings.load_state
+        wanted, origins = self._settings.load_state, self._fitting.origins
+        source = open_weights(path, self._families, self._settings.load_allow)
+        if isinstance(source, CheckpointWeights):
+            shapes = {f"{WEIGHTS}/{one.name}": one.shape for one in origins.values()}
+            source.reader.require(shapes)
         kinds = {WEIGHTS} & set(wanted)
         if OPTIMIZER in wanted:
             assert isinstance(source, CheckpointWeights)
@@ -126,8 +129,8 @@ class LoadFrom:
             kinds |= own - {WEIGHTS}
             engine.optimizer.load_scalars(source.reader.state)
         for kind, shard, values in engine.optimizer.state():
-            origin = self._fitting.origins.get(shard.name)
-            if kind in kinds and origin is not None:
+            origin = origins.get(shard.name)
+            if kind in kinds and origin is not None and origin.name in source.names:
                 self._fill(values, kind, shard, origin, source)
         for buffer in engine.buffers:
             buffer.publish_master()
@@ -137,7 +140,7 @@ class LoadFrom:
         self, values: Tensor, kind: str, shard: ParameterShard, origin: Origin, source: WeightSource
     ) -> None:
         """Read a shard's rectangle of one kind; rows of new tokens start as the config says."""
-        known = min(max(origin.known_rows - shard.start[0], 0), shard.shape[0])
+        known = min(max(origin.shape[0] - shard.start[0], 0), shard.shape[0])
         if known:
             shape = (known, *shard.shape[1:])
             if kind == WEIGHTS:
@@ -154,7 +157,7 @@ class LoadFrom:
             values[known:].copy_(_mean_row(source, origin.name))
 
     def _tokenizer_note(self, path: Path, source: WeightSource) -> list[str]:
-        """A warning where the tokenizer that is kept there makes other tokens of text."""
+        """A warning where a tokenizer lies there that makes other tokens of text."""
         try:
             if isinstance(source, CheckpointWeights):
                 kept = kept_tokenizer(source.reader)
@@ -178,6 +181,15 @@ def _without_state(path: Path) -> str | None:
     if has_manifest(path):
         return "a checkpoint of weights alone" if read_manifest(path).step is None else None
     return "a Megatron checkpoint" if is_megatron(path) else None
+
+
+def _allowed(source: WeightSource) -> Iterator[str]:
+    """Lines on tensors that a directory of another stack lacks or has too many."""
+    if isinstance(source, ForeignWeights):
+        for what, names in (("lacks", source.missing), ("has, unused,", source.unused)):
+            if names:
+                listed = ", ".join(map(shown, names))
+                yield f"{source.place} {what} {listed}, as checkpoint.load_allow has it."
 
 
 def _mean_row(source: WeightSource, name: str) -> Tensor:

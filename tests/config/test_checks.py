@@ -44,6 +44,18 @@ from tests.config.examples import write
             "--train.kernels=triton --model.hidden_size=32768",
             'train.kernels = "triton" takes model.hidden_size up to 16,384, and it is 32,768; use',
         ),
+        (
+            "--checkpoint.load_from=llama --checkpoint.resume=runs/a",
+            'checkpoint.load_from = "llama" and checkpoint.resume = "runs/a" are both given; keep',
+        ),
+        (
+            "--checkpoint.load_new_tokens=mean",
+            'checkpoint.load_new_tokens = "mean" has no effect without checkpoint.load_from; set',
+        ),
+        (
+            "--checkpoint.load_from=llama --checkpoint.load_layers=[0,1]",
+            "checkpoint.load_layers = [0, 1] has 2 entries, and model.num_layers = 8: give one for",
+        ),
         ("--parallel.pipeline=9", "parallel.pipeline = 9 is too large: parallel.pipeline 9 *"),
         (
             "--parallel.layers_per_stage=[4,2,2]",

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from megapipe.config import Config, Families, load_config
+from megapipe.config import Config, Families, dump_config, load_config, parse_config
 from megapipe.config.family import Preset
-from megapipe.errors import ConfigError
+from megapipe.errors import CheckpointError, ConfigError
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.config import GPTConfig
 from megapipe.pipeline.schedule import SCHEDULES
@@ -230,6 +230,77 @@ def test_a_bad_value_of_a_preset_is_blamed_on_the_preset(tmp_path: Path) -> None
     bad = {"small": {**PRESETS["small"], "max_sequence_length": -1}}
     with pytest.raises(ConfigError, match=r'run.toml, preset "small": model.max_sequence_length'):
         load_config(write(tmp_path, text), [], gpt(bad))
+
+
+# --- checkpoint.load_from ------------------------------------------------------------------------
+
+LENT = GPTConfig(
+    num_layers=3,
+    hidden_size=48,
+    num_heads=6,
+    vocab_size=90,
+    max_sequence_length=512,
+    preset="theirs",
+    sliding_window=64,
+)
+LOADING = '[checkpoint]\nload_from = "$HOME/llama"\n' + TEXT[TEXT.index("[parallel]") :]
+
+
+def load_lent(
+    tmp_path: Path, *overrides: str, text: str = LOADING, lent: GPTConfig | None = LENT
+) -> Config:
+    """The model that `checkpoint.load_from` names is `lent`; with None there is none."""
+
+    def lender(load_from: Path, run_dir: Path | None) -> GPTConfig:
+        assert load_from == Path.home() / "llama"
+        assert run_dir == Path("runs/x")
+        if lent is None:
+            raise CheckpointError("llama: there is no such directory")
+        return lent
+
+    return load_config(write(tmp_path, text), overrides, gpt(PRESETS), lender)
+
+
+def test_the_model_may_come_from_the_one_that_is_loaded(tmp_path: Path) -> None:
+    model = load_lent(tmp_path).model
+    assert model == LENT.model_copy(update={"preset": None})
+    assert isinstance(model, GPTConfig)
+    assert model.num_kv_heads == 6, "derived there"
+
+
+def test_the_preset_and_the_keys_lie_over_the_model_that_is_loaded(tmp_path: Path) -> None:
+    text = '[model]\npreset = "small"\nvocab_size = 120\nnum_kv_heads = 2\n' + LOADING
+    model = load_lent(tmp_path, "--model.rope_theta=7.0", text=text).model
+    assert isinstance(model, GPTConfig)
+    assert (model.num_layers, model.vocab_size, model.rope_theta) == (2, 120, 7.0)
+    assert model.head_dim == 8, "neither the preset nor the file gives it"
+    assert load_lent(tmp_path, "--model.sliding_window=none").model.sliding_window is None
+
+
+def test_a_config_whose_model_was_loaded_comes_back(tmp_path: Path) -> None:
+    config = load_lent(tmp_path, "--model.sliding_window=none", '--checkpoint.load_allow=["a.*"]')
+    text = dump_config(config)
+    assert parse_config(text, gpt(PRESETS)) == config
+    assert load_lent(tmp_path, text=text) == config
+
+
+def test_a_model_that_can_not_be_loaded_is_one_problem(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_lent(tmp_path, lent=None)
+    (problem,) = caught.value.problems
+    said = "run.toml:2: checkpoint.load_from: llama: there is no such directory."
+    assert problem.endswith(said)
+
+
+def test_a_contradiction_with_the_model_that_is_loaded_names_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_lent(tmp_path, "--train.sequence_length=1024", "--model.num_kv_heads=4")
+    blamed = [problem.split(": ")[0].rpartition("/")[2] for problem in caught.value.problems]
+    assert blamed == ["command line", "command line"]
+    with pytest.raises(ConfigError) as caught:
+        load_lent(tmp_path, lent=LENT.model_copy(update={"num_kv_heads": 5}))
+    (problem, *_) = caught.value.problems
+    assert f'run.toml, checkpoint.load_from "{Path.home()}/llama": model.num_kv_heads' in problem
 
 
 def test_a_missing_section_names_what_it_needs(tmp_path: Path) -> None:

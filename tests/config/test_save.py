@@ -71,7 +71,12 @@ def test_schema_describes_every_key() -> None:
         assert set(definition["properties"]) == set(kind.model_fields), name
         assert all("description" in entry for entry in definition["properties"].values()), name
         assert definition["additionalProperties"] is False
-    assert {"required": ["preset"]} in described["$defs"]["GPTConfig"]["anyOf"]
+    assert "model" not in described["required"]
+    written, loaded = described["anyOf"]
+    preset, keys = written["properties"]["model"]["anyOf"]
+    assert (written["required"], preset["required"]) == (["model"], ["preset"])
+    assert {"num_layers", "num_heads"} <= set(keys["required"])
+    assert loaded["properties"] == {"checkpoint": {"required": ["load_from"]}}
     window = described["$defs"]["GPTConfig"]["properties"]["sliding_window"]
     assert {"const": "none", "type": "string"} in window["anyOf"]
 

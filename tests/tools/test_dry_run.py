@@ -1,5 +1,6 @@
 """`megapipe train CONFIG --dry-run` of the configs that ship, and without torch."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -43,10 +44,27 @@ def test_configs_that_ship(name: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert max(states.total for states in rank_states(layout)) < 40 * 2**30
 
 
-def test_imports_no_torch() -> None:
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 80,
+    "hidden_size": 8192,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 28672,
+    "vocab_size": 128256,
+}
+
+
+def test_imports_no_torch(tmp_path: Path) -> None:
+    """Nor does it to read which model is loaded."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    words = ["train", str(CONFIGS / "megatron-1t.toml"), "--dry-run"]
+    words += ["--checkpoint.load_from", str(tmp_path), "--train.run_dir", f"{tmp_path}/run"]
+    words += ["--checkpoint.load_state", "['step']"]
     program = (
         "import sys; from megapipe.tools.cli import main; "
-        f"status = main(['train', {str(CONFIGS / 'megatron-1t.toml')!r}, '--dry-run']); "
+        f"status = main({words!r}); "
         "sys.exit(status or 'torch' in sys.modules or 'numpy' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)

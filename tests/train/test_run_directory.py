@@ -81,6 +81,18 @@ def test_a_new_run(make: Make, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists(), "a plan writes nothing"
 
 
+def test_a_model_is_loaded_into_a_run_without_checkpoints_only(make: Make, tmp_path: Path) -> None:
+    words = (f"--checkpoint.load_from={tmp_path}/llama",)
+    assert plan_start(make(*words), FAMILIES) == StartPlan("auto", [], loads=True)
+    begin(make(*words), 5)
+    plan = plan_start(make(*words), FAMILIES)
+    assert not plan.loads
+    (note,) = plan.notes
+    assert note.startswith(
+        f'checkpoint.load_from = "{tmp_path}/llama" was for the first start; the'
+    )
+
+
 def test_the_config_is_written_and_comes_back(make: Make) -> None:
     config = make("--train.run_dir", f"{make().train.run_dir}/deep/er")
     lock_and_write(config)

@@ -1,0 +1,92 @@
+"""The shape of a model by its config alone: of what there is, and what is said of what is not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megapipe.config import dump_model
+from megapipe.conversion.model_at import lend_model, model_at
+from megapipe.errors import MegapipeError
+from megapipe.models.families import FAMILIES
+from megapipe.models.gpt.config import GPTConfig
+from tests.checkpoint.samples import save_sample, save_sample_weights
+
+MODEL = GPTConfig(
+    num_layers=2, hidden_size=8, num_heads=2, vocab_size=11, max_sequence_length=16, qk_norm=True
+)
+TOML = dump_model(MODEL).encode()
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 3,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "intermediate_size": 12,
+    "vocab_size": 13,
+}
+
+
+def write_llama(folder: Path, **changes: Any) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+    return folder
+
+
+def test_a_model_is_found_wherever_it_lies(tmp_path: Path) -> None:
+    checkpoint = save_sample(tmp_path / "run" / "checkpoints", 5, TOML)
+    weights = save_sample_weights(tmp_path / "weights", {}, model_toml=TOML)
+    for place in (checkpoint, checkpoint.parent, tmp_path / "run", weights):
+        assert model_at(place, FAMILIES) == MODEL
+    found = model_at(write_llama(tmp_path / "llama"), FAMILIES)
+    assert isinstance(found, GPTConfig)
+    assert (found.num_layers, found.ffn_hidden_size, found.activation) == (3, 12, "swiglu")
+
+
+def test_a_run_goes_on_as_the_model_of_its_own_checkpoints(tmp_path: Path) -> None:
+    """Even where the model that it started from is gone."""
+    llama, run = write_llama(tmp_path / "llama"), tmp_path / "run"
+    assert lend_model(llama, run, FAMILIES).vocab_size == 13
+    damaged = save_sample(run / "checkpoints", 7, TOML)
+    (damaged / "config.toml").write_bytes(b"\0\0")
+    assert lend_model(llama, run, FAMILIES).vocab_size == 13
+    save_sample(run / "checkpoints", 5, TOML)
+    for place in (llama, tmp_path / "gone"):
+        assert lend_model(place, run, FAMILIES) == MODEL
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"hidden_act": "relu"},
+            'hidden_act = "relu" asks for',
+        ),
+        ({"auto_map": {"AutoModel": "evil.Evil"}}, "auto_map names code of its own"),
+        ({"architectures": ["GPTJForCausalLM"]}, "model_type = llama) is not computed"),
+    ],
+)
+def test_a_config_that_we_do_not_compute(tmp_path: Path, changes: Any, said: str) -> None:
+    with pytest.raises(MegapipeError) as caught:
+        model_at(write_llama(tmp_path / "llama", **changes), FAMILIES)
+    assert said in str(caught.value)
+
+
+def test_a_checkpoint_of_a_model_of_another_version(tmp_path: Path) -> None:
+    path = save_sample(tmp_path, 1, TOML.replace(b"qk_norm", b"qk_nrom"))
+    with pytest.raises(MegapipeError, match=r"step-00000001/config.toml: model.qk_nrom: "):
+        model_at(path, FAMILIES)
+    (path / "config.toml").write_bytes(b"[model")
+    with pytest.raises(MegapipeError, match=r"config.toml is damaged: "):
+        model_at(path, FAMILIES)
+
+
+def test_where_there_is_no_model(tmp_path: Path) -> None:
+    for path, said in (
+        (tmp_path / "gone", "gone: there is no such directory"),
+        (tmp_path, f"{tmp_path} holds no model: neither a config.json"),
+        (Path("hf://meta-llama/Llama-3"), "are not downloaded from hf://"),
+    ):
+        with pytest.raises(MegapipeError, match=said):
+            model_at(path, FAMILIES)
