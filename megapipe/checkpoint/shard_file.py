@@ -36,7 +36,7 @@ AHEAD_BYTES = 256 * 2**20
 class FilePlan:
     """The layout of one file: the header, then the tensors of `shards` in order.
 
-    It is all that `write_file` needs, and the tensors in it are read only there: with copies in
+    It is all that writing needs, and the tensors in it are read only there: with copies in
     their place a file can be written while training goes on.
     """
 
@@ -75,31 +75,49 @@ def plan_file(name: str, shards: Iterable[Shard]) -> FilePlan:
     return FilePlan(name, _header(kept), tuple(kept), shapes)
 
 
-def write_file(
-    folder: Path, plan: FilePlan, progress: Callable[[int], None] | None = None
-) -> dict[str, object]:
-    """Write one file, durably, if it holds anything; returns its share of a manifest.
+def write_plain_file(
+    folder: Path,
+    plan: FilePlan,
+    progress: Callable[[int], None] | None = None,
+    look: Callable[[int, memoryview], None] | None = None,
+) -> None:
+    """Write one file, durably, if it holds anything.
 
     One shard at a time is loaded, copied to the CPU or made contiguous, and while it is written the
-    next one is loaded by another thread if it is small. Checksums are taken from memory just before
-    the same memory is written, so that no fault of the disk can enter them. `progress` is called
-    with the number of bytes after each write of that many.
+    next one is loaded by another thread if it is small. `look` is given the number of the shard and
+    each block of it before that is written; `progress` is called with the number of bytes after
+    each write of that many.
     """
-    checksums: list[list[str]] = []
 
     def parts() -> Iterator[memoryview]:
         yield memoryview(plan.header)
+        index = 0  # enumerate would keep a tensor while the next one is loaded
         for tensor in _loaded(plan.shards):
-            checksums.append([])
             for block in blocks(as_bytes(tensor).numpy().data):
-                checksums[-1].append(checksum(block))
+                if look is not None:
+                    look(index, block)
                 yield block
                 if progress is not None:
                     progress(len(block))
-            del tensor, block  # before the next one is loaded
+            del tensor, block
+            index += 1
 
     if plan.shards:
         write_durably(folder / plan.name, parts())
+
+
+def write_file(
+    folder: Path, plan: FilePlan, progress: Callable[[int], None] | None = None
+) -> dict[str, object]:
+    """Write one shard file as `write_plain_file` does; returns its share of a manifest.
+
+    Checksums are taken from memory just before the same memory is written, so that no fault of the
+    disk can enter them.
+    """
+    checksums: list[list[str]] = [[] for _ in plan.shards]
+    write_plain_file(
+        folder, plan, progress, lambda index, block: checksums[index].append(checksum(block))
+    )
     chunks: dict[str, list[dict[str, object]]] = {name: [] for name in plan.shapes}
     offset = len(plan.header)
     for shard, sums in zip(plan.shards, checksums, strict=True):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megapipe.checkpoint.shard import Shard
-from megapipe.checkpoint.shard_file import FilePlan, plan_file, write_file
+from megapipe.checkpoint.shard_file import FilePlan, plan_file, write_plain_file
 from megapipe.checkpoint.steps import (
     clear_attempts,
     commit_new,
@@ -118,7 +118,7 @@ def write_export(
         def write() -> None:
             with space_explained(needed, place):
                 for plan in plans[ranks.rank :: ranks.size]:
-                    write_file(folder, plan, progress)
+                    write_plain_file(folder, plan, progress)
 
         ranks.in_agreement(write, what=what)
 
