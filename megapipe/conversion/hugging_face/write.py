@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from megapipe.checkpoint.shard import Shard
-from megapipe.checkpoint.shard_file import FilePlan, plan_file, write_file
+from megapipe.checkpoint.shard_file import FilePlan, plan_file, write_plain_file
 from megapipe.conversion.hugging_face.config_file import CONFIG
 from megapipe.conversion.hugging_face.directory import INDEX, SINGLE
 from megapipe.conversion.new_directory import write_new_directory
@@ -89,7 +89,7 @@ def write_export(
 
     def write(folder: Path) -> None:
         for plan in plans[ranks.rank :: ranks.size]:
-            write_file(folder, plan, progress)
+            write_plain_file(folder, plan, progress)
 
     def finish(folder: Path) -> None:
         _write_small_files(export, plans, folder)
