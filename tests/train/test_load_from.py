@@ -116,6 +116,15 @@ def test_each_part_is_chosen_for_itself(begin: Any, saved: Mapping[str, Tensor],
             assert torch.equal(found.values[name], saved[name]) == (kind in loaded), name
 
 
+def test_all_parts_together_are_a_resume(begin: Any, saved: Mapping[str, Tensor]) -> None:
+    found = begin('--checkpoint.load_state=["weights", "optimizer", "step", "data"]')
+    assert found.values.keys() == saved.keys()
+    assert all(torch.equal(values, saved[name]) for name, values in found.values.items())
+    assert (found.progress, found.data) == (Progress(2, 128), {"step": 2})
+    assert found.optimizer_steps == 2
+    assert not found.lines
+
+
 def test_the_course_of_the_learning_rate_goes_on(begin: Any) -> None:
     (line,) = begin('--checkpoint.load_state=["step"]', "--optimizer.learning_rate=1e-3").lines
     assert "step 3 gets 1.00e-03 instead of 3.00e-03" in line
