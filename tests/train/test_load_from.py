@@ -22,6 +22,7 @@ from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.load_from import LoadFrom
 from tests.checkpoint.samples import save_sample_weights
 from tests.config.examples import write
+from tests.conversion.megatron import samples as megatron
 from tests.golden.runs import write_inputs
 from tests.layouts import CPU, engine_of
 from tests.ranks import run_ranks
@@ -168,6 +169,31 @@ def test_master_weights_have_all_digits(begin: Any, saved: Mapping[str, Tensor])
         if name.startswith("weights/"):
             assert values.dtype == torch.float32
             assert torch.equal(values, saved[name]), name
+
+
+def test_a_megatron_checkpoint(tmp_path: Path) -> None:
+    whole = {name: one for name, one in megatron.weights().items() if not name.endswith(".bias")}
+    arguments = {
+        "hidden_size": megatron.HIDDEN,
+        "num_attention_heads": 2,
+        "ffn_hidden_size": megatron.FFN,
+        "padded_vocab_size": megatron.VOCABULARY,
+        "max_position_embeddings": 32,
+        "normalization": "RMSNorm",
+        "position_embedding_type": "rope",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    run = megatron.save_ranks(tmp_path / "megatron", whole, 2, 2, **arguments)
+    found = start(make_config(tmp_path, run, "--parallel.data=1"))
+    for name, theirs in (
+        ("embedding.weight", "embedding.word_embeddings.weight"),
+        ("layers.3.attention.output.weight", "decoder.layers.3.self_attention.linear_proj.weight"),
+        ("output.weight", "output_layer.weight"),
+    ):
+        assert torch.equal(found.values[f"weights/{name}"], whole[theirs]), name
 
 
 def test_another_tokenizer_is_warned_of(begin: Any, first: Path, tmp_path: Path) -> None:
