@@ -15,7 +15,7 @@ from megapipe.config.problems import show
 from megapipe.config.source import BEYOND_PYTHON
 from megapipe.conversion.hugging_face.config_file import HuggingFaceConfig, is_hugging_face
 from megapipe.errors import CheckpointError, ConfigError, ConversionError, MegapipeError
-from megapipe.files import shown
+from megapipe.files import reason, shown
 from megapipe.layout.architecture import Architecture, Stack
 from megapipe.layout.family import ModelFamily
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Families = Mapping[str, ModelFamily]
 
 MAX_CONFIG_BYTES = 2**20
+MAX_LAYERS = 10_000
 
 
 def lend_model(load_from: Path, run_dir: Path | None, families: Families) -> ModelConfig:
@@ -48,6 +49,13 @@ def model_at(path: Path, families: Families) -> ModelConfig:
 
     Raises CheckpointError or ConversionError where there is none, or none that we compute.
     """
+    try:
+        return _model_at(path, families)
+    except OSError as error:
+        raise CheckpointError(f"{shown(path)} can't be read: {reason(error)}") from error
+
+
+def _model_at(path: Path, families: Families) -> ModelConfig:
     if str(path).startswith("hf:/"):
         raise ConversionError(
             f"{shown(path)}: models are not downloaded from {HUB}; download it, and name its "
@@ -79,10 +87,14 @@ def described_model(config: Mapping[str, Any], place: str, families: Families) -
 
     Raises CheckpointError where there is no such family here, or it has other keys.
     """
-    values = config.get("model", {})
+    values = config.get("model")
     try:
-        return family_of(values, families).config.model_validate(values)
-    except ConfigError as error:
+        if not isinstance(values, dict):
+            raise ConfigError(["has no section [model]"])
+        model = family_of(values, families).config.model_validate(values)
+        _check_depth(model)
+        return model
+    except (ConfigError, ConversionError) as error:
         raise CheckpointError(f"{place}: {error}") from error
     except ValidationError as error:
         (first, *_) = error.errors(include_url=False)
@@ -99,6 +111,7 @@ def hugging_face_model(
     """
     try:
         model = architecture.read_config(directory.config)
+        _check_depth(model)
         family.parameters(model)
         problems = list(model.problems())
     except ConversionError as error:
@@ -161,12 +174,22 @@ def megatron_model(
                 "it out."
             )
     try:
-        return architecture.read_config({**checkpoint.arguments, **arguments})
+        model = architecture.read_config({**checkpoint.arguments, **arguments})
+        _check_depth(model)
+        return model
     except ConversionError as error:
         raise ConversionError(
             f"{checkpoint.place}: of Megatron's arguments, {error}\n  What the checkpoint does not "
             "hold is given to `megapipe convert` as --argument NAME=VALUE."
         ) from error
+
+
+def _check_depth(model: ModelConfig) -> None:
+    """Raises ConversionError before the parameters of billions of layers are listed."""
+    if model.num_layers > MAX_LAYERS:
+        raise ConversionError(
+            f"it has {model.num_layers:,} layers, and no more than {MAX_LAYERS:,} are read"
+        )
 
 
 def megatron_architecture(families: Families) -> tuple[ModelFamily, Architecture]:
