@@ -2,8 +2,10 @@
 
 import os
 import signal
-from collections.abc import Iterator
+import socket
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: forked ranks hang on a parent's thread pool
 
@@ -19,7 +21,7 @@ import triton
 
 from tests.corpus import write_config, write_text, write_tokenizer
 from tests.interpreter import interpreting, make_faster
-from tests.kernels.compiling import Compiling
+from tests.kernels.compiling import WAITING, Compiler, Compiling
 from tests.ranks import GPU_POOL, POOL
 
 numpy_is_new = np.lib.NumpyVersion(np.__version__) >= "2.4.0"
@@ -59,28 +61,88 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def compiling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compiling]:
-    """The compiler of all kernels, at work since the first test."""
-    work = Compiling.start(tmp_path_factory.mktemp("compiled"))
-    yield work
-    work.stop()
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A port of this machine that no other program is given while the test runs.
+
+    It is bound here, and nobody listens there. torch's store can, since it sets SO_REUSEADDR too.
+    """
+    with socket.socket() as reserved:
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        reserved.bind(("localhost", 0))
+        yield reserved.getsockname()[1]
 
 
-def _waits_for_the_compiler(item: pytest.Item) -> bool:
-    return "compiling" in getattr(item, "fixturenames", ())
+# --- The compiler of all kernels -----------------------------------------------------------------
+
+COMPILER = pytest.StashKey[Compiler]()
+"""Of the process that starts it."""
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if not hasattr(session.config, "workerinput"):
+        session.config.stash[COMPILER] = Compiler()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Before pytest removes the temporary folders of earlier sessions, which takes a while."""
+    if compiler := session.config.stash.get(COMPILER, None):
+        compiler.stop()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """In pytest-xdist's controller, before a worker starts: say where the results will be."""
+    node.workerinput["compiled"] = str(node.config.stash[COMPILER].folder)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node: Any, ids: Sequence[str]) -> None:
+    """In the controller, when a worker has found its tests."""
+    node.config.stash[COMPILER].start_for(ids)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiling_starts_early(request: pytest.FixtureRequest) -> None:
-    if any(map(_waits_for_the_compiler, request.session.items)):
-        request.getfixturevalue("compiling")
+    if compiler := request.config.stash.get(COMPILER, None):
+        compiler.start_for([item.nodeid for item in request.session.items])
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tests that wait for the compiler come last. Tests marked `gpu` are skipped where there is
-    none, or where kernels are interpreted."""
-    items.sort(key=_waits_for_the_compiler)
+@pytest.fixture(scope="session")
+def compiling(pytestconfig: pytest.Config) -> Compiling:
+    """The results of the compiler of all kernels, at work since the first test."""
+    if compiler := pytestconfig.stash.get(COMPILER, None):
+        return Compiling(compiler.folder)
+    return Compiling(Path(pytestconfig.workerinput["compiled"]))  # type: ignore[attr-defined]
+
+
+# --- Which tests run, and in which order ---------------------------------------------------------
+
+LONGEST = (
+    "tests/test_layouts.py",
+    "tests/fuzz/test_fuzz.py",
+    "tests/tools/test_bench_gpu.py",
+    "tests/tools/test_train.py",
+    "tests/golden/test_golden.py",
+    "tests/kernels/test_planted_errors.py",
+    "tests/models/test_adding_a_model_family.py",
+    "tests/tools/test_console.py",
+    "tests/layout/test_adding_an_axis.py",
+    "tests/train/test_host_sync.py",
+    "tests/test_kill_and_resume.py",
+)
+"""The files that take most time, longest first. Workers begin with them, or else one worker would
+still have a whole file to do when the others have ended."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The tests that wait for the compiler come last, and where there are several workers the
+    longest files first. Tests marked `gpu` are skipped where there is none, or where kernels are
+    interpreted."""
+    first = LONGEST if hasattr(config, "workerinput") else ()
+    ranks = {name: rank for rank, name in enumerate(first)} | {WAITING: len(items)}
+    items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(first)))
     if not torch.cuda.is_available() or interpreting:
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -66,9 +66,9 @@ def check_says(said: str, *parts: str) -> None:
     assert len(lines) == 1, f"one message, not {len(lines)}:\n{said}"
 
 
-def test_layout_that_does_not_match_the_world_size(folder: Path) -> None:
+def test_layout_that_does_not_match_the_world_size(folder: Path, port: int) -> None:
     world = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
-    said = refused(folder, "train", "run.toml", PP2, **world, MASTER_PORT="29533")
+    said = refused(folder, "train", "run.toml", PP2, **world, MASTER_PORT=str(port))
     check_says(said, "parallel.pipeline 2", "3", "World sizes that work with this config: 2, 4")
 
 

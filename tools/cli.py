@@ -33,6 +33,11 @@ ALLOCATOR_VARIABLES = (
     "PYTORCH_HIP_ALLOC_CONF",
 )
 """What configures torch's allocator; torch reads the first of them that is set."""
+MOVES_BYTES = ("convert", "export", "merge")
+"""Commands that fill and drop large tensors all the time."""
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+"""Has torch ask for huge pages on CPUs: a fresh tensor then takes a 500th of the page faults, which
+cost as much as the writing of it."""
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -40,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 only where everything asked for was done and said."""
     words = list(sys.argv[1:] if argv is None else argv)
     _settle_allocator()
+    if words[:1] and words[0] in MOVES_BYTES:
+        os.environ.setdefault(HUGE_PAGES, "1")
     _settle_umask()
     with console(lasting=_trains(words)):
         try:

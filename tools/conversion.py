@@ -66,20 +66,26 @@ def run_conversion(
     *,
     arguments: Mapping[str, object] | None = None,
     tokenizer: Path | None = None,
+    grid: tuple[int, int, int] = (1, 1, 1),
 ) -> None:
-    """Convert as the options say; `arguments` and `tokenizer` are of models from Megatron. Raises
-    UsageError for values that make no sense."""
+    """Convert as the options say; `arguments` and `tokenizer` are of models from Megatron, `grid`
+    of models for it. Raises UsageError for values that make no sense."""
     for name in ("proof_layers", "proof_tokens"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} must be 1 or more.")
+    if min(grid) < 1:
+        raise UsageError("--tensor, --pipeline and --virtual must be 1 or more.")
     if not LEAST_FILE_SIZE <= options.file_size < float("inf"):
-        raise UsageError(f"--file-size {options.file_size} must be {LEAST_FILE_SIZE} or more.")
+        raise UsageError(
+            f"--file-size {options.file_size} must be a number of GB, {LEAST_FILE_SIZE} or more."
+        )
 
     import torch
 
     from megapipe.conversion.convert import Conversion, ProofOptions, convert
     from megapipe.conversion.hugging_face.export import ExportOptions
+    from megapipe.conversion.megatron.writer import RankGrid
 
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     asked = Conversion(
@@ -95,5 +101,6 @@ def run_conversion(
         ProofOptions(options.proof, options.proof_layers, options.proof_tokens),
         arguments or {},
         tokenizer,
+        RankGrid(*grid),
     )
     convert(asked, FAMILIES, print, bytes_bar)

@@ -27,6 +27,7 @@ def run(argv: Sequence[str]) -> int:
         options.target,
         arguments=dict(map(_argument, options.argument)),
         tokenizer=options.tokenizer,
+        grid=(options.tensor, options.pipeline, options.virtual),
     )
     return 0
 
@@ -61,5 +62,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="PATH",
         help="the tokenizer of a model from Megatron, which keeps none in its checkpoints",
     )
+    for axis, what in (
+        ("tensor", "tensor-parallel ranks"),
+        ("pipeline", "pipeline stages"),
+        ("virtual", "parts of each stage"),
+    ):
+        parser.add_argument(
+            f"--{axis}", type=int, default=1, metavar="N", help=f"with --to GPTModel: {what}"
+        )
     add_conversion_options(parser)
     return parser.parse(argv)[0]

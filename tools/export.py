@@ -20,8 +20,10 @@ def run(argv: Sequence[str]) -> int:
     options = _parse(argv)
 
     from megapipe.checkpoint.find import find_checkpoint
+    from megapipe.checkpoint.load import open_checkpoint
 
     checkpoint = find_checkpoint(options.run)
+    open_checkpoint(checkpoint)  # or it says what is there instead
     if options.out is None and checkpoint.parent != options.run / "checkpoints":
         raise UsageError(f"{shown(options.run)} is not a run's directory. Name --out DIR as well.")
     target = options.out or options.run / "exports" / checkpoint.name

@@ -9,7 +9,7 @@ from megapipe.checkpoint.rectangle import Rectangle
 
 Value = TypeVar("Value")
 
-SLICE_VALUES = 8 * 2**20
+SLICE_VALUES = 2 * 2**20
 MAX_THREADS = 4
 """Each holds a slice and its values in float64."""
 

@@ -18,19 +18,26 @@ from megapipe.checkpoint.shard import Shard
 from megapipe.checkpoint.steps import require_free
 from megapipe.config import dump_model
 from megapipe.conversion.hugging_face.config_file import GENERATION, is_hugging_face
-from megapipe.conversion.hugging_face.export import ExportOptions, plan_export
+from megapipe.conversion.hugging_face.export import ExportOptions, dtype_of_run, plan_export
 from megapipe.conversion.hugging_face.reference import require_transformers, transformers_logits
 from megapipe.conversion.hugging_face.write import as_json, export_bytes, write_export
 from megapipe.conversion.incoming import open_incoming
 from megapipe.conversion.megatron.directory import is_megatron
-from megapipe.conversion.megatron.reference import require_megatron
-from megapipe.conversion.model_at import Families
+from megapipe.conversion.megatron.export import MegatronExport, write_megatron
+from megapipe.conversion.megatron.reference import megatron_logits, require_megatron
+from megapipe.conversion.megatron.writer import RankGrid
+from megapipe.conversion.model_at import Families, megatron_architecture
+from megapipe.conversion.open import kept_tokenizer, model_of
+from megapipe.conversion.places import check_target, new_parents_removed, require_model
 from megapipe.conversion.proof import TheirLogits, proof_sequences, prove
 from megapipe.conversion.source import CheckpointWeights, WeightSource
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.errors import ConversionError
 from megapipe.files import shown
 from megapipe.layout.family import ModelFamily
+
+MEGATRON = "GPTModel"
+"""The architecture that is written as directories for ranks."""
 
 Say = Callable[[str], None]
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -53,7 +60,7 @@ class Conversion:
     """What a user has asked for; `options` are for exports, and of imports those that apply.
 
     arguments: Megatron's, those that its checkpoint does not hold. tokenizer: where the tokenizer
-    of a model from Megatron is.
+    of a model from Megatron is. grid: for how many of Megatron's ranks a model is written.
     """
 
     source: Path
@@ -62,6 +69,7 @@ class Conversion:
     proof: ProofOptions = field(default_factory=ProofOptions)
     arguments: Mapping[str, object] = field(default_factory=dict)
     tokenizer: Path | None = None
+    grid: RankGrid = field(default_factory=RankGrid)
 
 
 def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
@@ -71,13 +79,24 @@ def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     proven; then nothing is there.
     """
     require_free(asked.target)
+    require_model(asked.source)
+    check_target(asked.source, asked.target)
     incoming = is_hugging_face(asked.source) or is_megatron(asked.source)
+    to_megatron = not incoming and asked.options.architecture == MEGATRON
+    if asked.grid != RankGrid() and not to_megatron:
+        raise ConversionError(
+            f"--tensor, --pipeline and --virtual are for models that Megatron gets: --to {MEGATRON}"
+        )
     if asked.proof.wanted:
-        require_megatron() if is_megatron(asked.source) else require_transformers()
-    if incoming:
-        _import(asked, families, say, bar)
-    else:
-        _export(asked, families, say, bar)
+        with_megatron = is_megatron(asked.source) or to_megatron
+        require_megatron() if with_megatron else require_transformers()
+    with new_parents_removed(asked.target):
+        if incoming:
+            _import(asked, families, say, bar)
+        elif to_megatron:
+            _export_to_megatron(asked, families, say)
+        else:
+            _export(asked, families, say, bar)
     say(f"Written: {shown(asked.target)}")
 
 
@@ -113,6 +132,25 @@ def _import(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
             progress=progress,
             accept=accept,
         )
+
+
+def _export_to_megatron(asked: Conversion, families: Families, say: Say) -> None:
+    """From a checkpoint to Megatron-LM's directories for ranks."""
+    reader = open_checkpoint(find_checkpoint(asked.source))
+    weights = CheckpointWeights(reader, model_of(reader, families))
+    family, architecture = megatron_architecture(
+        {weights.model.family: families[weights.model.family]}
+    )
+    dtype = asked.options.dtype or dtype_of_run(reader) or weights.dtype(weights.names[0])
+    export = MegatronExport(weights, architecture, asked.grid, dtype)
+    say(f"{weights.place}: {architecture.name}, {_amounts(weights)}")
+
+    def accept(folder: Path) -> None:
+        logits = partial(megatron_logits, folder, architecture.write_config(weights.model))
+        tokenizer = kept_tokenizer(reader)
+        _prove(asked.proof, family, weights, logits, tokenizer, say, rounded=dtype)
+
+    write_megatron(export, asked.target, accept)
 
 
 def _export(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:

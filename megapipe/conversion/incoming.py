@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megapipe.conversion.hugging_face.companions import check_companions
 from megapipe.conversion.hugging_face.config_file import GENERATION, is_hugging_face, read_json
 from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
 from megapipe.conversion.hugging_face.export import SPECIAL_TOKENS
@@ -60,6 +61,8 @@ class Incoming:
                 f"{self.weights.place} holds no tokenizer. Name it: --tokenizer PATH; or convert "
                 "the weights alone: --no-tokenizer."
             )
+        if is_hugging_face(self.tokenizer):
+            check_companions(self.tokenizer)
         try:
             tokenizer = load_tokenizer(self.tokenizer, key=None)
             check_vocabulary(tokenizer, self.weights.model.vocab_size)

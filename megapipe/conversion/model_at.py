@@ -65,7 +65,7 @@ def _model_at(path: Path, families: Families) -> ModelConfig:
         raise CheckpointError(f"{shown(path)}: there is no such directory")
     if is_hugging_face(path):
         config = HuggingFaceConfig(path)
-        return hugging_face_model(config, *find_architecture(config, families))
+        return hugging_face_model(config, find_architecture(config, families)[1])
     if has_manifest(path):
         return _in_checkpoint(path, families)
     for root in (path / "checkpoints", path):
@@ -102,25 +102,25 @@ def described_model(config: Mapping[str, Any], place: str, families: Families) -
         raise CheckpointError(f"{place}: {key}: {first['msg']}") from error
 
 
-def hugging_face_model(
-    directory: HuggingFaceConfig, family: ModelFamily, architecture: Architecture
-) -> ModelConfig:
+def hugging_face_model(directory: HuggingFaceConfig, architecture: Architecture) -> ModelConfig:
     """Our [model] for the config of a Hugging Face directory.
 
     Raises ConversionError where it asks for what we don't compute, or contradicts itself.
     """
+    place = f"{directory.place}/config.json"
     try:
         model = architecture.read_config(directory.config)
         _check_depth(model)
-        family.parameters(model)
-        problems = list(model.problems())
     except ConversionError as error:
-        raise ConversionError(f"{directory.place}/config.json: {error}") from error
+        raise ConversionError(f"{place}: {error}") from error
+    return _consistent(model, place)
+
+
+def _consistent(model: ModelConfig, place: str) -> ModelConfig:
+    problems = list(model.problems())
     if problems:
-        raise ConversionError(
-            f"{directory.place}/config.json contradicts itself: {problems[0].key} "
-            f"{problems[0].text}"
-        )
+        key, text = problems[0].key, problems[0].text
+        raise ConversionError(f"{place} contradicts itself: {key} {text}")
     return model
 
 
@@ -176,12 +176,12 @@ def megatron_model(
     try:
         model = architecture.read_config({**checkpoint.arguments, **arguments})
         _check_depth(model)
-        return model
     except ConversionError as error:
         raise ConversionError(
             f"{checkpoint.place}: of Megatron's arguments, {error}\n  What the checkpoint does not "
             "hold is given to `megapipe convert` as --argument NAME=VALUE."
         ) from error
+    return _consistent(model, f"{checkpoint.place}: what Megatron's arguments say")
 
 
 def _check_depth(model: ModelConfig) -> None:

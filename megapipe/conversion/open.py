@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import nn
 
+from megapipe.amounts import counted
 from megapipe.checkpoint.find import find_checkpoint
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.config import ModelConfig
@@ -50,7 +51,7 @@ def open_hugging_face(
 ) -> ForeignWeights:
     """The weights of a Hugging Face directory under our names."""
     family, architecture = find_architecture(directory, families)
-    model = hugging_face_model(directory, family, architecture)
+    model = hugging_face_model(directory, architecture)
     return ForeignWeights(directory, architecture, model, family.parameters(model), allow)
 
 
@@ -75,7 +76,13 @@ def model_of(reader: CheckpointReader, families: Families) -> ModelConfig:
 
     Raises CheckpointError where there is no such family here.
     """
-    return described_model(reader.config, shown(reader.path), families)
+    model = described_model(reader.config, shown(reader.path), families)
+    if model.num_layers > len(reader.names):
+        raise CheckpointError(
+            f"{shown(reader.path)} has {model.num_layers:,} layers by its config.toml, and "
+            f"{counted(len(reader.names), 'tensor')}"
+        )
+    return model
 
 
 def kept_tokenizer(reader: CheckpointReader) -> Tokenizer | None:

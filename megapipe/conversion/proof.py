@@ -1,5 +1,6 @@
 """The proof of a conversion: another implementation and ours say the same of the same tokens."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -159,6 +160,12 @@ def prove(
     reference = theirs(sequences, layers)
     ours = our_logits(family, source, sequences, layers, rounded)
     proof = compare_logits(ours, reference, layers)
+    if proof.largest == 0 or not math.isfinite(proof.largest):
+        raise ConversionError(
+            f"not proven: the largest logit of the other implementation is {proof.largest}, so "
+            "that logits show nothing. See whether the source is whole; to convert it all the "
+            "same: --no-proof."
+        )
     if not proof.holds:
         raise ConversionError(f"the conversion is wrong, and nothing was written: {proof}")
     return proof

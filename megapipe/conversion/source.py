@@ -18,6 +18,8 @@ from megapipe.files import shown
 from megapipe.layout.architecture import Architecture, ForeignTensor, Piece
 from megapipe.layout.parameters import ParameterSpec
 
+COMPARED_AT_ONCE = 4 * 2**20
+"""Values of two tensors that should be the same."""
 MAX_NAMES = 10
 """How many names a message lists."""
 
@@ -139,6 +141,11 @@ class ForeignWeights:
         self.store, self.model = store, model
         self.place = store.place
         self._specs = {spec.name: spec for spec in parameters}
+        if model.num_layers > len(store.tensors):
+            raise ConversionError(
+                f"{store.place} has {model.num_layers:,} layers by its config, and "
+                f"{counted(len(store.tensors), 'tensor')}"
+            )
         table = architecture.tensors(model)
         prefix = _missing_prefix(store, architecture, table)
         stored = {tensor.name: tensor.name.removeprefix(prefix) for tensor in table}
@@ -227,17 +234,19 @@ def _check_tensors(
             problems.append(
                 f"{name} has shape {list(found.shape)}; by the config it is {list(tensor.shape)}"
             )
+        elif not found.dtype.is_floating_point:
+            problems.append(f"{name} is stored as {found.dtype}, which weights are not")
     for name in store.tensors.keys() - expected.keys():
         if name in copies:
             problems += _differing_copy(store, name, copies[name])
         elif _matches(name, allow):
             unused.append(name)
         elif not _matches(name, architecture.ignored):
-            problems.append(f"{shown(name)} is no tensor of {architecture.name}")
+            problems.append(f"{shown(name[:200])} is no tensor of {architecture.name}")
     if problems:
         lines = sorted(problems)[:MAX_NAMES]
         if len(problems) > MAX_NAMES:
-            lines.append(f"and {counted(len(problems) - MAX_NAMES, 'more')}")
+            lines.append(f"and {len(problems) - MAX_NAMES:,} more")
         raise ConversionError(
             "\n  ".join([f"{store.place}: its tensors don't fit its config:", *lines])
         )
@@ -258,15 +267,16 @@ def _fits(shape: tuple[int, ...], tensor: ForeignTensor) -> bool:
 def _differing_copy(store: TensorStore, name: str, of: str) -> list[str]:
     """A problem where a tensor that is stored twice has two values."""
     one, other = store.tensors[name], store.tensors.get(of)
-    if other is None:
-        return []  # which is reported as missing
-    rows = max(1, (16 << 20) // max(1, one.shape[-1]))
+    if other is None or len(other.shape) != 2:
+        return []  # which is reported as missing, or of another shape
+    rows, width = other.shape
+    step = max(1, COMPARED_AT_ONCE // max(1, width))
     same = (one.shape, one.dtype) == (other.shape, other.dtype) and all(
         torch.equal(
-            store.read(name, (at, 0), (min(rows, one.shape[0] - at), one.shape[1])),
-            store.read(of, (at, 0), (min(rows, one.shape[0] - at), one.shape[1])),
+            store.read(name, (at, 0), (min(step, rows - at), width)),
+            store.read(of, (at, 0), (min(step, rows - at), width)),
         )
-        for at in range(0, one.shape[0], rows)
+        for at in range(0, rows, step)
     )
     if same:
         return []

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from megapipe.errors import ConversionError
 from megapipe.files import reason, shown, write_reason
 
 LINES = 1000
-"""On so many lines of text the exported tokenizer has to give the same ids."""
+"""The number of lines of text on which an exported tokenizer has to give the same ids."""
 
 EXAMPLES = 3
 ENGINE, CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -42,10 +43,13 @@ class OtherIds:
     decoded: tuple[str, str]
 
     def __str__(self) -> str:
-        if self.ours != self.exported:
-            return f"{_short(self.line)}: {_short(self.ours)} here, {_short(self.exported)} there"
-        here, there = map(_short, self.decoded)
-        return f"{_short(self.line)}: its ids are {here} here and {there} there"
+        if self.ours == self.exported:
+            here, there = map(_short, self.decoded)
+            return f"{_short(self.line)}: its ids are decoded to {here} here and {there} there"
+        pairs = enumerate(zip_longest(self.ours, self.exported))
+        first = next(place for place, (ours, exported) in pairs if ours != exported)
+        here, there = (f"{ids[first : first + 5]}" for ids in (self.ours, self.exported))
+        return f"{_short(self.line)}: ids from number {first} on {here} here, {there} there"
 
 
 @dataclass(frozen=True)
@@ -97,12 +101,14 @@ def export_tokenizer(
         elif isinstance(tokenizer, HuggingFaceTokenizer):
             files = _copies(tokenizer, max_length, notes)
         else:
-            raise ConversionError(f"{type(tokenizer).__name__} is no kind of tokenizer known here")
+            raise ConversionError(
+                f"{type(tokenizer).__name__} is a kind of tokenizer that can't be exported"
+            )
         if model_type == "qwen2" and not allow_drift:
             _check_qwen2(json.loads(files[ENGINE].decode("utf-8-sig")))
+        report = _compare(tokenizer, files, notes)
     except ConversionError as error:
         raise ConversionError(f"tokenizer {shown(tokenizer.path)}: {error}") from error
-    report = _compare(tokenizer, files, notes)
     if report.differing and not allow_drift:
         examples = "\n".join(f"  {example}" for example in report.examples)
         raise ConversionError(
@@ -165,7 +171,8 @@ def _copies(tokenizer: HuggingFaceTokenizer, max_length: int, notes: list[str]) 
     named = config.get("tokenizer_class")
     if named not in (None, FAST):
         notes.append(
-            f"{CONFIG}: tokenizer_class is {FAST}, which does what {ENGINE} says ({named})"
+            f"{CONFIG}: tokenizer_class = {json.dumps(named)} is written as {FAST}, "
+            f"which does what {ENGINE} says"
         )
     config["tokenizer_class"] = FAST
     config["model_max_length"] = max_length
@@ -221,7 +228,10 @@ def _compare(tokenizer: Tokenizer, files: Mapping[str, bytes], notes: list[str])
 def _engine(content: bytes) -> Any:
     from tokenizers import Tokenizer as Engine
 
-    engine = Engine.from_str(content.decode("utf-8-sig"))
+    try:
+        engine = Engine.from_str(content.decode("utf-8-sig"))
+    except Exception as error:  # the library raises plain Exception
+        raise ConversionError(f"the tokenizers library can't read it exported ({error})") from None
     engine.no_truncation()
     engine.no_padding()
     engine.encode_special_tokens = True
@@ -240,6 +250,6 @@ def _differences(tokenizer: Tokenizer, engine: Any, lines: list[str]) -> Iterato
             yield OtherIds(line, ours, encoding.ids, decoded)
 
 
-def _short(value: object, longest: int = 80) -> str:
+def _short(value: str, longest: int = 80) -> str:
     text = ascii(value)
     return text if len(text) <= longest else f"{text[: longest - 3]}..."

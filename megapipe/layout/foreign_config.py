@@ -1,8 +1,10 @@
 """Reading another stack's config: each key is understood, known to change nothing, or refused."""
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
+from megapipe.amounts import counted
 from megapipe.config.problems import show
 from megapipe.errors import ConversionError
 from megapipe.files import shown
@@ -10,6 +12,12 @@ from megapipe.files import shown
 Value = TypeVar("Value", int, float, str, bool)
 
 NO_DEFAULT = object()
+MOST = 2**31 - 1
+"""The largest size that is taken for one: what follows from a size is then soon computed."""
+MOST_LAYERS = 2048
+"""So many make a table of a few 10,000 tensors; no model is as deep."""
+MAX_PROBLEMS = 10
+"""How many of the problems a message lists."""
 
 
 class ForeignConfig:
@@ -28,25 +36,51 @@ class ForeignConfig:
     def take(self, key: str, kind: type[Value], default: object = NO_DEFAULT) -> Value:
         """The value of a key; where it is absent or null, the default that the other stack has.
 
-        Whole numbers are taken for float.
+        Whole numbers are taken for float. Numbers are finite.
         """
         value = self._value(key, default)
         if value is NO_DEFAULT:
             self.problem(key, "is missing, and there is no default for it")
             return kind()
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-            return value
-        self._refuse(key, value, f"is not of type {kind.__name__}")
-        return kind()
+            value = float(value) if abs(value) < 2**1000 else math.inf
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            self._refuse(key, value, f"is not of type {kind.__name__}")
+            return kind()
+        if isinstance(value, float) and not math.isfinite(value):
+            self._refuse(key, value, "is not a finite number")
+            return kind()
+        return value
 
-    def optional(self, key: str, kind: type[Value], absent: Value | None = None) -> Value | None:
-        """The value of a key, None where it is null, `absent` where there is no such key."""
+    def size(
+        self, key: str, default: object = NO_DEFAULT, *, least: int = 1, most: int = MOST
+    ) -> int:
+        """A number of heads, tokens, layers: a whole number from `least` to `most`."""
+        known, value = len(self.problems), self.take(key, int, default)
+        if len(self.problems) == known and not least <= value <= most:
+            self._refuse(key, value, f"is not a whole number from {least} to {most:,}")
+        return value if len(self.problems) == known else least
+
+    def optional_size(self, key: str, absent: int | None = None) -> int | None:
+        """A size, None where it is null, `absent` where there is no such key."""
         self._asked.add(key)
         if key not in self._values:
             return absent
-        return None if self._values[key] is None else self.take(key, kind)
+        return None if self._values[key] is None else self.size(key)
+
+    def positive(self, key: str, default: object = NO_DEFAULT) -> float:
+        """A number above 0."""
+        known, value = len(self.problems), self.take(key, float, default)
+        if len(self.problems) == known and value <= 0:
+            self._refuse(key, value, "is not above 0")
+        return value if len(self.problems) == known else 1.0
+
+    def rate(self, key: str, default: object = NO_DEFAULT) -> float:
+        """A probability of dropout, below 1."""
+        known, value = len(self.problems), self.take(key, float, default)
+        if not 0 <= value < 1:
+            self._refuse(key, value, "is not from 0 to less than 1")
+        return value if len(self.problems) == known else 0.0
 
     def pair(self, key: str) -> tuple[int, int] | None:
         """Two whole numbers, or None where the key is absent or null."""
@@ -59,9 +93,9 @@ class ForeignConfig:
         return None
 
     def table(self, key: str) -> "ForeignConfig | None":
-        """The keys within a key, of which `finish` of this config asks too; None where absent."""
+        """The keys within a key, for `join`; None where there are none."""
         value = self._value(key, None)
-        if value is None:
+        if value is None or value == {}:
             return None
         if not isinstance(value, Mapping):
             self._refuse(key, value, "is not a table of keys")
@@ -74,6 +108,16 @@ class ForeignConfig:
         if not any(value == one and type(value) is type(one) for one in usable):
             known = " or ".join(show(one) for one in usable)
             self._refuse(key, value, f"asks for what is not computed here ({known} is)")
+
+    def require_each(self, key: str, count: int, usable: str) -> None:
+        """Refuse a list, where there is one, that is not `count` times `usable`."""
+        value = self._value(key, None)
+        if value is None:
+            return
+        if not isinstance(value, list) or len(value) != count:
+            self._refuse(key, value, f"is not a list of {counted(count, 'entry')}")
+        elif other := [entry for entry in value if entry != usable]:
+            self._refuse(key, other[0], f"asks for what is not computed here ({show(usable)} is)")
 
     def ignore(self, keys: Collection[str]) -> None:
         """Pass over keys that change nothing of what the model computes."""
@@ -93,11 +137,14 @@ class ForeignConfig:
         problem."""
         self._refuse_unknown()
         if self.problems:
-            raise ConversionError("\n  ".join(["the config can't be honoured:", *self.problems]))
+            lines = self.problems[:MAX_PROBLEMS]
+            if len(self.problems) > MAX_PROBLEMS:
+                lines.append(f"and {len(self.problems) - MAX_PROBLEMS:,} more")
+            raise ConversionError("\n  ".join(["the config can't be honoured:", *lines]))
         return keys
 
     def _refuse_unknown(self) -> None:
-        for key in self._values.keys() - self._asked:
+        for key in sorted(self._values.keys() - self._asked):
             value = self._values[key]
             if value is not None and value is not False:
                 self._refuse(key, value, "is a key that is not known here")
@@ -108,6 +155,5 @@ class ForeignConfig:
         return default if value is None else value
 
     def _refuse(self, key: str, value: object, text: str) -> None:
-        written = shown(show(value))
-        name = key if key.isprintable() else ascii(key)
-        self.problems.append(f"{self._place}{name} = {written[:120]} {text}")
+        value = value[:100] if isinstance(value, str) else value
+        self.problem(shown(key[:80])[:80], f"= {show(value)} {text}")

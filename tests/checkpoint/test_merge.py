@@ -129,7 +129,7 @@ def test_halves_are_rounded_once(dtype: torch.dtype) -> None:
     [
         (
             {"model_toml": TOML.replace(b"num_layers = 2", b"num_layers = 3")},
-            r"two are of two models, which have no average .*:\n  model\.num_layers: 2 -> 3$",
+            "one and .*two are of two models, .*:\n  model.num_layers: 2 -> 3$",
         ),
         ({"tensors": {"w": torch.zeros(3)}}, r"tensor weights/w: \[2\] -> \[3\]$"),
         (

@@ -17,13 +17,6 @@ from megapipe.distributed.job_store import OnePerMachine, connect, join_address,
 from megapipe.distributed.meeting import RefusedError, RendezvousError
 
 
-@pytest.fixture
-def port() -> int:
-    with socket.create_server(("localhost", 0)) as server:
-        free: int = server.getsockname()[1]
-        return free
-
-
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meeting, "FIRST_NOTICE", 0.1)

@@ -149,12 +149,6 @@ def test_a_list_of_nodes_that_does_not_fit_names_no_hosts() -> None:
     assert place.hosts == ()
 
 
-def free_port() -> int:
-    with socket.create_server(("localhost", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 def start(rank_main: Callable[[int, int], None], rank: int, port: int) -> BaseProcess:
     process = multiprocessing.get_context("fork").Process(target=rank_main, args=(rank, port))
     process.start()
@@ -180,8 +174,7 @@ def _joins(rank: int, port: int) -> None:
     os._exit(int(total))
 
 
-def test_ranks_of_a_job_meet_at_the_port() -> None:
-    port = free_port()
+def test_ranks_of_a_job_meet_at_the_port(port: int) -> None:
     assert finish(start(_joins, rank, port) for rank in range(2)) == [3, 3]
 
 
@@ -214,9 +207,8 @@ def _waits_in_vain(rank: int, port: int) -> None:
         os._exit(3)
 
 
-def test_what_all_ranks_know_is_raised_by_one() -> None:
+def test_what_all_ranks_know_is_raised_by_one(port: int) -> None:
     """The others end with status 1, and after it."""
-    port = free_port()
     ranks = [start(_waits_in_vain, rank, port) for rank in range(2)]
     assert set(finish(ranks)) == {1, 3}
 
@@ -243,8 +235,7 @@ def _connects(rank: int, port: int) -> None:
     init_process_group(Rendezvous(rank, 3, rank, 3, address=("localhost", port)), CPU)
 
 
-def test_ranks_that_end_after_the_meeting_are_missed() -> None:
-    port = free_port()
+def test_ranks_that_end_after_the_meeting_are_missed(port: int) -> None:
     ranks = [start(_connects, rank, port) for rank in range(3)]
     try:
         ended = connection.wait([rank.sentinel for rank in ranks[:2]], timeout=60)
@@ -292,8 +283,7 @@ def _fails_to_connect(*_: Any, store: dist.Store, **__: Any) -> None:
     raise RuntimeError("Gloo: Connection closed by peer.\nframe #0")
 
 
-def test_a_failure_to_connect_is_one_line() -> None:
-    port = free_port()
+def test_a_failure_to_connect_is_one_line(port: int) -> None:
     assert finish(start(_loses_another, rank, port) for rank in range(2)) == [3, 0]
 
 
@@ -309,8 +299,7 @@ def _fails_on_its_gpu(rank: int, port: int) -> None:
         os._exit(3 if str(error) == "CUDA error: out of memory" else 4)
 
 
-def test_a_failure_of_the_own_gpu_is_not_one_to_connect() -> None:
-    port = free_port()
+def test_a_failure_of_the_own_gpu_is_not_one_to_connect(port: int) -> None:
     assert finish(start(_fails_on_its_gpu, rank, port) for rank in range(2)) == [3, 0]
 
 

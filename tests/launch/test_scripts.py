@@ -123,6 +123,11 @@ def test_constraints_name_all_that_is_required_within_its_range() -> None:
         assert requirement.specifier.contains(pin.version), (str(requirement), str(pin))
 
 
+ALL_TESTS = (
+    "-m pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder [1]"
+)
+
+
 def test_test_runs_all_checks_and_installs_once(clone: Clone) -> None:
     install = installs(clone, "[test]")
     checks = ["-m ruff check . []", "-m ruff format --check . []", "-m mypy []"]
@@ -130,7 +135,7 @@ def test_test_runs_all_checks_and_installs_once(clone: Clone) -> None:
     assert status == 0, said
     first, *others = clone.logged()
     assert first == install
-    assert sorted(others) == sorted([*checks, "-m pytest [1]"])  # mypy is beside the tests
+    assert sorted(others) == sorted([*checks, ALL_TESTS])  # mypy is beside the tests
     words = ("launch/test.sh", "tests/data", "-k", "a b")
     status, said = clone.run(*words, cwd=clone.root.parent)
     assert status == 0, said
@@ -156,7 +161,7 @@ def test_test_fails_when_types_do_not_fit_or_tests_fail(clone: Clone) -> None:
     status, said = clone.run("launch/test.sh", FAILS="-m mypy")
     assert status == 1
     assert said.splitlines()[-1].startswith("test.sh: mypy failed")
-    assert "-m pytest [1]" in clone.logged()
+    assert ALL_TESTS in clone.logged()
     status, said = clone.run("launch/test.sh", FAILS="-m pytest")
     assert status == 1
     assert said.splitlines()[-1].startswith("test.sh: pytest failed")
@@ -165,7 +170,7 @@ def test_test_fails_when_types_do_not_fit_or_tests_fail(clone: Clone) -> None:
 def test_ci_fails_when_tests_fail(clone: Clone) -> None:
     status, said = clone.run(".ci/run", cwd=clone.root.parent, CI="true")
     assert status == 0, said
-    assert "-m pytest [1]" in clone.logged()
+    assert ALL_TESTS in clone.logged()
     status, _ = clone.run(".ci/run", cwd=clone.root.parent, FAILS="-m pytest")
     assert status == 1
 

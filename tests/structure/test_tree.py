@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST
 from tests.structure import (
     axis_sizes,
     commands,
@@ -31,6 +32,10 @@ def test_the_tree_keeps_the_rule(rule: str) -> None:
     found, exceptions = RULES[rule](ROOT), EXCEPTIONS[rule]
     assert [one for one in found if one not in exceptions] == [], "violations"
     assert found == sorted(exceptions), "exceptions, each with a reason; none in vain"
+
+
+def test_the_files_that_workers_begin_with_are_there() -> None:
+    assert [name for name in LONGEST if not (ROOT / name).is_file()] == []
 
 
 def test_exceptions_name_a_rule_and_a_reason() -> None:

@@ -97,6 +97,17 @@ def test_a_umask_takes_no_rights_from_the_owner(umask: int, settled: int) -> Non
     assert found == settled
 
 
+def test_commands_that_move_weights_ask_for_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cli.HUGE_PAGES, "0")
+    cli.main(["merge"])
+    assert os.environ[cli.HUGE_PAGES] == "0", "the user's"
+    monkeypatch.delenv(cli.HUGE_PAGES)
+    cli.main(["inspect"])
+    assert cli.HUGE_PAGES not in os.environ
+    cli.main(["merge"])
+    assert os.environ[cli.HUGE_PAGES] == "1"
+
+
 @pytest.mark.parametrize("set_by_user", [None, *cli.ALLOCATOR_VARIABLES])
 def test_the_allocator_grows_its_blocks_unless_the_user_has_set_it(
     set_by_user: str | None, monkeypatch: pytest.MonkeyPatch

@@ -10,7 +10,6 @@ import os
 import re
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -313,9 +312,7 @@ def test_text_that_can_not_be_read_costs_no_step_that_was_taken(
 # --- In a job of torchrun ------------------------------------------------------------------------
 
 
-def start_job(folder: Path, *overrides: str, size: int = 2) -> list[Command]:
-    with socket.create_server(("localhost", 0)) as server:
-        port = server.getsockname()[1]
+def start_job(folder: Path, port: int, *overrides: str, size: int = 2) -> list[Command]:
     job = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     return [
         Command(folder, *overrides, environment={**job, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"})
@@ -323,9 +320,9 @@ def start_job(folder: Path, *overrides: str, size: int = 2) -> list[Command]:
     ]
 
 
-def test_the_processes_of_a_job_are_its_ranks(corpus: Path, tmp_path: Path) -> None:
+def test_the_processes_of_a_job_are_its_ranks(corpus: Path, tmp_path: Path, port: int) -> None:
     words = (f"--train.run_dir={tmp_path}/run", "--parallel.tensor=2", "--train.steps=3")
-    first, second = (command.finish() for command in start_job(corpus, *words))
+    first, second = (command.finish() for command in start_job(corpus, port, *words))
     assert "Layout: 2 ranks = pipeline 1 * data 1 * tensor 2" in first
     assert "Done: step 3" in first
     assert second == ""
@@ -333,26 +330,30 @@ def test_the_processes_of_a_job_are_its_ranks(corpus: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("wrong", ["--data.tokenizer=none.model", "--parallel.tensor=4"])
-def test_a_job_tells_what_all_its_ranks_find_once(corpus: Path, tmp_path: Path, wrong: str) -> None:
+def test_a_job_tells_what_all_its_ranks_find_once(
+    corpus: Path, tmp_path: Path, port: int, wrong: str
+) -> None:
     words = (f"--train.run_dir={tmp_path}/run", "--parallel.tensor=2", wrong)
-    said = "".join(command.finish(1) for command in start_job(corpus, *words))
+    said = "".join(command.finish(1) for command in start_job(corpus, port, *words))
     assert len(re.findall("^megapipe: ", said, re.MULTILINE)) == 1
 
 
-def test_metrics_that_only_the_first_rank_can_not_write(corpus: Path, tmp_path: Path) -> None:
+def test_metrics_that_only_the_first_rank_can_not_write(
+    corpus: Path, tmp_path: Path, port: int
+) -> None:
     (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
     words = (f"--train.run_dir={tmp_path}/run", "--parallel.data=2")
-    said = "".join(command.finish(1) for command in start_job(corpus, *words))
+    said = "".join(command.finish(1) for command in start_job(corpus, port, *words))
     (line,) = re.findall("^megapipe: .*", said, re.MULTILINE)
     assert "metrics.jsonl" in line
 
 
 @pytest.mark.parametrize("gone", [0, 1])
 def test_a_job_that_has_lost_a_rank_ends_in_one_line(
-    corpus: Path, tmp_path: Path, gone: int
+    corpus: Path, tmp_path: Path, port: int, gone: int
 ) -> None:
     words = (f"--train.run_dir={tmp_path}/run", "--parallel.data=2", "--train.steps=100000")
-    ranks = start_job(corpus, *words)
+    ranks = start_job(corpus, port, *words)
     ranks[gone].signal_after_step(tmp_path / "run", 2, signal.SIGKILL)
     said = ranks[1 - gone].finish(1)
     (line,) = re.findall("^megapipe: .*", said, re.MULTILINE)

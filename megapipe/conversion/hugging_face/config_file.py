@@ -1,17 +1,17 @@
 """config.json of a directory of Hugging Face's, without torch. What is read is distrusted."""
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 from megapipe.checkpoint.storage import read_small
+from megapipe.conversion.foreign_json import MAX_BYTES, parse_json
 from megapipe.errors import CheckpointError, ConversionError
 from megapipe.files import shown
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
-MAX_JSON_BYTES = 32 * 2**20
-MAX_DEPTH = 64
+ADAPTER = "adapter_config.json"
 
 
 def is_hugging_face(path: Path) -> bool:
@@ -31,6 +31,11 @@ class HuggingFaceConfig:
         self._refuse_code()
 
     def _refuse_code(self) -> None:
+        if os.path.lexists(self.path / ADAPTER):
+            raise ConversionError(
+                f"{self.place} holds an adapter ({ADAPTER}), which is no whole model. Merge it "
+                "into its model first (peft: merge_and_unload), or remove it, if it is a leftover."
+            )
         for key, why in (
             ("auto_map", "names code of its own, and none from a model's directory is run"),
             ("quantization_config", "says that the weights are quantised, which are not read"),
@@ -61,32 +66,16 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     """A JSON object of a file. Raises ConversionError where it is none, or absurdly large."""
     path = folder / name
     try:
-        target = inside(folder, path)
-        value = json.loads(read_small(target, MAX_JSON_BYTES))
-        nested = _depth(value)
+        value = parse_json(read_small(inside(folder, path), MAX_BYTES))
     except FileNotFoundError:
         raise ConversionError(f"{shown(path)} is missing") from None
     except CheckpointError as error:
         raise ConversionError(str(error)) from error
-    except (ValueError, RecursionError):
-        raise ConversionError(f"{shown(path)} is not JSON: download it again") from None
-    if nested > MAX_DEPTH or not isinstance(value, dict):
+    except ValueError as error:
+        raise ConversionError(f"{shown(path)} {error}: download it again") from None
+    if not isinstance(value, dict):
         raise ConversionError(f"{shown(path)} is not a JSON object as models have it")
     return value
-
-
-def _depth(value: object) -> int:
-    """How deep lists and tables are nested."""
-    depth, level = 0, [value]
-    while level:
-        depth += 1
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-    return depth
 
 
 def inside(folder: Path, path: Path) -> Path:
@@ -94,7 +83,10 @@ def inside(folder: Path, path: Path) -> Path:
     from snapshots/REVISION/ to blobs/. Raises ConversionError for others."""
     if not path.is_symlink():
         return path
-    target, home = path.resolve(), folder.resolve()
+    try:
+        target, home = path.resolve(), folder.resolve()
+    except RuntimeError:  # what Python up to 3.12 raises where links lead in a circle
+        raise ConversionError(f"{shown(path)} is a link that leads to itself: remove it") from None
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")

@@ -1,5 +1,6 @@
 """Reading a directory of Hugging Face's. What is read is distrusted, and nothing in it is run."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ OTHER_FORMATS = (
     "consolidated.00.pth",
 )
 """Weights that are not read, by the names that they usually have."""
+MAX_NAME_BYTES = 255
+MAX_TENSORS = 50_000
+"""More than any model has whose every tensor is a matrix of a layer."""
 
 
 @dataclass(frozen=True)
@@ -80,45 +84,52 @@ class HuggingFaceDirectory(HuggingFaceConfig):
     def _places(self) -> Mapping[str, _Place]:
         files = self._weight_files()
         places: dict[str, _Place] = {}
-        owners = self._index() if len(files) > 1 or files[0] != SINGLE else {}
+        owners = self._index if files != [SINGLE] else {}
         for file in files:
             path = self.path / file
             with _opened(self.path, path) as descriptor:
                 header = read_header(descriptor, path)
             for name, found in header.items():
-                if name in places:
-                    raise ConversionError(f"{self.place}: {shown(name)} is in two of its files")
                 if owners and owners.get(name) != file:
+                    where = "elsewhere" if name in owners else "nowhere"
                     raise ConversionError(
-                        f"{self.place}/{file} holds {shown(name)}, which {INDEX} puts "
-                        f"{'elsewhere' if name in owners else 'nowhere'}: the files are of "
-                        "different models"
+                        f"{shown(path)} holds {_name(name)}, which {INDEX} puts {where}: the files "
+                        "are of different models"
                     )
                 places[name] = _Place(path, found)
+            if len(places) > MAX_TENSORS:
+                raise ConversionError(f"{self.place} has more than {MAX_TENSORS:,} tensors")
         missing = [name for name in owners if name not in places]
         if missing:
             raise ConversionError(
-                f"{self.place}/{owners[missing[0]]} lacks {shown(missing[0])}, which {INDEX} puts "
-                "there: the files are of different models"
+                f"{self.place}/{shown(owners[missing[0]])} lacks {_name(missing[0])}, which "
+                f"{INDEX} puts there: the files are of different models"
             )
         return places
 
     def _weight_files(self) -> list[str]:
-        if (self.path / INDEX).exists():
-            files = sorted(set(self._index().values()))
+        single = os.path.lexists(self.path / SINGLE)
+        if os.path.lexists(self.path / INDEX):
+            files = sorted(set(self._index.values()))
+            if single and files != [SINGLE]:
+                raise ConversionError(
+                    f"{self.place} has both {SINGLE} and {INDEX}, which names other files: remove "
+                    "the one that is not meant"
+                )
             gone = [file for file in files if not (self.path / file).exists()]
             if gone:
                 raise ConversionError(
                     f"{self.place} has {len(files) - len(gone)} of the {len(files)} files of its "
-                    f"weights ({gone[0]} is not there): download it again, to the end"
+                    f"weights ({shown(gone[0])} is not there): download it again, to the end"
                 )
             return files
-        if (self.path / SINGLE).exists():
+        if single:
             return [SINGLE]
         others = [name for name in OTHER_FORMATS if (self.path / name).exists()]
+        others += sorted(path.name for path in self.path.glob("*.gguf"))
         if others:
             raise ConversionError(
-                f"{self.place} has its weights as {others[0]}, which is not read. Take the "
+                f"{self.place} has its weights as {shown(others[0])}, which is not read. Take the "
                 f"model's {SINGLE}, or write one with transformers: "
                 "AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)"
             )
@@ -127,19 +138,30 @@ class HuggingFaceDirectory(HuggingFaceConfig):
             "Download them too."
         )
 
+    @cached_property
     def _index(self) -> dict[str, str]:
         """The file of each tensor, by the index."""
         table = read_json(self.path, INDEX).get("weight_map")
         if not isinstance(table, dict) or not table:
             raise ConversionError(f"{self.place}/{INDEX} has no table weight_map")
         for name, file in table.items():
-            plain = isinstance(file, str) and Path(file).name == file and file not in ("", "..")
-            if not plain or not file.endswith(".safetensors"):
+            if not isinstance(file, str) or not _is_plain(file):
                 raise ConversionError(
-                    f"{self.place}/{INDEX}: {shown(name)[:100]} is in {shown(str(file))[:100]!r}, "
+                    f"{self.place}/{INDEX}: {_name(name)} is in {shown(str(file))[:100]!r}, "
                     "which is not a name of a safetensors file in the same directory"
                 )
         return table
+
+
+def _is_plain(file: str) -> bool:
+    """Whether a text is the name of a safetensors file, and no path."""
+    size = len(file.encode(errors="replace"))
+    return file.endswith(".safetensors") and size <= MAX_NAME_BYTES and not {"/", "\0"} & set(file)
+
+
+def _name(tensor: str) -> str:
+    """A tensor's name for messages."""
+    return shown(tensor[:200])
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 
 from megapipe.checkpoint.load import CheckpointReader
 from megapipe.config import ModelConfig
+from megapipe.config.problems import nearest
 from megapipe.conversion.hugging_face.config_file import GENERATION, read_json
 from megapipe.conversion.hugging_face.model_card import model_card
 from megapipe.conversion.hugging_face.write import FILE_BYTES, Export, as_json
@@ -77,7 +78,7 @@ def plan_export(
     export = Export(
         CheckpointWeights(reader, model),
         architecture,
-        options.dtype or _dtype_of_run(reader),
+        options.dtype or dtype_of_run(reader),
         config={key: generation.get(key) for key in SPECIAL_TOKENS},
         files={
             GENERATION: as_json(generation),
@@ -114,9 +115,11 @@ def choose_architecture(
         for key, (_, architecture) in named_architectures({family.name: family}, "hugging_face")
     }
     if name is not None and name not in known:
+        close = nearest(name, list(known))
         raise ConversionError(
-            f"--to {shown(name)} is no architecture of models like this one; there are "
-            f"{', '.join(known) or 'none'}"
+            f"--to {shown(name)} is no architecture of models like this one; "
+            + (f"did you mean {close}? There are " if close else "there are ")
+            + (", ".join(known) or "none")
         )
     reasons = []
     for key in [name] if name else sorted(known, key=lambda other: other != first):
@@ -149,7 +152,7 @@ def _tokenizer_writer(
     return write
 
 
-def _dtype_of_run(reader: CheckpointReader) -> torch.dtype | None:
+def dtype_of_run(reader: CheckpointReader) -> torch.dtype | None:
     """What a run computed with; None for weights alone, which stay as they are."""
     if reader.step is None:
         return None
@@ -159,5 +162,6 @@ def _dtype_of_run(reader: CheckpointReader) -> torch.dtype | None:
 def _generation_config(reader: CheckpointReader, tokenizer: Tokenizer | None) -> dict[str, object]:
     """That of the model that the weights came from, or one with the end token of documents."""
     if GENERATION in reader.files:
+        reader.read_file(GENERATION)  # verifies it
         return read_json(reader.path, GENERATION)
     return {} if tokenizer is None else {"eos_token_id": tokenizer.end_of_document}

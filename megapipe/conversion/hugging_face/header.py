@@ -4,7 +4,6 @@ Format: 8 bytes with the length of the header (little-endian), the header as JSO
 https://huggingface.co/docs/safetensors
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -13,13 +12,14 @@ from typing import Any
 
 import torch
 
+from megapipe.amounts import counted
 from megapipe.checkpoint.storage import read_into
+from megapipe.conversion.foreign_json import MAX_BYTES, parse_json
 from megapipe.errors import CheckpointError, ConversionError
 from megapipe.files import shown
 
-MAX_HEADER_BYTES = 16 * 2**20
-"""That of the largest public models has a few hundred thousand bytes in each file."""
 MAX_RANK = 8
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -45,15 +45,18 @@ class TensorRange:
 def read_header(descriptor: int, path: Path) -> dict[str, TensorRange]:
     """All tensors of an open file. Raises ConversionError where the file is not whole or lies."""
     size = os.fstat(descriptor).st_size
-    length = int.from_bytes(_read(descriptor, path, 0, min(8, size)), "little")
-    if size < 8 or length > size - 8:
+    start = _read(descriptor, path, 0, min(8, size))
+    if start == LFS_POINTER[:8]:
+        raise _broken(path, "is a pointer of Git LFS, not the file itself: run `git lfs pull`")
+    length = int.from_bytes(start, "little")
+    if size < 8 or size - 8 < length <= MAX_BYTES:
         raise _broken(path, f"is cut off: it has {size:,} bytes; download it again")
-    if length > MAX_HEADER_BYTES:
-        raise _broken(path, f"has a header of {length:,} bytes, more than {MAX_HEADER_BYTES:,}")
+    if length > MAX_BYTES:
+        raise _broken(path, f"is not a safetensors file: its header would have {length:,} bytes")
     try:
-        entries = json.loads(_read(descriptor, path, 8, length))
-    except (ValueError, RecursionError):
-        raise _broken(path, "is not a safetensors file: its header is not JSON") from None
+        entries = parse_json(_read(descriptor, path, 8, length))
+    except ValueError as error:
+        raise _broken(path, f"is not a safetensors file: its header {error}") from None
     if not isinstance(entries, dict):
         raise _broken(path, "is not a safetensors file: its header is not a table")
     entries.pop("__metadata__", None)
@@ -64,12 +67,12 @@ def read_header(descriptor: int, path: Path) -> dict[str, TensorRange]:
 
 
 def _range(path: Path, name: str, entry: Any, data: int) -> TensorRange:
-    what = f"tensor {shown(name)[:200]}"
+    what = f"tensor {shown(name[:200])}"
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise _broken(path, f"{what}: dtype, shape or data_offsets are missing") from None
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise _broken(
             path,
             f"{what} is stored as {shown(str(dtype))[:40]}, which is not read: take the model as "
@@ -92,12 +95,12 @@ def _check_tiling(path: Path, ranges: dict[str, TensorRange], data: int, size: i
     at = data
     for name, found in sorted(ranges.items(), key=lambda one: (one[1].offset, one[1].bytes)):
         if found.offset != at:
-            raise _broken(path, f"tensor {shown(name)[:200]} does not follow the one before it")
+            raise _broken(path, f"tensor {shown(name[:200])} does not follow the one before it")
         at += found.bytes
     if at > size:
         raise _broken(path, f"is cut off: it has {size:,} of {at:,} bytes; download it again")
     if at < size:
-        raise _broken(path, f"has {size - at:,} bytes that belong to no tensor")
+        raise _broken(path, f"has {counted(size - at, 'byte')} that belong to no tensor")
 
 
 def _read(descriptor: int, path: Path, offset: int, length: int) -> bytes:

@@ -59,8 +59,9 @@ def transformers_logits(
                 **options,
             )
         except Exception as error:  # of any kind, as it is for another library to choose
+            said = shown(" ".join(str(error).split())[:400])
             raise ConversionError(
-                f"transformers can't load {shown(folder)}: {type(error).__name__}: {error}"
+                f"transformers can't load {shown(folder)}: {type(error).__name__}: {said}"
             ) from error
     if info["missing_keys"]:
         raise ConversionError(

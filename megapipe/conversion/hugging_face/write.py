@@ -7,10 +7,10 @@ model.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from megapipe.checkpoint.shard import Shard
 from megapipe.checkpoint.shard_file import FilePlan, plan_file, write_file
@@ -29,9 +29,10 @@ from megapipe.checkpoint.storage import (
 from megapipe.conversion.hugging_face.config_file import CONFIG
 from megapipe.conversion.hugging_face.directory import INDEX, SINGLE
 from megapipe.conversion.source import WeightSource
+from megapipe.conversion.view import TensorView
 from megapipe.distributed.rank_group import ALONE, RankGroup
 from megapipe.files import shown, write_durably
-from megapipe.layout.architecture import Architecture, ForeignTensor
+from megapipe.layout.architecture import Architecture
 
 FILE_BYTES = 5 * 10**9
 """The usual upper bound of a file of weights (a larger tensor has a file of its own)."""
@@ -50,8 +51,8 @@ class Export:
     """What is to be written: the weights, as which architecture, and what lies beside them.
 
     dtype: that of all weights; None: each as it is stored. config: keys of config.json about
-    tokens. files: the contents of others by name. parts: what is written by a function that is
-    given the directory (the tokenizer).
+    tokens. files: the contents of others by name. parts: functions that write more into the
+    directory (the tokenizer).
     """
 
     source: WeightSource
@@ -62,29 +63,23 @@ class Export:
     parts: Sequence[Callable[[Path], object]] = ()
     file_bytes: int = FILE_BYTES
 
-    @property
-    def table(self) -> Sequence[ForeignTensor]:
-        """All tensors in their order."""
-        return self.architecture.tensors(self.source.model)
+    @cached_property
+    def tensors(self) -> TensorView:
+        """What is written, under Hugging Face's names."""
+        return TensorView(self.source, self.architecture)
 
-    def dtype_of(self, tensor: ForeignTensor) -> torch.dtype:
-        """What a tensor is written as: the widest of its pieces where nothing else is asked for."""
-        if self.dtype is not None:
-            return self.dtype
-        dtypes = [self.source.dtype(piece.parameter) for piece in tensor.pieces]
-        widest = dtypes[0]
-        for dtype in dtypes[1:]:
-            widest = torch.promote_types(widest, dtype)
-        return widest
+    def dtype_of(self, name: str) -> torch.dtype:
+        """What a tensor is written as."""
+        return self.dtype or self.tensors.dtype(name)
 
-    def bytes_of(self, tensor: ForeignTensor) -> int:
+    def bytes_of(self, name: str) -> int:
         """Its size in the file."""
-        return tensor.size * self.dtype_of(tensor).itemsize
+        return self.tensors.size(name) * self.dtype_of(name).itemsize
 
 
 def export_bytes(export: Export) -> int:
     """Bytes of all weights."""
-    return sum(map(export.bytes_of, export.table))
+    return sum(map(export.bytes_of, export.tensors.shapes))
 
 
 def write_export(
@@ -149,20 +144,20 @@ def _plan_files(export: Export, sharing: int) -> list[FilePlan]:
     """The files of the weights: about as many as ranks at least, unless they would be tiny."""
     total = export_bytes(export)
     limit = min(export.file_bytes, max(LEAST_FILE_BYTES, -(-total // sharing)))
-    groups: list[list[ForeignTensor]] = [[]]
+    groups: list[list[str]] = [[]]
     size = 0
-    for tensor in export.table:
-        more = export.bytes_of(tensor)
+    for name in export.tensors.shapes:
+        more = export.bytes_of(name)
         if groups[-1] and size + more > limit:
             groups.append([])
             size = 0
-        groups[-1].append(tensor)
+        groups[-1].append(name)
         size += more
     count = len(groups)
-    names = [SINGLE] if count == 1 else [_file_name(number, count) for number in range(count)]
+    files = [SINGLE] if count == 1 else [_file_name(number, count) for number in range(count)]
     return [
-        plan_file(name, [_shard(export, tensor) for tensor in group])
-        for name, group in zip(names, groups, strict=True)
+        plan_file(file, [_shard(export, name) for name in group])
+        for file, group in zip(files, groups, strict=True)
     ]
 
 
@@ -170,42 +165,18 @@ def _file_name(number: int, count: int) -> str:
     return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def _shard(export: Export, tensor: ForeignTensor) -> Shard:
-    dtype = export.dtype_of(tensor)
-    promised = torch.empty(tensor.shape, dtype=dtype, device="meta")
-    start = (0,) * len(tensor.shape)
+def _shard(export: Export, name: str) -> Shard:
+    """A whole tensor, read when it is written."""
+    shape, dtype = export.tensors.shapes[name], export.dtype_of(name)
+    promised = torch.empty(shape, dtype=dtype, device="meta")
     return Shard(
-        tensor.name,
-        tensor.shape,
-        start,
-        promised,
-        load=lambda: compose(export.source, tensor, dtype),
+        name, shape, (0,) * len(shape), promised, load=lambda: export.tensors.whole(name, dtype)
     )
-
-
-def compose(source: WeightSource, tensor: ForeignTensor, dtype: torch.dtype) -> Tensor:
-    """The values of another stack's tensor; padding is zero."""
-    parts = [
-        (piece, _rows(source, piece.parameter, piece.start, piece.rows, dtype))
-        for piece in tensor.pieces
-    ]
-    if len(parts) == 1 and parts[0][1].shape == tensor.turned_shape:
-        result = parts[0][1]
-    else:
-        result = torch.zeros(tensor.turned_shape, dtype=dtype)
-        for piece, values in parts:
-            result[piece.row : piece.row + piece.rows] = values
-    return result.t() if tensor.transposed else result
-
-
-def _rows(source: WeightSource, name: str, start: int, rows: int, dtype: torch.dtype) -> Tensor:
-    _, *others = source.shape(name)
-    return source.read(name, (start, *(0 for _ in others)), (rows, *others), dtype)
 
 
 def _write_small_files(export: Export, plans: Sequence[FilePlan], folder: Path) -> None:
     config = export.architecture.write_config(export.source.model)
-    used = export.dtype or export.source.dtype(export.table[0].pieces[0].parameter)
+    used = export.dtype_of(next(iter(export.tensors.shapes)))
     config |= {"torch_dtype": DTYPE_WORDS[used], **export.config}
     contents = {CONFIG: as_json(config), **export.files}
     if len(plans) > 1:

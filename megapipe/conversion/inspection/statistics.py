@@ -39,16 +39,18 @@ def _of_one(store: TensorStore, name: str, progress: Callable[[int], None]) -> T
     squares = total = largest = 0.0
     count = nan = infinite = 0
     for part in slices(stored.shape):
-        values = store.read(name, part.start, part.shape).to(torch.float64).flatten()
-        size = len(values)
-        if not torch.isfinite(values).all():
+        values = store.read(name, part.start, part.shape).flatten().to(torch.float64)
+        size, square = len(values), float(values.dot(values))
+        if not math.isfinite(square):
             nan += int(values.isnan().sum())
             infinite += int(values.isinf().sum())
             values = values[values.isfinite()]
+            square = float(values.dot(values))
         if len(values):
-            squares += float(values.dot(values))
+            low, high = values.aminmax()
+            largest = max(largest, -float(low), float(high))
+            squares += square
             total += float(values.sum())
-            largest = max(largest, -float(values.min()), float(values.max()))
             count += len(values)
         progress(size * stored.dtype.itemsize)
     return TensorStatistics(math.sqrt(squares), largest, total / max(1, count), nan, infinite)

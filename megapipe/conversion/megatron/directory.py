@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from megapipe.checkpoint.storage import read_small
 from megapipe.conversion.megatron.assembly import GlobalTensor
 from megapipe.conversion.megatron.legacy import read_rank_directories
-from megapipe.conversion.megatron.optimizer_format import optimizer_format
+from megapipe.conversion.megatron.optimizer_format import optimizer_format, optimizer_state
 from megapipe.conversion.megatron.plain import plain_arguments
 from megapipe.conversion.megatron.sharing import OWN_NORMS
 from megapipe.conversion.megatron.torch_dist import CONFIG, METADATA, read_distributed
@@ -42,7 +42,10 @@ class MegatronCheckpoint:
     """Megatron's command line as it was when the checkpoint was saved, in plain values."""
     tensors: Mapping[str, GlobalTensor]
     optimizer: str | None
-    """The format of the optimizer's state, which is not read; None where there is none."""
+    """The format of the optimizer's state; None where there is none."""
+    state: Mapping[str, Mapping[str, GlobalTensor]]
+    """The optimizer's state by kind ("exp_avg", "exp_avg_sq", "param" or "fp32_param" for master
+    weights), each under the names of the weights. Empty for formats that are not read."""
 
     @property
     def place(self) -> str:
@@ -93,6 +96,7 @@ def open_megatron(path: str | Path) -> MegatronCheckpoint:
                 found.arguments,
                 with_fused_norms(found.tensors),
                 found.optimizer,
+                {},
             )
     except OSError as error:
         raise CheckpointError(f"{directory} can't be read: {reason(error)}") from error
@@ -126,18 +130,21 @@ def is_megatron(path: Path) -> bool:
 
 def _open_distributed(directory: Path) -> MegatronCheckpoint:
     found = read_distributed(directory)
+    named = with_fused_norms(found.tensors)
     weights = {
         name: tensor
-        for name, tensor in found.tensors.items()
+        for name, tensor in named.items()
         if not name.startswith(NOT_WEIGHTS) and not name.endswith(EXTRA_STATE)
     }
+    found = replace(found, tensors=named)
     return MegatronCheckpoint(
         directory,
         "torch_dist",
         _iteration(directory, found.common.get("iteration")),
         plain_arguments(found.common.get("args")),
-        with_fused_norms(weights),
+        weights,
         optimizer_format(found),
+        optimizer_state(found, weights),
     )
 
 

@@ -1,5 +1,9 @@
 """What kind of optimizer state a distributed checkpoint holds."""
 
+import re
+from collections.abc import Mapping
+
+from megapipe.conversion.megatron.assembly import GlobalTensor
 from megapipe.conversion.megatron.torch_dist import DistributedContents
 from megapipe.files import shown
 
@@ -8,6 +12,8 @@ CONTENT = "content_metadata"
 CONTENT_TYPE = "distrib_optim_sharding_type"
 """Where Megatron says how the distributed optimizer's state is cut."""
 PREFIXES = ("optimizer.", "chained_")
+STATE = re.compile(r"optimizer\.state\.(\w+)\.(.+)")
+"""A tensor for a whole parameter: what it is, and the parameter's name."""
 
 
 def optimizer_format(found: DistributedContents) -> str | None:
@@ -30,6 +36,21 @@ def optimizer_format(found: DistributedContents) -> str | None:
     if any(name.startswith("optimizer.distributed.") for name in names):
         return "an unnamed format of the distributed optimizer"
     return "a tensor for each parameter, without the distributed optimizer"
+
+
+def optimizer_state(
+    found: DistributedContents, weights: Mapping[str, GlobalTensor]
+) -> dict[str, dict[str, GlobalTensor]]:
+    """The optimizer's state by kind and weight; empty unless its format has, for each weight, one
+    tensor of the same shape ("fully_reshardable", or without the distributed optimizer)."""
+    state: dict[str, dict[str, GlobalTensor]] = {}
+    for name, tensor in found.tensors.items():
+        match = STATE.fullmatch(name)
+        if match is not None:
+            state.setdefault(match[1], {})[match[2]] = tensor
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
+    same = all({n: t.shape for n, t in kind.items()} == shapes for kind in state.values())
+    return state if same else {}
 
 
 def _named(fields: object, key: str) -> list[object]:

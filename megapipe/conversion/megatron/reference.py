@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from megapipe.conversion.megatron.directory import FUSED, MegatronCheckpoint, open_megatron
+from megapipe.conversion.megatron.directory import MegatronCheckpoint, open_megatron
+from megapipe.conversion.megatron.sharing import OWN_NORMS
 from megapipe.conversion.proof import Sequences, round_weights
 from megapipe.errors import ConversionError
 
@@ -166,7 +167,7 @@ def _build(arguments: Mapping[str, Any]) -> nn.Module:
 def _load(model: nn.Module, checkpoint: MegatronCheckpoint, layers: int) -> None:
     """Fill every parameter. A missing tensor is an error; padding rows stay zero."""
     for name, parameter in model.named_parameters():
-        for own, fused in FUSED.items():
+        for own, fused in OWN_NORMS.items():
             name = name.replace(own, fused)
         stored = checkpoint.tensors[name].shape
         rows = min(stored[0], parameter.shape[0])

@@ -66,6 +66,11 @@ class RankGrid:
     pipeline: int = 1
     virtual: int = 1
 
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """Stage and number of each part of the pipeline, in the order of the layers."""
+        return [(stage, one) for one in range(self.virtual) for stage in range(self.pipeline)]
+
 
 def write_rank_directories(
     directory: Path,
@@ -131,22 +136,21 @@ def _rank_plan(
 ) -> list[Chunk]:
     """The tensors of each of a rank's parts of the pipeline."""
     numbers = {int(match[2]) for name in model.shapes if (match := LAYER.fullmatch(name))}
-    parts = math.prod((grid.pipeline, grid.virtual))
     if grid.pipeline == 1 != grid.virtual:
         raise CheckpointError("several parts for each stage need at least two pipeline stages")
-    if numbers != set(range(len(numbers))) or len(numbers) % parts:
+    if numbers != set(range(len(numbers))) or len(numbers) % len(grid.parts):
         raise CheckpointError(
             f"{len(numbers)} layers can't be dealt to {grid.pipeline} pipeline stages with "
             f"{grid.virtual} parts each: take numbers that divide them"
         )
-    each = len(numbers) // parts
+    each = len(numbers) // len(grid.parts)
     own_norms = arguments.get("transformer_impl") == "local"
     chunks = []
     for virtual in range(grid.virtual):
-        place = virtual * grid.pipeline + stage
+        place = grid.parts.index((stage, virtual))
         layers = range(place * each, (place + 1) * each)
         chunk: Chunk = {}
-        for name, source in _held(model, layers, place == 0, place == parts - 1):
+        for name, source in _held(model, layers, place == 0, place == len(grid.parts) - 1):
             for own, fused in OWN_NORMS.items() if own_norms else ():
                 name = name.replace(fused, own)
             chunk[name] = _shard(model, source, rank, grid.tensor)

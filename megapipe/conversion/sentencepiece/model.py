@@ -92,6 +92,7 @@ def read_model(content: bytes) -> SentencePieceModel:
     if proto.denormalizer_spec.precompiled_charsmap:
         raise ConversionError("it replaces characters when it decodes (denormalizer_spec)")
     _check_distinct(model)
+    _check_table(model.charsmap)
     return model
 
 
@@ -101,6 +102,16 @@ def _check_distinct(model: SentencePieceModel) -> None:
         if piece.text in seen:
             raise ConversionError(f"it has two pieces with the text {piece.text!r}")
         seen.add(piece.text)
+
+
+def _check_table(charsmap: bytes) -> None:
+    """The texts behind the trie are read as UTF-8."""
+    try:
+        charsmap[4 + int.from_bytes(charsmap[:4], "little") :].decode()
+    except UnicodeDecodeError:
+        raise ConversionError(
+            "its table of replaced characters is damaged (precompiled_charsmap)"
+        ) from None
 
 
 def _parse(content: bytes) -> Any:

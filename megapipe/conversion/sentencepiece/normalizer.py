@@ -5,9 +5,11 @@ and sequences that Unicode composes into one ("e" and U+0301). `Precompiled` rea
 but looks at user-perceived characters (grapheme clusters) and takes the shortest key, so that marks
 get lost ("ﬁ" and U+0301), and sequences of 6 bytes or more are not composed. Therefore:
 
-    a separator before each mark makes every character one of its own; `Precompiled` is then exact
-    separators go where the table has the sequence, and NFC composes what is joined now
-    the other separators go
+    1. a separator before each mark makes every character a cluster of its own (and one behind each
+       control character, for a moment, keeps marks there from being a cluster)
+    2. `Precompiled` with the table of the model is now exact
+    3. separators go where the table has the sequence, and NFC composes what is joined
+    4. the other separators go
 
 Separators are code points that Unicode keeps free of any character.
 """
@@ -133,10 +135,10 @@ def _joints(normalize: Normalize) -> str:
         alike.setdefault(frozenset(found), []).append(mark)
     separator = literal(SEPARATOR)
     choices = []
-    for before, marks in sorted(alike.items(), key=lambda pair: min(pair[1])):
-        singles = [one for one in before if len(one) == 1]
+    for firsts, marks in sorted(alike.items(), key=lambda pair: min(pair[1])):
+        singles = [one for one in firsts if len(one) == 1]
         behind = [any_of(singles)] if singles else []
-        behind += [separator.join(map(literal, one)) for one in sorted(before) if len(one) > 1]
+        behind += [separator.join(map(literal, one)) for one in sorted(firsts) if len(one) > 1]
         choices.append(f"(?={any_of(marks)})(?<={'|'.join(one + separator for one in behind)})")
     return f"{separator}(?:{'|'.join(choices)})"
 

@@ -8,6 +8,10 @@ Where the `tokenizers` library works otherwise than sentencepiece, the tree make
     defined     token as a whole is taken as it is
     reserved    pieces (control, byte, unknown, unused) are never found in text: in Unigram models
                 their score is lower than that of their characters one by one
+
+One difference is left. Where two ways to cut a text score the same ("aaa" is "aa" and "a", or "a"
+and "aa"), a Unigram model of sentencepiece takes the one that its sums in float32 happen to favour.
+The library adds in float64, and takes the one with the longer piece at the end.
 """
 
 from collections.abc import Iterator

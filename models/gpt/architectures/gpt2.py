@@ -5,8 +5,13 @@ from dataclasses import dataclass
 
 from megapipe.config import ModelConfig
 from megapipe.layout.architecture import ForeignTensor, Stack, stacked
-from megapipe.layout.foreign_config import ForeignConfig
-from megapipe.models.gpt.architectures.hugging_face import check_fits, read_common, renamed
+from megapipe.layout.foreign_config import MOST_LAYERS, ForeignConfig
+from megapipe.models.gpt.architectures.hugging_face import (
+    check_fits,
+    read_common,
+    read_dropout,
+    renamed,
+)
 from megapipe.models.gpt.config import GPTConfig
 from megapipe.models.gpt.parameters import parameter_table
 
@@ -47,26 +52,27 @@ class GPT2Architecture:
         config.require("scale_attn_weights", True, True)
         config.require("scale_attn_by_inverse_layer_idx", False, False)
         config.require("activation_function", "gelu_new", *ACTIVATIONS)
-        dropout = config.take("resid_pdrop", float, 0.1)
-        config.require("embd_pdrop", 0.1, dropout)
-        hidden, heads = config.take("n_embd", int, 768), config.take("n_head", int, 12)
+        dropout = read_dropout(config, "resid_pdrop", "embd_pdrop", 0.1)
+        hidden, heads = config.size("n_embd", 768), config.size("n_head", 12)
+        if hidden % heads and not config.problems:
+            config.problem("n_embd", f"= {hidden} is no multiple of n_head = {heads}")
         keys = {
-            "num_layers": config.take("n_layer", int, 12),
+            "num_layers": config.size("n_layer", 12, most=MOST_LAYERS),
             "hidden_size": hidden,
-            "vocab_size": config.take("vocab_size", int, 50257),
-            "max_sequence_length": config.take("n_positions", int, 1024),
+            "vocab_size": config.size("vocab_size", 50257),
+            "max_sequence_length": config.size("n_positions", 1024),
             "num_heads": heads,
-            "ffn_hidden_size": config.optional("n_inner", int) or 4 * hidden,
+            "ffn_hidden_size": config.optional_size("n_inner") or 4 * hidden,
             "norm": "layernorm",
-            "norm_epsilon": config.take("layer_norm_epsilon", float, 1e-5),
+            "norm_epsilon": config.positive("layer_norm_epsilon", 1e-5),
             "activation": ACTIVATIONS.get(config.take("activation_function", str, "gelu_new")),
             "position": "learned",
             "tie_embeddings": config.take("tie_word_embeddings", bool, True),
             "bias": True,
             "qkv_bias": True,
             "dropout": dropout,
-            "attention_dropout": config.take("attn_pdrop", float, 0.1),
-            "init_std": config.take("initializer_range", float, 0.02),
+            "attention_dropout": config.rate("attn_pdrop", 0.1),
+            "init_std": config.positive("initializer_range", 0.02),
         }
         return GPTConfig.model_validate(config.finish(keys))
 

@@ -34,6 +34,9 @@ ABOUT_TEXT = (
     "tokenizer_class",
     "torch_dtype",
     "transformers_version",
+    "transformers.js_config",
+    "unsloth_fixed",
+    "unsloth_version",
     "use_cache",
 )
 """Keys that say nothing of what the network computes: token ids, metadata, settings of text
@@ -83,9 +86,38 @@ def read_common(config: ForeignConfig, name: str, model_type: str) -> None:
         ("tie_encoder_decoder", False),
     ):
         config.require(key, default, default)
+    config.require("is_causal", True, True)
     config.require("pruned_heads", {}, {})
     config.ignore(ABOUT_TEXT)
     config.ignore(GENERATION)
+
+
+def read_heads(
+    config: ForeignConfig, kv_heads: int | None, head_dim: int | None = None
+) -> dict[str, Any]:
+    """Our keys of [model] for the width and the heads. Where the config lacks them, there are
+    `kv_heads` (None: as many as heads) of width `head_dim` (None: hidden size / heads)."""
+    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+    width = config.optional_size("head_dim") or head_dim
+    if width is None and hidden % heads and not config.problems:
+        config.problem(
+            "hidden_size",
+            f"= {hidden} is no multiple of num_attention_heads = {heads}, and there is no head_dim",
+        )
+    return {
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "num_kv_heads": config.optional_size("num_key_value_heads", kv_heads) or heads,
+        "head_dim": width or hidden // heads,
+    }
+
+
+def read_dropout(config: ForeignConfig, residual: str, embedding: str, default: float) -> float:
+    """The dropout of residual branches and embedding, which here have the same."""
+    dropout, other = config.rate(residual, default), config.rate(embedding, default)
+    if dropout != other:
+        config.problem(embedding, f"= {other} and {residual} = {dropout} are one number here")
+    return dropout
 
 
 def read_rope(config: ForeignConfig) -> dict[str, Any]:
@@ -94,38 +126,50 @@ def read_rope(config: ForeignConfig) -> dict[str, Any]:
     Version 5 of transformers writes them all into `rope_parameters`; version 4 knows `rope_theta`
     and `rope_scaling`, which wins where both are there.
     """
-    theta = config.take("rope_theta", float, 10000.0)
+    theta = config.positive("rope_theta", 10000.0)
     config.require("partial_rotary_factor", 1.0, 1.0, 1)
-    parameters, scaling = config.table("rope_parameters"), config.table("rope_scaling")
+    config.require("rope_interleaved", False, False)
     kept: dict[str, Any] = {"position": "rope", "rope_theta": theta, "rope_scaling": None}
-    if parameters is not None:
-        kept |= _read_rope_table(parameters, theta)
-        config.join(parameters)
-    if scaling is not None:
-        kept |= _read_rope_table(scaling, theta)
-        config.join(scaling)
+    for key in ("rope_parameters", "rope_scaling"):
+        table = config.table(key)
+        if table is not None:
+            kept |= _read_rope_table(table, theta)
+            config.join(table)
     return kept
 
 
 def _read_rope_table(table: ForeignConfig, theta: float) -> dict[str, Any]:
-    kind = table.optional("rope_type", str) or table.take("type", str, "default")
-    table.ignore(["type"])
-    theta = table.take("rope_theta", float, theta)
+    kind = table.take("rope_type", str, table.take("type", str, "default"))
+    theta = table.positive("rope_theta", theta)
     table.require("partial_rotary_factor", 1.0, 1.0, 1)
     scaling = None
     if kind == "llama3":
-        scaling = RopeScaling(
-            factor=max(table.take("factor", float), 1.0 + 1e-9),
-            low_frequency_factor=table.take("low_freq_factor", float) or 1.0,
-            high_frequency_factor=table.take("high_freq_factor", float) or 4.0,
-            original_max_sequence_length=table.take("original_max_position_embeddings", int) or 1,
-        )
+        scaling = _read_llama3(table)
     elif kind != "default":
         table.problem(
             "rope_type",
             f'= {show(kind)} asks for what is not computed here ("default" or "llama3" is)',
         )
     return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def _read_llama3(table: ForeignConfig) -> RopeScaling | None:
+    """Llama 3's scaling; None where its factor is 1, which changes nothing."""
+    factor = table.positive("factor")
+    low, high = table.positive("low_freq_factor"), table.positive("high_freq_factor")
+    original = table.size("original_max_position_embeddings")
+    if factor < 1:
+        table.problem("factor", f"= {factor} asks for what is not computed here (1 or more is)")
+    if low >= high:
+        table.problem("low_freq_factor", f"= {low} is not below high_freq_factor = {high}")
+    if table.problems or factor == 1:
+        return None
+    return RopeScaling(
+        factor=factor,
+        low_frequency_factor=low,
+        high_frequency_factor=high,
+        original_max_sequence_length=original,
+    )
 
 
 def write_rope(model: GPTConfig) -> dict[str, object]:

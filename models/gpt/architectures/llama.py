@@ -6,10 +6,11 @@ from typing import Any, Literal
 
 from megapipe.config import ModelConfig
 from megapipe.layout.architecture import ForeignTensor, Stack, stacked
-from megapipe.layout.foreign_config import ForeignConfig
+from megapipe.layout.foreign_config import MOST_LAYERS, ForeignConfig
 from megapipe.models.gpt.architectures.hugging_face import (
     check_fits,
     read_common,
+    read_heads,
     read_rope,
     renamed,
     write_rope,
@@ -68,30 +69,25 @@ class LlamaLike:
     def read_config(self, values: Mapping[str, object]) -> GPTConfig:
         config = ForeignConfig(values)
         read_common(config, self.name, self.model_type)
-        heads = config.take("num_attention_heads", int)
-        hidden = config.take("hidden_size", int)
-        head_dim = config.optional("head_dim", int) or self.head_dim or hidden // max(heads, 1)
+        config.require("is_llama_config", True, True)
         config.require("hidden_act", "silu", "silu")
         bias = self._read_biases(config)
         keys: dict[str, Any] = {
-            "num_layers": config.take("num_hidden_layers", int),
-            "hidden_size": hidden,
-            "vocab_size": config.take("vocab_size", int),
-            "max_sequence_length": config.take("max_position_embeddings", int, self.sequence),
-            "num_heads": heads,
-            "num_kv_heads": config.optional("num_key_value_heads", int, self.kv_heads) or heads,
-            "head_dim": head_dim,
-            "ffn_hidden_size": config.take("intermediate_size", int),
+            "num_layers": config.size("num_hidden_layers", most=MOST_LAYERS),
+            "vocab_size": config.size("vocab_size"),
+            "max_sequence_length": config.size("max_position_embeddings", self.sequence),
+            **read_heads(config, self.kv_heads, self.head_dim),
+            "ffn_hidden_size": config.size("intermediate_size"),
             "norm": "rmsnorm",
-            "norm_epsilon": config.take("rms_norm_eps", float, self.epsilon),
+            "norm_epsilon": config.positive("rms_norm_eps", self.epsilon),
             "activation": "swiglu",
             **read_rope(config),
             "tie_embeddings": config.take("tie_word_embeddings", bool, False),
             "bias": bias,
             "qkv_bias": self.qkv_bias or bias,
             "qk_norm": self.qk_norm,
-            "attention_dropout": config.take("attention_dropout", float, 0.0),
-            "init_std": config.take("initializer_range", float, 0.02),
+            "attention_dropout": config.rate("attention_dropout", 0.0),
+            "init_std": config.positive("initializer_range", 0.02),
         }
         keys["sliding_window"] = self._read_window(config, keys["num_layers"])
         config.require("pretraining_tp", 1, 1)
@@ -113,18 +109,17 @@ class LlamaLike:
     def _read_window(self, config: ForeignConfig, layers: int) -> int | None:
         if self.window == "none":
             return None
-        window = config.optional("sliding_window", int, self.default_window)
-        kinds = {"full_attention", "sliding_attention"}
-        if self.window == "switched":
-            switched = config.take("use_sliding_window", bool, False)
-            first = config.take("max_window_layers", int, 28)
-            if not switched or window is None or first >= layers:
-                kinds, window = {"full_attention"}, None
-            elif first > 0:
-                config.require("max_window_layers", 28, 0, layers)
-            else:
-                kinds = {"sliding_attention"}
-            config.require("layer_types", [*kinds] * layers, [*kinds] * layers)
+        window = config.optional_size("sliding_window", self.default_window)
+        if self.window == "key":
+            return window
+        switched = config.take("use_sliding_window", bool, False)
+        first = config.size("max_window_layers", 28, least=0)
+        if not switched or first >= layers:
+            window = None
+        elif window is not None:
+            config.require("max_window_layers", 28, 0, layers)
+        kind = "full_attention" if window is None else "sliding_attention"
+        config.require_each("layer_types", layers, kind)
         return window
 
     def write_config(self, model: ModelConfig) -> dict[str, object]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from megapipe.config import ModelConfig
 from megapipe.layout.architecture import ForeignTensor, Piece, Stack, stacked, whole
-from megapipe.layout.foreign_config import ForeignConfig
+from megapipe.layout.foreign_config import MOST_LAYERS, ForeignConfig
 from megapipe.layout.parameters import ParameterSpec
 from megapipe.models.gpt.architectures.hugging_face import check_fits, renamed
 from megapipe.models.gpt.config import GPTConfig, RopeScaling
@@ -44,6 +44,7 @@ UNCHANGED: dict[str, tuple[object, ...]] = {
     "linear_attention_freq": (None,),
     "mtp_num_layers": (None, 0),
     "multi_latent_attention": (False,),
+    "normalization": ("LayerNorm", "RMSNorm"),
     "no_rope_freq": (None,),
     "num_experts": (None, 0, 1),
     "num_moe_experts": (None, 0, 1),
@@ -76,22 +77,22 @@ class MegatronGPT:
         config = ForeignConfig(values)
         for key, usable in UNCHANGED.items():
             config.require(key, usable[0], *usable)
-        hidden, heads = config.take("hidden_size", int), config.take("num_attention_heads", int)
+        hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
         bias = config.take("add_bias_linear", bool, True)
         keys: dict[str, Any] = {
-            "num_layers": config.take("num_layers", int),
+            "num_layers": config.size("num_layers", most=MOST_LAYERS),
             "hidden_size": hidden,
-            "vocab_size": config.optional("vocab_size", int)
-            or config.take("padded_vocab_size", int),
-            "max_sequence_length": config.optional("max_position_embeddings", int)
-            or config.take("seq_length", int),
+            "vocab_size": config.optional_size("vocab_size") or config.size("padded_vocab_size"),
+            "max_sequence_length": config.optional_size("max_position_embeddings")
+            or config.size("seq_length"),
             "num_heads": heads,
             "num_kv_heads": self._kv_heads(config, heads),
-            "head_dim": config.optional("kv_channels", int) or hidden // max(heads, 1),
-            "ffn_hidden_size": config.optional("ffn_hidden_size", int) or 4 * hidden,
+            "head_dim": config.optional_size("kv_channels") or max(1, hidden // heads),
+            "ffn_hidden_size": config.optional_size("ffn_hidden_size") or 4 * hidden,
             "norm": config.take("normalization", str, "LayerNorm").lower(),
-            "norm_epsilon": config.optional("norm_epsilon", float)
-            or config.take("layernorm_epsilon", float, 1e-5),
+            "norm_epsilon": config.positive(
+                "norm_epsilon", config.positive("layernorm_epsilon", 1e-5)
+            ),
             "activation": self._activation(config),
             **self._positions(config),
             "tie_embeddings": not config.take("untie_embeddings_and_output_weights", bool, False),
@@ -99,16 +100,16 @@ class MegatronGPT:
             "qkv_bias": bias or config.take("add_qkv_bias", bool, False),
             "qk_norm": config.take("qk_layernorm", bool, False),
             "sliding_window": self._window(config),
-            "dropout": config.take("hidden_dropout", float, 0.1),
-            "attention_dropout": config.take("attention_dropout", float, 0.1),
-            "init_std": config.take("init_method_std", float, 0.02),
+            "dropout": config.rate("hidden_dropout", 0.1),
+            "attention_dropout": config.rate("attention_dropout", 0.1),
+            "init_std": config.positive("init_method_std", 0.02),
         }
         config.ignore(list(values))
         return GPTConfig.model_validate(config.finish(keys))
 
     def _kv_heads(self, config: ForeignConfig, heads: int) -> int:
         grouped = config.take("group_query_attention", bool, False)
-        groups = config.optional("num_query_groups", int)
+        groups = config.optional_size("num_query_groups")
         return groups if grouped and groups else heads
 
     def _activation(self, config: ForeignConfig) -> str:
@@ -123,13 +124,14 @@ class MegatronGPT:
         config.require("position_embedding_type", kind, "rope", "learned_absolute")
         scaling = None
         if config.take("use_rope_scaling", bool, False):
-            factor = config.take("rope_scaling_factor", float, 8.0)
-            scaling = RopeScaling(
-                factor=max(factor, 1.0 + 1e-9),
-                **LLAMA3,
-                original_max_sequence_length=LLAMA3_LENGTH,
-            )
-        theta = config.take("rotary_base", float, 10000.0)
+            factor = config.positive("rope_scaling_factor", 8.0)
+            if factor < 1:
+                config.problem("rope_scaling_factor", f"= {factor} must be 1 or more")
+            elif factor > 1:
+                scaling = RopeScaling(
+                    factor=factor, **LLAMA3, original_max_sequence_length=LLAMA3_LENGTH
+                )
+        theta = config.positive("rotary_base", 10000.0)
         return {"position": "rope", "rope_theta": theta, "rope_scaling": scaling}
 
     def _window(self, config: ForeignConfig) -> int | None:

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 from megapipe.config import ModelConfig
 from megapipe.layout.architecture import ForeignTensor, Stack
-from megapipe.layout.foreign_config import ForeignConfig
+from megapipe.layout.foreign_config import MOST_LAYERS, ForeignConfig
 from megapipe.models.gpt.architectures.hugging_face import (
     check_fits,
     read_common,
+    read_dropout,
+    read_heads,
     read_rope,
     renamed,
     write_rope,
@@ -46,32 +48,24 @@ class StarCoder2Architecture:
         config.require("mlp_type", "default", "default")
         config.require("norm_type", "layer_norm", "layer_norm")
         bias = config.take("use_bias", bool, True)
-        dropout = config.take("residual_dropout", float, 0.0)
-        config.require("embedding_dropout", 0.0, dropout)
-        hidden, heads = (
-            config.take("hidden_size", int, 3072),
-            config.take("num_attention_heads", int, 24),
-        )
+        dropout = read_dropout(config, "residual_dropout", "embedding_dropout", 0.0)
         keys = {
-            "num_layers": config.take("num_hidden_layers", int, 30),
-            "hidden_size": hidden,
-            "vocab_size": config.take("vocab_size", int, 49152),
-            "max_sequence_length": config.take("max_position_embeddings", int, 4096),
-            "num_heads": heads,
-            "num_kv_heads": config.optional("num_key_value_heads", int, 2) or heads,
-            "head_dim": config.optional("head_dim", int) or hidden // max(heads, 1),
-            "ffn_hidden_size": config.take("intermediate_size", int, 12288),
+            "num_layers": config.size("num_hidden_layers", 30, most=MOST_LAYERS),
+            "vocab_size": config.size("vocab_size", 49152),
+            "max_sequence_length": config.size("max_position_embeddings", 4096),
+            **read_heads(config, 2),
+            "ffn_hidden_size": config.size("intermediate_size", 12288),
             "norm": "layernorm",
-            "norm_epsilon": config.take("norm_epsilon", float, 1e-5),
+            "norm_epsilon": config.positive("norm_epsilon", 1e-5),
             "activation": ACTIVATIONS.get(config.take("hidden_act", str, "gelu_pytorch_tanh")),
             **read_rope(config),
             "tie_embeddings": config.take("tie_word_embeddings", bool, True),
             "bias": bias,
             "qkv_bias": bias,
-            "sliding_window": config.optional("sliding_window", int),
+            "sliding_window": config.optional_size("sliding_window"),
             "dropout": dropout,
-            "attention_dropout": config.take("attention_dropout", float, 0.0),
-            "init_std": config.take("initializer_range", float, 0.018042),
+            "attention_dropout": config.rate("attention_dropout", 0.0),
+            "init_std": config.positive("initializer_range", 0.018042),
         }
         return GPTConfig.model_validate(config.finish(keys))
 

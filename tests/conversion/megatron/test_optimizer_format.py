@@ -8,7 +8,7 @@ import torch
 
 from megapipe.conversion.megatron.archive import whole_file
 from megapipe.conversion.megatron.assembly import GlobalTensor
-from megapipe.conversion.megatron.optimizer_format import optimizer_format
+from megapipe.conversion.megatron.optimizer_format import optimizer_format, optimizer_state
 from megapipe.conversion.megatron.torch_dist import DistributedContents
 
 MOMENT = "optimizer.state.exp_avg.decoder.final_layernorm.weight"
@@ -51,3 +51,23 @@ def test_it_may_be_an_object_of_each_group(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(content.getvalue())
     found = DistributedContents({}, {}, {name: whole_file(tmp_path / "file")})
     assert optimizer_format(found) == "dp_zero_gather_scatter"
+
+
+def test_state_is_read_where_it_has_the_weights_shapes() -> None:
+    weights = {name: GlobalTensor(shape, "bfloat16", ()) for name, shape in SHAPES.items()}
+    moments = {
+        f"optimizer.state.{kind}.{name}": GlobalTensor(shape, "float32", ())
+        for kind in ("exp_avg", "param")
+        for name, shape in SHAPES.items()
+    }
+    found = DistributedContents(weights | moments, {}, {})
+    state = optimizer_state(found, weights)
+    assert {kind: list(tensors) for kind, tensors in state.items()} == {
+        "exp_avg": list(SHAPES),
+        "param": list(SHAPES),
+    }
+    flat = moments | {"optimizer.state.exp_avg.a.weight": GlobalTensor((6,), "float32", ())}
+    assert optimizer_state(DistributedContents(weights | flat, {}, {}), weights) == {}
+
+
+SHAPES = {"a.weight": (2, 3), "decoder.layers.0.b.bias": (4,)}

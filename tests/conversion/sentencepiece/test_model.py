@@ -43,6 +43,11 @@ def refusals() -> dict[str, Any]:
             model.denormalizer_spec, "precompiled_charsmap", b"x"
         ),
         "two pieces with the text '<s>'": piece_twice,
+        r"damaged \(precompiled_charsmap\)": lambda model: setattr(
+            model.normalizer_spec,
+            "precompiled_charsmap",
+            model.normalizer_spec.precompiled_charsmap[:-3] + b"\xff\xff\0",
+        ),
     }
 
 

@@ -1,0 +1,91 @@
+"""A checkpoint of ours as Megatron-LM's directories for ranks."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megapipe.checkpoint.steps import (
+    clear_attempts,
+    commit_new,
+    require_free,
+    temporary_name,
+)
+from megapipe.checkpoint.storage import (
+    checkpoint_errors,
+    remove_tree,
+    require_space,
+    space_explained,
+)
+from megapipe.conversion.megatron.writer import RankGrid, write_rank_directories
+from megapipe.conversion.source import WeightSource
+from megapipe.conversion.view import TensorView
+from megapipe.layout.architecture import Architecture
+
+VOCABULARY_MULTIPLE = 128
+"""Megatron pads the vocabulary to a multiple of this for each tensor-parallel rank."""
+ALLOWANCE = 2**20
+"""Bytes of a rank's file beside its tensors, at most."""
+
+
+@dataclass(frozen=True)
+class MegatronExport:
+    """What is to be written, for how many ranks; all weights are rounded to `dtype`."""
+
+    source: WeightSource
+    architecture: Architecture
+    grid: RankGrid
+    dtype: torch.dtype
+
+    @property
+    def multiple(self) -> int:
+        """What the rows of the vocabulary are padded to a multiple of."""
+        return VOCABULARY_MULTIPLE * self.grid.tensor
+
+    @property
+    def tensors(self) -> TensorView:
+        """What is written, over all ranks and under Megatron's names."""
+        return TensorView(self.source, self.architecture, self.multiple)
+
+    @property
+    def arguments(self) -> Mapping[str, object]:
+        """Megatron's, those that say what the model computes."""
+        rows = self.source.model.vocab_size
+        return {
+            **self.architecture.write_config(self.source.model),
+            "make_vocab_size_divisible_by": VOCABULARY_MULTIPLE,
+            "padded_vocab_size": -(-rows // self.multiple) * self.multiple,
+            "params_dtype": self.dtype,
+            "bf16": self.dtype is torch.bfloat16,
+            "fp16": self.dtype is torch.float16,
+        }
+
+
+def write_megatron(
+    export: MegatronExport, target: Path, accept: Callable[[Path], None] | None = None
+) -> Path:
+    """Write the directory `target`, which gets its name when all of it is durable and `accept`,
+    called with it under its temporary name, has not raised. Raises CheckpointError where `target`
+    exists, the model can't be cut that way, or the system refuses a write."""
+    tensors, place = export.tensors, target.parent
+    ranks = export.grid.tensor * export.grid.pipeline
+    values = sum(map(tensors.size, tensors.shapes))
+    needed = values * export.dtype.itemsize + ranks * ALLOWANCE
+    with checkpoint_errors():
+        place.mkdir(parents=True, exist_ok=True)
+        require_free(target)
+        clear_attempts(target)
+        require_space(needed, place)
+        folder = place / temporary_name(target.name)
+        folder.mkdir()
+    try:
+        with checkpoint_errors(), space_explained(needed, place):
+            write_rank_directories(folder, tensors, export.grid, export.arguments, export.dtype)
+        if accept is not None:
+            accept(folder)
+        with checkpoint_errors():
+            return commit_new(folder, target)
+    except BaseException:
+        remove_tree(folder)
+        raise

@@ -1,0 +1,91 @@
+"""Models taken to Megatron-LM's directories for ranks, and brought back."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from megapipe.conversion.convert import Conversion, ProofOptions, convert
+from megapipe.conversion.hugging_face.export import ExportOptions
+from megapipe.conversion.megatron.directory import open_megatron
+from megapipe.conversion.megatron.reference import megatron_logits
+from megapipe.conversion.megatron.writer import RankGrid
+from megapipe.conversion.open import open_weights
+from megapipe.conversion.proof import TOLERANCE
+from megapipe.errors import CheckpointError, ConversionError
+from megapipe.models import load_pretrained
+from megapipe.models.families import FAMILIES
+from tests.conversion.models import save_model, tokens
+from tests.conversion.test_convert import no_bar
+
+TO_MEGATRON = ExportOptions("GPTModel", tokenizer=False)
+
+
+def to_megatron(source: Path, target: Path, grid: RankGrid) -> None:
+    asked = Conversion(source, target, TO_MEGATRON, ProofOptions(False), grid=grid)
+    convert(asked, FAMILIES, lambda line: None, no_bar)
+
+
+def from_hugging_face(case: str, folder: Path) -> Path:
+    """A checkpoint of a case's model."""
+    source = save_model(case, folder / "source")
+    asked = Conversion(
+        source, folder / "checkpoint", ExportOptions(tokenizer=False), ProofOptions(False)
+    )
+    convert(asked, FAMILIES, lambda line: None, no_bar)
+    return folder / "checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("case", "grid"),
+    [
+        ("gpt2", RankGrid(2, 2)),
+        ("llama", RankGrid(2, 2, 2)),
+        ("llama-biases", RankGrid(1, 4)),
+        ("qwen2", RankGrid(2, 1)),
+        ("qwen3", RankGrid(1, 1)),
+        ("mistral", RankGrid(2, 2)),
+    ],
+)
+def test_there_and_back(case: str, grid: RankGrid, tmp_path: Path) -> None:
+    checkpoint = from_hugging_face(case, tmp_path)
+    to_megatron(checkpoint, tmp_path / "megatron", grid)
+    assert len(list((tmp_path / "megatron/release").iterdir())) == grid.tensor * grid.pipeline
+    held = open_megatron(tmp_path / "megatron")
+    assert held.tensors["embedding.word_embeddings.weight"].shape[0] % (128 * grid.tensor) == 0
+    before = open_weights(checkpoint, FAMILIES)
+    after = open_weights(tmp_path / "megatron", FAMILIES)
+    assert after.model == before.model
+    assert sorted(after.names) == sorted(before.names)
+    for name in before.names:
+        assert torch.equal(before.read(name), after.read(name)), name
+
+
+@pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron-core")
+@pytest.mark.parametrize("case", ["gpt2", "llama-biases", "qwen3", "mistral"])
+def test_megatrons_own_model_computes_the_same(case: str, tmp_path: Path) -> None:
+    checkpoint = from_hugging_face(case, tmp_path)
+    to_megatron(checkpoint, tmp_path / "megatron", RankGrid(2, 2))
+    held = open_megatron(tmp_path / "megatron")
+    theirs = megatron_logits(held.path, held.arguments, {"random": tokens()[0]})["random"]
+    ours = load_pretrained(checkpoint)(tokens()[:1])[0]
+    assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
+
+
+def test_what_megatron_can_not_hold(tmp_path: Path) -> None:
+    checkpoint = from_hugging_face("llama3", tmp_path)
+    with pytest.raises(ConversionError, match=r"model\.rope_scaling = .* can't be said in a"):
+        to_megatron(checkpoint, tmp_path / "megatron", RankGrid())
+    (tmp_path / "other").mkdir()
+    checkpoint = from_hugging_face("llama", tmp_path / "other")
+    with pytest.raises(CheckpointError, match="4 layers can't be dealt to 3 pipeline stages"):
+        to_megatron(checkpoint, tmp_path / "megatron", RankGrid(1, 3))
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_ranks_are_for_megatron_alone(tmp_path: Path) -> None:
+    checkpoint = from_hugging_face("llama", tmp_path)
+    asked = Conversion(checkpoint, tmp_path / "out", grid=RankGrid(2))
+    with pytest.raises(ConversionError, match="are for models that Megatron gets: --to GPTModel"):
+        convert(asked, FAMILIES, lambda line: None, no_bar)

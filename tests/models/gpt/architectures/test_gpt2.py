@@ -1,0 +1,39 @@
+"""What only GPT-2's configs have."""
+
+from typing import Any
+
+import pytest
+
+from tests.models.gpt.architectures.published import GPT2
+from tests.models.gpt.architectures.test_hugging_face import read, refusal
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("scale_attn_by_inverse_layer_idx", True, "= true asks for"),
+        ("scale_attn_weights", False, "= false asks for"),
+        ("activation_function", "relu", '= "relu" asks for what is not computed here'),
+        ("embd_pdrop", 0.0, "= 0.0 and resid_pdrop = 0.1 are one number here"),
+        ("n_head", 7, "n_embd = 768 is no multiple of n_head = 7"),
+        ("n_inner", 0, "= 0 is not a whole number from 1"),
+        ("rope_theta", 10000.0, "= 10000.0 is a key that is not known here"),
+    ],
+)
+def test_what_is_refused(key: str, value: Any, said: str) -> None:
+    message = refusal(GPT2, **{key: value})
+    assert message.count("\n") == 1, message
+    assert key in message
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"), [("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu",) * 2]
+)
+def test_activations(name: str, ours: str) -> None:
+    assert read({**GPT2.config, "activation_function": name}).activation == ours
+
+
+def test_dropout_that_is_written_as_a_whole_number() -> None:
+    model = read({**GPT2.config, "resid_pdrop": 0, "embd_pdrop": 0.0, "attn_pdrop": 0})
+    assert (model.dropout, model.attention_dropout) == (0, 0)
