@@ -18,6 +18,7 @@ from megapipe.errors import CheckpointError, ConfigError, ConversionError, Megap
 from megapipe.files import reason, shown
 from megapipe.layout.architecture import Architecture, Stack
 from megapipe.layout.family import ModelFamily
+from megapipe.layout.foreign_config import MOST_LAYERS
 
 if TYPE_CHECKING:
     from megapipe.conversion.megatron.directory import MegatronCheckpoint
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 Families = Mapping[str, ModelFamily]
 
 MAX_CONFIG_BYTES = 2**20
-MAX_LAYERS = 10_000
 
 
 def lend_model(load_from: Path, run_dir: Path | None, families: Families) -> ModelConfig:
@@ -92,9 +92,10 @@ def described_model(config: Mapping[str, Any], place: str, families: Families) -
         if not isinstance(values, dict):
             raise ConfigError(["has no section [model]"])
         model = family_of(values, families).config.model_validate(values)
-        _check_depth(model)
+        if model.num_layers > MOST_LAYERS:
+            raise ConfigError([f"has {model.num_layers:,} layers, more than {MOST_LAYERS:,}"])
         return model
-    except (ConfigError, ConversionError) as error:
+    except ConfigError as error:
         raise CheckpointError(f"{place}: {error}") from error
     except ValidationError as error:
         (first, *_) = error.errors(include_url=False)
@@ -110,7 +111,6 @@ def hugging_face_model(directory: HuggingFaceConfig, architecture: Architecture)
     place = f"{directory.place}/config.json"
     try:
         model = architecture.read_config(directory.config)
-        _check_depth(model)
     except ConversionError as error:
         raise ConversionError(f"{place}: {error}") from error
     return _consistent(model, place)
@@ -175,21 +175,12 @@ def megatron_model(
             )
     try:
         model = architecture.read_config({**checkpoint.arguments, **arguments})
-        _check_depth(model)
     except ConversionError as error:
         raise ConversionError(
             f"{checkpoint.place}: of Megatron's arguments, {error}\n  What the checkpoint does not "
             "hold is given to `megapipe convert` as --argument NAME=VALUE."
         ) from error
     return _consistent(model, f"{checkpoint.place}: what Megatron's arguments say")
-
-
-def _check_depth(model: ModelConfig) -> None:
-    """Raises ConversionError before the parameters of billions of layers are listed."""
-    if model.num_layers > MAX_LAYERS:
-        raise ConversionError(
-            f"it has {model.num_layers:,} layers, and no more than {MAX_LAYERS:,} are read"
-        )
 
 
 def megatron_architecture(families: Families) -> tuple[ModelFamily, Architecture]:

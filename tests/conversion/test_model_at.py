@@ -64,7 +64,7 @@ def test_a_run_goes_on_as_the_model_of_its_own_checkpoints(tmp_path: Path) -> No
             'hidden_act = "relu" asks for',
         ),
         ({"auto_map": {"AutoModel": "evil.Evil"}}, "auto_map names code of its own"),
-        ({"num_hidden_layers": 10**12}, "it has 1,000,000,000,000 layers, and no more than"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers = 1000000000000 is not a whole"),
         ({"architectures": ["GPTJForCausalLM"]}, "model_type = llama) is not computed"),
     ],
 )
@@ -82,7 +82,7 @@ def test_a_checkpoint_of_a_model_of_another_version(tmp_path: Path) -> None:
     with pytest.raises(MegapipeError, match=r"config.toml: has no section \[model\]"):
         model_at(path, FAMILIES)
     (path / "config.toml").write_bytes(TOML.replace(b"num_layers = 2", b"num_layers = 20000"))
-    with pytest.raises(MegapipeError, match=r"config.toml: it has 20,000 layers"):
+    with pytest.raises(MegapipeError, match=r"config.toml: has 20,000 layers, more than"):
         model_at(path, FAMILIES)
     (path / "config.toml").write_bytes(b"[model")
     with pytest.raises(MegapipeError, match=r"config.toml is damaged: "):
