@@ -216,6 +216,21 @@ def test_a_run_begins_from_the_newest_checkpoint_of_another(corpus: Path, tmp_pa
     assert column(tmp_path / "b", "step") == [3]
 
 
+def test_a_run_starts_from_a_model_and_goes_on_without_it(corpus: Path, tmp_path: Path) -> None:
+    model, gone, run_dir = tmp_path / "a", tmp_path / "gone", tmp_path / "b"
+    Command(corpus, f"--train.run_dir={model}", "--train.steps=2").finish()
+    words = (f"--train.run_dir={run_dir}", f"--checkpoint.load_from={model}")
+    said = Command(corpus, *words, PP2, "--model.qk_norm=true").finish(1)
+    assert said.count(f'checkpoint.load_from = "{model}" does not fit:') == 1
+    assert not run_dir.exists()
+    said = Command(corpus, *words, "--train.steps=2").finish()
+    assert f"Starting from {model}: weights.\n" in said
+    model.rename(gone)
+    said = Command(corpus, *words, "--train.steps=3").finish()
+    assert f'checkpoint.load_from = "{model}" was for the first start; the run goes on' in said
+    assert column(run_dir, "step") == [1, 2, 3]
+
+
 # --- Failing -------------------------------------------------------------------------------------
 
 
