@@ -52,7 +52,9 @@ class Held:
 
     @property
     def tensors(self) -> dict[str, PlainTensorInfo]:
-        return {name: PlainTensorInfo(tuple(one.shape), one.dtype) for name, one in self.held.items()}
+        return {
+            name: PlainTensorInfo(tuple(one.shape), one.dtype) for name, one in self.held.items()
+        }
 
     def read(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
         return self.held[name][tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]
