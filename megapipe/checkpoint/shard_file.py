@@ -91,7 +91,7 @@ def write_plain_file(
 
     def parts() -> Iterator[memoryview]:
         yield memoryview(plan.header)
-        index = 0  # enumerate would keep a tensor while the next one is loaded
+        index = 0
         for tensor in _loaded(plan.shards):
             for block in blocks(as_bytes(tensor).numpy().data):
                 if look is not None:
@@ -100,7 +100,7 @@ def write_plain_file(
                 if progress is not None:
                     progress(len(block))
             del tensor, block
-            index += 1
+            index += 1  # noqa: SIM113  # enumerate would keep a tensor while the next is loaded
 
     if plan.shards:
         write_durably(folder / plan.name, parts())
