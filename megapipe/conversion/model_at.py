@@ -15,9 +15,10 @@ from megapipe.config.problems import show
 from megapipe.config.source import BEYOND_PYTHON
 from megapipe.conversion.hugging_face.config_file import HuggingFaceConfig, is_hugging_face
 from megapipe.errors import CheckpointError, ConfigError, ConversionError, MegapipeError
-from megapipe.files import shown
+from megapipe.files import reason, shown
 from megapipe.layout.architecture import Architecture, Stack
 from megapipe.layout.family import ModelFamily
+from megapipe.layout.foreign_config import MOST_LAYERS
 
 if TYPE_CHECKING:
     from megapipe.conversion.megatron.directory import MegatronCheckpoint
@@ -48,6 +49,13 @@ def model_at(path: Path, families: Families) -> ModelConfig:
 
     Raises CheckpointError or ConversionError where there is none, or none that we compute.
     """
+    try:
+        return _model_at(path, families)
+    except OSError as error:
+        raise CheckpointError(f"{shown(path)} can't be read: {reason(error)}") from error
+
+
+def _model_at(path: Path, families: Families) -> ModelConfig:
     if str(path).startswith("hf:/"):
         raise ConversionError(
             f"{shown(path)}: models are not downloaded from {HUB}; download it, and name its "
@@ -79,9 +87,14 @@ def described_model(config: Mapping[str, Any], place: str, families: Families) -
 
     Raises CheckpointError where there is no such family here, or it has other keys.
     """
-    values = config.get("model", {})
+    values = config.get("model")
     try:
-        return family_of(values, families).config.model_validate(values)
+        if not isinstance(values, dict):
+            raise ConfigError(["has no section [model]"])
+        model = family_of(values, families).config.model_validate(values)
+        if model.num_layers > MOST_LAYERS:
+            raise ConfigError([f"has {model.num_layers:,} layers, more than {MOST_LAYERS:,}"])
+        return model
     except ConfigError as error:
         raise CheckpointError(f"{place}: {error}") from error
     except ValidationError as error:

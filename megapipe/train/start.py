@@ -23,6 +23,7 @@ from megapipe.checkpoint.steps import step_name
 from megapipe.config import Config, dump_config
 from megapipe.config.axes import WORLD_SIZE
 from megapipe.data.distribute import ReplicaFeed
+from megapipe.data.feed import State
 from megapipe.data.tokenizer import load_tokenizer
 from megapipe.distributed.launcher import launch_local
 from megapipe.distributed.mesh import Mesh, build_mesh
@@ -34,6 +35,7 @@ from megapipe.distributed.rendezvous import (
 )
 from megapipe.errors import (
     ConfigError,
+    DataError,
     MegapipeError,
     explained,
     lost_connection,
@@ -239,7 +241,7 @@ def _start_or_resume(
     if loads is not None:
         progress, data_state = loads.restore(engine, lines.say)
     if data_state is not None:
-        feed.load(data_state)
+        _go_on_in_text(feed, data_state, loaded=loads is not None)
     steps = config.train.steps
     if progress.step >= steps:
         lines.say(
@@ -276,6 +278,17 @@ def _start_or_resume(
         if reader is not None:
             reader.close()
     return _farewell(progress, config, stop, start.command, lines)
+
+
+def _go_on_in_text(feed: ReplicaFeed, state: State, *, loaded: bool) -> None:
+    """Go on behind `state`. Raises DataError where it is of other data; of a model that is `loaded`
+    the position need not be taken."""
+    try:
+        feed.load(state)
+    except DataError as error:
+        if loaded:
+            error.add_note('Or leave "data" out of checkpoint.load_state.')
+        raise
 
 
 def _open_feeds(

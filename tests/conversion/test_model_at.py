@@ -64,6 +64,7 @@ def test_a_run_goes_on_as_the_model_of_its_own_checkpoints(tmp_path: Path) -> No
             'hidden_act = "relu" asks for',
         ),
         ({"auto_map": {"AutoModel": "evil.Evil"}}, "auto_map names code of its own"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers = 1000000000000 is not a whole"),
         ({"architectures": ["GPTJForCausalLM"]}, "model_type = llama) is not computed"),
     ],
 )
@@ -77,6 +78,12 @@ def test_a_checkpoint_of_a_model_of_another_version(tmp_path: Path) -> None:
     path = save_sample(tmp_path, 1, TOML.replace(b"qk_norm", b"qk_nrom"))
     with pytest.raises(MegapipeError, match=r"step-00000001/config.toml: model.qk_nrom: "):
         model_at(path, FAMILIES)
+    (path / "config.toml").write_bytes(b"model = 3")
+    with pytest.raises(MegapipeError, match=r"config.toml: has no section \[model\]"):
+        model_at(path, FAMILIES)
+    (path / "config.toml").write_bytes(TOML.replace(b"num_layers = 2", b"num_layers = 20000"))
+    with pytest.raises(MegapipeError, match=r"config.toml: has 20,000 layers, more than"):
+        model_at(path, FAMILIES)
     (path / "config.toml").write_bytes(b"[model")
     with pytest.raises(MegapipeError, match=r"config.toml is damaged: "):
         model_at(path, FAMILIES)
@@ -85,6 +92,7 @@ def test_a_checkpoint_of_a_model_of_another_version(tmp_path: Path) -> None:
 def test_where_there_is_no_model(tmp_path: Path) -> None:
     for path, said in (
         (tmp_path / "gone", "gone: there is no such directory"),
+        (tmp_path / ("a" * 300), "can't be read: File name too long"),
         (tmp_path, f"{tmp_path} holds no model: neither a config.json"),
         (Path("hf://meta-llama/Llama-3"), "are not downloaded from hf://"),
     ):

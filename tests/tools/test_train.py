@@ -208,12 +208,24 @@ def test_ctrl_c_in_one_process(corpus: Path, tmp_path: Path) -> None:
     assert (run_dir / "checkpoints" / f"step-{step:08d}").is_dir()
 
 
-def test_a_run_begins_from_the_newest_checkpoint_of_another(corpus: Path, tmp_path: Path) -> None:
-    first, second = f"--train.run_dir={tmp_path}/a", f"--train.run_dir={tmp_path}/b"
-    Command(corpus, first, "--train.steps=2", "--checkpoint.every=1").finish()
-    said = Command(corpus, second, "--train.steps=3", f"--checkpoint.resume={tmp_path}/a").finish()
-    assert f"Resumed from {tmp_path}/a/checkpoints/step-00000002 at step 2." in said
-    assert column(tmp_path / "b", "step") == [3]
+def test_a_run_begins_from_another(corpus: Path, tmp_path: Path) -> None:
+    """From its newest checkpoint, or from its weights alone, which are needed once."""
+    first, resumed, loaded = (tmp_path / name for name in "abc")
+    Command(corpus, f"--train.run_dir={first}", "--train.steps=2", "--checkpoint.every=1").finish()
+    words = (f"--train.run_dir={resumed}", f"--checkpoint.resume={first}", "--train.steps=3")
+    said = Command(corpus, *words).finish()
+    assert f"Resumed from {first}/checkpoints/step-00000002 at step 2." in said
+    assert column(resumed, "step") == [3]
+
+    words = (f"--train.run_dir={loaded}", f"--checkpoint.load_from={first}", "--train.steps=2")
+    said = Command(corpus, *words, "--model.qk_norm=true").finish(1)
+    assert f'checkpoint.load_from = "{first}" does not fit:' in said
+    assert not loaded.exists()
+    assert f"Starting from {first}: weights.\n" in Command(corpus, *words).finish()
+    first.rename(tmp_path / "gone")
+    said = Command(corpus, *words, "--train.steps=3").finish()
+    assert f'checkpoint.load_from = "{first}" was for the first start; the run goes on' in said
+    assert column(loaded, "step") == [1, 2, 3]
 
 
 # --- Failing -------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.load_from import LoadFrom
 from tests.checkpoint.samples import save_sample_weights
 from tests.config.examples import write
+from tests.conversion.megatron import samples as megatron
 from tests.golden.runs import write_inputs
 from tests.layouts import CPU, engine_of
 from tests.ranks import run_ranks
@@ -116,6 +117,15 @@ def test_each_part_is_chosen_for_itself(begin: Any, saved: Mapping[str, Tensor],
             assert torch.equal(found.values[name], saved[name]) == (kind in loaded), name
 
 
+def test_all_parts_together_are_a_resume(begin: Any, saved: Mapping[str, Tensor]) -> None:
+    found = begin('--checkpoint.load_state=["weights", "optimizer", "step", "data"]')
+    assert found.values.keys() == saved.keys()
+    assert all(torch.equal(values, saved[name]) for name, values in found.values.items())
+    assert (found.progress, found.data) == (Progress(2, 128), {"step": 2})
+    assert found.optimizer_steps == 2
+    assert not found.lines
+
+
 def test_the_course_of_the_learning_rate_goes_on(begin: Any) -> None:
     (line,) = begin('--checkpoint.load_state=["step"]', "--optimizer.learning_rate=1e-3").lines
     assert "step 3 gets 1.00e-03 instead of 3.00e-03" in line
@@ -161,6 +171,31 @@ def test_master_weights_have_all_digits(begin: Any, saved: Mapping[str, Tensor])
             assert torch.equal(values, saved[name]), name
 
 
+def test_a_megatron_checkpoint(tmp_path: Path) -> None:
+    whole = {name: one for name, one in megatron.weights().items() if not name.endswith(".bias")}
+    arguments = {
+        "hidden_size": megatron.HIDDEN,
+        "num_attention_heads": 2,
+        "ffn_hidden_size": megatron.FFN,
+        "padded_vocab_size": megatron.VOCABULARY,
+        "max_position_embeddings": 32,
+        "normalization": "RMSNorm",
+        "position_embedding_type": "rope",
+        "swiglu": True,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+    }
+    run = megatron.save_ranks(tmp_path / "megatron", whole, 2, 2, **arguments)
+    found = start(make_config(tmp_path, run, "--parallel.data=1"))
+    for name, theirs in (
+        ("embedding.weight", "embedding.word_embeddings.weight"),
+        ("layers.3.attention.output.weight", "decoder.layers.3.self_attention.linear_proj.weight"),
+        ("output.weight", "output_layer.weight"),
+    ):
+        assert torch.equal(found.values[f"weights/{name}"], whole[theirs]), name
+
+
 def test_another_tokenizer_is_warned_of(begin: Any, first: Path, tmp_path: Path) -> None:
     other = tmp_path / "tokenizer.json"
     text = (first / "tokenizer.json").read_text()
@@ -202,9 +237,6 @@ def test_what_is_not_there_can_not_be_loaded(llama: Path, first: Path, tmp_path:
         assert f'asks for "step", and checkpoint.load_from = "{place}" is {kind}' in str(
             caught.value
         )
-    config = make_config(tmp_path, alone, "--parallel.data=1")
-    with pytest.raises(CheckpointError, match=r"weights/embedding\.weight is not in it"):
-        start(config)
 
 
 def test_the_state_of_another_optimizer_is_refused(begin: Any) -> None:
