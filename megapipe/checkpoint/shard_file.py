@@ -91,8 +91,9 @@ def write_plain_file(
 
     def parts() -> Iterator[memoryview]:
         yield memoryview(plan.header)
-        index = 0
-        for tensor in _loaded(plan.shards):
+        tensors = _loaded(plan.shards)
+        for index in range(len(plan.shards)):
+            tensor = next(tensors)  # which enumerate would keep while the next one is loaded
             for block in blocks(as_bytes(tensor).numpy().data):
                 if look is not None:
                     look(index, block)
@@ -100,7 +101,6 @@ def write_plain_file(
                 if progress is not None:
                     progress(len(block))
             del tensor, block
-            index += 1  # noqa: SIM113  # enumerate would keep a tensor while the next is loaded
 
     if plan.shards:
         write_durably(folder / plan.name, parts())

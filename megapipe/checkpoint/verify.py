@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from threading import Event
 
 from megapipe.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, decode
 from megapipe.checkpoint.steps import MANIFEST_NAME
@@ -80,13 +81,24 @@ def damage_in_threads(
 ) -> list[str]:
     """As `damage`, with the reading shared by threads: reads and checksums run side by side."""
     threads = min(MAX_THREADS, os.cpu_count() or 1)
+    stopped = Event()
+
+    def went_on(count: int) -> None:
+        if stopped.is_set():
+            raise InterruptedError("another thread has failed, or the user has interrupted")
+        if progress is not None:
+            progress(count)
 
     def share(part: int) -> list[str]:
-        return damage(directory, manifest, part=part, parts=threads, progress=progress)
+        return damage(directory, manifest, part=part, parts=threads, progress=went_on)
 
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(share, range(threads))
-        return list(dict.fromkeys(problem for part in found for problem in part))
+        try:
+            found = list(pool.map(share, range(threads)))
+        except BaseException:
+            stopped.set()  # or the threads would read to the end
+            raise
+    return list(dict.fromkeys(problem for part in found for problem in part))
 
 
 def damage(

@@ -22,7 +22,7 @@ from megapipe.errors import CheckpointError
 from megapipe.models.families import FAMILIES
 from tests.checkpoint.samples import random_tensor, same_bits, save_sample_weights
 
-SHAPE = "num_layers = 2\nhidden_size = 8\nnum_heads = 2\nvocab_size = 9\nmax_sequence_length = 4\n"
+SHAPE = "num_layers = 1\nhidden_size = 8\nnum_heads = 2\nvocab_size = 9\nmax_sequence_length = 4\n"
 TOML = f"[model]\n{SHAPE}".encode()
 
 
@@ -128,8 +128,8 @@ def test_halves_are_rounded_once(dtype: torch.dtype) -> None:
     ("other", "said"),
     [
         (
-            {"model_toml": TOML.replace(b"num_layers = 2", b"num_layers = 3")},
-            "one and .*two are of two models, .*:\n  model.num_layers: 2 -> 3$",
+            {"model_toml": TOML.replace(b"vocab_size = 9", b"vocab_size = 10")},
+            "one and .*two are of two models, .*:\n  model.vocab_size: 9 -> 10$",
         ),
         ({"tensors": {"w": torch.zeros(3)}}, r"tensor weights/w: \[2\] -> \[3\]$"),
         (

@@ -10,7 +10,13 @@ import pytest
 
 from megapipe.checkpoint.load import open_checkpoint
 from megapipe.checkpoint.retention import newest_valid
-from megapipe.checkpoint.verify import byte_ranges, damage, damage_in_threads, read_manifest
+from megapipe.checkpoint.verify import (
+    MAX_THREADS,
+    byte_ranges,
+    damage,
+    damage_in_threads,
+    read_manifest,
+)
 from megapipe.errors import CheckpointError
 from tests.checkpoint.samples import same_bits, sample_tensors, save_sample
 
@@ -129,3 +135,16 @@ def test_shares_together_see_everything(tmp_path: Path) -> None:
     assert sum(read) == sum(span.bytes for span in byte_ranges(manifest))
     (path / SHARD).unlink()
     assert len(damage_in_threads(path, manifest)) == 3, "each problem once"
+
+
+def test_threads_stop_when_one_is_interrupted(tmp_path: Path) -> None:
+    path = save_sample(tmp_path, 1)
+    calls: list[int] = []
+
+    def interrupt(count: int) -> None:
+        calls.append(count)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        damage_in_threads(path, read_manifest(path), interrupt)
+    assert len(calls) <= MAX_THREADS, "no thread goes on"

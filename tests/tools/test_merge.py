@@ -11,7 +11,7 @@ from megapipe.tools.merge import run
 from tests.checkpoint.samples import save_sample_weights
 
 TOML = (
-    b"[model]\nnum_layers = 2\nhidden_size = 8\nnum_heads = 2\nvocab_size = 9\n"
+    b"[model]\nnum_layers = 1\nhidden_size = 8\nnum_heads = 2\nvocab_size = 9\n"
     b"max_sequence_length = 4\n"
 )
 
