@@ -139,7 +139,12 @@ still have a whole file to do when the others have ended."""
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The tests that wait for the compiler come last, and where there are several workers the
     longest files first. Tests marked `gpu` are skipped where there is none, or where kernels are
-    interpreted."""
+    interpreted. All workers have to know a test by the same name."""
+    if addresses := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(
+            "Test names with an address differ from one process to the next: give the parameters "
+            f"ids. {addresses[0]}"
+        )
     first = LONGEST if hasattr(config, "workerinput") else ()
     ranks = {name: rank for rank, name in enumerate(first)} | {WAITING: len(items)}
     items.sort(key=lambda item: ranks.get(item.nodeid.partition("::")[0], len(first)))

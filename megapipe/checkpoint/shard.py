@@ -32,8 +32,8 @@ class Shard:
     and the global name of the parameter: `exp_avg/layers.0.mlp.up.weight`.
 
     With `load`, `tensor` is on the meta device and gives shape and dtype alone. `load()` is called
-    once, when the values are written, and they are let go before the next tensor is loaded: so a
-    model of any size can be saved by a process that holds one tensor at a time.
+    once, perhaps by another thread, just before the values are written, and they are let go after
+    that: so a process that holds a tensor or two at a time can save a model of any size.
     """
 
     name: str

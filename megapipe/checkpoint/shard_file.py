@@ -2,9 +2,14 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
+
+from torch import Tensor
 
 from megapipe.checkpoint.rectangle import Rectangle
 from megapipe.checkpoint.shard import DTYPE_NAMES, Shard, as_bytes
@@ -23,13 +28,15 @@ SAFETENSORS_DTYPES = {
     "bool": "BOOL",
 }
 HEADER_ALIGNMENT = 8
+AHEAD_BYTES = 256 * 2**20
+"""The largest tensor that is loaded while another one is written."""
 
 
 @dataclass(frozen=True)
 class FilePlan:
     """The layout of one file: the header, then the tensors of `shards` in order.
 
-    It is all that `write_file` needs, and the tensors in it are read only there: with copies in
+    It is all that writing needs, and the tensors in it are read only there: with copies in
     their place a file can be written while training goes on.
     """
 
@@ -68,34 +75,49 @@ def plan_file(name: str, shards: Iterable[Shard]) -> FilePlan:
     return FilePlan(name, _header(kept), tuple(kept), shapes)
 
 
-def write_file(
-    folder: Path, plan: FilePlan, progress: Callable[[int], None] | None = None
-) -> dict[str, object]:
-    """Write one file, durably, if it holds anything; returns its share of a manifest.
+def write_plain_file(
+    folder: Path,
+    plan: FilePlan,
+    progress: Callable[[int], None] | None = None,
+    look: Callable[[int, memoryview], None] | None = None,
+) -> None:
+    """Write one file, durably, if it holds anything.
 
-    At most one shard at a time is loaded, copied to the CPU or made contiguous. Checksums are taken
-    from memory just before the same memory is written, so that no fault of the disk can enter them.
-    `progress` is called with the number of bytes after each write of that many.
+    One shard at a time is loaded, copied to the CPU or made contiguous, and while it is written the
+    next one is loaded by another thread if it is small. `look` is given the number of the shard and
+    each block of it before that is written; `progress` is called with the number of bytes after
+    each write of that many.
     """
-    checksums: list[list[str]] = []
 
     def parts() -> Iterator[memoryview]:
         yield memoryview(plan.header)
-        for shard in plan.shards:
-            checksums.append([])
-            yield from checked(shard, checksums[-1])
-
-    def checked(shard: Shard, sums: list[str]) -> Iterator[memoryview]:
-        """The bytes of one shard, which are let go at the end."""
-        tensor = shard.values().detach().cpu().contiguous()
-        for block in blocks(as_bytes(tensor).numpy().data):
-            sums.append(checksum(block))
-            yield block
-            if progress is not None:
-                progress(len(block))
+        index = 0
+        for tensor in _loaded(plan.shards):
+            for block in blocks(as_bytes(tensor).numpy().data):
+                if look is not None:
+                    look(index, block)
+                yield block
+                if progress is not None:
+                    progress(len(block))
+            del tensor, block
+            index += 1  # noqa: SIM113  # enumerate would keep a tensor while the next is loaded
 
     if plan.shards:
         write_durably(folder / plan.name, parts())
+
+
+def write_file(
+    folder: Path, plan: FilePlan, progress: Callable[[int], None] | None = None
+) -> dict[str, object]:
+    """Write one shard file as `write_plain_file` does; returns its share of a manifest.
+
+    Checksums are taken from memory just before the same memory is written, so that no fault of the
+    disk can enter them.
+    """
+    checksums: list[list[str]] = [[] for _ in plan.shards]
+    write_plain_file(
+        folder, plan, progress, lambda index, block: checksums[index].append(checksum(block))
+    )
     chunks: dict[str, list[dict[str, object]]] = {name: [] for name in plan.shapes}
     offset = len(plan.header)
     for shard, sums in zip(plan.shards, checksums, strict=True):
@@ -111,6 +133,18 @@ def write_file(
         for name, (shape, dtype) in plan.shapes.items()
     }
     return {"shards": files, "tensors": tensors}
+
+
+def _loaded(shards: Sequence[Shard]) -> Iterator[Tensor]:
+    """The values of each shard, on the CPU and contiguous."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead: deque[Future[Tensor]] = deque()
+        for shard, after in zip_longest(shards, shards[1:]):
+            tensor = ahead.popleft().result() if ahead else shard.values()
+            if after is not None and after.load and after.tensor.nbytes <= AHEAD_BYTES:
+                ahead.append(pool.submit(after.values))
+            yield tensor.detach().cpu().contiguous()
+            del tensor
 
 
 def _dtype_name(shard: Shard) -> str:

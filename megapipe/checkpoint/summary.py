@@ -54,12 +54,20 @@ class CheckpointSummary:
 
 @dataclass(frozen=True)
 class ListedCheckpoint:
-    """One checkpoint of a run; `?` where its manifest can't be read."""
+    """One checkpoint of a run. What its manifest says, and the bytes of its files, are None where
+    that can't be read."""
 
     step: int
-    tokens: str
-    size: str
+    tokens: object
+    bytes: int | None
     problems: Sequence[str]
+
+    @property
+    def amounts(self) -> tuple[str, str]:
+        """Tokens and size for people."""
+        if self.bytes is None:
+            return "?", "?"
+        return _number(self.tokens), format_bytes(self.bytes)
 
 
 def find_checkpoints(path: Path) -> Path | None:
@@ -88,10 +96,10 @@ def list_checkpoints(root: Path, *, read: bool, bar: Bar = _no_bar) -> list[List
         for step, path in committed(root).items():
             manifest = manifests[step]
             if isinstance(manifest, CheckpointError):
-                found.append(ListedCheckpoint(step, "?", "?", [str(manifest)]))
+                found.append(ListedCheckpoint(step, None, None, [str(manifest)]))
                 continue
-            tokens, size = _number(manifest.state.get("tokens")), format_bytes(_bytes(manifest))
             problems = _problems(path, manifest, read, progress)
+            tokens, size = manifest.state.get("tokens"), _bytes(manifest)
             found.append(ListedCheckpoint(step, tokens, size, problems))
     return found
 

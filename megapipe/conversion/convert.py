@@ -27,7 +27,7 @@ from megapipe.conversion.megatron.export import MegatronExport, write_megatron
 from megapipe.conversion.megatron.reference import megatron_logits, require_megatron
 from megapipe.conversion.megatron.writer import RankGrid
 from megapipe.conversion.model_at import Families, megatron_architecture
-from megapipe.conversion.open import kept_tokenizer, model_of
+from megapipe.conversion.open import checkpoint_weights, kept_tokenizer
 from megapipe.conversion.places import check_target, new_parents_removed, require_model
 from megapipe.conversion.proof import TheirLogits, proof_sequences, prove
 from megapipe.conversion.source import CheckpointWeights, WeightSource
@@ -137,7 +137,7 @@ def _import(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
 def _export_to_megatron(asked: Conversion, families: Families, say: Say) -> None:
     """From a checkpoint to Megatron-LM's directories for ranks."""
     reader = open_checkpoint(find_checkpoint(asked.source))
-    weights = CheckpointWeights(reader, model_of(reader, families))
+    weights = checkpoint_weights(reader, families)
     family, architecture = megatron_architecture(
         {weights.model.family: families[weights.model.family]}
     )

@@ -46,6 +46,15 @@ def open_weights(path: Path, families: Families, allow: Sequence[str] = ()) -> W
     return CheckpointWeights(reader, model_of(reader, families))
 
 
+def checkpoint_weights(reader: CheckpointReader, families: Families) -> CheckpointWeights:
+    """The weights of a checkpoint of ours, all of them. Raises CheckpointError where they are not
+    those of the model that its config.toml describes."""
+    model = model_of(reader, families)
+    parameters = families[model.family].parameters(model)
+    reader.require({f"weights/{spec.name}": spec.shape for spec in parameters})
+    return CheckpointWeights(reader, model)
+
+
 def open_hugging_face(
     directory: HuggingFaceDirectory, families: Families, allow: Sequence[str] = ()
 ) -> ForeignWeights:

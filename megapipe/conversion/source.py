@@ -91,7 +91,7 @@ class TensorInfo(Protocol):
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class PlainTensorInfo:
     """The plainest `TensorInfo`."""
 
     shape: tuple[int, ...]

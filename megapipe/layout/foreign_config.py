@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
+from itertools import islice
 from typing import Any, TypeVar
 
 from megapipe.amounts import counted
@@ -16,6 +17,8 @@ MOST = 2**31 - 1
 """The largest size that is taken for one: what follows from a size is then soon computed."""
 MOST_LAYERS = 2048
 """So many make a table of a few 10,000 tensors; no model is as deep."""
+SHOWN = 100
+"""How many characters or entries of a value are looked at for a message, which shows fewer."""
 MAX_PROBLEMS = 10
 """How many of the problems a message lists."""
 
@@ -52,7 +55,7 @@ class ForeignConfig:
             return kind()
         return value
 
-    def size(
+    def count(
         self, key: str, default: object = NO_DEFAULT, *, least: int = 1, most: int = MOST
     ) -> int:
         """A number of heads, tokens, layers: a whole number from `least` to `most`."""
@@ -61,12 +64,12 @@ class ForeignConfig:
             self._refuse(key, value, f"is not a whole number from {least} to {most:,}")
         return value if len(self.problems) == known else least
 
-    def optional_size(self, key: str, absent: int | None = None) -> int | None:
-        """A size, None where it is null, `absent` where there is no such key."""
+    def optional_count(self, key: str, absent: int | None = None) -> int | None:
+        """Such a number, None where it is null, `absent` where there is no such key."""
         self._asked.add(key)
         if key not in self._values:
             return absent
-        return None if self._values[key] is None else self.size(key)
+        return None if self._values[key] is None else self.count(key)
 
     def positive(self, key: str, default: object = NO_DEFAULT) -> float:
         """A number above 0."""
@@ -155,5 +158,8 @@ class ForeignConfig:
         return default if value is None else value
 
     def _refuse(self, key: str, value: object, text: str) -> None:
-        value = value[:100] if isinstance(value, str) else value
+        if isinstance(value, str | list):
+            value = value[:SHOWN]
+        elif isinstance(value, Mapping):
+            value = dict(islice(value.items(), SHOWN))
         self.problem(shown(key[:80])[:80], f"= {show(value)} {text}")

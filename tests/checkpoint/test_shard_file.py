@@ -1,4 +1,4 @@
-"""A file is laid out before anything is loaded, and holds one tensor in memory at a time."""
+"""A file is laid out before anything is loaded, and is written with few tensors in memory."""
 
 import gc
 import weakref
@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from megapipe.checkpoint import shard_file
 from megapipe.checkpoint.shard import Shard
 from megapipe.checkpoint.shard_file import plan_file, write_file
 from megapipe.checkpoint.storage import BLOCK_BYTES
@@ -40,22 +41,27 @@ def test_a_file_of_lazy_tensors_is_read_by_safetensors(tmp_path: Path) -> None:
     assert all(same_bits(found[name], tensors[name]) for name in tensors)
 
 
-def test_one_tensor_at_a_time_is_in_memory(tmp_path: Path) -> None:
-    alive: list[weakref.ref[Tensor]] = []
-    gc.disable()  # what waits for it would be in memory
+@pytest.mark.parametrize(("ahead", "most"), [(0, 1), (2 * BLOCK_BYTES, 2)])
+def test_how_many_tensors_are_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: int, most: int
+) -> None:
+    """One; and the next one where it is small enough to be loaded ahead."""
+    monkeypatch.setattr(shard_file, "AHEAD_BYTES", ahead)
+    loaded: list[weakref.ref[torch.UntypedStorage]] = []
 
     def load() -> Tensor:
-        assert not [one for one in alive if one() is not None]
         tensor = torch.zeros(BLOCK_BYTES + 1, dtype=torch.uint8)
-        alive.append(weakref.ref(tensor.untyped_storage()))
+        loaded.append(weakref.ref(tensor.untyped_storage()))
+        assert sum(one() is not None for one in loaded) <= most
         return tensor
 
     tensor = torch.empty(BLOCK_BYTES + 1, dtype=torch.uint8, device="meta")
+    gc.disable()  # what waits for it would be in memory
     try:
-        write_file(tmp_path, plan_file("f", [lazy(str(i), tensor, load) for i in range(3)]))
+        write_file(tmp_path, plan_file("f", [lazy(str(i), tensor, load) for i in range(4)]))
     finally:
         gc.enable()
-    assert len(alive) == 3
+    assert len(loaded) == 4
 
 
 def test_a_tensor_that_is_not_as_promised_is_a_fault(tmp_path: Path) -> None:

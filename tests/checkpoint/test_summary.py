@@ -67,10 +67,10 @@ def test_all_checkpoints_of_a_run_the_newest_first(tmp_path: Path, below: str) -
     shard_of(paths[0]).unlink()
     assert find_checkpoints(tmp_path) == root
     listed = list_checkpoints(root, read=False)
-    assert [(one.step, one.tokens, len(one.problems)) for one in listed] == [
-        (3, "3,000", 0),
-        (2, "?", 1),
-        (1, "1,000", 1),
+    assert [(one.step, one.tokens, one.amounts[0], len(one.problems)) for one in listed] == [
+        (3, 3000, "3,000", 0),
+        (2, None, "?", 1),
+        (1, 1000, "1,000", 1),
     ]
 
 

@@ -192,12 +192,13 @@ def test_a_proof_finds(case: str, planted: dict[str, Any], tmp_path: Path) -> No
 def test_what_is_not_proven_gets_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = save_model("llama", tmp_path / "in")
     run(source, tmp_path / "good")
-    monkeypatch.setattr(
-        "megapipe.conversion.convert.transformers_logits",
-        lambda folder, given, layers, rounded: {
-            name: torch.zeros(len(ids), 259) + 1 for name, ids in given.items()
-        },
-    )
+    for module in ("convert", "incoming"):
+        monkeypatch.setattr(
+            f"megapipe.conversion.{module}.transformers_logits",
+            lambda folder, given, layers, rounded=None: {
+                name: torch.ones(len(ids), 259) for name, ids in given.items()
+            },
+        )
     for origin in (source, tmp_path / "good"):
         with pytest.raises(ConversionError, match="wrong, and nothing was written"):
             run(origin, tmp_path / "bad")

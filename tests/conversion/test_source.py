@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megapipe.conversion.source import ForeignWeights, StoredTensor
+from megapipe.conversion.source import ForeignWeights, PlainTensorInfo
 from megapipe.errors import ConversionError
 from megapipe.layout.architecture import Architecture
 from megapipe.models.gpt.architectures.gpt2 import GPT2
@@ -51,8 +51,10 @@ class Held:
         self.held = held
 
     @property
-    def tensors(self) -> dict[str, StoredTensor]:
-        return {name: StoredTensor(tuple(one.shape), one.dtype) for name, one in self.held.items()}
+    def tensors(self) -> dict[str, PlainTensorInfo]:
+        return {
+            name: PlainTensorInfo(tuple(one.shape), one.dtype) for name, one in self.held.items()
+        }
 
     def read(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
         return self.held[name][tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))]

@@ -97,11 +97,7 @@ def test_other_encodings_than_utf8(tmp_path: Path, encoding: str, name: str) -> 
         ("a.arrow", TEXT, r"is not Arrow.*begins with b'Some tex'"),
         ("a.arrow", bytes(64), "is not Arrow"),
         # In members so short that each read gives one of them.
-        (
-            "a.jsonl.gz",
-            gzip.compress(b"[", mtime=0) + gzip.compress(b'{"text": "a"}]', mtime=0),
-            "is one JSON array",
-        ),
+        ("a.jsonl.gz", gzipped(b"[") + gzipped(b'{"text": "a"}]'), "is one JSON array"),
     ],
 )
 def test_what_is_not_as_named(tmp_path: Path, name: str, content: bytes, said: str) -> None:

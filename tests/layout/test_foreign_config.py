@@ -31,9 +31,9 @@ def test_values_and_defaults() -> None:
 
 def test_sizes_that_may_be_null() -> None:
     config = ForeignConfig({"null": None, "n": 5})
-    assert config.optional_size("null", 3) is None
-    assert config.optional_size("absent", 3) == 3
-    assert config.optional_size("n", 3) == 5
+    assert config.optional_count("null", 3) is None
+    assert config.optional_count("absent", 3) == 3
+    assert config.optional_count("n", 3) == 5
     config.finish({})
 
 
@@ -52,7 +52,7 @@ def test_sizes_that_may_be_null() -> None:
 )
 def test_sizes(value: Any, said: str) -> None:
     config = ForeignConfig({"n": value})
-    assert config.size("n") == 1  # which fits
+    assert config.count("n") == 1  # which fits
     (line,) = refusal(config)
     assert line.startswith("n = ")
     assert said in line
@@ -60,7 +60,7 @@ def test_sizes(value: Any, said: str) -> None:
 
 def test_the_least_and_the_most() -> None:
     config = ForeignConfig({"zero": 0, "most": MOST})
-    assert (config.size("zero", least=0), config.size("most")) == (0, MOST)
+    assert (config.count("zero", least=0), config.count("most")) == (0, MOST)
     config.finish({})
 
 
@@ -88,7 +88,7 @@ def test_numbers(read: str, value: Any, said: str) -> None:
 def test_what_is_missing() -> None:
     config = ForeignConfig({"null": None})
     config.take("absent", str)
-    config.size("null")
+    config.count("null")
     assert refusal(config) == [
         "absent is missing, and there is no default for it",
         "null is missing, and there is no default for it",

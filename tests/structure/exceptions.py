@@ -18,11 +18,7 @@ EXCEPTIONS: dict[str, dict[str, str]] = {
             "the number of replicas, as far as a config names it: batch and streams are checked "
             "against it before there is a layout"
         ),
-        "megapipe/conversion/megatron/ranks.py: tensor * pipeline": OTHER_STACK,
-        "megapipe/conversion/megatron/writer.py: math.prod((grid.pipeline, grid.virtual))": (
-            OTHER_STACK
-        ),
-        "megapipe/conversion/megatron/writer.py: virtual * grid.pipeline": OTHER_STACK,
+        "megapipe/conversion/megatron/writer.py: self.tensor * self.pipeline": OTHER_STACK,
         "megapipe/pipeline/schedule/limit.py: (1 / virtual,) * (pipeline * virtual)": (
             NUMBERS_ALONE
         ),

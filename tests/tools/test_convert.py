@@ -13,6 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from megapipe.checkpoint.load import open_checkpoint
+from megapipe.checkpoint.save import save_weights
+from megapipe.checkpoint.shard import Shard
+from megapipe.config import dump_model
+from megapipe.models.gpt.config import GPTConfig
 from megapipe.tools.cli import INTERRUPTED, main
 from tests.conversion.hugging_face.files import tensors, write_model, write_split
 
@@ -201,7 +206,6 @@ def test_wrong_commands(
             "tokenizer.model",
         ),
     ],
-    ids=str,
 )
 def test_without_a_tokenizer(
     step: Callable[[Path], object] | None,
@@ -222,6 +226,41 @@ def test_paths_are_relative_or_begin_with_a_tilde(home: Path) -> None:
     assert main(["convert", str(home / "hf" / ".." / "new" / "own"), "~/out", *PLAIN]) == 0
     assert (home / "out" / "model.safetensors").stat().st_size
     assert sorted(path.name for path in home.iterdir()) == ["hf", "new", "out", "own"]
+
+
+def lying(home: Path, **keys: Any) -> None:
+    """A checkpoint whose config.toml describes another model."""
+    reader = open_checkpoint(home / "own")
+    model = GPTConfig.model_validate(reader.config["model"]).model_copy(update=keys)
+    shards = [
+        Shard(name, reader.shape(name), (0,) * len(reader.shape(name)), reader.read(name))
+        for name in reader.names
+    ]
+    toml = dump_model(model).encode()
+    save_weights(home / "lying", shards, model_toml=toml, files={}, state={})
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (
+            {"num_layers": 10**9},
+            "lying has 1,000,000,000 layers by its config.toml, and 21 tensors",
+        ),
+        ({"num_layers": 3}, "tensor weights/layers.2.attention.k.weight is not in it"),
+        (
+            {"vocab_size": 200},
+            "tensor weights/embedding.weight has shape [300, 16] there, [200, 16]",
+        ),
+        ({"hidden_size": 2**40}, "has shape [16] there, [1099511627776] here"),
+    ],
+    ids=str,
+)
+def test_checkpoints_that_lie(
+    keys: dict[str, Any], said: str, home: Path, refused: Callable[..., str]
+) -> None:
+    lying(home, **keys)
+    assert said in refused("convert", "lying", "new/out", *PLAIN)
 
 
 # --- The machine ---------------------------------------------------------------------------------

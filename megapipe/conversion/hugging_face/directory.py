@@ -17,7 +17,7 @@ from megapipe.conversion.hugging_face.config_file import (
     read_json,
 )
 from megapipe.conversion.hugging_face.header import TensorRange, read_header
-from megapipe.conversion.source import StoredTensor
+from megapipe.conversion.source import PlainTensorInfo
 from megapipe.conversion.strided import read_rectangle
 from megapipe.errors import CheckpointError, ConversionError
 from megapipe.files import shown
@@ -55,10 +55,10 @@ class HuggingFaceDirectory(HuggingFaceConfig):
     """
 
     @cached_property
-    def tensors(self) -> Mapping[str, StoredTensor]:
+    def tensors(self) -> Mapping[str, PlainTensorInfo]:
         """All tensors of all files."""
         return {
-            name: StoredTensor(place.range.shape, place.range.dtype)
+            name: PlainTensorInfo(place.range.shape, place.range.dtype)
             for name, place in self._places.items()
         }
 

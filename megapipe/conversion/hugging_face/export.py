@@ -13,8 +13,7 @@ from megapipe.conversion.hugging_face.config_file import GENERATION, read_json
 from megapipe.conversion.hugging_face.model_card import model_card
 from megapipe.conversion.hugging_face.write import FILE_BYTES, Export, as_json
 from megapipe.conversion.model_at import Families, named_architectures
-from megapipe.conversion.open import kept_tokenizer, model_of
-from megapipe.conversion.source import CheckpointWeights
+from megapipe.conversion.open import checkpoint_weights, kept_tokenizer
 from megapipe.conversion.tokenizer import export_tokenizer
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.errors import ConversionError
@@ -62,7 +61,8 @@ def plan_export(
 
     Raises ConversionError where no architecture can hold the model, or its tokenizer is missing.
     """
-    model = model_of(reader, families)
+    weights = checkpoint_weights(reader, families)
+    model = weights.model
     family = families[model.family]
     architecture = _choose(reader, family, model, options.architecture)
     tokenizer = kept_tokenizer(reader) if options.tokenizer else None
@@ -76,7 +76,7 @@ def plan_export(
         parts.append(_tokenizer_writer(tokenizer, model, architecture, options, say))
     generation = _generation_config(reader, tokenizer)
     export = Export(
-        CheckpointWeights(reader, model),
+        weights,
         architecture,
         options.dtype or dtype_of_run(reader),
         config={key: generation.get(key) for key in SPECIAL_TOKENS},

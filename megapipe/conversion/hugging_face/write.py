@@ -13,25 +13,14 @@ from pathlib import Path
 import torch
 
 from megapipe.checkpoint.shard import Shard
-from megapipe.checkpoint.shard_file import FilePlan, plan_file, write_file
-from megapipe.checkpoint.steps import (
-    clear_attempts,
-    commit_new,
-    require_free,
-    temporary_name,
-)
-from megapipe.checkpoint.storage import (
-    checkpoint_errors,
-    remove_tree,
-    require_space,
-    space_explained,
-)
+from megapipe.checkpoint.shard_file import FilePlan, plan_file, write_plain_file
 from megapipe.conversion.hugging_face.config_file import CONFIG
 from megapipe.conversion.hugging_face.directory import INDEX, SINGLE
+from megapipe.conversion.new_directory import write_new_directory
 from megapipe.conversion.source import WeightSource
 from megapipe.conversion.view import TensorView
 from megapipe.distributed.rank_group import ALONE, RankGroup
-from megapipe.files import shown, write_durably
+from megapipe.files import write_durably
 from megapipe.layout.architecture import Architecture
 
 FILE_BYTES = 5 * 10**9
@@ -90,54 +79,24 @@ def write_export(
     progress: Callable[[int], None] | None = None,
     accept: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write the directory `target`; collective over `ranks`, which share a file system.
+    """Write the directory `target`; collective over `ranks`, which share a file system and its
+    files. `progress` is called with the number of bytes after each write of that many.
 
-    It gets its name when all of it is durable and `accept`, called by the first rank with the
-    directory under its temporary name, has not raised. What killed attempts left beside it is
-    removed first. Raises CheckpointError where `target` exists or the system refuses a write, on
-    all ranks alike.
+    `accept` and errors are as in `write_new_directory`.
     """
-    what, place = f"cannot write {shown(target)}", target.parent
     plans = _plan_files(export, ranks.size)
     needed = sum(plan.bytes for plan in plans) + sum(map(len, export.files.values()))
 
-    @checkpoint_errors()
-    def prepare() -> str:
-        place.mkdir(parents=True, exist_ok=True)
-        require_free(target)
-        clear_attempts(target)
-        require_space(needed, place)
-        folder = place / temporary_name(target.name)
-        folder.mkdir()
-        return folder.name
+    def write(folder: Path) -> None:
+        for plan in plans[ranks.rank :: ranks.size]:
+            write_plain_file(folder, plan, progress)
 
-    folder = place / ranks.from_first(prepare, what)
-    try:
+    def finish(folder: Path) -> None:
+        _write_small_files(export, plans, folder)
+        for part in export.parts:
+            part(folder)
 
-        @checkpoint_errors()
-        def write() -> None:
-            with space_explained(needed, place):
-                for plan in plans[ranks.rank :: ranks.size]:
-                    write_file(folder, plan, progress)
-
-        ranks.in_agreement(write, what=what)
-
-        @checkpoint_errors()
-        def finish() -> None:
-            with space_explained(needed, place):
-                _write_small_files(export, plans, folder)
-                for part in export.parts:
-                    part(folder)
-
-        ranks.from_first(finish, what)
-        if accept is not None:
-            ranks.from_first(lambda: accept(folder))
-        commit = checkpoint_errors()(lambda: str(commit_new(folder, target)))
-        return Path(ranks.from_first(commit, what))
-    except BaseException:
-        if ranks.is_first:
-            remove_tree(folder)
-        raise
+    return write_new_directory(target, needed, write, finish=finish, accept=accept, ranks=ranks)
 
 
 def _plan_files(export: Export, sharing: int) -> list[FilePlan]:

@@ -21,7 +21,7 @@ from megapipe.conversion.megatron.directory import (
 )
 from megapipe.conversion.model_at import Families
 from megapipe.conversion.open import open_weights
-from megapipe.conversion.source import StoredTensor, TensorStore, WeightSource
+from megapipe.conversion.source import PlainTensorInfo, TensorStore, WeightSource
 from megapipe.files import shown
 
 
@@ -30,8 +30,8 @@ class SourceTensors:
 
     def __init__(self, source: WeightSource | CheckpointReader, place: str) -> None:
         self._source, self.place = source, place
-        self.tensors: Mapping[str, StoredTensor] = {
-            name: StoredTensor(source.shape(name), source.dtype(name)) for name in source.names
+        self.tensors: Mapping[str, PlainTensorInfo] = {
+            name: PlainTensorInfo(source.shape(name), source.dtype(name)) for name in source.names
         }
 
     def read(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:

@@ -41,16 +41,14 @@ def report_run(root: Path, checkpoints: Sequence[ListedCheckpoint], verdict: str
     table = Table("step", "tokens", "bytes", "whole")
     for one in checkpoints:
         whole = "DAMAGED" if one.problems else verdict
-        table.add_row(str(one.step), _text(one.tokens), one.size, whole)
+        tokens, size = one.amounts
+        table.add_row(str(one.step), _text(tokens), size, whole)
     problems = [problem for one in checkpoints for problem in one.problems]
     content: dict[str, object] = {
         "path": str(root),
         "kind": "run",
         "verdict": verdict,
-        "checkpoints": [
-            {"step": one.step, "tokens": one.tokens, "size": one.size, "problems": one.problems}
-            for one in checkpoints
-        ],
+        "checkpoints": [asdict(one) for one in checkpoints],
     }
     return Report([_text(str(root)), table, *_red(problems)], content, status=1 if problems else 0)
 

@@ -61,7 +61,7 @@ class TorchArchive:
     span: ByteSpan
     content: object
     headers: dict[str, tuple[int, int]]
-    """Of each storage: where in the span its local header lies, and its bytes."""
+    """Of each member: where in the span its local header lies, and how many bytes it has."""
 
     def tensor(self, stored: StoredTensor) -> StridedTensor:
         """Where in the file the values of a tensor lie. Nothing of them is read.
@@ -137,15 +137,15 @@ def _members(span: ByteSpan) -> Iterator[tuple[str, tuple[int, int]]]:
             raise CheckpointError(f"{span.path}: its zip directory ends too early")
         fields = ENTRY.unpack_from(data, position)
         position += ENTRY.size
-        lengths = fields[10:13]  # name, extra fields, comment
-        raw, extra = data[position:][: lengths[0]], data[position + lengths[0] :][: lengths[1]]
-        position += sum(lengths)
-        name = _member_name(span, raw)
+        name_end = position + fields[10]
+        extra_end = name_end + fields[11]
+        name = _member_name(span, data[position:name_end])
+        wide = _wide_numbers(data[name_end:extra_end])
+        position = extra_end + fields[12]  # the comment's length
         if fields[0] != b"PK\1\2" or position > size or name in seen:
             raise CheckpointError(f"{span.path}: its zip directory is damaged at {shown(name)!r}")
         seen.add(name)
         flags, method, packed, unpacked, header = fields[3], fields[4], *fields[8:10], fields[16]
-        wide = _wide_numbers(extra)
         unpacked, packed, header = (
             next(wide, -1) if number == FULL_32 else number for number in (unpacked, packed, header)
         )
@@ -168,13 +168,15 @@ def _member_name(span: ByteSpan, raw: bytes) -> str:
 
 def _wide_numbers(extra: bytes) -> Iterator[int]:
     """The 64-bit numbers of extra field 1, in the order of the fields that they stand for."""
-    while len(extra) >= 4:
-        kind, size = struct.unpack_from("<2H", extra)
+    position = 0
+    while position + 4 <= len(extra):
+        kind, size = struct.unpack_from("<2H", extra, position)
+        position += 4
         if kind == 1:
-            yield from (
-                number for (number,) in struct.iter_unpack("<Q", extra[4:][: size // 8 * 8])
-            )
-        extra = extra[4 + size :]
+            content = extra[position : position + size]
+            for (number,) in struct.iter_unpack("<Q", content[: len(content) // 8 * 8]):
+                yield number
+        position += size
 
 
 def _directory(span: ByteSpan) -> tuple[int, int, int]:

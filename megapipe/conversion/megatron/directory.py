@@ -14,16 +14,12 @@ from megapipe.conversion.megatron.legacy import read_rank_directories
 from megapipe.conversion.megatron.optimizer_format import optimizer_format, optimizer_state
 from megapipe.conversion.megatron.plain import plain_arguments
 from megapipe.conversion.megatron.sharing import OWN_NORMS
-from megapipe.conversion.megatron.torch_dist import CONFIG, METADATA, read_distributed
+from megapipe.conversion.megatron.torch_dist import CONFIG, METADATA, NOT_WEIGHTS, read_distributed
 from megapipe.errors import CheckpointError
 from megapipe.files import reason, shown
 
 TRACKER = "latest_checkpointed_iteration.txt"
 MAX_TRACKER_BYTES = 100
-NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state", "opt_param_scheduler")
-"""How names of a distributed checkpoint begin that are of no weight of the model."""
-EXTRA_STATE = "_extra_state"
-"""How names end of what kernels of lower precision keep; not part of the model."""
 ITERATION = re.compile(r"iter_(\d{1,12})")
 
 
@@ -131,11 +127,7 @@ def is_megatron(path: Path) -> bool:
 def _open_distributed(directory: Path) -> MegatronCheckpoint:
     found = read_distributed(directory)
     named = with_fused_norms(found.tensors)
-    weights = {
-        name: tensor
-        for name, tensor in named.items()
-        if not name.startswith(NOT_WEIGHTS) and not name.endswith(EXTRA_STATE)
-    }
+    weights = {name: tensor for name, tensor in named.items() if not name.startswith(NOT_WEIGHTS)}
     found = replace(found, tensors=named)
     return MegatronCheckpoint(
         directory,

@@ -6,19 +6,8 @@ from pathlib import Path
 
 import torch
 
-from megapipe.checkpoint.steps import (
-    clear_attempts,
-    commit_new,
-    require_free,
-    temporary_name,
-)
-from megapipe.checkpoint.storage import (
-    checkpoint_errors,
-    remove_tree,
-    require_space,
-    space_explained,
-)
 from megapipe.conversion.megatron.writer import RankGrid, write_rank_directories
+from megapipe.conversion.new_directory import write_new_directory
 from megapipe.conversion.source import WeightSource
 from megapipe.conversion.view import TensorView
 from megapipe.layout.architecture import Architecture
@@ -65,27 +54,13 @@ class MegatronExport:
 def write_megatron(
     export: MegatronExport, target: Path, accept: Callable[[Path], None] | None = None
 ) -> Path:
-    """Write the directory `target`, which gets its name when all of it is durable and `accept`,
-    called with it under its temporary name, has not raised. Raises CheckpointError where `target`
-    exists, the model can't be cut that way, or the system refuses a write."""
-    tensors, place = export.tensors, target.parent
-    ranks = export.grid.tensor * export.grid.pipeline
+    """Write the directory `target`; `accept` and errors are as in `write_new_directory`, and
+    CheckpointError where the model can't be cut for those ranks."""
+    tensors = export.tensors
     values = sum(map(tensors.size, tensors.shapes))
-    needed = values * export.dtype.itemsize + ranks * ALLOWANCE
-    with checkpoint_errors():
-        place.mkdir(parents=True, exist_ok=True)
-        require_free(target)
-        clear_attempts(target)
-        require_space(needed, place)
-        folder = place / temporary_name(target.name)
-        folder.mkdir()
-    try:
-        with checkpoint_errors(), space_explained(needed, place):
-            write_rank_directories(folder, tensors, export.grid, export.arguments, export.dtype)
-        if accept is not None:
-            accept(folder)
-        with checkpoint_errors():
-            return commit_new(folder, target)
-    except BaseException:
-        remove_tree(folder)
-        raise
+
+    def write(folder: Path) -> None:
+        write_rank_directories(folder, tensors, export.grid, export.arguments, export.dtype)
+
+    needed = values * export.dtype.itemsize + export.grid.ranks * ALLOWANCE
+    return write_new_directory(target, needed, write, accept=accept)

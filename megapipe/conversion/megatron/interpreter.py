@@ -68,6 +68,7 @@ class Interpreter:
             self.push_new(text)
 
     def line(self) -> str:
+        """The text up to the end of the line."""
         end = self.data.find(b"\n", self.position, self.position + MAX_NAME_BYTES)
         if end < 0:
             raise CheckpointError("it has a name without an end")
@@ -203,6 +204,8 @@ class Interpreter:
         """Push the record of a class or function."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise CheckpointError("it names a class or function by something else than text")
+        if len(module) + len(name) > MAX_NAME_BYTES:
+            raise CheckpointError("it names a class or function by a very long text")
         self.charge(RECORD_BYTES + sys.getsizeof(module) + sys.getsizeof(name))
         self.push(InertRecord(module, name))
 
@@ -222,17 +225,15 @@ class Interpreter:
         self.push_called(kind, (*args, keywords))
 
     def push_called(self, kind: object, args: object) -> None:
-        copied = (
-            [len(arg) for arg in args if isinstance(arg, COPIED)] if isinstance(args, tuple) else []
-        )
-        charged = RECORD_BYTES + ENTRY_BYTES * (1 + sum(copied))
+        """Push what a call stands for."""
+        given = args if isinstance(args, tuple) else ()
+        copied = sum(len(arg) for arg in given if isinstance(arg, COPIED))
+        charged = RECORD_BYTES + ENTRY_BYTES * (1 + copied)
         self.charge(charged)
         made = make(kind, args)
-        shared = any(made is arg for arg in args) if isinstance(args, tuple) else False
-        copying = SLOT_BYTES * sum(copied)  # kept, so that copies without end are an error too
-        self.settle(
-            charged, copying if shared else copying + max(RECORD_BYTES, sys.getsizeof(made))
-        )
+        own = 0 if any(made is arg for arg in given) else max(RECORD_BYTES, sys.getsizeof(made))
+        # Some of it stays charged, so that copies that are thrown away come to an end too.
+        self.settle(charged, own + SLOT_BYTES * copied)
         self.push(made)
 
     def build(self) -> None:

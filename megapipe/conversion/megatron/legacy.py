@@ -17,7 +17,7 @@ from pathlib import Path
 from megapipe.amounts import counted
 from megapipe.checkpoint.rectangle import Rectangle
 from megapipe.conversion.megatron.assembly import GlobalTensor, TensorPart
-from megapipe.conversion.megatron.ranks import RankContents, RankPlace, rank_files, read_rank
+from megapipe.conversion.megatron.ranks import RankContents, RankPlace, read_ranks
 from megapipe.conversion.megatron.sharing import (
     LAYER,
     SECOND,
@@ -45,8 +45,7 @@ class RankDirectories:
 
 def read_rank_directories(directory: Path) -> RankDirectories:
     """Read where everything lies: the pickle of each rank, no tensors. Raises CheckpointError."""
-    files = rank_files(directory)
-    ranks = {rank: read_rank(path) for rank, path in files.items()}
+    ranks = read_ranks(directory)
     first = ranks[0, 0]
     _check_arguments(directory, ranks, first.arguments)
     shards = _by_global_name(directory, ranks)
@@ -60,7 +59,8 @@ def read_rank_directories(directory: Path) -> RankDirectories:
         except CheckpointError as error:
             raise CheckpointError(f"{directory}: tensor {name}: {error}") from None
     optimizer = first.optimizer
-    if any((path.parent / OPTIMIZER_FILE).exists() for path in files.values()):
+    paths = [rank.path for rank in ranks.values()]
+    if any((path.parent / OPTIMIZER_FILE).exists() for path in paths):
         optimizer = f"distributed optimizer of the legacy layout ({OPTIMIZER_FILE})"
     return RankDirectories(tensors, first.arguments, first.iteration, optimizer)
 

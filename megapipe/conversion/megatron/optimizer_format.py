@@ -19,7 +19,8 @@ STATE = re.compile(r"optimizer\.state\.(\w+)\.(.+)")
 def optimizer_format(found: DistributedContents) -> str | None:
     """Megatron's name of the format of the optimizer's state, or one in words where it has none;
     None where there is no state."""
-    names = [name for name in (*found.tensors, *found.objects) if name.startswith(PREFIXES)]
+    names = [*found.tensors, *found.objects, *found.unread]
+    names = [name for name in names if name.startswith(PREFIXES)]
     if not names:
         return None
     kinds = [

@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megapipe.amounts import counted
@@ -16,7 +16,8 @@ RANK_DIRECTORY = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,5}))?")
 RANK_FILE = "model_optim_rng.pt"
 MODEL_KEY = re.compile(r"model(\d{0,4})")
 MAX_RANKS = 4096
-MAX_TENSORS = 100_000
+MAX_TENSORS = 200_000
+"""Over all ranks."""
 EXTRA_STATE = "_extra_state"
 OLDEST_VERSION = 2.0
 """`checkpoint_version` from which query, key and value lie as they do today."""
@@ -66,7 +67,20 @@ class RankContents:
     optimizer: str | None
 
 
-def read_rank(path: Path) -> RankContents:
+def read_ranks(directory: Path) -> dict[RankPlace, RankContents]:
+    """The contents of every rank; arguments are those of the first. Raises CheckpointError."""
+    ranks: dict[RankPlace, RankContents] = {}
+    held = 0
+    for place, path in sorted(rank_files(directory).items()):
+        contents = _read_rank(path)
+        ranks[place] = replace(contents, arguments=ranks[0, 0].arguments) if ranks else contents
+        held += sum(map(len, contents.chunks))
+        if held > MAX_TENSORS:
+            raise CheckpointError(f"{directory} holds more than {MAX_TENSORS} tensors")
+    return ranks
+
+
+def _read_rank(path: Path) -> RankContents:
     archive = open_archive(whole_file(path))
     content = archive.content
     if not isinstance(content, dict):
@@ -102,8 +116,6 @@ def _tensors(archive: TorchArchive, key: str, model: object) -> dict[str, Stride
             f"{where} has a language_model: it was written before Megatron's models were those of "
             "megatron-core, which is not read. Convert it with Megatron-LM's tools/checkpoint."
         )
-    if len(model) > MAX_TENSORS:
-        raise CheckpointError(f"{where} holds more than {MAX_TENSORS} tensors")
     tensors = {}
     for name, value in model.items():
         if not is_name(name):

@@ -14,21 +14,22 @@ from megapipe.errors import CheckpointError
 MAX_DIMS = 16
 MAX_SIZE = 2**60
 MAX_NAME = 500
+MAX_ARGUMENTS = 16
 
-ITEM_BYTES_OF_STORAGE = {
-    "DoubleStorage": ("float64", 8),
-    "FloatStorage": ("float32", 4),
-    "HalfStorage": ("float16", 2),
-    "BFloat16Storage": ("bfloat16", 2),
-    "LongStorage": ("int64", 8),
-    "IntStorage": ("int32", 4),
-    "ShortStorage": ("int16", 2),
-    "CharStorage": ("int8", 1),
-    "ByteStorage": ("uint8", 1),
-    "BoolStorage": ("bool", 1),
-    "UntypedStorage": ("uint8", 1),
+STORAGE_DTYPES = {
+    "DoubleStorage": "float64",
+    "FloatStorage": "float32",
+    "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16",
+    "LongStorage": "int64",
+    "IntStorage": "int32",
+    "ShortStorage": "int16",
+    "CharStorage": "int8",
+    "ByteStorage": "uint8",
+    "BoolStorage": "bool",
+    "UntypedStorage": "uint8",
 }
-"""Dtype and bytes of an element, by torch's name of the storage."""
+"""Dtype of the elements, by torch's name of the storage."""
 
 
 @dataclass(slots=True, eq=False)
@@ -93,9 +94,9 @@ def storage_from(identifier: object) -> StorageReference:
         and isinstance(key := identifier[2], str)
         and is_size(elements := identifier[4])
     ):
-        if kind.module.split(".")[0] != "torch" or kind.name not in ITEM_BYTES_OF_STORAGE:
+        if kind.module.split(".")[0] != "torch" or kind.name not in STORAGE_DTYPES:
             raise CheckpointError(f"it has a {kind.path}, whose elements can't be read")
-        return StorageReference(key, ITEM_BYTES_OF_STORAGE[kind.name][0], elements)
+        return StorageReference(key, STORAGE_DTYPES[kind.name], elements)
     raise CheckpointError("it refers to an object outside of it that is no storage of torch's")
 
 
@@ -232,6 +233,8 @@ def make(kind: object, args: object) -> object:
     maker = MAKERS.get(kind.path.replace("__builtin__.", "builtins.", 1))
     if maker is None:
         return InertRecord(kind.module, kind.name, args)
+    if len(args) > MAX_ARGUMENTS:
+        raise CheckpointError(f"it has a {kind.path} of {len(args)} values")
     try:
         return maker(*args)
     except (_Unfit, TypeError, UnicodeError):

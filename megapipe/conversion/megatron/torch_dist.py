@@ -11,7 +11,7 @@ over the layers. Here each layer has tensors of its own, as if its number stood 
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -31,6 +31,10 @@ MAX_LAYERS = 2000
 MAX_PARTS = 200_000
 STACKED = re.compile(r"(.*\blayers)\.(?!\d)(.+)")
 """A tensor over all layers: the layer's number is not in its name."""
+NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state", "opt_param_scheduler")
+"""How names begin that are of no weight of the model."""
+EXTRA_STATE = "_extra_state"
+"""How names end of what kernels of lower precision keep; not part of the model."""
 HALVES = ("_w", "_v")
 """Endings of the gate's and the other half of a gated MLP, where they are saved as two tensors."""
 
@@ -44,6 +48,8 @@ class DistributedContents:
     """What is the same on all ranks: Megatron's arguments, the iteration."""
     objects: Mapping[str, ByteSpan]
     """What was saved as bytes: states of random generators, of some optimizers."""
+    unread: tuple[str, ...] = ()
+    """Tensors of an optimizer in a format that is not read."""
 
     def object(self, name: str) -> object:
         """One of `objects`, without the list of one that Megatron puts it in."""
@@ -57,17 +63,22 @@ def read_distributed(directory: Path) -> DistributedContents:
     tables, objects = read_metadata(directory)
     tensors: dict[str, GlobalTensor] = {}
     held = 0
+    unread = []
     for name, tensor in tables.items():
+        if name.endswith(EXTRA_STATE):
+            continue
         try:
-            tensor.check()
+            layers = _by_layer(name, tensor)
         except CheckpointError as error:
+            if name.startswith(NOT_WEIGHTS):
+                unread.append(name)
+                continue
             raise CheckpointError(f"{directory / METADATA}: tensor {name}: {error}") from None
-        for one, part in _by_layer(name, tensor):
-            held += len(part.parts)
-            if one in tensors or held > MAX_PARTS:
-                raise CheckpointError(f"{directory / METADATA} has {one} twice, or too many parts")
-            tensors[one] = part
-    contents = DistributedContents(_with_joined_halves(tensors), {}, objects)
+        held += sum(len(layer.parts) for layer in layers.values())
+        if layers.keys() & tensors.keys() or held > MAX_PARTS:
+            raise CheckpointError(f"{directory / METADATA} has {name} twice, or too many parts")
+        tensors |= layers
+    contents = DistributedContents(_with_joined_halves(tensors), {}, objects, tuple(unread))
     if COMMON_OBJECT in objects:
         common = contents.object(COMMON_OBJECT)
     else:
@@ -97,16 +108,18 @@ def _check_format(directory: Path) -> None:
         )
 
 
-def _by_layer(name: str, tensor: GlobalTensor) -> Iterator[tuple[str, GlobalTensor]]:
-    """The tensor of each layer where one tensor stacks them."""
+def _by_layer(name: str, tensor: GlobalTensor) -> dict[str, GlobalTensor]:
+    """The tensor of each layer, where one tensor stacks them. Raises CheckpointError where a tensor
+    is not whole."""
+    tensor.check()
     stacked = STACKED.fullmatch(name)
     if stacked is None or not tensor.shape:
-        yield name, tensor
-        return
-    if tensor.shape[0] > MAX_LAYERS or 0 in tensor.shape:
-        raise CheckpointError(f"tensor {name} of shape {list(tensor.shape)} is not read")
-    for number, layer in enumerate(unstacked(tensor)):
-        yield f"{stacked[1]}.{number}.{stacked[2]}", layer
+        return {name: tensor}
+    parts = sum(part.rectangle.shape[0] for part in tensor.parts)
+    if tensor.shape[0] > MAX_LAYERS or parts > MAX_PARTS or 0 in tensor.shape:
+        raise CheckpointError(f"layers in a tensor of shape {list(tensor.shape)} are not read")
+    layers = enumerate(unstacked(tensor))
+    return {f"{stacked[1]}.{number}.{stacked[2]}": layer for number, layer in layers}
 
 
 def _with_joined_halves(tensors: dict[str, GlobalTensor]) -> dict[str, GlobalTensor]:

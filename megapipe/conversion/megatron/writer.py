@@ -67,6 +67,11 @@ class RankGrid:
     virtual: int = 1
 
     @property
+    def ranks(self) -> int:
+        """How many have a directory."""
+        return self.tensor * self.pipeline
+
+    @property
     def parts(self) -> list[tuple[int, int]]:
         """Stage and number of each part of the pipeline, in the order of the layers."""
         return [(stage, one) for one in range(self.virtual) for stage in range(self.pipeline)]

@@ -53,16 +53,16 @@ class GPT2Architecture:
         config.require("scale_attn_by_inverse_layer_idx", False, False)
         config.require("activation_function", "gelu_new", *ACTIVATIONS)
         dropout = read_dropout(config, "resid_pdrop", "embd_pdrop", 0.1)
-        hidden, heads = config.size("n_embd", 768), config.size("n_head", 12)
+        hidden, heads = config.count("n_embd", 768), config.count("n_head", 12)
         if hidden % heads and not config.problems:
             config.problem("n_embd", f"= {hidden} is no multiple of n_head = {heads}")
         keys = {
-            "num_layers": config.size("n_layer", 12, most=MOST_LAYERS),
+            "num_layers": config.count("n_layer", 12, most=MOST_LAYERS),
             "hidden_size": hidden,
-            "vocab_size": config.size("vocab_size", 50257),
-            "max_sequence_length": config.size("n_positions", 1024),
+            "vocab_size": config.count("vocab_size", 50257),
+            "max_sequence_length": config.count("n_positions", 1024),
             "num_heads": heads,
-            "ffn_hidden_size": config.optional_size("n_inner") or 4 * hidden,
+            "ffn_hidden_size": config.optional_count("n_inner") or 4 * hidden,
             "norm": "layernorm",
             "norm_epsilon": config.positive("layer_norm_epsilon", 1e-5),
             "activation": ACTIVATIONS.get(config.take("activation_function", str, "gelu_new")),

@@ -97,8 +97,8 @@ def read_heads(
 ) -> dict[str, Any]:
     """Our keys of [model] for the width and the heads. Where the config lacks them, there are
     `kv_heads` (None: as many as heads) of width `head_dim` (None: hidden size / heads)."""
-    hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
-    width = config.optional_size("head_dim") or head_dim
+    hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
+    width = config.optional_count("head_dim") or head_dim
     if width is None and hidden % heads and not config.problems:
         config.problem(
             "hidden_size",
@@ -107,7 +107,7 @@ def read_heads(
     return {
         "hidden_size": hidden,
         "num_heads": heads,
-        "num_kv_heads": config.optional_size("num_key_value_heads", kv_heads) or heads,
+        "num_kv_heads": config.optional_count("num_key_value_heads", kv_heads) or heads,
         "head_dim": width or hidden // heads,
     }
 
@@ -157,7 +157,7 @@ def _read_llama3(table: ForeignConfig) -> RopeScaling | None:
     """Llama 3's scaling; None where its factor is 1, which changes nothing."""
     factor = table.positive("factor")
     low, high = table.positive("low_freq_factor"), table.positive("high_freq_factor")
-    original = table.size("original_max_position_embeddings")
+    original = table.count("original_max_position_embeddings")
     if factor < 1:
         table.problem("factor", f"= {factor} asks for what is not computed here (1 or more is)")
     if low >= high:

@@ -73,11 +73,11 @@ class LlamaLike:
         config.require("hidden_act", "silu", "silu")
         bias = self._read_biases(config)
         keys: dict[str, Any] = {
-            "num_layers": config.size("num_hidden_layers", most=MOST_LAYERS),
-            "vocab_size": config.size("vocab_size"),
-            "max_sequence_length": config.size("max_position_embeddings", self.sequence),
+            "num_layers": config.count("num_hidden_layers", most=MOST_LAYERS),
+            "vocab_size": config.count("vocab_size"),
+            "max_sequence_length": config.count("max_position_embeddings", self.sequence),
             **read_heads(config, self.kv_heads, self.head_dim),
-            "ffn_hidden_size": config.size("intermediate_size"),
+            "ffn_hidden_size": config.count("intermediate_size"),
             "norm": "rmsnorm",
             "norm_epsilon": config.positive("rms_norm_eps", self.epsilon),
             "activation": "swiglu",
@@ -109,11 +109,11 @@ class LlamaLike:
     def _read_window(self, config: ForeignConfig, layers: int) -> int | None:
         if self.window == "none":
             return None
-        window = config.optional_size("sliding_window", self.default_window)
+        window = config.optional_count("sliding_window", self.default_window)
         if self.window == "key":
             return window
         switched = config.take("use_sliding_window", bool, False)
-        first = config.size("max_window_layers", 28, least=0)
+        first = config.count("max_window_layers", 28, least=0)
         if not switched or first >= layers:
             window = None
         elif window is not None:

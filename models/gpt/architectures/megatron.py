@@ -77,18 +77,18 @@ class MegatronGPT:
         config = ForeignConfig(values)
         for key, usable in UNCHANGED.items():
             config.require(key, usable[0], *usable)
-        hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
+        hidden, heads = config.count("hidden_size"), config.count("num_attention_heads")
         bias = config.take("add_bias_linear", bool, True)
         keys: dict[str, Any] = {
-            "num_layers": config.size("num_layers", most=MOST_LAYERS),
+            "num_layers": config.count("num_layers", most=MOST_LAYERS),
             "hidden_size": hidden,
-            "vocab_size": config.optional_size("vocab_size") or config.size("padded_vocab_size"),
-            "max_sequence_length": config.optional_size("max_position_embeddings")
-            or config.size("seq_length"),
+            "vocab_size": config.optional_count("vocab_size") or config.count("padded_vocab_size"),
+            "max_sequence_length": config.optional_count("max_position_embeddings")
+            or config.count("seq_length"),
             "num_heads": heads,
             "num_kv_heads": self._kv_heads(config, heads),
-            "head_dim": config.optional_size("kv_channels") or max(1, hidden // heads),
-            "ffn_hidden_size": config.optional_size("ffn_hidden_size") or 4 * hidden,
+            "head_dim": config.optional_count("kv_channels") or max(1, hidden // heads),
+            "ffn_hidden_size": config.optional_count("ffn_hidden_size") or 4 * hidden,
             "norm": config.take("normalization", str, "LayerNorm").lower(),
             "norm_epsilon": config.positive(
                 "norm_epsilon", config.positive("layernorm_epsilon", 1e-5)
@@ -109,7 +109,7 @@ class MegatronGPT:
 
     def _kv_heads(self, config: ForeignConfig, heads: int) -> int:
         grouped = config.take("group_query_attention", bool, False)
-        groups = config.optional_size("num_query_groups")
+        groups = config.optional_count("num_query_groups")
         return groups if grouped and groups else heads
 
     def _activation(self, config: ForeignConfig) -> str:

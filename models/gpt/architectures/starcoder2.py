@@ -50,11 +50,11 @@ class StarCoder2Architecture:
         bias = config.take("use_bias", bool, True)
         dropout = read_dropout(config, "residual_dropout", "embedding_dropout", 0.0)
         keys = {
-            "num_layers": config.size("num_hidden_layers", 30, most=MOST_LAYERS),
-            "vocab_size": config.size("vocab_size", 49152),
-            "max_sequence_length": config.size("max_position_embeddings", 4096),
+            "num_layers": config.count("num_hidden_layers", 30, most=MOST_LAYERS),
+            "vocab_size": config.count("vocab_size", 49152),
+            "max_sequence_length": config.count("max_position_embeddings", 4096),
             **read_heads(config, 2),
-            "ffn_hidden_size": config.size("intermediate_size", 12288),
+            "ffn_hidden_size": config.count("intermediate_size", 12288),
             "norm": "layernorm",
             "norm_epsilon": config.positive("norm_epsilon", 1e-5),
             "activation": ACTIVATIONS.get(config.take("hidden_act", str, "gelu_pytorch_tanh")),
@@ -62,7 +62,7 @@ class StarCoder2Architecture:
             "tie_embeddings": config.take("tie_word_embeddings", bool, True),
             "bias": bias,
             "qkv_bias": bias,
-            "sliding_window": config.optional_size("sliding_window"),
+            "sliding_window": config.optional_count("sliding_window"),
             "dropout": dropout,
             "attention_dropout": config.rate("attention_dropout", 0.0),
             "init_std": config.positive("initializer_range", 0.018042),

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from megapipe.checkpoint.rectangle import Rectangle
-from megapipe.conversion.source import StoredTensor
+from megapipe.conversion.source import PlainTensorInfo
 
 
 class Tensors:
@@ -16,7 +16,7 @@ class Tensors:
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         self._values = values
         self.tensors = {
-            name: StoredTensor(tuple(one.shape), one.dtype) for name, one in values.items()
+            name: PlainTensorInfo(tuple(one.shape), one.dtype) for name, one in values.items()
         }
 
     def read(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:

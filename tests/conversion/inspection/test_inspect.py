@@ -68,7 +68,10 @@ def test_a_run_and_its_damage_as_json(tmp_path: Path) -> None:
     report = inspect(tmp_path)
     assert report.status == 1
     content = json.loads(report.json())
-    assert [one["step"] for one in content["checkpoints"]] == [2, 1]
+    assert [(one["step"], one["tokens"]) for one in content["checkpoints"]] == [
+        (2, 2000),
+        (1, 1000),
+    ]
     assert "config.toml is missing" in content["checkpoints"][0]["problems"][0]
     with pytest.raises(
         UsageError, match=f"--stats lists those of one checkpoint, such as {newest}"

@@ -1,7 +1,6 @@
 """Pickles that would run something, or take all memory, if they were read by Python's unpickler."""
 
 import argparse
-import copyreg
 import pickle
 import struct
 from collections.abc import Callable, Iterator
@@ -57,11 +56,11 @@ def harmful(canary: str) -> dict[str, bytes]:
         ),
         "getattr": program(
             named("builtins", "getattr")
-            + named("os", "path")[:-5]
-            + b"os\n"[:0]
-            + b"path\n"
-            + text("os")
+            + named("shutil", "os")
+            + text("system")
             + b"\x86R"
+            + text(command)
+            + b"\x85R"
         ),
         "called result": program(
             named("operator", "attrgetter") + text("system") + b"\x85R" + called + b"\x85R"
@@ -83,15 +82,21 @@ def harmful(canary: str) -> dict[str, bytes]:
         ),
         "namespace": pickle.dumps(Disguised(code=code)),
         "torch.load": program(named("torch", "load") + text(canary) + b"\x85R"),
-        "torch's storage": program(named("torch.storage", "_load_from_bytes") + b"C\x01.\x85R", 3),
-        "copyreg": program(
-            named("copyreg", "_reconstructor")
-            + system
-            + named("builtins", "str")
-            + text(command)
-            + b"\x87R"
+        "torch's storage": program(
+            named("torch.storage", "_load_from_bytes")
+            + b"B"
+            + struct.pack("<I", len(program(called)))
+            + program(called)
+            + b"\x85R"
         ),
-        "registered": program(b"\x82\x01" + text(command) + b"\x85R"),
+        "registered": program(
+            named("copyreg", "add_extension")
+            + text("posix")
+            + text("system")
+            + b"K\xf0\x87R0\x82\xf0"
+            + text(command)
+            + b"\x85R"
+        ),
         "items": program(named("collections", "UserDict") + b")\x81(" + text("a") + called + b"u"),
         "appended": program(named("collections", "deque") + b")\x81" + called + b"a"),
         "key": program(b"}" + called + text("b") + b"s"),
@@ -99,7 +104,6 @@ def harmful(canary: str) -> dict[str, bytes]:
         "tensor": program(
             named("torch._utils", "_rebuild_tensor_v2") + b"(" + called + b"K\x00))\x89}tR"
         ),
-        "dispatch": pickle.dumps(Call(copyreg.add_extension, "posix", "system", 240)),
     }
 
 

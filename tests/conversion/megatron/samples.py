@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import pickle
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -173,9 +174,7 @@ def _stacked(whole: Weights) -> Weights:
     """Tensors of layers, one for all of them: `decoder.layers.mlp.linear_fc2.weight`."""
     layers: dict[str, list[Tensor]] = {}
     for name, tensor in whole.items():
-        words = name.split(".")
-        plain = ".".join(words[:2] + words[3:]) if words[1] == "layers" else name
-        layers.setdefault(plain, []).append(tensor)
+        layers.setdefault(re.sub(r"(\.layers)\.\d+\.", r"\1.", name), []).append(tensor)
     return {
         name: torch.stack(tensors) if ".layers." in name else tensors[0]
         for name, tensors in layers.items()

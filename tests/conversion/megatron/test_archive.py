@@ -60,6 +60,19 @@ def test_an_archive_in_the_middle_of_a_file(tmp_path: Path) -> None:
     assert torch.equal(read(opened, opened.content), torch.arange(9.0))
 
 
+def test_wide_fields(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As files of more than 4 GiB have them."""
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 10)
+    content = tensor(4, 0, b"K\x04\x85", b"K\x01\x85")
+    values = torch.arange(4.0)
+    path = zipped(
+        tmp_path / "file", [("a/data.pkl", content), ("a/data/0", values.numpy().tobytes())]
+    )
+    assert path.read_bytes().count(b"PK\6\6") == 1
+    opened = open_archive(whole_file(path))
+    assert torch.equal(read(opened, opened.content), values)
+
+
 def zipped(path: Path, members: list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> Path:
     with zipfile.ZipFile(path, "w", method) as file:
         for name, content in members:

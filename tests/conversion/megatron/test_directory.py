@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from megapipe.conversion.megatron import ranks, torch_dist
 from megapipe.conversion.megatron.directory import is_megatron, open_megatron
 from megapipe.errors import CheckpointError
 from tests.conversion.megatron.samples import (
@@ -279,6 +280,32 @@ def test_what_is_wrong_with_the_places_of_chunks_is_named(tmp_path: Path, case: 
     assert "\n" not in str(raised.value)
 
 
+def test_an_optimizer_in_a_format_that_is_not_read_leaves_the_weights_readable(
+    tmp_path: Path,
+) -> None:
+    """A moment that is not whole, as when ranks saved what they had of a flat buffer."""
+    moment = "optimizer.state.exp_avg.output_layer.weight"
+
+    def cut_moment(metadata: Any) -> None:
+        metadata.state_dict_metadata[moment].chunks.pop()
+
+    whole = weights(2)
+    saved = {**whole, moment: whole["output_layer.weight"]}
+    checkpoint = open_megatron(save_distributed(tmp_path / "run", saved, change=cut_moment))
+    assert checkpoint.tensors.keys() == whole.keys()
+    assert checkpoint.optimizer == "a tensor for each parameter, without the distributed optimizer"
+    assert checkpoint.state == {}
+
+
+def test_moments_are_read(tmp_path: Path) -> None:
+    whole = weights(2)
+    moments = {f"optimizer.state.exp_avg.{name}": 2 * tensor for name, tensor in whole.items()}
+    checkpoint = open_megatron(save_distributed(tmp_path / "run", whole | moments, 2))
+    assert checkpoint.tensors.keys() == checkpoint.state["exp_avg"].keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(checkpoint.state["exp_avg"][name].read(), 2 * tensor)
+
+
 def test_a_chunk_of_another_shape_is_refused_when_it_is_read(tmp_path: Path) -> None:
     def swap(metadata: Any) -> None:
         names = "embedding.word_embeddings.weight", "decoder.final_layernorm.weight"
@@ -304,6 +331,22 @@ def test_other_directories_are_refused(tmp_path: Path) -> None:
     tracker.write_text("7")
     with pytest.raises(CheckpointError, match=r"iter_0000007 is missing, though .* names it"):
         open_megatron(tmp_path)
+
+
+def test_there_is_a_limit_to_what_ranks_may_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_ranks(tmp_path / "run", weights(2), 2)
+    monkeypatch.setattr(ranks, "MAX_TENSORS", 30)
+    with pytest.raises(CheckpointError, match="holds more than 30 tensors"):
+        open_megatron(path)
+
+
+def test_there_is_a_limit_to_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_distributed(tmp_path / "run", weights(3))
+    monkeypatch.setattr(torch_dist, "MAX_LAYERS", 2)
+    with pytest.raises(CheckpointError, match=r"layers in a tensor of shape \[3, 8\] are not read"):
+        open_megatron(path)
 
 
 def test_unknown_tensors_and_rectangles_are_refused(tmp_path: Path) -> None:
