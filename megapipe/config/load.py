@@ -102,6 +102,9 @@ def _lent_keys(
     none is named. None where there is no such key, or another family is named."""
     load_from = _path(source.tree, "checkpoint", "load_from")
     if load_from is None:
+        checkpoint = source.tree.get("checkpoint")
+        given = checkpoint.get("load_from", "none") if isinstance(checkpoint, dict) else "none"
+        source.model_unknown = given != "none"
         return None
     model = source.tree.setdefault("model", {})
     if not isinstance(model, dict):

@@ -58,8 +58,8 @@ def model_at(path: Path, families: Families) -> ModelConfig:
 def _model_at(path: Path, families: Families) -> ModelConfig:
     if str(path).startswith("hf:/"):
         raise ConversionError(
-            f"{shown(path)}: models are not downloaded from {HUB}; download it, and name its "
-            "directory"
+            f"{HUB}{shown(path)[len('hf:/') :]}: models are not downloaded; download it, and name "
+            "its directory"
         )
     if not path.is_dir():
         raise CheckpointError(f"{shown(path)}: there is no such directory")

@@ -1,6 +1,6 @@
 """Starting a run from another model: checkpoint.load_from, read into this rank's shards."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class LoadFrom:
         self._fitting, _ = ranks.in_agreement(self._fit)
         parts = ", ".join(self._settings.load_state)
         self.notes = [f"Starting from {shown(self._path)}: {parts}.", *self._fitting.notes]
+        self.notes += ranks.from_first(self._foreign_notes)
 
     def restore(
         self, engine: Engine, say: Callable[[str], None]
@@ -58,8 +59,7 @@ class LoadFrom:
         wanted. Collective: what is damaged is raised on all ranks."""
         path = self._settle(say)
         source, _ = self._ranks.in_agreement(lambda: self._load(path, engine))
-        tokens = self._ranks.from_first(lambda: self._tokenizer_note(path, source))
-        for line in [*_allowed(source), *tokens]:
+        for line in self._ranks.from_first(lambda: self._tokenizer_note(path, source)):
             say(line)
         progress, data = Progress(), None
         if isinstance(source, CheckpointWeights) and source.reader.step is not None:
@@ -85,6 +85,23 @@ class LoadFrom:
                 'or position in the data is read from it. Set checkpoint.load_state = ["weights"].'
             )
         return fit_config(self._config, self._families)
+
+    def _foreign_notes(self) -> list[str]:
+        """Lines on tensors that a directory of another stack lacks or has too many.
+
+        Raises ConversionError where that is not allowed, or files are missing: before anything of
+        the run is built.
+        """
+        if not (is_hugging_face(self._path) or is_megatron(self._path)):
+            return []
+        source = open_weights(self._path, self._families, self._settings.load_allow)
+        assert isinstance(source, ForeignWeights)
+        found = (("lacks", source.missing), ("has, unused,", source.unused))
+        return [
+            f"{source.place} {what} {', '.join(map(shown, names))} (checkpoint.load_allow)."
+            for what, names in found
+            if names
+        ]
 
     def _settle(self, say: Callable[[str], None]) -> Path:
         """The Hugging Face directory or checkpoint: of a run, its newest whole one."""
@@ -181,15 +198,6 @@ def _without_state(path: Path) -> str | None:
     if has_manifest(path):
         return "a checkpoint of weights alone" if read_manifest(path).step is None else None
     return "a Megatron checkpoint" if is_megatron(path) else None
-
-
-def _allowed(source: WeightSource) -> Iterator[str]:
-    """Lines on tensors that a directory of another stack lacks or has too many."""
-    if isinstance(source, ForeignWeights):
-        for what, names in (("lacks", source.missing), ("has, unused,", source.unused)):
-            if names:
-                listed = ", ".join(map(shown, names))
-                yield f"{source.place} {what} {listed}, as checkpoint.load_allow has it."
 
 
 def _mean_row(source: WeightSource, name: str) -> Tensor:

@@ -292,6 +292,14 @@ def test_a_model_that_can_not_be_loaded_is_one_problem(tmp_path: Path) -> None:
     assert problem.endswith(said)
 
 
+@pytest.mark.parametrize("path", ["$UNSET_VARIABLE/llama", ""])
+def test_a_path_of_a_model_that_is_none_is_one_problem(tmp_path: Path, path: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_lent(tmp_path, text=LOADING.replace("$HOME/llama", path))
+    (problem,) = caught.value.problems
+    assert f'run.toml:2: checkpoint.load_from = "{path}" ' in problem
+
+
 def test_a_contradiction_with_the_model_that_is_loaded_names_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_lent(tmp_path, "--train.sequence_length=1024", "--model.num_kv_heads=4")

@@ -94,7 +94,7 @@ def test_where_there_is_no_model(tmp_path: Path) -> None:
         (tmp_path / "gone", "gone: there is no such directory"),
         (tmp_path / ("a" * 300), "can't be read: File name too long"),
         (tmp_path, f"{tmp_path} holds no model: neither a config.json"),
-        (Path("hf://meta-llama/Llama-3"), "are not downloaded from hf://"),
+        (Path("hf://meta-llama/Llama-3"), "hf://meta-llama/Llama-3: models are not downloaded; "),
     ):
         with pytest.raises(MegapipeError, match=said):
             model_at(path, FAMILIES)

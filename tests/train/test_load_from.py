@@ -24,7 +24,7 @@ from tests.checkpoint.samples import save_sample_weights
 from tests.config.examples import write
 from tests.conversion.megatron import samples as megatron
 from tests.golden.runs import write_inputs
-from tests.layouts import CPU, engine_of
+from tests.layouts import CPU, engine_of, mesh_of
 from tests.ranks import run_ranks
 from tests.train.loading import MODEL, TEXT, make_config, save_llama
 
@@ -56,6 +56,8 @@ def start(config: Config) -> Started:
     values = {
         f"{kind}/{shard.name}": values.clone() for kind, shard, values in engine.optimizer.state()
     }
+    for buffer in engine.buffers:
+        assert torch.equal(buffer.weights, buffer.master.to(buffer.weights.dtype)), "not rounded"
     return Started(values, engine.optimizer.steps, progress, data, loads.notes, lines)
 
 
@@ -147,6 +149,30 @@ def test_new_tokens(begin: Any, saved: Mapping[str, Tensor], how: str) -> None:
         else:
             row = old.double().mean(0).float() if how == "mean" else torch.zeros(8)
             assert torch.equal(new, row.expand(2, 8))
+
+
+def embedding_rows(config: Config) -> list[list[float]]:
+    """Those of this rank, in order."""
+    mesh = mesh_of(config)
+    engine = engine_of(config, mesh)
+    LoadFrom(config, FAMILIES, mesh.world.rank_group).restore(engine, str)
+    (rows,) = (
+        values.tolist()
+        for kind, shard, values in engine.optimizer.state()
+        if (kind, shard.name) == ("weights", "embedding.weight")
+    )
+    return rows
+
+
+def test_new_tokens_on_a_rank_that_holds_old_ones_too(llama: Path, tmp_path: Path) -> None:
+    """Ranks hold 128 rows each, of which the second has 3 that there are and 6 new ones."""
+    words = ("--model.vocab_size=137", "--checkpoint.load_new_tokens=mean", "--parallel.tensor=2")
+    parts = run_ranks(embedding_rows, 2, make_config(tmp_path, llama, *words, "--parallel.data=1"))
+    assert [len(rows) for rows in parts] == [128, 9]
+    stored = load_file(llama / "model.safetensors")["model.embed_tokens.weight"]
+    old, new = torch.tensor([row for rows in parts for row in rows]).split((131, 6))
+    assert torch.equal(old, stored)
+    assert torch.equal(new, stored.double().mean(0).float().expand(6, 32))
 
 
 def test_layers_with_what_the_optimizer_keeps(begin: Any, saved: Mapping[str, Tensor]) -> None:
@@ -262,9 +288,9 @@ def test_tensors_that_a_directory_lacks_or_has_too_many(llama: Path, tmp_path: P
     embedding = tensors["model.embed_tokens.weight"]
     assert torch.equal(found.values["weights/embedding.weight"], embedding)
     assert 0.05 < found.values["weights/output.weight"].std() < 0.2, "as a new model's"
-    assert found.lines == [
-        f"{folder} lacks output.weight, as checkpoint.load_allow has it.",
-        f"{folder} has, unused, score.weight, as checkpoint.load_allow has it.",
+    assert found.notes[1:] == [
+        f"{folder} lacks output.weight (checkpoint.load_allow).",
+        f"{folder} has, unused, score.weight (checkpoint.load_allow).",
     ]
 
 
