@@ -10,6 +10,9 @@ from megapipe.checkpoint.rectangle import Rectangle, covers, first_gap, first_ov
 from megapipe.conversion.megatron.strided import DTYPES, StridedTensor
 from megapipe.errors import CheckpointError
 
+MAX_PARTS = 4096
+"""Of one tensor: finding a gap between parts may take a time that grows with their square."""
+
 
 @dataclass(frozen=True, slots=True)
 class TensorPart:
@@ -33,15 +36,22 @@ class GlobalTensor:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.stored]
 
+    def check_bounds(self) -> None:
+        """Raise CheckpointError where a part lies outside of the tensor."""
+        whole = Rectangle.whole(self.shape)
+        for part in self.parts:
+            if not whole.contains(part.rectangle):
+                raise CheckpointError(f"part {part.rectangle} lies outside of {list(self.shape)}")
+
     def check(self) -> None:
         """Raise CheckpointError where the parts don't hold each value exactly once."""
-        whole = Rectangle.whole(self.shape)
-        rectangles = [part.rectangle for part in self.parts]
+        self.check_bounds()
         if self.stored not in DTYPES:
             raise CheckpointError(f"its dtype {self.stored} can't be read")
-        for rectangle in rectangles:
-            if not whole.contains(rectangle):
-                raise CheckpointError(f"part {rectangle} lies outside of {list(self.shape)}")
+        if len(self.parts) > MAX_PARTS:
+            raise CheckpointError(f"it has {len(self.parts)} parts, more than {MAX_PARTS}")
+        whole = Rectangle.whole(self.shape)
+        rectangles = [part.rectangle for part in self.parts]
         if covers(whole, rectangles):
             return
         gap = first_gap(whole, rectangles)

@@ -29,6 +29,7 @@ COMMON_OBJECT = "common_state/shard_0_1"
 MAX_CONFIG_BYTES = 2**16
 MAX_LAYERS = 2000
 MAX_PARTS = 200_000
+"""Of all tensors."""
 STACKED = re.compile(r"(.*\blayers)\.(?!\d)(.+)")
 """A tensor over all layers: the layer's number is not in its name."""
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state", "opt_param_scheduler")
@@ -111,15 +112,22 @@ def _check_format(directory: Path) -> None:
 def _by_layer(name: str, tensor: GlobalTensor) -> dict[str, GlobalTensor]:
     """The tensor of each layer, where one tensor stacks them. Raises CheckpointError where a tensor
     is not whole."""
-    tensor.check()
+    tensor.check_bounds()
     stacked = STACKED.fullmatch(name)
     if stacked is None or not tensor.shape:
+        tensor.check()
         return {name: tensor}
     parts = sum(part.rectangle.shape[0] for part in tensor.parts)
     if tensor.shape[0] > MAX_LAYERS or parts > MAX_PARTS or 0 in tensor.shape:
         raise CheckpointError(f"layers in a tensor of shape {list(tensor.shape)} are not read")
-    layers = enumerate(unstacked(tensor))
-    return {f"{stacked[1]}.{number}.{stacked[2]}": layer for number, layer in layers}
+    layers = {}
+    for number, layer in enumerate(unstacked(tensor)):
+        try:
+            layer.check()
+        except CheckpointError as error:
+            raise CheckpointError(f"layer {number}: {error}") from None
+        layers[f"{stacked[1]}.{number}.{stacked[2]}"] = layer
+    return layers
 
 
 def _with_joined_halves(tensors: dict[str, GlobalTensor]) -> dict[str, GlobalTensor]:

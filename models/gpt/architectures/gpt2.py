@@ -1,19 +1,15 @@
 """GPT-2 of Hugging Face, whose matrices are stored as [in, out]."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
-from megapipe.config import ModelConfig
 from megapipe.layout.architecture import ForeignTensor, Stack, stacked
 from megapipe.layout.foreign_config import MOST_LAYERS, ForeignConfig
-from megapipe.models.gpt.architectures.hugging_face import (
-    check_fits,
-    read_common,
-    read_dropout,
-    renamed,
-)
+from megapipe.layout.parameters import ParameterSpec
+from megapipe.models.gpt.architectures.common import GPTArchitecture, check_fits, renamed
+from megapipe.models.gpt.architectures.hugging_face import read_common, read_dropout
 from megapipe.models.gpt.config import GPTConfig
-from megapipe.models.gpt.parameters import parameter_table
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 LAYER_NAMES = {
@@ -35,8 +31,10 @@ HEADS_OF_OTHERS = (
 
 
 @dataclass(frozen=True)
-class GPT2Architecture:
+class GPT2Architecture(GPTArchitecture):
     """GPT2LMHeadModel."""
+
+    embedding: ClassVar[str] = "transformer.wte.weight"
 
     name: str = "GPT2LMHeadModel"
     model_type: str = "gpt2"
@@ -76,8 +74,7 @@ class GPT2Architecture:
         }
         return GPTConfig.model_validate(config.finish(keys))
 
-    def write_config(self, model: ModelConfig) -> dict[str, object]:
-        assert isinstance(model, GPTConfig), model.family
+    def config_of(self, model: GPTConfig) -> dict[str, object]:
         needed = {
             "norm": "layernorm",
             "activation": "gelu" if model.activation == "gelu" else "gelu_tanh",
@@ -108,12 +105,9 @@ class GPT2Architecture:
             "tie_word_embeddings": model.tie_embeddings,
         }
 
-    def tensors(self, model: ModelConfig) -> Sequence[ForeignTensor]:
-        assert isinstance(model, GPTConfig), model.family
-        return list(self._tensors(model))
-
-    def _tensors(self, model: GPTConfig) -> Iterator[ForeignTensor]:
-        parameters = {spec.name: spec for spec in parameter_table(model)}
+    def tensors_of(
+        self, model: GPTConfig, parameters: Mapping[str, ParameterSpec]
+    ) -> Iterator[ForeignTensor]:
         yield from renamed(parameters, "embedding", "transformer.wte")
         yield from renamed(parameters, "position_embedding", "transformer.wpe")
         for layer in range(model.num_layers):
@@ -128,11 +122,6 @@ class GPT2Architecture:
                 )
         yield from renamed(parameters, "final_norm", "transformer.ln_f")
         yield from renamed(parameters, "output", "lm_head")
-
-    def copies(self, model: ModelConfig) -> Mapping[str, str]:
-        assert isinstance(model, GPTConfig), model.family
-        tied = {"lm_head.weight": "transformer.wte.weight"}
-        return tied if model.tie_embeddings else {}
 
 
 GPT2 = GPT2Architecture()

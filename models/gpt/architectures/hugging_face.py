@@ -1,13 +1,9 @@
 """What all of Hugging Face's configs and weight names have in common."""
 
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megapipe.config.problems import show
-from megapipe.errors import ConversionError
-from megapipe.layout.architecture import ForeignTensor, whole
 from megapipe.layout.foreign_config import ForeignConfig
-from megapipe.layout.parameters import ParameterSpec
 from megapipe.models.gpt.config import GPTConfig, RopeScaling
 
 ABOUT_TEXT = (
@@ -191,26 +187,3 @@ def write_rope(model: GPTConfig) -> dict[str, object]:
             **(scaling or {"rope_type": "default"}),
         },
     }
-
-
-def check_fits(model: GPTConfig, name: str, needed: Mapping[str, object]) -> None:
-    """Raises ConversionError where keys of [model] have other values than an architecture needs."""
-    problems = [
-        f"model.{key} = {show(getattr(model, key))} can't be said in a config of {name}, where it "
-        f"is {show(value)}"
-        for key, value in needed.items()
-        if getattr(model, key) != value
-    ]
-    if problems:
-        raise ConversionError("\n  ".join([f"the model is no {name}:", *problems]))
-
-
-def renamed(
-    parameters: Mapping[str, ParameterSpec], ours: str, theirs: str, *, transposed: bool = False
-) -> Iterator[ForeignTensor]:
-    """The weight and the bias of a layer, those that there are, under another name."""
-    for kind in ("weight", "bias"):
-        spec = parameters.get(f"{ours}.{kind}")
-        if spec is not None:
-            turned = transposed and len(spec.shape) > 1
-            yield whole(spec, f"{theirs}.{kind}", transposed=turned)

@@ -1,22 +1,20 @@
 """Llama 2 and 3, Mistral, Qwen 2 and 3, and Phi-3, of Hugging Face: one network, other switches."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megapipe.config import ModelConfig
 from megapipe.layout.architecture import ForeignTensor, Stack, stacked
 from megapipe.layout.foreign_config import MOST_LAYERS, ForeignConfig
+from megapipe.layout.parameters import ParameterSpec
+from megapipe.models.gpt.architectures.common import GPTArchitecture, check_fits, renamed
 from megapipe.models.gpt.architectures.hugging_face import (
-    check_fits,
     read_common,
     read_heads,
     read_rope,
-    renamed,
     write_rope,
 )
 from megapipe.models.gpt.config import GPTConfig
-from megapipe.models.gpt.parameters import parameter_table
 
 LAYER_NAMES = {
     "attention_norm": "input_layernorm",
@@ -39,7 +37,7 @@ FUSED = {
 
 
 @dataclass(frozen=True)
-class LlamaLike:
+class LlamaLike(GPTArchitecture):
     """One of the architectures.
 
     sequence, epsilon, kv_heads, head_dim: the defaults of max_position_embeddings, rms_norm_eps,
@@ -122,8 +120,7 @@ class LlamaLike:
         config.require_each("layer_types", layers, kind)
         return window
 
-    def write_config(self, model: ModelConfig) -> dict[str, object]:
-        assert isinstance(model, GPTConfig), model.family
+    def config_of(self, model: GPTConfig) -> dict[str, object]:
         needed: dict[str, object] = {
             "norm": "rmsnorm",
             "activation": "swiglu",
@@ -170,12 +167,9 @@ class LlamaLike:
             keys |= {"use_sliding_window": has_window, "max_window_layers": first}
         return keys
 
-    def tensors(self, model: ModelConfig) -> Sequence[ForeignTensor]:
-        assert isinstance(model, GPTConfig), model.family
-        return list(self._tensors(model))
-
-    def _tensors(self, model: GPTConfig) -> Iterator[ForeignTensor]:
-        parameters = {spec.name: spec for spec in parameter_table(model)}
+    def tensors_of(
+        self, model: GPTConfig, parameters: Mapping[str, ParameterSpec]
+    ) -> Iterator[ForeignTensor]:
         yield from renamed(parameters, "embedding", "model.embed_tokens")
         for layer in range(model.num_layers):
             ours, theirs = f"layers.{layer}", f"model.layers.{layer}"
@@ -191,11 +185,6 @@ class LlamaLike:
                     yield from renamed(parameters, f"{ours}.{name}", f"{theirs}.{other}")
         yield from renamed(parameters, "final_norm", "model.norm")
         yield from renamed(parameters, "output", "lm_head")
-
-    def copies(self, model: ModelConfig) -> Mapping[str, str]:
-        assert isinstance(model, GPTConfig), model.family
-        tied = {"lm_head.weight": "model.embed_tokens.weight"}
-        return tied if model.tie_embeddings else {}
 
 
 LLAMA = LlamaLike("LlamaForCausalLM", "llama", sequence=2048, biases="all")

@@ -5,15 +5,13 @@ Norms before attention and feed-forward have the names of Transformer Engine's f
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
-from megapipe.config import ModelConfig
 from megapipe.layout.architecture import ForeignTensor, Piece, Stack, stacked, whole
 from megapipe.layout.foreign_config import MOST_LAYERS, ForeignConfig
 from megapipe.layout.parameters import ParameterSpec
-from megapipe.models.gpt.architectures.hugging_face import check_fits, renamed
+from megapipe.models.gpt.architectures.common import GPTArchitecture, check_fits, renamed
 from megapipe.models.gpt.config import GPTConfig, RopeScaling
-from megapipe.models.gpt.parameters import parameter_table
 
 LAYER_NAMES = {
     "attention.output": "self_attention.linear_proj",
@@ -64,8 +62,11 @@ its several hundred say how to train, not what is computed."""
 
 
 @dataclass(frozen=True)
-class MegatronGPT:
+class MegatronGPT(GPTArchitecture):
     """GPTModel of Megatron-core."""
+
+    embedding: ClassVar[str] = "embedding.word_embeddings.weight"
+    output: ClassVar[str] = "output_layer.weight"
 
     name: str = "GPTModel"
     model_type: str = "gpt"
@@ -143,8 +144,7 @@ class MegatronGPT:
             config.problem("window_size", f"= {window} lets tokens see later ones")
         return window[0] + 1
 
-    def write_config(self, model: ModelConfig) -> dict[str, object]:
-        assert isinstance(model, GPTConfig), model.family
+    def config_of(self, model: GPTConfig) -> dict[str, object]:
         needed: dict[str, object] = {"qkv_bias": True} if model.bias else {}
         scaling = model.rope_scaling
         if scaling is not None:
@@ -184,12 +184,9 @@ class MegatronGPT:
             "init_method_std": model.init_std,
         }
 
-    def tensors(self, model: ModelConfig) -> Sequence[ForeignTensor]:
-        assert isinstance(model, GPTConfig), model.family
-        return list(self._tensors(model))
-
-    def _tensors(self, model: GPTConfig) -> Iterator[ForeignTensor]:
-        parameters = {spec.name: spec for spec in parameter_table(model)}
+    def tensors_of(
+        self, model: GPTConfig, parameters: Mapping[str, ParameterSpec]
+    ) -> Iterator[ForeignTensor]:
         for tensor in renamed(parameters, "embedding", "embedding.word_embeddings"):
             yield replace(tensor, padded=True)
         yield from renamed(parameters, "position_embedding", "embedding.position_embeddings")
@@ -198,11 +195,6 @@ class MegatronGPT:
         yield from renamed(parameters, "final_norm", "decoder.final_layernorm")
         for tensor in renamed(parameters, "output", "output_layer"):
             yield replace(tensor, padded=True)
-
-    def copies(self, model: ModelConfig) -> Mapping[str, str]:
-        assert isinstance(model, GPTConfig), model.family
-        tied = {"output_layer.weight": "embedding.word_embeddings.weight"}
-        return tied if model.tie_embeddings else {}
 
 
 def _layer(

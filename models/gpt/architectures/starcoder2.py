@@ -1,22 +1,20 @@
 """StarCoder2 of Hugging Face: layer norms and biases with rotary positions and grouped queries."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from megapipe.config import ModelConfig
 from megapipe.layout.architecture import ForeignTensor, Stack
 from megapipe.layout.foreign_config import MOST_LAYERS, ForeignConfig
+from megapipe.layout.parameters import ParameterSpec
+from megapipe.models.gpt.architectures.common import GPTArchitecture, check_fits, renamed
 from megapipe.models.gpt.architectures.hugging_face import (
-    check_fits,
     read_common,
     read_dropout,
     read_heads,
     read_rope,
-    renamed,
     write_rope,
 )
 from megapipe.models.gpt.config import GPTConfig
-from megapipe.models.gpt.parameters import parameter_table
 
 LAYER_NAMES = {
     "attention_norm": "input_layernorm",
@@ -32,7 +30,7 @@ ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu"
 
 
 @dataclass(frozen=True)
-class StarCoder2Architecture:
+class StarCoder2Architecture(GPTArchitecture):
     """Starcoder2ForCausalLM."""
 
     name: str = "Starcoder2ForCausalLM"
@@ -69,8 +67,7 @@ class StarCoder2Architecture:
         }
         return GPTConfig.model_validate(config.finish(keys))
 
-    def write_config(self, model: ModelConfig) -> dict[str, object]:
-        assert isinstance(model, GPTConfig), model.family
+    def config_of(self, model: GPTConfig) -> dict[str, object]:
         needed = {
             "norm": "layernorm",
             "activation": "gelu" if model.activation == "gelu" else "gelu_tanh",
@@ -102,12 +99,9 @@ class StarCoder2Architecture:
             **write_rope(model),
         }
 
-    def tensors(self, model: ModelConfig) -> Sequence[ForeignTensor]:
-        assert isinstance(model, GPTConfig), model.family
-        return list(self._tensors(model))
-
-    def _tensors(self, model: GPTConfig) -> Iterator[ForeignTensor]:
-        parameters = {spec.name: spec for spec in parameter_table(model)}
+    def tensors_of(
+        self, model: GPTConfig, parameters: Mapping[str, ParameterSpec]
+    ) -> Iterator[ForeignTensor]:
         yield from renamed(parameters, "embedding", "model.embed_tokens")
         for layer in range(model.num_layers):
             for ours, theirs in LAYER_NAMES.items():
@@ -116,11 +110,6 @@ class StarCoder2Architecture:
                 )
         yield from renamed(parameters, "final_norm", "model.norm")
         yield from renamed(parameters, "output", "lm_head")
-
-    def copies(self, model: ModelConfig) -> Mapping[str, str]:
-        assert isinstance(model, GPTConfig), model.family
-        tied = {"lm_head.weight": "model.embed_tokens.weight"}
-        return tied if model.tie_embeddings else {}
 
 
 STARCODER2 = StarCoder2Architecture()

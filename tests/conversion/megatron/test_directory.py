@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megapipe.conversion.megatron import ranks, torch_dist
+from megapipe.conversion.megatron import assembly, ranks, torch_dist
 from megapipe.conversion.megatron.directory import is_megatron, open_megatron
 from megapipe.errors import CheckpointError
 from tests.conversion.megatron.samples import (
@@ -258,6 +258,10 @@ BAD_METADATA: dict[str, tuple[Callable[[Any], object], str]] = {
         lambda m: m.state_dict_metadata["output_layer.weight"].chunks.pop(),
         r"output_layer.weight: no file holds \[8:16, 0:8\]",
     ),
+    "gap in a layer": (
+        lambda m: m.state_dict_metadata["decoder.layers.mlp.linear_fc2.weight"].chunks.pop(),
+        r"linear_fc2.weight: layer 1: no file holds \[0:8, 6:12\]",
+    ),
     "huge shape": (
         lambda m: setattr(
             m.state_dict_metadata["output_layer.weight"], "size", torch.Size((2**40, 8))
@@ -339,6 +343,15 @@ def test_there_is_a_limit_to_what_ranks_may_hold(
     path = save_ranks(tmp_path / "run", weights(2), 2)
     monkeypatch.setattr(ranks, "MAX_TENSORS", 30)
     with pytest.raises(CheckpointError, match="holds more than 30 tensors"):
+        open_megatron(path)
+
+
+def test_there_is_a_limit_to_the_parts_of_a_tensor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_distributed(tmp_path / "run", weights(3), 4)
+    monkeypatch.setattr(assembly, "MAX_PARTS", 3)
+    with pytest.raises(CheckpointError, match=r"it has 4 parts, more than 3"):
         open_megatron(path)
 
 
