@@ -5,7 +5,6 @@ from pathlib import Path
 
 from torch import nn
 
-from megapipe.amounts import counted
 from megapipe.checkpoint.find import find_checkpoint
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.config import ModelConfig
@@ -85,13 +84,7 @@ def model_of(reader: CheckpointReader, families: Families) -> ModelConfig:
 
     Raises CheckpointError where there is no such family here.
     """
-    model = described_model(reader.config, shown(reader.path), families)
-    if model.num_layers > len(reader.names):
-        raise CheckpointError(
-            f"{shown(reader.path)} has {model.num_layers:,} layers by its config.toml, and "
-            f"{counted(len(reader.names), 'tensor')}"
-        )
-    return model
+    return described_model(reader.config, shown(reader.path), families)
 
 
 def kept_tokenizer(reader: CheckpointReader) -> Tokenizer | None:

@@ -102,3 +102,20 @@ def test_what_transformers_reads_too(
     assert "Traceback" not in err
     assert "fault of megapipe" not in err
     assert (tmp_path / "out").exists() == (found == 0)
+
+
+def test_modules_in_the_current_directory(tmp_path: Path) -> None:
+    """With `python -m`, Python itself would look for modules there first."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("torch", "traceback", "pathlib", "contextlib", "pydantic", "transformers"):
+        (folder / f"{name}.py").write_text(code(folder))
+    done = subprocess.run(
+        [sys.executable, "-m", "megapipe", "convert", "nowhere", "out", "--no-proof"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stderr == "megapipe: nowhere does not exist.\n"
+    assert not canary(folder).exists()

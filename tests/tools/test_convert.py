@@ -245,7 +245,7 @@ def lying(home: Path, **keys: Any) -> None:
     [
         (
             {"num_layers": 10**9},
-            "lying has 1,000,000,000 layers by its config.toml, and 21 tensors",
+            "lying: has 1,000,000,000 layers, more than 2,048",
         ),
         ({"num_layers": 3}, "tensor weights/layers.2.attention.k.weight is not in it"),
         (
