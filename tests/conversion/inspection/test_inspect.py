@@ -16,6 +16,7 @@ from megapipe.conversion.inspection.report import Report
 from megapipe.errors import CheckpointError, UsageError
 from megapipe.models.families import FAMILIES
 from tests.checkpoint.samples import save_sample, save_sample_weights
+from tests.conversion.megatron.samples import save_ranks, weights
 
 
 def bar(what: str, total: int) -> Any:
@@ -124,3 +125,15 @@ def test_a_hugging_face_directory(tmp_path: Path) -> None:
     assert "model.norm.weight │ float32 │ [4] │ 1 │ 2 │ 1 │ 1 │ 0" in said
     assert json.loads(report.json())["kind"] == "hugging_face"
     assert report_two(tmp_path, tmp_path, FAMILIES, bar).status == 0
+
+
+def test_two_layouts_of_a_megatron_checkpoint(tmp_path: Path) -> None:
+    whole = weights(layers=2)
+    one = save_ranks(tmp_path / "one", whole)
+    two = save_ranks(tmp_path / "two", whole, tensor=2, pipeline=2)
+    report = inspect(two, stats=True)
+    assert {"stack Megatron", "format torch", "step 10", "values all finite"} <= lines(report)
+    content = json.loads(report.json())
+    assert content["kind"] == "megatron"
+    assert {tensor["name"] for tensor in content["tensors"]} == whole.keys()
+    assert report_two(one, two, FAMILIES, bar).status == 0
