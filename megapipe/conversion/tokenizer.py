@@ -142,6 +142,8 @@ def _from_sentencepiece(tokenizer: SentencePieceTokenizer, max_length: int) -> d
         "clean_up_tokenization_spaces": False,
         "add_bos_token": False,
         "add_eos_token": False,
+        # Said in tokenizer.json too, which llama.cpp's converter does not read.
+        "add_prefix_space": model.adds_space,
         **_special_tokens(tokenizer, model),
     }
     return {

@@ -59,6 +59,9 @@ def test_transformers_gives_the_same_ids(exported: tuple[Tokenizer, Path]) -> No
     assert (auto.model_max_length, len(auto)) == (4096, tokenizer.vocab_size)
     assert auto("a").input_ids == tokenizer.encode("a"), "no token is added"
     assert (folder / "tokenizer.model").read_bytes() == tokenizer.path.read_bytes()
+    said = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    first = auto.convert_ids_to_tokens(tokenizer.encode("a"))[0]
+    assert said["add_prefix_space"] == first.startswith("\N{LOWER ONE EIGHTH BLOCK}")
 
 
 def test_a_tokenizer_that_differs_is_refused_with_its_rate(tmp_path: Path) -> None:

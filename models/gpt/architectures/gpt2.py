@@ -92,6 +92,7 @@ class GPT2Architecture(GPTArchitecture):
             "model_type": self.model_type,
             "vocab_size": model.vocab_size,
             "n_positions": model.max_sequence_length,
+            "n_ctx": model.max_sequence_length,  # an old name, which llama.cpp's converter reads
             "n_embd": model.hidden_size,
             "n_layer": model.num_layers,
             "n_head": model.num_heads,

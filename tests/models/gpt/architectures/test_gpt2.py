@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from megapipe.models.gpt.architectures.gpt2 import GPT2 as ARCHITECTURE
 from tests.models.gpt.architectures.published import GPT2
 from tests.models.gpt.architectures.test_hugging_face import read, refusal
 
@@ -37,3 +38,8 @@ def test_activations(name: str, ours: str) -> None:
 def test_dropout_that_is_written_as_a_whole_number() -> None:
     model = read({**GPT2.config, "resid_pdrop": 0, "embd_pdrop": 0.0, "attn_pdrop": 0})
     assert (model.dropout, model.attention_dropout) == (0, 0)
+
+
+def test_the_longest_sequence_has_its_old_name_too() -> None:
+    written = ARCHITECTURE.write_config(read(GPT2.config))
+    assert (written["n_ctx"], written["n_positions"]) == (1024, 1024)
