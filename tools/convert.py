@@ -12,7 +12,7 @@ from megapipe.tools.conversion import add_conversion_options, run_conversion
 _DESCRIPTION = """\
 Convert a model. A Hugging Face directory or a checkpoint of Megatron-LM becomes a checkpoint of
 weights alone, which a run can start from. A checkpoint of megapipe, or the newest of a run,
-becomes a Hugging Face directory.
+becomes a Hugging Face directory, or with --to GPTModel a Megatron-LM checkpoint.
 
 The result is proven before it gets its name: the other stack's own implementation and megapipe's
 compute the same logits. What can't be computed here is refused."""
@@ -45,7 +45,12 @@ def _argument(text: str) -> tuple[str, object]:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("convert", _DESCRIPTION)
-    parser.add_argument("source", type=path_argument, metavar="SRC", help="the model")
+    parser.add_argument(
+        "source",
+        type=path_argument,
+        metavar="SRC",
+        help="a Hugging Face directory, a Megatron or a megapipe checkpoint, or a run directory",
+    )
     parser.add_argument(
         "target", type=path_argument, metavar="DST", help="the directory to write; it must be new"
     )
@@ -60,7 +65,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--tokenizer",
         type=path_argument,
         metavar="PATH",
-        help="the tokenizer of a model from Megatron, which keeps none in its checkpoints",
+        help="the tokenizer, where SRC has none, as a checkpoint of Megatron",
     )
     for axis, what in (
         ("tensor", "tensor-parallel ranks"),

@@ -18,6 +18,11 @@ The result is proven before it gets its name, as by `megapipe convert`."""
 def run(argv: Sequence[str]) -> int:
     """Exit status 0 when the export is written, and proven unless --no-proof."""
     options = _parse(argv)
+    if options.to == "GPTModel":
+        raise UsageError(
+            "--to GPTModel writes a Megatron checkpoint, which is no export: use "
+            "`megapipe convert RUN DST --to GPTModel`."
+        )
 
     from megapipe.checkpoint.find import find_checkpoint
     from megapipe.checkpoint.load import open_checkpoint

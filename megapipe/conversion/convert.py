@@ -20,10 +20,20 @@ from megapipe.config import dump_model
 from megapipe.conversion.hugging_face.config_file import GENERATION, is_hugging_face
 from megapipe.conversion.hugging_face.export import ExportOptions, dtype_of_run, plan_export
 from megapipe.conversion.hugging_face.reference import require_transformers, transformers_logits
-from megapipe.conversion.hugging_face.write import as_json, export_bytes, write_export
+from megapipe.conversion.hugging_face.write import (
+    FILE_BYTES,
+    as_json,
+    export_bytes,
+    write_export,
+)
 from megapipe.conversion.incoming import open_incoming
 from megapipe.conversion.megatron.directory import is_megatron
-from megapipe.conversion.megatron.export import MegatronExport, write_megatron
+from megapipe.conversion.megatron.export import (
+    MegatronExport,
+    export_bytes_for_megatron,
+    widest_dtype,
+    write_megatron,
+)
 from megapipe.conversion.megatron.reference import megatron_logits, require_megatron
 from megapipe.conversion.megatron.writer import RankGrid
 from megapipe.conversion.model_at import Families, megatron_architecture
@@ -31,13 +41,16 @@ from megapipe.conversion.open import checkpoint_weights, kept_tokenizer
 from megapipe.conversion.places import check_target, new_parents_removed, require_model
 from megapipe.conversion.proof import TheirLogits, proof_sequences, prove
 from megapipe.conversion.source import CheckpointWeights, WeightSource
-from megapipe.data.tokenizer import Tokenizer
+from megapipe.data.tokenizer import Tokenizer, load_tokenizer
 from megapipe.errors import ConversionError
 from megapipe.files import shown
 from megapipe.layout.family import ModelFamily
 
 MEGATRON = "GPTModel"
 """The architecture that is written as directories for ranks."""
+TO_OTHERS = "for conversions to other stacks"
+TO_MEGATRON = f"for models that Megatron gets (--to {MEGATRON})"
+TO_HUGGING_FACE = "for conversions to Hugging Face"
 
 Say = Callable[[str], None]
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
@@ -60,7 +73,7 @@ class Conversion:
     """What a user has asked for; `options` are for exports, and of imports those that apply.
 
     arguments: Megatron's, those that its checkpoint does not hold. tokenizer: where the tokenizer
-    of a model from Megatron is. grid: for how many of Megatron's ranks a model is written.
+    is, if not in the source. grid: for how many of Megatron's ranks a model is written.
     """
 
     source: Path
@@ -83,10 +96,7 @@ def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     check_target(asked.source, asked.target)
     incoming = is_hugging_face(asked.source) or is_megatron(asked.source)
     to_megatron = not incoming and asked.options.architecture == MEGATRON
-    if asked.grid != RankGrid() and not to_megatron:
-        raise ConversionError(
-            f"--tensor, --pipeline and --virtual are for models that Megatron gets: --to {MEGATRON}"
-        )
+    _refuse_options(asked, incoming=incoming, to_megatron=to_megatron)
     if asked.proof.wanted:
         with_megatron = is_megatron(asked.source) or to_megatron
         require_megatron() if with_megatron else require_transformers()
@@ -94,20 +104,43 @@ def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
         if incoming:
             _import(asked, families, say, bar)
         elif to_megatron:
-            _export_to_megatron(asked, families, say)
+            _export_to_megatron(asked, families, say, bar)
         else:
             _export(asked, families, say, bar)
     say(f"Written: {shown(asked.target)}")
 
 
+def _refuse_options(asked: Conversion, *, incoming: bool, to_megatron: bool) -> None:
+    """Raises ConversionError for options that mean nothing in a conversion of this direction."""
+    options, to_hugging_face = asked.options, not incoming and not to_megatron
+    from_megatron = is_megatron(asked.source)
+    for named, used, fits, where in (
+        (f"--to {options.architecture}", options.architecture, not incoming, TO_OTHERS),
+        ("--tensor, --pipeline or --virtual", asked.grid != RankGrid(), to_megatron, TO_MEGATRON),
+        ("--file-size", options.file_bytes != FILE_BYTES, to_hugging_face, TO_HUGGING_FACE),
+        (
+            "--allow-tokenizer-drift",
+            options.allow_tokenizer_drift,
+            to_hugging_face,
+            TO_HUGGING_FACE,
+        ),
+        ("--tokenizer", asked.tokenizer, not to_megatron, "not for Megatron, which keeps none"),
+        ("--argument", asked.arguments, from_megatron, "for checkpoints of Megatron"),
+    ):
+        if used and not fits:
+            result = _result(incoming, to_megatron)
+            raise ConversionError(f"{named} is {where}; {shown(asked.source)} becomes {result}")
+
+
+def _result(incoming: bool, to_megatron: bool) -> str:
+    if incoming:
+        return "a checkpoint of megapipe"
+    return "a Megatron checkpoint" if to_megatron else "a Hugging Face directory"
+
+
 def _import(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     """From another stack's directory to a checkpoint of weights alone."""
     options = asked.options
-    if options.architecture is not None:
-        raise ConversionError(
-            f"--to {options.architecture} is for conversions to other stacks; "
-            f"{shown(asked.source)} becomes a checkpoint of megapipe"
-        )
     incoming = open_incoming(asked.source, asked.arguments, asked.tokenizer, families)
     weights = incoming.weights
     tokenizer = incoming.load_tokenizer() if options.tokenizer else None
@@ -134,29 +167,31 @@ def _import(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
         )
 
 
-def _export_to_megatron(asked: Conversion, families: Families, say: Say) -> None:
+def _export_to_megatron(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     """From a checkpoint to Megatron-LM's directories for ranks."""
     reader = open_checkpoint(find_checkpoint(asked.source))
     weights = checkpoint_weights(reader, families)
     family, architecture = megatron_architecture(
         {weights.model.family: families[weights.model.family]}
     )
-    dtype = asked.options.dtype or dtype_of_run(reader) or weights.dtype(weights.names[0])
+    dtype = asked.options.dtype or dtype_of_run(reader) or widest_dtype(weights)
     export = MegatronExport(weights, architecture, asked.grid, dtype)
     say(f"{weights.place}: {architecture.name}, {_amounts(weights)}")
 
     def accept(folder: Path) -> None:
-        logits = partial(megatron_logits, folder, architecture.write_config(weights.model))
+        logits = partial(megatron_logits, folder, {}, architecture.write_config(weights.model))
         tokenizer = kept_tokenizer(reader)
         _prove(asked.proof, family, weights, logits, tokenizer, say, rounded=dtype)
 
-    write_megatron(export, asked.target, accept)
+    with bar("converting", export_bytes_for_megatron(export)) as progress:
+        write_megatron(export, asked.target, accept, progress)
 
 
 def _export(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     """From a checkpoint to a Hugging Face directory."""
     reader = open_checkpoint(find_checkpoint(asked.source))
-    planned = plan_export(reader, families, asked.options, say)
+    tokenizer = None if asked.tokenizer is None else load_tokenizer(asked.tokenizer, key=None)
+    planned = plan_export(reader, families, asked.options, say, tokenizer)
     export = planned.export
     say(f"{export.source.place}: {export.architecture.name}, {_amounts(export.source)}")
 

@@ -22,7 +22,6 @@ from megapipe.conversion.proof import Sequences
 from megapipe.conversion.source import WeightSource
 from megapipe.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
 from megapipe.errors import ConversionError, DataError
-from megapipe.files import shown
 from megapipe.layout.architecture import Stack
 from megapipe.layout.family import ModelFamily
 
@@ -85,11 +84,6 @@ def open_incoming(
     ConversionError for what can't be read or computed.
     """
     if is_hugging_face(source):
-        if arguments:
-            raise ConversionError(
-                f"--argument is for checkpoints of Megatron, and {shown(source)} is a model of "
-                "Hugging Face's, whose config.json says everything"
-            )
         return _from_hugging_face(source, tokenizer, families)
     return _from_megatron(source, arguments, tokenizer, families)
 
@@ -118,6 +112,6 @@ def _from_megatron(
     family, architecture = megatron_architecture(families)
     weights = open_megatron_weights(checkpoint, families, arguments)
     logits: Callable[..., Mapping[str, Tensor]] = partial(
-        megatron_logits, checkpoint.path, architecture.write_config(weights.model)
+        megatron_logits, checkpoint.path, arguments, architecture.write_config(weights.model)
     )
     return Incoming("megatron", architecture.name, family, weights, logits, {}, tokenizer)

@@ -184,9 +184,11 @@ def megatron_model(
 
 
 def megatron_architecture(families: Families) -> tuple[ModelFamily, Architecture]:
-    """The architecture of Megatron's models, and the family that it is of."""
-    ((_, found), *_) = named_architectures(families, "megatron")
-    return found
+    """The architecture of Megatron's models, and the family that it is of. Raises ConversionError
+    where none of the families has one."""
+    for _, found in named_architectures(families, "megatron"):
+        return found
+    raise ConversionError(f"Megatron has no models like those of family {', '.join(families)}")
 
 
 def _in_checkpoint(path: Path, families: Families) -> ModelConfig:

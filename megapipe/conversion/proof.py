@@ -66,7 +66,12 @@ def proof_sequences(
     model: ModelConfig, tokenizer: Tokenizer | None, length: int | None
 ) -> dict[str, Tensor]:
     """Random tokens over the whole vocabulary, and those of a real text where there is a
-    tokenizer."""
+    tokenizer. Raises ConversionError for a length that the model is not made for."""
+    if length is not None and length > model.max_sequence_length:
+        raise ConversionError(
+            f"--proof-tokens {length}: the model is made for {model.max_sequence_length:,} tokens "
+            "at most"
+        )
     length = min(length or PROOF_TOKENS, model.max_sequence_length)
     generator = torch.Generator().manual_seed(RANDOM_SEED)
     sequences = {
@@ -157,6 +162,8 @@ def prove(
 ) -> Proof:
     """Compare `theirs` with ours, of the arguments of `our_logits`; raises ConversionError with
     what was found where the two don't agree."""
+    if layers is not None and layers >= source.model.num_layers:
+        layers = None  # which is all of them
     reference = theirs(sequences, layers)
     ours = our_logits(family, source, sequences, layers, rounded)
     proof = compare_logits(ours, reference, layers)

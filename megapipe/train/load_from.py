@@ -13,6 +13,7 @@ from megapipe.checkpoint.verify import read_manifest
 from megapipe.config import Config
 from megapipe.config.problems import show
 from megapipe.conversion.fitting import Fitting, Origin, fit_config
+from megapipe.conversion.hugging_face.companions import check_companions
 from megapipe.conversion.hugging_face.config_file import is_hugging_face
 from megapipe.conversion.megatron.directory import is_megatron
 from megapipe.conversion.model_at import Families
@@ -21,7 +22,7 @@ from megapipe.conversion.source import CheckpointWeights, ForeignWeights, Weight
 from megapipe.data.tokenizer import load_tokenizer
 from megapipe.data_parallel.optimizer import WEIGHTS
 from megapipe.distributed.rank_group import RankGroup
-from megapipe.errors import CheckpointError, DataError
+from megapipe.errors import CheckpointError, ConversionError, DataError
 from megapipe.files import shown
 from megapipe.layout.parameters import ParameterShard
 from megapipe.optim.learning_rate import Course
@@ -179,8 +180,10 @@ class LoadFrom:
             if isinstance(source, CheckpointWeights):
                 kept = kept_tokenizer(source.reader)
             else:
+                if is_hugging_face(path):
+                    check_companions(path)
                 kept = load_tokenizer(path, key=None)
-        except DataError:
+        except (DataError, ConversionError):
             return []  # there is none that could be compared
         own = load_tokenizer(self._config.data.tokenizer)
         if kept is None or kept.sha256 == own.sha256:

@@ -43,8 +43,8 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> PretrainedGPT:
-    """The model of a directory of Hugging Face's, of a checkpoint, or of the newest whole
-    checkpoint of a run directory.
+    """The model of a directory of Hugging Face's, of a Megatron checkpoint, of a checkpoint of
+    ours, or of the newest whole one of a run directory.
 
     Raises CheckpointError if there is none, a byte of it is damaged, a tensor is missing, or the
     model is of another family; ConversionError for a Hugging Face model that we don't compute.
@@ -57,7 +57,7 @@ def load_pretrained(
         )
     module = PretrainedGPT(model, dtype, torch.device(device))
     fill(module, source)
-    return module
+    return module.eval()
 
 
 def load_kept_tokenizer(path: str | Path) -> Tokenizer:

@@ -51,7 +51,7 @@ def _section(architecture: Architecture) -> Iterator[str]:
     architecture.write_config(model)  # the architecture can hold it
     stack = {"hugging_face": "Hugging Face", "megatron": "Megatron-LM"}[architecture.stack]
     yield from (f"### {architecture.name} ({stack})", "")
-    yield from ("| there | here |", "|---|---|")
+    yield from (f"| {stack} | megapipe |", "|---|---|")
     for tensor in architecture.tensors(model):
         yield f"| `{_layer(tensor.name)}` | {_held(tensor)} |"
     yield ""
@@ -61,9 +61,9 @@ def _held(tensor: ForeignTensor) -> str:
     names = list(dict.fromkeys(f"`{_layer(piece.parameter)}`" for piece in tensor.pieces))
     text = ", ".join(names)
     if len(tensor.pieces) > len(names):
-        text += ", their heads in turn by query group"
+        text += ", interleaved by query group"
     elif len(names) > 1:
-        text += ", one behind the other"
+        text += ", concatenated"
     if tensor.transposed:
         text += "; transposed"
     return text + "; padded" * tensor.padded

@@ -56,8 +56,10 @@ def plan_export(
     families: Families,
     options: ExportOptions,
     say: Callable[[str], None],
+    tokenizer: Tokenizer | None = None,
 ) -> PlannedExport:
-    """The export of a checkpoint. `say` takes lines for people while it is written.
+    """The export of a checkpoint, with its own tokenizer unless another is given. `say` takes lines
+    for people while it is written.
 
     Raises ConversionError where no architecture can hold the model, or its tokenizer is missing.
     """
@@ -65,11 +67,12 @@ def plan_export(
     model = weights.model
     family = families[model.family]
     architecture = _choose(reader, family, model, options.architecture)
-    tokenizer = kept_tokenizer(reader) if options.tokenizer else None
+    if options.tokenizer and tokenizer is None:
+        tokenizer = kept_tokenizer(reader)
     if options.tokenizer and tokenizer is None:
         raise ConversionError(
-            f"{shown(reader.path)} holds no tokenizer, and users of the model need one. To convert "
-            "without: --no-tokenizer."
+            f"{shown(reader.path)} holds no tokenizer, and users of the model need one. Name it "
+            "(--tokenizer PATH), or convert without: --no-tokenizer."
         )
     parts: list[Callable[[Path], object]] = []
     if tokenizer is not None:

@@ -1,5 +1,6 @@
 """A checkpoint of ours as Megatron-LM's directories for ranks."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,16 +52,31 @@ class MegatronExport:
         }
 
 
+def widest_dtype(weights: WeightSource) -> torch.dtype:
+    """The dtype that holds all weights as they are stored: Megatron has one for a model."""
+    return functools.reduce(torch.promote_types, map(weights.dtype, weights.names))
+
+
+def export_bytes_for_megatron(export: MegatronExport) -> int:
+    """Bytes of all weights, those that several ranks hold counted once."""
+    tensors = export.tensors
+    return sum(map(tensors.size, tensors.shapes)) * export.dtype.itemsize
+
+
 def write_megatron(
-    export: MegatronExport, target: Path, accept: Callable[[Path], None] | None = None
+    export: MegatronExport,
+    target: Path,
+    accept: Callable[[Path], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> Path:
     """Write the directory `target`; `accept` and errors are as in `write_new_directory`, and
     CheckpointError where the model can't be cut for those ranks."""
     tensors = export.tensors
-    values = sum(map(tensors.size, tensors.shapes))
 
     def write(folder: Path) -> None:
-        write_rank_directories(folder, tensors, export.grid, export.arguments, export.dtype)
+        write_rank_directories(
+            folder, tensors, export.grid, export.arguments, export.dtype, progress
+        )
 
-    needed = values * export.dtype.itemsize + export.grid.ranks * ALLOWANCE
+    needed = export_bytes_for_megatron(export) + export.grid.ranks * ALLOWANCE
     return write_new_directory(target, needed, write, accept=accept)

@@ -35,36 +35,49 @@ PADDING = 128
 
 def require_megatron() -> None:
     """Raises ConversionError where Megatron-core is not installed."""
-    if importlib.util.find_spec("megatron") is None:
+    if not _is_installed():
         raise ConversionError(
             "not proven: megatron-core, which the result is compared with, is not installed. "
             "Install it (pip install megatron-core), or convert without a proof: --no-proof."
         )
 
 
+def _is_installed() -> bool:
+    """Other packages are called megatron too."""
+    try:
+        return importlib.util.find_spec("megatron.core") is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def megatron_logits(
     path: Path,
-    arguments: Mapping[str, object],
+    given: Mapping[str, object],
+    defaults: Mapping[str, object],
     sequences: Sequences,
     layers: int | None = None,
     rounded: torch.dtype | None = None,
 ) -> Mapping[str, Tensor]:
     """Logits [S, vocabulary] in float32 by Megatron-core's GPTModel with the weights of a
-    checkpoint, as `transformers_logits`. `arguments` are all of Megatron's that say what the model
-    computes. Raises ConversionError where it can't compute them."""
+    checkpoint, as `transformers_logits`.
+
+    What it computes is said by the arguments that the checkpoint holds, and by `given`, which it
+    does not hold; `defaults` are for the rest. Raises ConversionError where it can't compute that.
+    """
     require_megatron()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_file(dict(sequences), folder / "tokens.safetensors")
         asked = {
             "checkpoint": str(path.absolute()),
-            "arguments": dict(arguments),
+            "given": dict(given),
+            "defaults": dict(defaults),
             "layers": layers,
             "rounded": None if rounded is None else str(rounded).removeprefix("torch."),
         }
         (folder / "asked.json").write_text(json.dumps(asked))
         done = subprocess.run(
-            [sys.executable, "-m", "megapipe.conversion.megatron.reference", name],
+            [sys.executable, "-P", "-m", "megapipe.conversion.megatron.reference", name],
             capture_output=True,
             text=True,
             check=False,
@@ -83,7 +96,11 @@ def main(folder: Path) -> None:
     asked = json.loads((folder / "asked.json").read_text())
     if not torch.cuda.is_available():
         _do_without_cuda()
-    checkpoint, arguments = open_megatron(asked["checkpoint"]), asked["arguments"]
+    checkpoint = open_megatron(asked["checkpoint"])
+    held = {name: value for name, value in checkpoint.arguments.items() if value is not None}
+    if "layernorm_epsilon" in held:  # the newer name, where both are there the same
+        held.setdefault("norm_epsilon", held["layernorm_epsilon"])
+    arguments = _completed({**asked["defaults"], **held, **asked["given"]})
     layers = min(asked["layers"] or arguments["num_layers"], arguments["num_layers"])
     model = _build({**arguments, "num_layers": layers})
     _load(model, checkpoint, layers)
@@ -95,6 +112,14 @@ def main(folder: Path) -> None:
         folder / "logits.safetensors",
     )
     dist.destroy_process_group()
+
+
+def _completed(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What Megatron itself makes of its arguments before it builds a model."""
+    groups = arguments["num_query_groups"]
+    if not arguments["group_query_attention"]:
+        groups = arguments["num_attention_heads"]
+    return {**arguments, "num_query_groups": groups}
 
 
 @torch.no_grad()
@@ -127,7 +152,7 @@ def _build(arguments: Mapping[str, Any]) -> nn.Module:
         kv_channels=arguments["kv_channels"],
         ffn_hidden_size=arguments["ffn_hidden_size"],
         normalization=arguments["normalization"],
-        layernorm_epsilon=arguments["layernorm_epsilon"],
+        layernorm_epsilon=arguments["norm_epsilon"],
         gated_linear_unit=arguments["swiglu"],
         activation_func=F.silu if arguments["swiglu"] else gelu,
         add_bias_linear=arguments["add_bias_linear"],

@@ -12,7 +12,7 @@ torch.load does not look at them.
 import argparse
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -83,12 +83,14 @@ def write_rank_directories(
     grid: RankGrid,
     arguments: Mapping[str, object],
     dtype: torch.dtype,
+    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write `model` into the empty `directory`, with values rounded to `dtype`.
 
     `arguments` are Megatron's, in plain values; the sizes of the grid are added. With
     `transformer_impl = "local"` norms are named as megatron-core's own layers name them, otherwise
-    as Transformer Engine's do. Raises CheckpointError where the model can't be cut that way, before
+    as Transformer Engine's do. `progress` is called with the number of bytes after each
+    write of that many. Raises CheckpointError where the model can't be cut that way, before
     anything is written.
     """
     plan = {
@@ -108,7 +110,7 @@ def write_rank_directories(
         name = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if grid.pipeline > 1 else "")
         target = directory / RELEASE / name
         target.mkdir(parents=True)
-        _write_rank(target / "model_optim_rng.pt", model, chunks, saved, dtype)
+        _write_rank(target / "model_optim_rng.pt", model, chunks, saved, dtype, progress)
         sync_directory(target)
     sync_directory(directory / RELEASE)
     write_durably(directory / TRACKER, [RELEASE.encode()])
@@ -209,6 +211,7 @@ def _write_rank(
     chunks: list[Chunk],
     arguments: argparse.Namespace,
     dtype: torch.dtype,
+    progress: Callable[[int], None] | None,
 ) -> None:
     """Write one rank's file, and return when it is on the disk."""
     keys = ["model"] if len(chunks) == 1 else [f"model{n}" for n in range(len(chunks))]
@@ -231,6 +234,8 @@ def _write_rank(
                 os.lseek(descriptor, _offset(archive, archive.content[key][name]), os.SEEK_SET)
                 for piece in _pieces(model, shard, dtype):
                     write_all(descriptor, [as_bytes(piece).numpy().data])
+                    if progress is not None:
+                        progress(piece.nbytes)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
