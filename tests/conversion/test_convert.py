@@ -16,6 +16,7 @@ from megapipe.config import ModelConfig
 from megapipe.conversion.convert import Conversion, ProofOptions, convert
 from megapipe.conversion.hugging_face.export import ExportOptions
 from megapipe.conversion.hugging_face.reference import transformers_logits
+from megapipe.conversion.megatron.writer import RankGrid
 from megapipe.conversion.open import open_weights
 from megapipe.conversion.proof import TOLERANCE, prove
 from megapipe.conversion.source import WeightSource
@@ -23,6 +24,7 @@ from megapipe.errors import CheckpointError, ConversionError
 from megapipe.models import load_pretrained
 from megapipe.models.families import FAMILIES
 from tests.conversion.models import CASES, LENGTH, WINDOW, greedy, make_model, save_model, tokens
+from tests.data.tokenizer_samples import byte_level
 
 NO_TOKENIZER = ExportOptions(tokenizer=False)
 
@@ -229,6 +231,17 @@ def test_without_the_other_implementation(tmp_path: Path, monkeypatch: pytest.Mo
     run(source, tmp_path / "checkpoint", wanted=False)
 
 
+def test_more_layers_than_there_are_means_all(tmp_path: Path) -> None:
+    source = save_model("llama", tmp_path / "in")
+    assert "layers)" not in run(source, tmp_path / "checkpoint", layers=100)[-2]
+
+
+def test_sequences_that_the_model_is_not_made_for(tmp_path: Path) -> None:
+    source = save_model("llama", tmp_path / "in")
+    with pytest.raises(ConversionError, match="--proof-tokens 129: the model is made for 128"):
+        run(source, tmp_path / "checkpoint", tokens=129)
+
+
 # --- What is in the way --------------------------------------------------------------------------
 
 
@@ -254,3 +267,37 @@ def test_models_that_no_architecture_holds(tmp_path: Path) -> None:
         run(tmp_path / "checkpoint", tmp_path / "out", ExportOptions("Llama", tokenizer=False))
     with pytest.raises(ConversionError, match="--to X is for conversions to other stacks"):
         run(source, tmp_path / "out", ExportOptions("X"))
+
+
+@pytest.mark.parametrize(
+    ("options", "more", "said"),
+    [
+        (ExportOptions(file_bytes=1), {}, "--file-size is for conversions to Hugging Face; .*in"),
+        (ExportOptions(allow_tokenizer_drift=True), {}, "--allow-tokenizer-drift is for conv"),
+        (
+            NO_TOKENIZER,
+            {"arguments": {"swiglu": True}},
+            "--argument is for checkpoints of M",
+        ),
+        (NO_TOKENIZER, {"grid": RankGrid(2)}, r"--tensor, --pipeline or --virtual is for models"),
+    ],
+)
+def test_options_of_another_direction(
+    options: ExportOptions, more: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    source = save_model("llama", tmp_path / "in")
+    asked = Conversion(source, tmp_path / "out", options, ProofOptions(False), **more)
+    with pytest.raises(ConversionError, match=said):
+        convert(asked, FAMILIES, lambda line: None, no_bar)
+
+
+def test_a_checkpoint_that_keeps_a_config_of_its_tokenizer(tmp_path: Path) -> None:
+    source = save_model("llama", tmp_path / "in")
+    (source / "generation_config.json").unlink()
+    byte_level(size=259).save(
+        str(source / "tokenizer.json")
+    )  # of which config.json names the end token
+    run(source, tmp_path / "checkpoint", ExportOptions())
+    assert (tmp_path / "checkpoint" / "config.json").is_file()
+    run(tmp_path / "checkpoint", tmp_path / "out", ExportOptions())
+    assert_same(weights(source), weights(tmp_path / "out"))

@@ -9,6 +9,7 @@ import torch
 from megapipe.conversion.convert import Conversion, ProofOptions, convert
 from megapipe.conversion.hugging_face.export import ExportOptions
 from megapipe.conversion.megatron.directory import open_megatron
+from megapipe.conversion.megatron.export import widest_dtype
 from megapipe.conversion.megatron.reference import megatron_logits
 from megapipe.conversion.megatron.writer import RankGrid
 from megapipe.conversion.open import open_weights
@@ -16,6 +17,7 @@ from megapipe.conversion.proof import TOLERANCE
 from megapipe.errors import CheckpointError, ConversionError
 from megapipe.models import load_pretrained
 from megapipe.models.families import FAMILIES
+from megapipe.models.gpt.architectures.megatron import MegatronGPT
 from tests.conversion.models import save_model, tokens
 from tests.conversion.test_convert import no_bar
 
@@ -73,6 +75,38 @@ def test_megatrons_own_model_computes_the_same(case: str, tmp_path: Path) -> Non
     assert (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max()
 
 
+@pytest.mark.skipif(find_spec("megatron") is None, reason="needs megatron-core")
+@pytest.mark.parametrize("key", ["norm_epsilon", "rope_theta", "sliding_window"])
+def test_a_proof_finds_arguments_that_are_misread(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = from_hugging_face("mistral", tmp_path)
+    to_megatron(checkpoint, tmp_path / "megatron", RankGrid())
+    read = MegatronGPT.read_config
+    monkeypatch.setattr(
+        MegatronGPT,
+        "read_config",
+        lambda self, values: (model := read(self, values)).model_copy(
+            update={key: getattr(model, key) * 2}
+        ),
+    )
+    asked = Conversion(
+        tmp_path / "megatron", tmp_path / "back", ExportOptions(tokenizer=False), ProofOptions()
+    )
+    with pytest.raises(ConversionError, match="the conversion is wrong, and nothing was written"):
+        convert(asked, FAMILIES, lambda line: None, no_bar)
+
+
+def test_all_weights_get_the_widest_dtype() -> None:
+    class Mixed:
+        names = ("a", "b", "c")
+
+        def dtype(self, name: str) -> torch.dtype:
+            return torch.float32 if name == "b" else torch.bfloat16
+
+    assert widest_dtype(Mixed()) is torch.float32  # type: ignore[arg-type]
+
+
 def test_what_megatron_can_not_hold(tmp_path: Path) -> None:
     checkpoint = from_hugging_face("llama3", tmp_path)
     with pytest.raises(ConversionError, match=r"model\.rope_scaling = .* can't be said in a"):
@@ -87,5 +121,7 @@ def test_what_megatron_can_not_hold(tmp_path: Path) -> None:
 def test_ranks_are_for_megatron_alone(tmp_path: Path) -> None:
     checkpoint = from_hugging_face("llama", tmp_path)
     asked = Conversion(checkpoint, tmp_path / "out", grid=RankGrid(2))
-    with pytest.raises(ConversionError, match="is for models that Megatron gets \\(--to GPTModel\\)"):
+    with pytest.raises(
+        ConversionError, match="is for models that Megatron gets \\(--to GPTModel\\)"
+    ):
         convert(asked, FAMILIES, lambda line: None, no_bar)
