@@ -110,7 +110,7 @@ class ForeignConfig:
         value = self._value(key, default)
         if not any(value == one and type(value) is type(one) for one in usable):
             known = " or ".join(show(one) for one in usable)
-            self._refuse(key, value, f"asks for what is not computed here ({known} is)")
+            self._refuse(key, value, f"is not supported (supported: {known})")
 
     def require_each(self, key: str, count: int, usable: str) -> None:
         """Refuse a list, where there is one, that is not `count` times `usable`."""
@@ -120,7 +120,7 @@ class ForeignConfig:
         if not isinstance(value, list) or len(value) != count:
             self._refuse(key, value, f"is not a list of {counted(count, 'entry')}")
         elif other := [entry for entry in value if entry != usable]:
-            self._refuse(key, other[0], f"asks for what is not computed here ({show(usable)} is)")
+            self._refuse(key, other[0], f"is not supported (supported: {show(usable)})")
 
     def ignore(self, keys: Collection[str]) -> None:
         """Pass over keys that change nothing of what the model computes."""
@@ -143,7 +143,9 @@ class ForeignConfig:
             lines = self.problems[:MAX_PROBLEMS]
             if len(self.problems) > MAX_PROBLEMS:
                 lines.append(f"and {len(self.problems) - MAX_PROBLEMS:,} more")
-            raise ConversionError("\n  ".join(["the config can't be honoured:", *lines]))
+            raise ConversionError(
+                "\n  ".join(["these settings of its config can't be used:", *lines])
+            )
         return keys
 
     def _refuse_unknown(self) -> None:

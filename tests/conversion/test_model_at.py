@@ -61,7 +61,7 @@ def test_a_run_goes_on_as_the_model_of_its_own_checkpoints(tmp_path: Path) -> No
     [
         (
             {"hidden_act": "relu"},
-            'hidden_act = "relu" asks for',
+            'hidden_act = "relu" is not supported',
         ),
         ({"auto_map": {"AutoModel": "evil.Evil"}}, "auto_map names code of its own"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers = 1000000000000 is not a whole"),

@@ -13,7 +13,7 @@ def refusal(config: ForeignConfig) -> list[str]:
     with pytest.raises(ConversionError) as caught:
         config.finish({})
     first, *lines = str(caught.value).split("\n  ")
-    assert first == "the config can't be honoured:"
+    assert first == "these settings of its config can't be used:"
     return lines
 
 
@@ -104,10 +104,10 @@ def test_values_that_are_required() -> None:
     config.require("e", 1, 1)
     config.require("absent", False, True)
     assert refusal(config) == [
-        "b = 1.0 asks for what is not computed here (1 is)",
-        'd = "x" asks for what is not computed here ("y" or "z" is)',
-        "e = true asks for what is not computed here (1 is)",
-        "absent = false asks for what is not computed here (true is)",
+        "b = 1.0 is not supported (supported: 1)",
+        'd = "x" is not supported (supported: "y" or "z")',
+        "e = true is not supported (supported: 1)",
+        "absent = false is not supported (supported: true)",
     ]
 
 
@@ -118,7 +118,7 @@ def test_values_that_are_required() -> None:
         (["a", "a"], None),
         (["a"], 'kinds = ["a"] is not a list of 2 entries'),
         ("aa", 'kinds = "aa" is not a list of 2 entries'),
-        (["a", "b"], 'kinds = "b" asks for what is not computed here ("a" is)'),
+        (["a", "b"], 'kinds = "b" is not supported (supported: "a")'),
     ],
     ids=str,
 )

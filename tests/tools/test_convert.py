@@ -129,7 +129,7 @@ OTHER = {"architectures": ["FalconForCausalLM"], "model_type": "falcon"}
         (
             lambda home: write_model(home / "gelu", tensors(), hidden_act="gelu"),
             "convert gelu out",
-            'hidden_act = "gelu" asks for what is not computed here ("silu" is)',
+            'hidden_act = "gelu" is not supported (supported: "silu")',
         ),
         (
             lambda home: write_model(home / "odd", num_key_value_heads=3, num_attention_heads=4),

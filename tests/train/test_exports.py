@@ -48,5 +48,5 @@ def test_what_no_other_stack_has_is_refused_at_the_start(
     assert main(["train", str(corpus / "run.toml"), *words]) == 1
     said = capfd.readouterr().err
     assert "checkpoint.export_every = 2: Hugging Face has no such model" in said
-    assert 'model.norm = "layernorm" can\'t be said in a config of LlamaForCausalLM' in said
+    assert 'model.norm = "layernorm": LlamaForCausalLM has no setting for that' in said
     assert not (run / "checkpoints").exists()

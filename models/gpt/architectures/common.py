@@ -51,8 +51,8 @@ def _checked(model: ModelConfig) -> GPTConfig:
 def check_fits(model: GPTConfig, name: str, needed: Mapping[str, object]) -> None:
     """Raises ConversionError where keys of [model] have other values than an architecture needs."""
     problems = [
-        f"model.{key} = {show(getattr(model, key))} can't be said in a config of {name}, where it "
-        f"is {show(value)}"
+        f"model.{key} = {show(getattr(model, key))}: {name} has no setting for that, and needs "
+        f"{show(value)}"
         for key, value in needed.items()
         if getattr(model, key) != value
     ]

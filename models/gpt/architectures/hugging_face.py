@@ -144,7 +144,7 @@ def _read_rope_table(table: ForeignConfig, theta: float) -> dict[str, Any]:
     elif kind != "default":
         table.problem(
             "rope_type",
-            f'= {show(kind)} asks for what is not computed here ("default" or "llama3" is)',
+            f'= {show(kind)} is not supported (supported: "default" or "llama3")',
         )
     return {"rope_theta": theta, "rope_scaling": scaling}
 
@@ -155,7 +155,7 @@ def _read_llama3(table: ForeignConfig) -> RopeScaling | None:
     low, high = table.positive("low_freq_factor"), table.positive("high_freq_factor")
     original = table.count("original_max_position_embeddings")
     if factor < 1:
-        table.problem("factor", f"= {factor} asks for what is not computed here (1 or more is)")
+        table.problem("factor", f"= {factor} is not supported (supported: 1 or more)")
     if low >= high:
         table.problem("low_freq_factor", f"= {low} is not below high_freq_factor = {high}")
     if table.problems or factor == 1:

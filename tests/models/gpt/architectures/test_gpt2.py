@@ -12,9 +12,9 @@ from tests.models.gpt.architectures.test_hugging_face import read, refusal
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("scale_attn_by_inverse_layer_idx", True, "= true asks for"),
-        ("scale_attn_weights", False, "= false asks for"),
-        ("activation_function", "relu", '= "relu" asks for what is not computed here'),
+        ("scale_attn_by_inverse_layer_idx", True, "= true is not supported"),
+        ("scale_attn_weights", False, "= false is not supported"),
+        ("activation_function", "relu", '= "relu" is not supported'),
         ("embd_pdrop", 0.0, "= 0.0 and resid_pdrop = 0.1 are one number here"),
         ("n_head", 7, "n_embd = 768 is no multiple of n_head = 7"),
         ("n_inner", 0, "= 0 is not a whole number from 1"),

@@ -120,7 +120,7 @@ def test_rope_types(kind: str) -> None:
     shown = kind.replace("\x1b", "\\x1b")
     for name, key in (("rope_type", "rope_scaling"), ("type", "rope_scaling")):
         said = refusal(LLAMA_3, **{key: {name: kind, **ROPE_TYPES[kind]}})
-        assert f'rope_scaling.rope_type = "{shown}" asks for what is not computed here' in said
+        assert f'rope_scaling.rope_type = "{shown}" is not supported' in said
     said = refusal(LLAMA_3, rope_scaling=None, rope_parameters={"rope_type": kind})
     assert f'rope_parameters.rope_type = "{shown}"' in said
 
@@ -128,13 +128,16 @@ def test_rope_types(kind: str) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"factor": 0.5}, "rope_scaling.factor = 0.5 asks for"),
+        ({"factor": 0.5}, "rope_scaling.factor = 0.5 is not supported"),
         ({"factor": None}, "rope_scaling.factor is missing"),
         ({"factor": "8"}, 'rope_scaling.factor = "8" is not of type float'),
         ({"low_freq_factor": 0.0}, "rope_scaling.low_freq_factor = 0.0 is not above 0"),
         ({"low_freq_factor": 4.0}, "rope_scaling.low_freq_factor = 4.0 is not below"),
         ({"original_max_position_embeddings": 0}, "embeddings = 0 is not a whole number from 1"),
-        ({"partial_rotary_factor": 0.5}, "rope_scaling.partial_rotary_factor = 0.5 asks for"),
+        (
+            {"partial_rotary_factor": 0.5},
+            "rope_scaling.partial_rotary_factor = 0.5 is not supported",
+        ),
         ({"attention_factor": 1.2}, "rope_scaling.attention_factor = 1.2 is a key that is not kno"),
         ({"rope_theta": -1}, "rope_scaling.rope_theta = -1.0 is not above 0"),
     ],
@@ -162,16 +165,16 @@ def test_an_empty_rope_scaling_hides_no_rope_parameters() -> None:
     [
         ("architectures", ["LlamaForSequenceClassification"], "architectures = ["),
         ("architectures", [], "architectures = []"),
-        ("model_type", "mamba", 'model_type = "mamba" asks for'),
+        ("model_type", "mamba", 'model_type = "mamba" is not supported'),
         ("auto_map", {"AutoConfig": "evil.Config"}, "auto_map = {"),
         ("quantization_config", {"bits": 4}, "quantization_config = {bits = 4}"),
         ("logit_softcapping", 30.0, "logit_softcapping = 30.0 is a key that is not known here"),
         ("attn_logit_softcapping", 50.0, "attn_logit_softcapping = 50.0 is a key"),
         ("residual_multiplier", 0.22, "residual_multiplier = 0.22 is a key"),
         ("num_local_experts", 8, "num_local_experts = 8 is a key"),
-        ("is_causal", False, "is_causal = false asks for"),
-        ("add_cross_attention", True, "add_cross_attention = true asks for"),
-        ("pruned_heads", {"0": [1]}, "pruned_heads = {0 = [1]} asks for"),
+        ("is_causal", False, "is_causal = false is not supported"),
+        ("add_cross_attention", True, "add_cross_attention = true is not supported"),
+        ("pruned_heads", {"0": [1]}, "pruned_heads = {0 = [1]} is not supported"),
         ("_attn_implementation", "evil/kernel", '_attn_implementation = "evil/kernel" is a key'),
         ("configuration_files", ["config.9.json"], 'configuration_files = ["config.9.json"]'),
         ("tie_word_embeddings", "no", 'tie_word_embeddings = "no" is not of type bool'),

@@ -11,9 +11,9 @@ from tests.models.gpt.architectures.test_hugging_face import read, refusal
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
-        ("mlp_type", "gated", '= "gated" asks for what is not computed here ("default" is)'),
-        ("norm_type", "rms_norm", '= "rms_norm" asks for'),
-        ("hidden_act", "silu", '= "silu" asks for'),
+        ("mlp_type", "gated", '= "gated" is not supported (supported: "default")'),
+        ("norm_type", "rms_norm", '= "rms_norm" is not supported'),
+        ("hidden_act", "silu", '= "silu" is not supported'),
         ("embedding_dropout", 0.0, "= 0.0 and residual_dropout = 0.1 are one number here"),
         ("sliding_window", 0, "= 0 is not a whole number from 1"),
     ],
