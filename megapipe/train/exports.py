@@ -22,7 +22,7 @@ from megapipe.conversion.hugging_face.write import write_export
 from megapipe.conversion.tokenizer import export_tokenizer
 from megapipe.data.tokenizer import load_tokenizer
 from megapipe.distributed.rank_group import RankGroup
-from megapipe.errors import ConversionError, MegapipeError
+from megapipe.errors import CheckpointError, ConversionError, MegapipeError
 from megapipe.files import shown
 from megapipe.layout.family import ModelFamily
 
@@ -67,12 +67,13 @@ class Exports:
             raise ConversionError(f"{place}: {error}\n{_advice(str(error))}") from error
 
     def clear(self) -> None:
-        """Remove what killed starts of this run left half-written; it takes the run's lock.
-
-        Collective. Raises CheckpointError where it can't be removed.
-        """
+        """Remove what killed starts of this run left half-written. Collective; this process must
+        hold the run's lock. What can't be removed is said, and stays."""
         clear = checkpoint_errors()(lambda: clear_leftovers(self._root))
-        self._ranks.from_first(clear, f"cannot clear up {shown(self._root)}")
+        try:
+            self._ranks.from_first(clear, f"cannot clear up {shown(self._root)}")
+        except CheckpointError as error:  # on all ranks alike
+            self._say(f"Warning: {error}")
 
     def missed(self, step: int) -> Path | None:
         """The run's checkpoint of a step whose export is due and was never made; else None.
@@ -116,10 +117,12 @@ class Exports:
 
 def _advice(refusal: str) -> str:
     """What to do in a run, which takes no options of `megapipe convert`."""
-    advice = "In a run that is no option: set checkpoint.export_every = 0"
     if DRIFT in refusal:
-        return f"{advice}, and export later with `megapipe convert CHECKPOINT DST {DRIFT}`."
-    return f"{advice}."
+        return (
+            "A run can't allow that: set checkpoint.export_every = 0, and export its checkpoints "
+            f"later: `megapipe convert CHECKPOINT DST {DRIFT}`."
+        )
+    return "To train without exports: checkpoint.export_every = 0."
 
 
 def _say_nothing(line: str) -> None:

@@ -1,7 +1,9 @@
 """Exports while training: what others load is what the checkpoint of the step holds."""
 
+import errno
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -65,10 +67,12 @@ def test_what_no_other_stack_has_is_refused_at_the_start(
     assert not (run / "checkpoints").exists()
 
 
-def make_exports(corpus: Path, run: Path, *words: str) -> Exports:
+def make_exports(
+    corpus: Path, run: Path, *words: str, say: Callable[[str], None] = print
+) -> Exports:
     given = [f"--train.run_dir={run}", "--checkpoint.export_every=2", *words]
     config = load_config(corpus / "run.toml", given, FAMILIES)
-    return Exports(config, FAMILIES[config.model.family], ALONE, str)
+    return Exports(config, FAMILIES[config.model.family], ALONE, say)
 
 
 def test_an_export_is_missed_where_its_checkpoint_lies_alone(corpus: Path, tmp_path: Path) -> None:
@@ -99,6 +103,20 @@ def test_what_killed_starts_left_goes_and_what_is_being_written_stays(
     assert {*root.iterdir()} == {folder, root / "step-00000001"}
 
 
+def test_what_can_not_be_cleared_up_does_not_end_the_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(root: Path) -> NoReturn:
+        raise OSError(errno.EBUSY, "Device or resource busy", f"{root}/.tmp-step-00000002-01234567")
+
+    monkeypatch.setattr(module, "clear_leftovers", refuse)
+    said: list[str] = []
+    make_exports(corpus, tmp_path, say=said.append).clear()
+    (line,) = said
+    assert line.startswith(f"Warning: cannot clear up {tmp_path}/exports: ")
+    assert "Device or resource busy" in line
+
+
 def test_an_export_that_fails_says_how_to_make_up_for_it(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "a run"
     said = make_exports(corpus, run).write(run / "checkpoints" / "step-00000002", 2)
@@ -121,7 +139,7 @@ def test_a_tokenizer_that_can_not_be_exported_is_refused_with_what_a_run_can_do(
         make_exports(corpus, tmp_path).check(None)
     said = str(caught.value)
     assert said.startswith("checkpoint.export_every = 2: ")
-    assert "set checkpoint.export_every = 0" in said
+    assert "checkpoint.export_every = 0" in said
     assert ("`megapipe convert CHECKPOINT DST --allow-tokenizer-drift`" in said) is drift
 
 
