@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megapipe import __version__
+from megapipe.checkpoint.attempt import Attempt
 from megapipe.checkpoint.manifest import MAX_EXTRA_BYTES, WEIGHTS_PREFIX, Manifest, build, encode
 from megapipe.checkpoint.shard import Shard
 from megapipe.checkpoint.shard_file import FilePlan, plan_file, write_file
@@ -27,7 +28,6 @@ from megapipe.checkpoint.steps import (
     commit_new,
     require_free,
     step_name,
-    temporary_name,
 )
 from megapipe.checkpoint.storage import (
     checkpoint_errors,
@@ -82,7 +82,8 @@ def save_weights(
     The names of `shards` begin with `weights/`. `model_toml` is kept as config.toml, and has the
     section [model] alone. `files`, `state` and errors are as in `save_checkpoint`, but nothing is
     ever replaced: CheckpointError where `target` exists. What killed processes left of earlier
-    attempts at the same `target` is removed first. `progress` is called on each rank with the
+    attempts at the same `target` is removed first; where a process is writing it now, that is a
+    CheckpointError. `progress` is called on each rank with the
     number of bytes after each write of that many. `accept` is called on the first rank with the
     finished directory under its temporary name, before it gets its own; where it raises, nothing
     is left.
@@ -117,8 +118,8 @@ def _save(
     )
 
     # 2. prepare
-    needed = sum(sizes)
-    prepare = checkpoint_errors()(lambda: _prepare(target, step, needed))
+    needed, attempt = sum(sizes), Attempt()
+    prepare = checkpoint_errors()(lambda: _prepare(target, step, needed, attempt))
     folder = place / ranks.from_first(prepare, what)
     try:
         # 3. write
@@ -154,6 +155,8 @@ def _save(
         if ranks.is_first:
             remove_tree(folder)
         raise
+    finally:
+        attempt.release()
 
 
 def _load_extras(state: dict[str, object], files: Mapping[str, bytes | Path]) -> dict[str, bytes]:
@@ -168,7 +171,7 @@ def _load_extras(state: dict[str, object], files: Mapping[str, bytes | Path]) ->
     return contents
 
 
-def _prepare(target: Path, step: int | None, needed: int) -> str:
+def _prepare(target: Path, step: int | None, needed: int, attempt: Attempt) -> str:
     """Clear the way and make the temporary directory beside `target`; returns its name."""
     place = target.parent
     if step is None:
@@ -179,9 +182,7 @@ def _prepare(target: Path, step: int | None, needed: int) -> str:
     else:
         clear_leftovers(place)
     require_space(needed + MANIFEST_ALLOWANCE, place)
-    folder = place / temporary_name(target.name)
-    folder.mkdir(mode=0o750)
-    return folder.name
+    return attempt.make(target, mode=0o750).name
 
 
 def _merge(

@@ -2,6 +2,7 @@
 
     step-00000100/               committed: whole when it got this name
     .tmp-step-00000100-<token>/  being written, being removed, or left by a run that was killed
+                                 (see `attempt`)
     .old-step-00000100-<token>/  a committed one that is being replaced by a newer save of its step
 
 Replacing takes two renames (the old one aside, the new one in), because not every file system can
@@ -22,6 +23,7 @@ import re
 import secrets
 from pathlib import Path
 
+from megapipe.checkpoint.attempt import remove_abandoned, temporary_name
 from megapipe.checkpoint.storage import remove_tree
 from megapipe.errors import CheckpointError
 from megapipe.files import reason, shown, sync_directory
@@ -34,11 +36,6 @@ REPLACED = re.compile(r"\.old-(?P<name>step-(?P<step>\d{8,18}))-[0-9a-f]+")
 
 def step_name(step: int) -> str:
     return f"step-{step:08d}"
-
-
-def temporary_name(name: str) -> str:
-    """Of the directory in which what will be `name` is written, beside it."""
-    return f".tmp-{name}-{secrets.token_hex(4)}"
 
 
 def committed(root: Path) -> dict[int, Path]:
@@ -119,15 +116,20 @@ def latest(root: Path) -> Path | None:
 
 
 def clear_leftovers(root: Path) -> None:
-    """Remove what killed runs left half-written, and finish what they left half-replaced."""
+    """Remove what killed runs left half-written, and finish what they left half-replaced.
+
+    What a process is writing now stays.
+    """
     for entry in _entries(root):
         if entry.is_symlink() or not entry.is_dir():
             continue
         replaced = REPLACED.fullmatch(entry.name)
         if replaced and not (root / replaced["name"]).exists():
             entry.rename(root / replaced["name"])
-        elif replaced or entry.name.startswith(".tmp-step-"):
+        elif replaced:
             remove_tree(entry)
+        elif entry.name.startswith(".tmp-step-"):
+            remove_abandoned(entry)
 
 
 def commit(temporary: Path, step: int) -> Path:
@@ -172,11 +174,19 @@ def require_free(target: Path) -> None:
 
 
 def clear_attempts(target: Path) -> None:
-    """Remove what was left beside `target` by processes that were killed while they wrote it."""
+    """Remove what was left beside `target` by processes that were killed while they wrote it.
+
+    Raises CheckpointError where a process is writing it now.
+    """
     attempt = re.compile(re.escape(f".tmp-{target.name}-") + "[0-9a-f]{8}")
     for entry in _entries(target.parent):
-        if attempt.fullmatch(entry.name) and entry.is_dir() and not entry.is_symlink():
-            remove_tree(entry)
+        if not attempt.fullmatch(entry.name) or entry.is_symlink() or not entry.is_dir():
+            continue
+        if not remove_abandoned(entry):
+            raise CheckpointError(
+                f"{shown(target)} is being written by another process, in {shown(entry)}. Wait for "
+                "its end, or name another directory."
+            )
 
 
 def commit_new(temporary: Path, target: Path) -> Path:

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from megapipe.checkpoint.steps import clear_attempts, commit_new, require_free, temporary_name
+from megapipe.checkpoint.attempt import Attempt
+from megapipe.checkpoint.steps import clear_attempts, commit_new, require_free
 from megapipe.checkpoint.storage import (
     checkpoint_errors,
     remove_tree,
@@ -28,10 +29,11 @@ def write_new_directory(
 
     `write` is called on every rank, then `finish` and `accept` on the first, each with the
     directory under a temporary name. It gets its own when all that is durable. What killed attempts
-    left beside it is removed first. Raises CheckpointError where `target` exists or the system
-    refuses a write, and what `accept` raises, on all ranks alike; then nothing is left.
+    left beside it is removed first. Raises CheckpointError where `target` exists, another process
+    is writing it, or the system refuses a write, and what `accept` raises, on all ranks alike; then
+    nothing is left.
     """
-    what, place = f"cannot write {shown(target)}", target.parent
+    what, place, attempt = f"cannot write {shown(target)}", target.parent, Attempt()
 
     @checkpoint_errors()
     def prepare() -> str:
@@ -39,9 +41,7 @@ def write_new_directory(
         require_free(target)
         clear_attempts(target)
         require_space(needed, place)
-        folder = place / temporary_name(target.name)
-        folder.mkdir()
-        return folder.name
+        return attempt.make(target).name
 
     folder = place / ranks.from_first(prepare, what)
 
@@ -62,3 +62,5 @@ def write_new_directory(
         if ranks.is_first:
             remove_tree(folder)
         raise
+    finally:
+        attempt.release()

@@ -58,6 +58,8 @@ class Checkpoints:
         self._say = say
         self._ranks = engine.mesh.world.rank_group
         self._own: list[Path] = []
+        self.origin: dict[str, object] | None = None
+        """The model of another stack from which the run started; kept in each checkpoint."""
 
     def check_space(self) -> str:
         """How much a checkpoint takes and how much is free, for people; collective.
@@ -98,6 +100,7 @@ class Checkpoints:
                 **self.engine.optimizer.scalars(),
                 "data": data_state,
                 "layout": parallel.model_dump(mode="json"),
+                **({"origin": self.origin} if self.origin else {}),
             },
             files=self._files,
             ranks=self._ranks,
@@ -132,6 +135,7 @@ class Checkpoints:
         if path is None:
             return Progress(), None
         (reader, saved, step), _ = self._ranks.in_agreement(lambda: self._load(path))
+        self.origin = saved_origin(reader)
         self._say(f"Resumed from {path} at step {step}.")
         if change := course_change(saved, self._course, step):
             self._say(change)
@@ -223,6 +227,13 @@ def _refuse_links(skipped: Skipped) -> None:
 
 def _names(state: set[str]) -> str:
     return " and ".join(sorted(state)) or "nothing"
+
+
+def saved_origin(reader: CheckpointReader) -> dict[str, object] | None:
+    """What a checkpoint says of the model of another stack that its weights came from: `stack`,
+    `architecture`, and the `name` of its directory; None where it says nothing."""
+    origin = reader.state.get("origin")
+    return origin if isinstance(origin, dict) else None
 
 
 def saved_course(reader: CheckpointReader) -> Course:

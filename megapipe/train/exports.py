@@ -4,12 +4,14 @@ An export is made from the checkpoint of its step: the ranks share its files, an
 the checkpoint what it writes, tensor by tensor. So no rank ever holds the whole model.
 """
 
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from megapipe.checkpoint.load import open_checkpoint
-from megapipe.checkpoint.steps import step_name
+from megapipe.checkpoint.steps import clear_leftovers, committed, step_name
+from megapipe.checkpoint.storage import checkpoint_errors
 from megapipe.config import Config
 from megapipe.conversion.hugging_face.export import (
     ExportOptions,
@@ -20,12 +22,13 @@ from megapipe.conversion.hugging_face.write import write_export
 from megapipe.conversion.tokenizer import export_tokenizer
 from megapipe.data.tokenizer import load_tokenizer
 from megapipe.distributed.rank_group import RankGroup
-from megapipe.errors import MegapipeError
+from megapipe.errors import CheckpointError, ConversionError, MegapipeError
 from megapipe.files import shown
 from megapipe.layout.family import ModelFamily
 
 EXPORTS = "exports"
 """The folder of a run directory in which exports lie."""
+DRIFT = "--allow-tokenizer-drift"
 
 
 class Exports:
@@ -36,26 +39,55 @@ class Exports:
     ) -> None:
         self._config, self._family, self._ranks, self._say = config, family, ranks, say
         self._root = Path(config.train.run_dir) / EXPORTS
+        self._checkpoints = Path(config.train.run_dir) / "checkpoints"
 
-    def check(self) -> None:
+    def check(self, origin: Mapping[str, object] | None) -> None:
         """Raises ConversionError where exports are wanted and can't be made: before the first step.
-        Collective."""
+        `origin` is what the run's checkpoints say of the model that it started from. Collective.
+        """
         if self._config.checkpoint.export_every:
-            self._ranks.from_first(self._check)
+            self._ranks.from_first(lambda: self._check((origin or {}).get("architecture")))
 
-    def _check(self) -> None:
+    def _check(self, first: object) -> None:
         every, model = self._config.checkpoint.export_every, self._config.model
         place = f"checkpoint.export_every = {every}"
-        architecture = choose_architecture(self._family, model, place=place)
+        preferred = first if isinstance(first, str) else None
+        architecture = choose_architecture(self._family, model, first=preferred, place=place)
         tokenizer = load_tokenizer(self._config.data.tokenizer)
-        with tempfile.TemporaryDirectory() as folder:
-            export_tokenizer(
-                tokenizer,
-                Path(folder),
-                allow_drift=False,
-                max_length=model.max_sequence_length,
-                model_type=architecture.model_type,
-            )
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                export_tokenizer(
+                    tokenizer,
+                    Path(folder),
+                    allow_drift=False,
+                    max_length=model.max_sequence_length,
+                    model_type=architecture.model_type,
+                )
+        except ConversionError as error:
+            raise ConversionError(f"{place}: {error}\n{_advice(str(error))}") from error
+
+    def clear(self) -> None:
+        """Remove what killed starts of this run left half-written. Collective; this process must
+        hold the run's lock. What can't be removed is said, and stays."""
+        clear = checkpoint_errors()(lambda: clear_leftovers(self._root))
+        try:
+            self._ranks.from_first(clear, f"cannot clear up {shown(self._root)}")
+        except CheckpointError as error:  # on all ranks alike
+            self._say(f"Warning: {error}")
+
+    def missed(self, step: int) -> Path | None:
+        """The run's checkpoint of a step whose export is due and was never made; else None.
+        Collective."""
+
+        def look() -> str | None:
+            every = self._config.checkpoint.export_every
+            if every == 0 or step % every or (self._root / step_name(step)).exists():
+                return None
+            found = committed(self._checkpoints).get(step)
+            return str(found) if found else None
+
+        checkpoint = self._ranks.from_first(look)
+        return Path(checkpoint) if checkpoint else None
 
     def write(self, checkpoint: Path, step: int) -> str:
         """Export the checkpoint of a step; returns what to say of it. Collective.
@@ -77,8 +109,20 @@ class Exports:
             )
             write_export(planned.export, target, ranks=self._ranks)
         except MegapipeError as error:  # on all ranks alike
-            return f"NOT EXPORTED at step {step}: {error}. `megapipe export` makes up for it."
+            command = shlex.join(["megapipe", "convert", str(checkpoint), str(target)])
+            reason = str(error).removesuffix(".")
+            return f"NOT EXPORTED at step {step}: {reason}. To make up for it: `{command}`"
         return f"Exported {shown(target)}"
+
+
+def _advice(refusal: str) -> str:
+    """What to do in a run, which takes no options of `megapipe convert`."""
+    if DRIFT in refusal:
+        return (
+            "A run can't allow that: set checkpoint.export_every = 0, and export its checkpoints "
+            f"later: `megapipe convert CHECKPOINT DST {DRIFT}`."
+        )
+    return "To train without exports: checkpoint.export_every = 0."
 
 
 def _say_nothing(line: str) -> None:

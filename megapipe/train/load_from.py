@@ -15,8 +15,9 @@ from megapipe.config.problems import show
 from megapipe.conversion.fitting import Fitting, Origin, fit_config
 from megapipe.conversion.hugging_face.companions import check_companions
 from megapipe.conversion.hugging_face.config_file import is_hugging_face
+from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
 from megapipe.conversion.megatron.directory import is_megatron
-from megapipe.conversion.model_at import Families
+from megapipe.conversion.model_at import Families, find_architecture, megatron_architecture
 from megapipe.conversion.open import kept_tokenizer, open_weights
 from megapipe.conversion.source import CheckpointWeights, ForeignWeights, WeightSource
 from megapipe.data.tokenizer import load_tokenizer
@@ -26,7 +27,7 @@ from megapipe.errors import CheckpointError, ConversionError, DataError
 from megapipe.files import shown
 from megapipe.layout.parameters import ParameterShard
 from megapipe.optim.learning_rate import Course
-from megapipe.train.checkpoints import Progress, require_optimizer, saved_course
+from megapipe.train.checkpoints import Progress, require_optimizer, saved_course, saved_origin
 from megapipe.train.course_change import course_change
 from megapipe.train.engine import Engine
 
@@ -40,7 +41,8 @@ class LoadFrom:
 
     Making one is collective and reads no weights: where these can't fit, all ranks raise
     CheckpointError, ConversionError or what these become on other ranks. `notes` are lines for
-    people.
+    people. `origin`, after `restore`, is the model of another stack that the weights came from, as
+    checkpoints keep it.
     """
 
     def __init__(self, config: Config, families: Families, ranks: RankGroup) -> None:
@@ -52,6 +54,7 @@ class LoadFrom:
         parts = ", ".join(self._settings.load_state)
         self.notes = [f"Starting from {shown(self._path)}: {parts}.", *self._fitting.notes]
         self.notes += ranks.from_first(self._foreign_notes)
+        self.origin: dict[str, object] | None = None
 
     def restore(
         self, engine: Engine, say: Callable[[str], None]
@@ -62,6 +65,8 @@ class LoadFrom:
         source, _ = self._ranks.in_agreement(lambda: self._load(path, engine))
         for line in self._ranks.from_first(lambda: self._tokenizer_note(path, source)):
             say(line)
+        if WEIGHTS in self._settings.load_state:
+            self.origin = self._ranks.from_first(lambda: _origin(path, source, self._families))
         progress, data = Progress(), None
         if isinstance(source, CheckpointWeights) and source.reader.step is not None:
             state, step = source.reader.state, source.reader.step
@@ -201,6 +206,21 @@ def _without_state(path: Path) -> str | None:
     if has_manifest(path):
         return "a checkpoint of weights alone" if read_manifest(path).step is None else None
     return "a Megatron checkpoint" if is_megatron(path) else None
+
+
+def _origin(path: Path, source: WeightSource, families: Families) -> dict[str, object] | None:
+    """The model of another stack that the weights at `path` are of, or came from."""
+    if isinstance(source, CheckpointWeights):
+        return saved_origin(source.reader)
+    if is_hugging_face(path):
+        _, architecture = find_architecture(HuggingFaceDirectory(path), families)
+    else:
+        _, architecture = megatron_architecture(families)
+    return {
+        "stack": architecture.stack,
+        "architecture": architecture.name,
+        "name": path.absolute().name,
+    }
 
 
 def _mean_row(source: WeightSource, name: str) -> Tensor:

@@ -69,6 +69,8 @@ def train(run: Run) -> Progress:
     for part in (StopFlag(run.stop), run.feed, run.bubble):
         run.engine.join(part)
     run.stop.begin()
+    if config.checkpoint.export_every > 0:
+        catch_up(run)
     while progress.step < config.train.steps:
         began = time.perf_counter()
         rate = learning_rate(progress.step, config.optimizer, config.train.steps)
@@ -102,6 +104,10 @@ def train(run: Run) -> Progress:
             saved = save(run, progress, last=leaving)
             if exporting and saved is not None:
                 export(run, saved, progress.step)
+            elif exporting:
+                run.loggers.event(
+                    f"NOT EXPORTED at step {progress.step}: its checkpoint was not saved."
+                )
         if stopping:
             break
     return progress
@@ -138,8 +144,17 @@ def _next_save(config: Config, step: int) -> int:
     return min([*due, config.train.steps])
 
 
+def catch_up(run: Run) -> None:
+    """Make the export of the step from which the run goes on, where an earlier start was killed
+    between the checkpoint and that, and remove what it left half-written."""
+    run.exports.clear()
+    missed = run.exports.missed(run.progress.step)
+    if missed is not None:
+        export(run, missed, run.progress.step)
+
+
 def export(run: Run, checkpoint: Path, step: int) -> None:
-    """Export the checkpoint that was just saved. One that can't be written is reported."""
+    """Export the checkpoint of a step. One that can't be written is reported."""
     with run.stop.saving(), run.engine.patient():
         said = run.exports.write(checkpoint, step)
     run.loggers.event(said)

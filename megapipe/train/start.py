@@ -233,13 +233,13 @@ def _start_or_resume(
     for line in ranks.from_first(lambda: text_lines(config, readers)):
         lines.say(line)
     exports = Exports(config, start.family, ranks, lines.say)
-    exports.check()
     engine = Engine(layout, mesh, channels)
     check_activation_bytes(engine)
     checkpoints = Checkpoints(engine, plan.resume, kept_files(config, ranks), lines.say)
     progress, data_state = checkpoints.restore()
     if loads is not None:
         progress, data_state = loads.restore(engine, lines.say)
+        checkpoints.origin = loads.origin
     if data_state is not None:
         _go_on_in_text(feed, data_state, loaded=loads is not None)
     steps = config.train.steps
@@ -248,7 +248,13 @@ def _start_or_resume(
             f"Nothing to do: the checkpoint is of step {progress.step}, and train.steps = {steps}. "
             "Raise train.steps to go on."
         )
+        missed = exports.missed(progress.step)
+        if missed is not None:  # the last start was killed before it
+            lock.take()
+            exports.clear()
+            lines.say(exports.write(missed, progress.step))
         return 0
+    exports.check(checkpoints.origin)
     lines.say(checkpoints.check_space())
     lock.take()
     write_config(config, ranks)

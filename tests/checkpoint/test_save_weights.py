@@ -112,6 +112,20 @@ def test_a_killed_attempt_is_swept_up_by_the_next(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
+def test_a_second_writer_takes_nothing_from_the_first(tmp_path: Path) -> None:
+    """It comes when the first has written all and not yet given it its name."""
+    target = tmp_path / "merged"
+
+    def come_second(folder: Path) -> None:
+        with pytest.raises(CheckpointError) as caught:
+            save_sample_weights(target, TENSORS)
+        assert f"{target} is being written by another process, in {folder}" in str(caught.value)
+
+    save_sample_weights(target, TENSORS, accept=come_second)
+    assert open_checkpoint(target).verify() == []
+    assert list(tmp_path.iterdir()) == [target]
+
+
 def test_no_run_goes_on_from_weights_alone(tmp_path: Path) -> None:
     older = save_sample(tmp_path, 1)
     save_sample_weights(tmp_path / "step-00000002", TENSORS)

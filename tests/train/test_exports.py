@@ -1,13 +1,28 @@
 """Exports while training: what others load is what the checkpoint of the step holds."""
 
+import errno
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
 import transformers
 
+from megapipe.checkpoint.attempt import Attempt
+from megapipe.checkpoint.load import open_checkpoint
+from megapipe.config import load_config
+from megapipe.data.tokenizer import Tokenizer
+from megapipe.distributed.rank_group import ALONE
+from megapipe.errors import ConversionError
 from megapipe.models import load_pretrained
+from megapipe.models.families import FAMILIES
 from megapipe.tools.cli import main
+from megapipe.train import exports as module
+from megapipe.train.exports import Exports
+from tests.corpus import VOCABULARY
 
 
 def test_a_run_in_parts_exports_what_others_load(corpus: Path, tmp_path: Path) -> None:
@@ -50,3 +65,128 @@ def test_what_no_other_stack_has_is_refused_at_the_start(
     assert "checkpoint.export_every = 2: Hugging Face has no such model" in said
     assert 'model.norm = "layernorm": LlamaForCausalLM has no setting for that' in said
     assert not (run / "checkpoints").exists()
+
+
+def make_exports(
+    corpus: Path, run: Path, *words: str, say: Callable[[str], None] = print
+) -> Exports:
+    given = [f"--train.run_dir={run}", "--checkpoint.export_every=2", *words]
+    config = load_config(corpus / "run.toml", given, FAMILIES)
+    return Exports(config, FAMILIES[config.model.family], ALONE, say)
+
+
+def test_an_export_is_missed_where_its_checkpoint_lies_alone(corpus: Path, tmp_path: Path) -> None:
+    found = make_exports(corpus, tmp_path)
+    assert found.missed(0) is None
+    assert found.missed(2) is None, "it goes on from a checkpoint elsewhere"
+    checkpoint = tmp_path / "checkpoints" / "step-00000002"
+    checkpoint.mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000003").mkdir()
+    assert found.missed(2) == checkpoint
+    assert found.missed(3) is None, "it is not due"
+    assert make_exports(corpus, tmp_path, "--checkpoint.export_every=0").missed(2) is None
+    (tmp_path / "exports" / "step-00000002").mkdir(parents=True)
+    assert found.missed(2) is None
+
+
+def test_what_killed_starts_left_goes_and_what_is_being_written_stays(
+    corpus: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "exports"
+    make_exports(corpus, tmp_path).clear()  # there is none yet
+    (root / ".tmp-step-00000002-0123abcd").mkdir(parents=True)
+    (root / "step-00000001").mkdir()
+    attempt = Attempt()
+    folder = attempt.make(root / "step-00000003")
+    make_exports(corpus, tmp_path).clear()
+    attempt.release()
+    assert {*root.iterdir()} == {folder, root / "step-00000001"}
+
+
+def test_what_can_not_be_cleared_up_does_not_end_the_run(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(root: Path) -> NoReturn:
+        raise OSError(errno.EBUSY, "Device or resource busy", f"{root}/.tmp-step-00000002-01234567")
+
+    monkeypatch.setattr(module, "clear_leftovers", refuse)
+    said: list[str] = []
+    make_exports(corpus, tmp_path, say=said.append).clear()
+    (line,) = said
+    assert line.startswith(f"Warning: cannot clear up {tmp_path}/exports: ")
+    assert "Device or resource busy" in line
+
+
+def test_an_export_that_fails_says_how_to_make_up_for_it(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "a run"
+    said = make_exports(corpus, run).write(run / "checkpoints" / "step-00000002", 2)
+    assert said.startswith("NOT EXPORTED at step 2: cannot export ")
+    assert said.endswith(
+        f"To make up for it: `megapipe convert '{run}/checkpoints/step-00000002' "
+        f"'{run}/exports/step-00000002'`"
+    )
+
+
+@pytest.mark.parametrize("drift", [True, False])
+def test_a_tokenizer_that_can_not_be_exported_is_refused_with_what_a_run_can_do(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drift: bool
+) -> None:
+    def refuse(tokenizer: Tokenizer, folder: Path, **options: object) -> NoReturn:
+        raise ConversionError("other ids: --allow-tokenizer-drift" if drift else "no such kind")
+
+    monkeypatch.setattr(module, "export_tokenizer", refuse)
+    with pytest.raises(ConversionError) as caught:
+        make_exports(corpus, tmp_path).check(None)
+    said = str(caught.value)
+    assert said.startswith("checkpoint.export_every = 2: ")
+    assert "checkpoint.export_every = 0" in said
+    assert ("`megapipe convert CHECKPOINT DST --allow-tokenizer-drift`" in said) is drift
+
+
+def test_a_run_from_another_stacks_model_exports_one_of_that_kind(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also when it is resumed."""
+    phi, run = tmp_path / "phi-small", tmp_path / "run"
+    shape = transformers.Phi3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        sliding_window=16,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=None,
+    )
+    transformers.Phi3ForCausalLM(shape).save_pretrained(phi)
+    text = (corpus / "run.toml").read_text(encoding="utf-8")
+    model, rest = text.index("[model]"), text.index("[train]")
+    toml = tmp_path / "run.toml"
+    toml.write_text(text[:model] + text[rest:], encoding="utf-8")
+
+    def train(steps: int) -> None:
+        words = [f"--train.run_dir={run}", f"--checkpoint.load_from={phi}"]
+        words += ["--checkpoint.every=0", "--checkpoint.export_every=1"]
+        words += ["--optimizer.warmup_steps=0", f"--train.steps={steps}"]
+        assert main(["train", str(toml), "--parallel.data=1", *words]) == 0
+
+    def exported(step: int) -> str:
+        folder = run / "exports" / f"step-{step:08d}"
+        assert "Trained from phi-small." in (folder / "README.md").read_text(encoding="utf-8")
+        (name,) = json.loads((folder / "config.json").read_bytes())["architectures"]
+        return str(name)
+
+    train(1)
+    origin = {"stack": "hugging_face", "architecture": "Phi3ForCausalLM", "name": "phi-small"}
+    checkpoint = run / "checkpoints" / "step-00000001"
+    assert open_checkpoint(checkpoint).state["origin"] == origin
+    assert exported(1) == "Phi3ForCausalLM"
+
+    shutil.rmtree(run / "exports")  # as if killed before it
+    train(1)
+    assert f"Exported {run}/exports/step-00000001" in capfd.readouterr().out
+    assert exported(1) == "Phi3ForCausalLM"
+    train(2)
+    assert exported(2) == "Phi3ForCausalLM"

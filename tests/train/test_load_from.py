@@ -34,6 +34,9 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_llama(tmp_path_factory.mktemp("llama"))
 
 
+ORIGIN: dict[str, object] = {"stack": "hugging_face", "architecture": "One", "name": "one-7b"}
+
+
 # --- Alone ---------------------------------------------------------------------------------------
 
 
@@ -47,6 +50,7 @@ class Started:
     data: object
     notes: list[str]
     lines: list[str]
+    origin: object
 
 
 def start(config: Config) -> Started:
@@ -58,7 +62,7 @@ def start(config: Config) -> Started:
     }
     for buffer in engine.buffers:
         assert torch.equal(buffer.weights, buffer.master.to(buffer.weights.dtype)), "not rounded"
-    return Started(values, engine.optimizer.steps, progress, data, loads.notes, lines)
+    return Started(values, engine.optimizer.steps, progress, data, loads.notes, lines, loads.origin)
 
 
 @pytest.fixture(scope="session")
@@ -75,7 +79,9 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "config.toml": dump_config(config).encode(),
         "tokenizer.json": (folder / "tokenizer.json").read_bytes(),
     }
-    Checkpoints(engine, "auto", files, str).save(Progress(2, 128), {"step": 2})
+    checkpoints = Checkpoints(engine, "auto", files, str)
+    checkpoints.origin = ORIGIN
+    checkpoints.save(Progress(2, 128), {"step": 2})
     return folder
 
 
@@ -221,6 +227,13 @@ def test_a_megatron_checkpoint(tmp_path: Path) -> None:
     ):
         assert torch.equal(found.values[f"weights/{name}"], whole[theirs]), name
 
+    assert found.origin == {"stack": "megatron", "architecture": "GPTModel", "name": run.name}
+
+
+def test_the_origin_goes_on_with_the_weights(begin: Any) -> None:
+    assert begin().origin == ORIGIN
+    assert begin('--checkpoint.load_state=["step"]').origin is None
+
 
 def test_another_tokenizer_is_warned_of(begin: Any, first: Path, tmp_path: Path) -> None:
     other = tmp_path / "tokenizer.json"
@@ -288,6 +301,8 @@ def test_tensors_that_a_directory_lacks_or_has_too_many(llama: Path, tmp_path: P
     embedding = tensors["model.embed_tokens.weight"]
     assert torch.equal(found.values["weights/embedding.weight"], embedding)
     assert 0.05 < found.values["weights/output.weight"].std() < 0.2, "as a new model's"
+    origin = {"stack": "hugging_face", "architecture": "LlamaForCausalLM", "name": "llama"}
+    assert found.origin == origin
     assert found.notes[1:] == [
         f"{folder} lacks output.weight (checkpoint.load_allow).",
         f"{folder} has, unused, score.weight (checkpoint.load_allow).",

@@ -26,6 +26,9 @@ def _lines(
     if reader.step is not None and isinstance(tokens, int):
         yield ""
         yield f"Trained for {reader.step:,} steps on {tokens:,} tokens."
+        origin = reader.state.get("origin")
+        if isinstance(origin, dict) and origin.get("name"):
+            yield f"Trained from {origin['name']}."
     sources = config.get("data", {}).get("sources", [])
     if sources:
         yield from ("", "## Data", "")
