@@ -149,6 +149,11 @@ def _import(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     if incoming.generation:
         files[GENERATION] = as_json(incoming.generation)
     shards = [_shard(weights, name, options.dtype) for name in weights.names]
+    origin = {
+        "stack": incoming.stack,
+        "architecture": incoming.architecture,
+        "name": asked.source.absolute().name,
+    }
 
     def accept(folder: Path) -> None:
         written = CheckpointWeights(open_checkpoint(folder), weights.model)
@@ -161,7 +166,7 @@ def _import(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
             shards,
             model_toml=dump_model(weights.model).encode(),
             files=files,
-            state={"origin": {"stack": incoming.stack, "architecture": incoming.architecture}},
+            state={"origin": origin},
             progress=progress,
             accept=accept,
         )
