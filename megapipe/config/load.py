@@ -118,7 +118,7 @@ def _lent_keys(
         problems.append(sentence(where, text))
         return None
     if model.setdefault("family", found.family) != found.family:
-        return None  # which is told where the two are compared
+        return None  # which is reported where the two are compared
     keys = found.model_dump(mode="json", exclude={"preset"}, exclude_none=True)
     source.load_from, source.loaded_keys = shown(load_from), frozenset(keys)
     return keys
