@@ -145,6 +145,8 @@ def _import(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     weights = incoming.weights
     tokenizer = incoming.load_tokenizer() if options.tokenizer else None
     say(f"{weights.place}: {incoming.architecture}, {_amounts(weights)}")
+    for line in incoming.notes:
+        say(line)
     files: dict[str, bytes | Path] = dict(tokenizer.files) if tokenizer else {}
     if incoming.generation:
         files[GENERATION] = as_json(incoming.generation)

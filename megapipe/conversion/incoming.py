@@ -1,6 +1,6 @@
 """A model of another stack on its way in: weights, tokenizer, and the other side of its proof."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,8 @@ class Incoming:
     """A model of another stack, opened.
 
     `generation` is what generation_config.json says, with the special tokens of the model.
-    `tokenizer` is where the tokenizer should be; None: nobody has said.
+    `tokenizer` is where the tokenizer should be; None: nobody has said. `notes` are lines for
+    people on what is left behind.
     """
 
     stack: Stack
@@ -52,6 +53,7 @@ class Incoming:
     logits: ReferenceLogits
     generation: Mapping[str, object]
     tokenizer: Path | None
+    notes: Sequence[str] = ()
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer. Raises ConversionError where there is none, or it does not fit."""
@@ -114,4 +116,9 @@ def _from_megatron(
     logits: Callable[..., Mapping[str, Tensor]] = partial(
         megatron_logits, checkpoint.path, arguments, architecture.write_config(weights.model)
     )
-    return Incoming("megatron", architecture.name, family, weights, logits, {}, tokenizer)
+    notes = []
+    if checkpoint.optimizer is not None:
+        notes.append(
+            f"Optimizer state ({checkpoint.optimizer}) is left behind: a run starts with a new one."
+        )
+    return Incoming("megatron", architecture.name, family, weights, logits, {}, tokenizer, notes)

@@ -1,5 +1,6 @@
 """Models taken to Megatron-LM's directories for ranks, and brought back."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -95,6 +96,20 @@ def test_a_proof_finds_arguments_that_are_misread(
     )
     with pytest.raises(ConversionError, match="the conversion is wrong, and nothing was written"):
         convert(asked, FAMILIES, lambda line: None, no_bar)
+
+
+def test_optimizer_state_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = from_hugging_face("gpt2", tmp_path)
+    to_megatron(checkpoint, tmp_path / "megatron", RankGrid())
+    monkeypatch.setattr(
+        "megapipe.conversion.incoming.open_megatron",
+        lambda path: replace(open_megatron(path), optimizer="fully_reshardable"),
+    )
+    said: list[str] = []
+    options = ExportOptions(tokenizer=False)
+    asked = Conversion(tmp_path / "megatron", tmp_path / "back", options, ProofOptions(False))
+    convert(asked, FAMILIES, said.append, no_bar)
+    assert said[1].startswith("Optimizer state (fully_reshardable) is left behind")
 
 
 def test_all_weights_get_the_widest_dtype() -> None:
