@@ -162,7 +162,11 @@ OTHER = {"architectures": ["FalconForCausalLM"], "model_type": "falcon"}
         (None, "convert hf out more", "is one word too many"),
         (None, "convert hf out --to LlamaForCausalLM", "--to LlamaForCausalLM is for conversions"),
         (None, "convert own out --to Qwen3ForCasualLM", "did you mean Qwen3ForCausalLM?"),
-        (None, "convert own out --to GPT2LMHeadModel", 'model.norm = "rmsnorm" can\'t be said'),
+        (
+            None,
+            "convert own out --to GPT2LMHeadModel",
+            'model.norm = "rmsnorm": GPT2LMHeadModel has no setting',
+        ),
         (None, "convert hf out --dtype int8", "--dtype int8 is not one of bf16, fp16, fp32."),
         (None, "convert hf out --proof-layers 0", "--proof-layers 0 must be 1 or more."),
         (None, "convert hf out --proof-tokens many", "--proof-tokens many must be a whole number"),
