@@ -94,12 +94,12 @@ def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     require_free(asked.target)
     require_model(asked.source)
     check_target(asked.source, asked.target)
-    incoming = is_hugging_face(asked.source) or is_megatron(asked.source)
+    from_megatron = is_megatron(asked.source)
+    incoming = from_megatron or is_hugging_face(asked.source)
     to_megatron = not incoming and asked.options.architecture == MEGATRON
-    _refuse_options(asked, incoming=incoming, to_megatron=to_megatron)
+    _refuse_options(asked, incoming=incoming, from_megatron=from_megatron, to_megatron=to_megatron)
     if asked.proof.wanted:
-        with_megatron = is_megatron(asked.source) or to_megatron
-        require_megatron() if with_megatron else require_transformers()
+        require_megatron() if from_megatron or to_megatron else require_transformers()
     with new_parents_removed(asked.target):
         if incoming:
             _import(asked, families, say, bar)
@@ -110,10 +110,11 @@ def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     say(f"Written: {shown(asked.target)}")
 
 
-def _refuse_options(asked: Conversion, *, incoming: bool, to_megatron: bool) -> None:
+def _refuse_options(
+    asked: Conversion, *, incoming: bool, from_megatron: bool, to_megatron: bool
+) -> None:
     """Raises ConversionError for options that mean nothing in a conversion of this direction."""
     options, to_hugging_face = asked.options, not incoming and not to_megatron
-    from_megatron = is_megatron(asked.source)
     for named, used, fits, where in (
         (f"--to {options.architecture}", options.architecture, not incoming, TO_OTHERS),
         ("--tensor, --pipeline or --virtual", asked.grid != RankGrid(), to_megatron, TO_MEGATRON),

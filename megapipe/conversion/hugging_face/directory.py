@@ -62,11 +62,6 @@ class HuggingFaceDirectory(HuggingFaceConfig):
             for name, place in self._places.items()
         }
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(place.range.bytes for place in self._places.values())
-
     def read(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
         place = self._places[name]
         with _opened(self.path, place.file) as descriptor:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -33,7 +34,7 @@ class MegatronExport:
         """What the rows of the vocabulary are padded to a multiple of."""
         return VOCABULARY_MULTIPLE * self.grid.tensor
 
-    @property
+    @cached_property
     def tensors(self) -> TensorView:
         """What is written, over all ranks and under Megatron's names."""
         return TensorView(self.source, self.architecture, self.multiple)
