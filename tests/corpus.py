@@ -26,9 +26,9 @@ warmup_steps = 2
 [data]
 tokenizer = "{folder}/tokenizer.model"
 streams = 8
-shuffle_block = 16
 
 [[data.sources]]
+name = "text"
 path = "{folder}/text/*.txt"
 
 [checkpoint]

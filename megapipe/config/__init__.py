@@ -2,7 +2,7 @@
 
 from megapipe.config.checkpoint import CheckpointConfig
 from megapipe.config.config import Config
-from megapipe.config.data import DataConfig, SourceConfig
+from megapipe.config.data import ChangeConfig, DataConfig, PhaseConfig, SourceConfig
 from megapipe.config.difference import difference, model_difference
 from megapipe.config.family import ConfigFamily, Families
 from megapipe.config.load import family_of, load_config, parse_config, section_types
@@ -14,6 +14,7 @@ from megapipe.config.train import TrainConfig
 from megapipe.optim import OptimizerConfig
 
 __all__ = [
+    "ChangeConfig",
     "CheckpointConfig",
     "Config",
     "ConfigFamily",
@@ -23,6 +24,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "PhaseConfig",
     "SourceConfig",
     "TrainConfig",
     "difference",

@@ -7,7 +7,7 @@ from megapipe.amounts import counted
 from megapipe.config.axes import Splits, given_sizes
 from megapipe.config.checkpoint import CheckpointConfig
 from megapipe.config.contradiction import Problem, choices
-from megapipe.config.data import DataConfig
+from megapipe.config.data import DataConfig, PhaseConfig
 from megapipe.config.logging import LoggingConfig, parse_steps, project_problem
 from megapipe.config.model import ModelConfig
 from megapipe.config.parallel import ParallelConfig
@@ -186,22 +186,65 @@ def checkpoint_problems(checkpoint: CheckpointConfig) -> Iterator[Problem]:
         )
 
 
-def data_problems(parallel: ParallelConfig, data: DataConfig) -> Iterator[Problem]:
-    """Streams against replicas."""
+def stream_problems(
+    parallel: ParallelConfig, train: TrainConfig, data: DataConfig
+) -> Iterator[Problem]:
+    """Streams against replicas. (Without data.streams the batch is checked.)"""
     sizes, replicas = _replicas(parallel)
-    if data.streams % replicas:
-        multiple = replicas * max(1, data.streams // replicas)
+    streams = data.streams or train.global_batch_size
+    if data.streams and streams % replicas:
+        multiple = replicas * max(1, streams // replicas)
         product = " * ".join(f"parallel.{name}" for name in sizes)
         yield Problem(
             "data.streams",
             f"must be a multiple of {product} = {replicas}, since each replica reads "
-            f"whole streams: use {multiple} or {multiple + replicas}",
+            f"whole streams: use {multiple} or {multiple + replicas}, or leave it out",
         )
+
+
+def data_problems(data: DataConfig) -> Iterator[Problem]:
+    """Names of sources, and what speaks of them."""
+    names = [source.name for source in data.sources]
+    seen: set[str] = set()
+    for section in ("sources", "validation_sources"):
+        for index, source in enumerate(getattr(data, section)):
+            if source.name in seen:
+                yield Problem(
+                    f"data.{section}.{index}.name",
+                    "is the name of another source too; give each its own",
+                )
+            seen.add(source.name)
+    if data.sources and not any(source.weight for source in data.sources):
+        yield Problem("data.sources.0.weight", "and all other weights are 0; give one source more")
+    for index, phase in enumerate(data.phases):
+        yield from _phase_problems(index, phase, names)
+    for index, change in enumerate(data.changes):
+        key = f"data.changes.{index}"
+        if change.source not in names:
+            yield Problem(f"{key}.source", _no_source(names))
+        if change.add is None and change.remove is None:
+            yield Problem(f"{key}.add", "and remove are both missing; give one of them or both")
     if data.validation_sources and data.validation_fraction:
         yield Problem(
             "data.validation_fraction",
             "and data.validation_sources are both given; keep one of them",
         )
+
+
+def _phase_problems(index: int, phase: PhaseConfig, names: list[str]) -> Iterator[Problem]:
+    key = f"data.phases.{index}"
+    if (phase.after_step is None) == (phase.after_tokens is None):
+        which = "are both missing" if phase.after_step is None else "are both given"
+        yield Problem(f"{key}.after_step", f"and after_tokens {which}; give one of them")
+    for name in phase.weights:
+        if name not in names:
+            yield Problem(f"{key}.weights", f'names "{name}", which {_no_source(names)}')
+    if not any(phase.weights.values()):
+        yield Problem(f"{key}.weights", "are all 0; give one source more")
+
+
+def _no_source(names: list[str]) -> str:
+    return f"is not the name of a source; there are {', '.join(names)}"
 
 
 def validation_problems(train: TrainConfig, data: DataConfig) -> Iterator[Problem]:

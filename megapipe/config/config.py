@@ -1,7 +1,7 @@
 """The whole config, and what must hold between its sections."""
 
 from collections.abc import Mapping
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
@@ -43,6 +43,11 @@ class Config(Section):
         default=LoggingConfig(), description="Console, Weights & Biases, TensorBoard."
     )
 
+    @property
+    def streams(self) -> int:
+        """Logical readers of the corpus."""
+        return self.data.streams or self.train.global_batch_size
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         sections = {name: getattr(self, name) for name in type(self).model_fields}
@@ -54,8 +59,11 @@ class Config(Section):
 
 def contradiction(problem: checks.Problem, sections: Mapping[str, Section]) -> str:
     """`key = value` and what is wrong with it."""
-    section, key = problem.key.split(".")
-    return f"{problem.key} = {show(getattr(sections[section], key))} {problem.text}"
+    section, *keys = problem.key.split(".")
+    value: Any = sections[section]
+    for key in keys:
+        value = value[int(key)] if isinstance(value, tuple) else getattr(value, key)
+    return f"{problem.key} = {show(value)} {problem.text}"
 
 
 def cross_problems(sections: Mapping[str, Section]) -> list[checks.Problem]:
@@ -78,10 +86,12 @@ def cross_problems(sections: Mapping[str, Section]) -> list[checks.Problem]:
         found += checks.batch_problems(parallel, train)
     if isinstance(train, TrainConfig) and isinstance(optimizer, OptimizerConfig):
         found += checks.optimizer_problems(train, optimizer)
-    if isinstance(parallel, ParallelConfig) and isinstance(data, DataConfig):
-        found += checks.data_problems(parallel, data)
+    if isinstance(data, DataConfig):
+        found += checks.data_problems(data)
     if isinstance(train, TrainConfig) and isinstance(data, DataConfig):
         found += checks.validation_problems(train, data)
+        if isinstance(parallel, ParallelConfig):
+            found += checks.stream_problems(parallel, train, data)
     if isinstance(checkpoint, CheckpointConfig):
         found += checks.checkpoint_problems(checkpoint)
         found += checks.load_problems(checkpoint)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from megapipe.config.paths import PathText
 from megapipe.section import Section
@@ -11,14 +11,29 @@ from megapipe.section import Section
 class SourceConfig(Section):
     """One part of the blend."""
 
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="What the source is called in phases, changes, metrics and messages. The order "
+        "of its rows depends on it; letters, digits, dots, dashes and underscores.",
+    )
     path: PathText = Field(
         min_length=1,
         description="A local glob (txt and other text, jsonl, parquet, arrow; text and jsonl also "
         ".gz and .zst) or hf://org/name[/config][:split]. A relative path starts at the current "
         "directory.",
     )
-    weight: PositiveFloat = Field(
-        default=1.0, description="Share of tokens drawn from it, relative to other sources."
+    weight: NonNegativeFloat = Field(
+        default=1.0,
+        description="Share of tokens drawn from it, relative to other sources; 0 for a source that "
+        "a later phase begins.",
+    )
+    max_epochs: PositiveInt | None = Field(
+        default=None, description="How often its rows may be read; without it, as often as asked."
+    )
+    after_max_epochs: Literal["error", "end"] = Field(
+        default="error",
+        description="What happens when a stream has read its share of the source max_epochs times: "
+        "the run stops, or goes on with the other sources.",
     )
     text_field: str = Field(
         default="text", min_length=1, description="The field that holds the text (not for txt)."
@@ -36,6 +51,43 @@ class SourceConfig(Section):
 Sources = Annotated[tuple[SourceConfig, ...], Field(strict=False)]
 
 
+class PhaseConfig(Section):
+    """New weights from a step on."""
+
+    after_step: NonNegativeInt | None = Field(
+        default=None, description="The phase begins behind this step, with the next batch."
+    )
+    after_tokens: NonNegativeInt | None = Field(
+        default=None,
+        description="The phase begins behind the step that brings the run to so many tokens: "
+        "steps * train.global_batch_size * train.sequence_length.",
+    )
+    weights: Annotated[dict[str, NonNegativeFloat], Field(min_length=1)] = Field(
+        description="Weight of each source by its name. Sources that are not named rest."
+    )
+
+
+class ChangeConfig(Section):
+    """Files that join or leave a source while the run goes on."""
+
+    after_step: NonNegativeInt = Field(
+        description="The change takes effect behind this step, with the next batch."
+    )
+    source: str = Field(min_length=1, description="The name of the source.")
+    add: PathText | None = Field(
+        default=None, min_length=1, description="A path or glob of the files that join it."
+    )
+    remove: PathText | None = Field(
+        default=None,
+        min_length=1,
+        description="A path or glob of the files that leave it; they may be gone from the disk.",
+    )
+
+
+Phases = Annotated[tuple[PhaseConfig, ...], Field(strict=False)]
+Changes = Annotated[tuple[ChangeConfig, ...], Field(strict=False)]
+
+
 class DataConfig(Section):
     """Global batch t is a pure function of this section, train.seed and t."""
 
@@ -44,12 +96,18 @@ class DataConfig(Section):
         description="A sentencepiece .model file, a .json file of Hugging Face's tokenizers, or a "
         "directory with one of them. A relative path starts at the current directory.",
     )
-    streams: PositiveInt = Field(
-        default=16,
-        description="Logical readers of the corpus. parallel.data must divide it; changing it "
-        "changes the order of the data.",
+    streams: PositiveInt | None = Field(
+        default=None,
+        description="Logical readers of the corpus; train.global_batch_size unless given. The "
+        "number of replicas must divide it; changing it changes the order of the data.",
     )
     sources: Sources = Field(min_length=1, description="The blend to train on.")
+    phases: Phases = Field(
+        default=(), description="Other weights from a step on, in the order of their steps."
+    )
+    changes: Changes = Field(
+        default=(), description="Files that join or leave a source from a step on."
+    )
     validation_sources: Sources = Field(
         default=(), description="Text for the validation loss, if it is not split from sources."
     )
@@ -62,10 +120,10 @@ class DataConfig(Section):
     mask_documents: bool = Field(
         default=False, description="Attention does not cross from one document into the next."
     )
-    shuffle_block: PositiveInt = Field(
-        default=4096,
-        description="Rows that a stream shuffles together: up to this many or 4 MiB of text, "
-        "fewer in small sources; 1 keeps the order of files.",
+    open_parts: PositiveInt = Field(
+        default=1024,
+        description="Parts of a source whose rows are mixed, over all streams: at any time rows "
+        "come from so many different places of the source. 1 reads part after part.",
     )
     prefetch: PositiveInt = Field(default=4, description="Batches made ready ahead of the step.")
     max_unknown_share: float = Field(

@@ -62,17 +62,27 @@ class Decompressed(io.RawIOBase):
 
     Reading ends without an error at damage, behind the last byte that can be had; `damage` then
     says where and why. Raises DataError where a frame's window is too long or does not fit.
+
+    It begins with the frame at byte `start` of the file. Where a frame begins at byte `stop` or
+    behind it, `boundary` is how many decompressed bytes come before that frame. It is known once
+    a byte behind it has been read.
     """
 
-    def __init__(self, file: BinaryIO, codec: Codec) -> None:
+    def __init__(
+        self, file: BinaryIO, codec: Codec, start: int = 0, stop: int | None = None
+    ) -> None:
         super().__init__()
         self.damage: Damage | None = None
+        self.boundary: int | None = None
+        self._stop = stop
+        self._produced = 0
+        file.seek(start)
         self._file = file
         self._codec = codec
         self._decoder: Any = None
         self._member = 0  # where the member that is being read begins
         self._member_has_text = False
-        self._position = 0  # behind the input that decoders have taken
+        self._position = start  # behind the input that decoders have taken
         self._input = b""
         self._output = memoryview(b"")
 
@@ -101,6 +111,8 @@ class Decompressed(io.RawIOBase):
             if not begins:
                 return b""
             data, self._member, self._member_has_text = begins, self._position, False
+            if self.boundary is None and self._stop is not None and self._member >= self._stop:
+                self.boundary = self._produced
             self._decoder = self._codec.decoder()
         try:
             output: bytes = self._decoder.decompress(data)
@@ -109,6 +121,7 @@ class Decompressed(io.RawIOBase):
                 raise DataError(self._too_large(str(error))) from error
             return self._salvage(data)
         self._member_has_text |= bool(output)
+        self._produced += len(output)
         if self._decoder.eof:
             self._input, self._decoder = self._decoder.unused_data, None
         self._position += len(data) - len(self._input)
@@ -140,7 +153,7 @@ class Decompressed(io.RawIOBase):
         except self._codec.error as error:
             began = self._member_has_text or any(good)
             offset = self._position + len(good) if began else self._member
-            lost = os.fstat(self._file.fileno()).st_size - offset
-            self.damage = Damage(offset, lost, str(error).rpartition(": ")[2])
+            end = os.fstat(self._file.fileno()).st_size if self._stop is None else self._stop
+            self.damage = Damage(offset, end - offset, str(error).rpartition(": ")[2])
         assert self.damage is not None, "decoding does not depend on how its input is cut"
         return b"".join(good)

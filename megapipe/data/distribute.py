@@ -7,6 +7,7 @@ on every rank at once.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -170,6 +171,7 @@ class ReplicaFeed(StepPart):
             sequence_length=config.train.sequence_length,
             validation=self._validation,
             opened=opened,
+            record=Path(config.train.run_dir) / "data",
             say=say,
         )
 

@@ -1,46 +1,73 @@
 """The feed of one data-parallel rank: batch t as a pure function of (config, seed, t).
 
-Sample i of batch t is global sample g = t * global_batch_size + i; it goes to data rank i % D and
-comes from stream g % streams. A rank hosts the streams s with s % D == rank, and nothing about a
-stream depends on D: so the state of all streams, merged, can be dealt out to any number of ranks.
+Samples are numbered through the run; sample g comes from stream g % streams and goes to the data
+rank that hosts it. A rank hosts the streams s with s % D == rank, and nothing about a stream
+depends on D: so the state of all streams, merged, can be dealt out to any number of ranks.
 """
 
 import logging
 import queue
-import re
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from megapipe.config import DataConfig
-from megapipe.data.blend import Blend
-from megapipe.data.blocks import BlockReader
-from megapipe.data.packing import Packer, Tokens
+from megapipe.config import DataConfig, SourceConfig
+from megapipe.data.order.keys import keyed
+from megapipe.data.order.record import News, check_identity, identity, read_record, write_record
+from megapipe.data.order.rows import RowStore
+from megapipe.data.order.source_order import SourceOrder, window
+from megapipe.data.order.timeline import phase_at, phases_of
+from megapipe.data.packing import Packer, Stretch, Tokens
 from megapipe.data.rows import Account, BadRows
-from megapipe.data.sources import Keeps, Source, check_source, open_source, repeated_files
+from megapipe.data.sources import (
+    Change,
+    Keeps,
+    Source,
+    check_source,
+    open_source,
+    repeated_files,
+)
 from megapipe.data.streams import DocumentStream, SourceStream
 from megapipe.data.taken import State, Taken
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.errors import DataError
+
+MASK = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
 class Batch:
     """A rank's part of one global batch, n = global_batch_size / D samples in order.
 
-    `tokens` int32 [n, S + 1], `documents` int32 [n, S]; `after` is the state of each stream that
-    was read, behind this batch.
+    `samples` are their numbers in the run. `tokens` int32 [n, S + 1], `documents` int32 [n, S];
+    `stretches` say of each sample where its tokens come from; `after` is the state of each stream
+    that was read, behind this batch.
     """
 
     step: int
+    samples: Sequence[int]
     tokens: Tokens
     documents: Tokens
+    stretches: list[list[Stretch]]
     after: dict[int, State]
+
+    @property
+    def hash(self) -> int:
+        """64 bits of all samples: the sum, modulo 2**64, of the XXH3 hash of each one's tokens
+        (as little-endian int32), seeded by its number. Those of all ranks add up."""
+        return (
+            sum(
+                xxhash.xxh3_64_intdigest(tokens.astype("<i4").tobytes(), sample & MASK)
+                for sample, tokens in zip(self.samples, self.tokens, strict=True)
+            )
+            & MASK
+        )
 
 
 class BatchFeed:
@@ -49,8 +76,10 @@ class BatchFeed:
     `state_dict` speaks of batches that were taken, however many were made. Errors of the thread
     are raised by the `next` that would have returned the batch. With `validation` it reads the
     validation text instead: data.validation_sources, or the rows that data.validation_fraction
-    sets aside. `opened` are sources of the same config that another feed has opened; those that
-    this feed reads too are not opened again. Raises DataError for text that can't be read.
+    sets aside, always those of the files that the run began with. `opened` are sources of the same
+    config that another feed has opened; those that this feed reads too are not opened again.
+    `record` is the directory in which the run keeps what was found of its files; only the first
+    replica writes there. Raises DataError for text that can't be read.
     """
 
     def __init__(
@@ -65,38 +94,46 @@ class BatchFeed:
         sequence_length: int,
         validation: bool = False,
         opened: Sequence[Source] = (),
+        record: Path | None = None,
         say: Callable[[str], None] | None = None,
     ) -> None:
-        assert config.streams % replicas == 0, (config.streams, replicas)
+        self.streams = config.streams or global_batch_size
+        assert self.streams % replicas == 0, (self.streams, replicas)
         assert global_batch_size % replicas == 0, (global_batch_size, replicas)
         self.wait_seconds = 0.0
         self._config = config
         self._seed = seed
         self._tokenizer = tokenizer
-        self._hosted = range(replica, config.streams, replicas)
-        self._samples = range(replica, global_batch_size, replicas)
+        self._replica, self._replicas = replica, replicas
+        self._hosted = range(replica, self.streams, replicas)
         self._global_batch_size = global_batch_size
         self._sequence_length = sequence_length
         self._validation = validation
+        self._record = record
         self._say = say or logging.getLogger("megapipe.data").warning
-        self._sources, self._keeps = self._open_sources({source.key: source for source in opened})
+        own = validation and bool(config.validation_sources)
+        self._split = config.validation_fraction if not config.validation_sources else 0.0
+        if validation and not own and not self._split:
+            raise DataError(
+                "there is no validation text: set data.validation_sources, or "
+                "data.validation_fraction above 0, or train.validation_every = 0."
+            )
+        self._source_configs = config.validation_sources if own else config.sources
+        self._records = {one.name: read_record(record, one) for one in self._source_configs}
+        self._sources = self._open_sources({source.name: source for source in opened})
+        phases = config.model_copy(update={"sources": self._source_configs, "phases": ()})
+        self._phases = phases_of(
+            phases if validation else config, global_batch_size * sequence_length
+        )
         if replica == 0:
             for note in repeated_files(self._sources):
                 self._say(note)
-        self._block_rows = [
-            check_source(
-                source,
-                keeps,
-                streams=config.streams,
-                shuffle_block=config.shuffle_block,
-                max_bad_rows=config.max_bad_rows,
-            )
-            for source, keeps in zip(self._sources, self._keeps, strict=True)
-        ]
+        for source in self._sources:
+            check_source(source, self._keeps(source), max_bad_rows=config.max_bad_rows)
         self._worker: _Worker | None = None
-        self._step = 0
+        self._step = self._sample = 0
         self._closed = False
-        self._before: dict[int, State] | None = None
+        self._before: tuple[int, dict[int, State]] | None = None
         self._build_streams()
 
     def __iter__(self) -> "BatchFeed":
@@ -105,13 +142,15 @@ class BatchFeed:
     def __next__(self) -> Batch:
         assert not self._closed, "a closed feed has to load a state first"
         if self._worker is None:
-            self._worker = _Worker(partial(self._make, self._step), self._config.prefetch)
+            self._keep_record()
+            self._worker = _Worker(self._batches(), self._config.prefetch)
         started = time.perf_counter()
         batch = self._worker.take()
         self.wait_seconds = time.perf_counter() - started
         assert batch.step == self._step
+        self._before = self._sample, self._taken.states
         self._step += 1
-        self._before = self._taken.states
+        self._sample += self._global_batch_size
         self._taken.advance(batch.after)
         return batch
 
@@ -119,13 +158,15 @@ class BatchFeed:
         """Make the state the one before the last batch was taken. No batch can be taken then."""
         assert self._before is not None, "a batch has to be taken first, and only one goes back"
         self._step -= 1
-        self._taken, self._before = Taken(self._before), None
+        self._sample, states = self._before
+        self._taken, self._before = Taken(states), None
         self._closed = True
 
     def state_dict(self) -> State:
         """The position behind the last batch taken, for the hosted streams. JSON."""
         return {
             "step": self._step,
+            "sample": self._sample,
             "identity": self._identity(),
             "streams": {str(stream): state for stream, state in sorted(self._taken.states.items())},
         }
@@ -135,16 +176,19 @@ class BatchFeed:
 
         Raises DataError when the data is not that of the checkpoint.
         """
-        self._check_identity(state["identity"])
+        step = state["step"]
+        news = {source.name: News(source, self._records[source.name]) for source in self._sources}
+        check_identity(state["identity"], self._identity(), step, news)
         self.close()
         self._build_streams()
         self._closed = False
-        self._step = state["step"]
+        self._step, self._sample = step, state["sample"]
         self._before = None
         self._taken = Taken({stream: state["streams"][str(stream)] for stream in self._hosted})
+        weights = phase_at(self._phases, max(0, step - 1)).weights
         for stream, part in self._taken.states.items():
             documents, packer = self._streams[stream]
-            documents.load(part)
+            documents.load(part, step, weights)
             packer.last = part["last"]
         self._bad_rows.restore(self.account.skipped)
 
@@ -157,6 +201,11 @@ class BatchFeed:
     def epoch(self) -> int:
         """The furthest pass that a hosted stream has begun, counted from 0."""
         return self._taken.epoch
+
+    @property
+    def epochs(self) -> Mapping[str, float]:
+        """Passes over each source, parts of passes included, summed over the hosted streams."""
+        return self._taken.epochs
 
     @property
     def sources(self) -> list[Source]:
@@ -173,113 +222,145 @@ class BatchFeed:
         if self._worker is not None:
             self._worker.close()
             self._worker = None
-        for reader in self._readers:
-            reader.close()
+        self._store.close()
 
-    def _open_sources(self, opened: Mapping[str, Source]) -> tuple[list[Source], list[Keeps]]:
-        config, fraction = self._config, self._config.validation_fraction
-        own = self._validation and bool(config.validation_sources)
-        chosen, section = config.sources, "sources"
-        if own:
-            chosen, section = config.validation_sources, "validation_sources"
-        split = fraction > 0 and not config.validation_sources
-        if self._validation and not own and not split:
-            raise DataError(
-                "there is no validation text: set data.validation_sources, or "
-                "data.validation_fraction above 0, or train.validation_every = 0."
+    def _open_sources(self, opened: Mapping[str, Source]) -> list[Source]:
+        section = (
+            "sources" if self._source_configs is self._config.sources else "validation_sources"
+        )
+        return [
+            opened.get(source.name)
+            or open_source(
+                source,
+                f"data.{section}[{index}]",
+                self.streams,
+                changes=self._changes(source),
+                record=self._records[source.name],
             )
-        sources: list[Source] = []
-        keeps: list[Keeps] = []
-        for index, source in enumerate(chosen):
-            key = f"data.{section}[{index}]"
-            sources.append(opened.get(key) or open_source(source, key, config.streams))
-            keeps.append(
-                partial(_in_split, f"{self._seed} {key}", fraction, self._validation)
-                if split
-                else _every_row
-            )
-        return sources, keeps
+            for index, source in enumerate(self._source_configs)
+        ]
+
+    def _changes(self, source: SourceConfig) -> list[Change]:
+        return [
+            Change(index, change.after_step, change.add, change.remove)
+            for index, change in enumerate(self._config.changes)
+            if change.source == source.name
+        ]
+
+    def _keeps(self, source: Source) -> Keeps:
+        """Which rows of a source are read: those of one side of the split."""
+        if not self._split:
+            return _every_row
+        return partial(_in_split, self._seed, source.name, self._split, self._validation)
 
     def _build_streams(self) -> None:
-        """Every hosted stream at its start, over block readers that they share."""
+        """Every hosted stream at its start, over rows that they share."""
         config = self._config
         self._bad_rows = BadRows(config.max_bad_rows, self._say)
-        self._readers = [
-            BlockReader(
-                source,
-                block_rows=block_rows,
-                streams=config.streams,
-                hosted=frozenset(self._hosted),
-                seed=self._seed,
-            )
-            for source, block_rows in zip(self._sources, self._block_rows, strict=True)
-        ]
-        self._streams = {stream: self._build_stream(stream) for stream in self._hosted}
+        open_parts = sum(
+            window(source, self.streams, config.open_parts) * len(self._hosted)
+            for source in self._sources
+        )
+        self._store = RowStore(open_parts)
+        orders = [self._order(source) for source in self._sources]
+        self._streams: dict[int, tuple[DocumentStream, Packer]] = {}
+        for stream in self._hosted:
+            parts = {order.source.name: self._source_stream(order, stream) for order in orders}
+            documents = DocumentStream(parts, stream)
+            documents.begin(0, self._phases[0].weights)
+            self._streams[stream] = documents, Packer(documents, self._sequence_length)
         self._taken = Taken({stream: self._state(stream) for stream in self._hosted})
 
-    def _build_stream(self, stream: int) -> tuple[DocumentStream, Packer]:
-        parts = [
-            SourceStream(
-                reader,
-                stream,
-                tokenizer=self._tokenizer,
-                keeps=keeps,
-                bad_rows=self._bad_rows,
-            )
-            for reader, keeps in zip(self._readers, self._keeps, strict=True)
-        ]
-        weights = [source.config.weight for source in self._sources]
-        documents = DocumentStream(parts, Blend(weights, stream))
-        return documents, Packer(documents, self._sequence_length)
+    def _order(self, source: Source) -> SourceOrder:
+        return SourceOrder(
+            source,
+            seed=self._seed,
+            streams=self.streams,
+            open_parts=self._config.open_parts,
+            max_epochs=None if self._validation else source.config.max_epochs,
+            store=self._store,
+        )
+
+    def _source_stream(self, order: SourceOrder, stream: int) -> SourceStream:
+        return SourceStream(
+            order,
+            stream,
+            tokenizer=self._tokenizer,
+            keeps=self._keeps(order.source),
+            bad_rows=self._bad_rows,
+        )
 
     def _state(self, stream: int) -> State:
         documents, packer = self._streams[stream]
         return documents.state() | {"last": packer.last}
 
-    def _make(self, first_step: int, number: int) -> Batch:
-        step = first_step + number
-        start = step * self._global_batch_size
-        streams = [(start + sample) % self._config.streams for sample in self._samples]
+    def _batches(self) -> Iterable[Batch]:
+        """All batches from the position on."""
+        sample = self._sample
+        changes = self._change_steps()
+        step = self._step
+        while True:
+            if step in changes:
+                self._begin(step)
+            yield self._make(step, sample)
+            step += 1
+            sample += self._global_batch_size
+
+    def _change_steps(self) -> set[int]:
+        """Steps behind which weights or files change."""
+        if self._validation:
+            return set()
+        joins = {cohort.after_step for source in self._sources for cohort in source.cohorts}
+        leaves = {step for source in self._sources for step in source.leaves.values()}
+        phases = {phase.after_step for phase in self._phases}
+        return joins | leaves | phases
+
+    def _begin(self, step: int) -> None:
+        """What the config declares for the batch behind step `step`."""
+        phase = phase_at(self._phases, step)
+        weights = phase.weights if phase.after_step == step else None
+        for documents, _ in self._streams.values():
+            documents.begin(step, weights)
+
+    def _make(self, step: int, first: int) -> Batch:
+        numbers = [
+            sample
+            for sample in range(first, first + self._global_batch_size)
+            if sample % self.streams % self._replicas == self._replica
+        ]
+        streams = [sample % self.streams for sample in numbers]
         sequences = [self._streams[stream][1].next() for stream in streams]
         return Batch(
             step,
+            numbers,
             np.stack([sequence.tokens for sequence in sequences]),
             np.stack([sequence.documents for sequence in sequences]),
+            [sequence.stretches for sequence in sequences],
             {stream: self._state(stream) for stream in streams},
         )
 
+    def _keep_record(self) -> None:
+        if self._record is None or self._replica or self._validation:
+            return
+        for source in self._sources:
+            if source.found is not None:
+                write_record(self._record, source)
+
     def _identity(self) -> State:
-        """What the order of the data depends on, besides the weights."""
+        """What the order of the data depends on."""
         config = self._config
-        return {
-            "train.seed": self._seed,
-            "data.streams": config.streams,
-            "data.shuffle_block": config.shuffle_block,
-            "data.validation_fraction": config.validation_fraction,
-            "data.tokenizer": f"{self._tokenizer.vocab_size:,} tokens ({self._tokenizer.sha256})",
-        } | {source.key: source.fingerprint for source in self._sources}
-
-    def _check_identity(self, saved: State) -> None:
-        own = self._identity()
-        changed = [key for key in sorted(own | saved) if own.get(key) != saved.get(key)]
-        if "data.streams" in changed:  # files are cut according to it: they follow
-            changed = [key for key in changed if "sources[" not in key]
-        if changed:
-            details = "; ".join(
-                f"{key} was {_readable(key, saved)} and is now {_readable(key, own)}"
-                for key in changed
-            )
-            raise DataError(
-                f"the checkpoint was trained on other data: {details}. Restore that, or start a "
-                "new run with another train.run_dir."
-            )
-
-
-def _readable(key: str, identity: State) -> str:
-    """A value for people: of a hash its beginning, and what it is of."""
-    subject = "the content" if key == "data.tokenizer" else "names and sizes"
-    value = str(identity.get(key, "not there"))
-    return re.sub(r"\(([0-9a-f]{12})[0-9a-f]+\)", rf"(hash of {subject}: \1)", value)
+        return identity(
+            self._sources,
+            self._phases,
+            {
+                "train.seed": self._seed,
+                "data.streams": self.streams,
+                "data.open_parts": config.open_parts,
+                "data.validation_fraction": config.validation_fraction,
+                "data.tokenizer": f"{self._tokenizer.vocab_size:,} tokens "
+                f"({self._tokenizer.sha256})",
+            },
+        )
 
 
 def merge_states(states: Sequence[State]) -> State:
@@ -288,29 +369,33 @@ def merge_states(states: Sequence[State]) -> State:
     assert all(state["step"] == first["step"] for state in states)
     assert all(state["identity"] == first["identity"] for state in states)
     streams = {stream: part for state in states for stream, part in state["streams"].items()}
-    assert len(streams) == first["identity"]["data.streams"], sorted(streams)
+    assert len(streams) == first["identity"]["settings"]["data.streams"], sorted(streams)
     return first | {"streams": dict(sorted(streams.items(), key=lambda item: int(item[0])))}
 
 
-def _every_row(file: int, row: int) -> bool:
+def _every_row(file: str, unit: int, address: int) -> bool:
     return True
 
 
-def _in_split(key: str, fraction: float, validation: bool, file: int, row: int) -> bool:
-    """Rows are set aside for validation by a hash of (seed, source, file, row)."""
-    drawn = xxhash.xxh3_64_intdigest(f"{key} {file} {row}".encode()) / 2**64
+def _in_split(
+    seed: int, source: str, fraction: float, validation: bool, file: str, unit: int, address: int
+) -> bool:
+    """Rows are set aside for validation by a hash of the seed and of where they are."""
+    drawn = keyed("validation", seed, source, file, unit, address) / 2**64
     return (drawn < fraction) is validation
 
 
 class _Worker:
-    """A thread that makes items 0, 1, 2, ... up to `ahead` ahead of the one who takes them."""
+    """A thread that makes batches up to `ahead` ahead of the one who takes them."""
 
-    def __init__(self, make: Callable[[int], Batch], ahead: int) -> None:
+    def __init__(self, batches: Iterable[Batch], ahead: int) -> None:
         self._made: queue.Queue[Batch | BaseException] = queue.Queue()
         self._room = threading.Semaphore(ahead)
         self._stop = False
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(make,), name="data", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(iter(batches),), name="data", daemon=True
+        )
         self._thread.start()
 
     def take(self) -> Batch:
@@ -327,14 +412,12 @@ class _Worker:
         self._room.release()
         self._thread.join()
 
-    def _run(self, make: Callable[[int], Batch]) -> None:
-        number = 0
+    def _run(self, batches: Iterator[Batch]) -> None:
         try:
             while True:
                 self._room.acquire()
                 if self._stop:
                     return
-                self._made.put(make(number))
-                number += 1
+                self._made.put(next(batches))
         except BaseException as error:  # raised again where the batch is taken
             self._made.put(error)

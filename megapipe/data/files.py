@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import xxhash
+
 from megapipe.amounts import counted
 from megapipe.errors import DataError
 from megapipe.files import reason, shown
@@ -33,6 +35,9 @@ FORMATS = {
 TABLES = ("parquet", "arrow")
 COMPRESSED = (".gz", ".zst")
 MAGIC = re.compile(r"[*?[]")
+SAMPLE_BYTES = 4096
+SAMPLES = 6
+"""Parts of a file that its fingerprint is taken of, the first and the last among them."""
 
 
 class FoundFile(NamedTuple):
@@ -65,11 +70,12 @@ def file_format(path: Path) -> str | None:
     return None if path.suffix in COMPRESSED and found in TABLES else found
 
 
-def find_files(pattern: str, key: str) -> Found:
+def find_files(pattern: str, key: str, *, may_be_gone: bool = False) -> Found:
     """The files that a path or glob names, in sorted order.
 
-    Raises DataError, naming `key`, where there are none, and for what can't be read: a directory,
-    a link that leads nowhere, a pipe, a directory that may not be listed.
+    Raises DataError, naming `key`, where there are none (unless they `may_be_gone`), and for what
+    can't be read: a directory, a link that leads nowhere, a pipe, a directory that may not be
+    listed.
     """
     named = f'{key} = "{shown(pattern)}"'
     if "\0" in pattern:
@@ -83,7 +89,7 @@ def find_files(pattern: str, key: str) -> Found:
         )
     names = {pattern} if os.path.lexists(pattern) else set(_match(pattern, named))
     found = _each_once(sorted(map(Path, names)), named)
-    if not found.files:
+    if not found.files and not may_be_gone:
         hint = " In a glob, a [ that is part of a name is written [[]." if "[" in pattern else ""
         raise DataError(f"{named} matches no file (looked from {_here()}); correct the path.{hint}")
     return found
@@ -97,6 +103,54 @@ def files_below(directory: Path, key: str) -> Found:
     )
     paths = sorted(path for path in map(Path, entries) if file_format(path))
     return _each_once([path for path in paths if not path.is_dir()], named)
+
+
+def glob_matches(pattern: str, path: str) -> bool:
+    """Whether a path matches a pattern as `find_files` understands it, without looking at the
+    disk: `*`, `?` and `[]` within a name, `**` for any directories."""
+    parts = [part for part in pattern.split("/") if part]
+    names = [name for name in path.split("/") if name]
+    return pattern == path or (
+        pattern.startswith("/") == path.startswith("/") and _match_names(parts, names)
+    )
+
+
+def _match_names(parts: list[str], names: list[str]) -> bool:
+    if not parts:
+        return not names
+    part, *rest = parts
+    if part == "**":
+        return any(
+            _match_names(rest or ["*"], names[skipped:]) for skipped in range(len(names) + 1)
+        )
+    return bool(names) and fnmatch.fnmatchcase(names[0], part) and _match_names(rest, names[1:])
+
+
+def fixed_part(pattern: str) -> Path:
+    """The directory that a path or glob begins with, in front of all that is a pattern."""
+    if os.path.lexists(pattern):
+        return Path(pattern).parent
+    parts = Path(pattern).parts[:-1]
+    plain = next((n for n, part in enumerate(parts) if MAGIC.search(part)), len(parts))
+    return Path(*parts[:plain])
+
+
+def fingerprint(path: Path, size: int) -> str:
+    """Changes with a file's content, though only its head, tail and some samples are read.
+
+    Raises DataError where the file can't be read or has another size.
+    """
+    digest = xxhash.xxh3_128(str(size).encode())
+    with open_unchanged(path, size) as file:
+        last = max(0, size - SAMPLE_BYTES)
+        places = {last * part // (SAMPLES - 1) for part in range(SAMPLES)}
+        try:
+            for place in sorted(places):
+                file.seek(place)
+                digest.update(file.read(SAMPLE_BYTES))
+        except OSError as error:
+            raise DataError(f"{shown(path)}: can't be read: {reason(error)}") from error
+    return digest.hexdigest()
 
 
 def open_unchanged(path: Path, size: int | None) -> BinaryIO:

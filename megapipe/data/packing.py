@@ -11,24 +11,57 @@ from numpy.typing import NDArray
 Tokens = NDArray[np.int32]
 
 
-class Reader(Protocol):
-    """Gives the next tokens of a stream: at least one, at most `limit`, of one document.
+class Origin(NamedTuple):
+    """The row that tokens come from: its source, the key of its file, the beginning of its unit
+    there, its address, and the pass over the source."""
 
-    The flag says that they begin the document. A document's last token is the end-of-document one.
+    source: str
+    file: str
+    unit: int
+    address: int
+    epoch: int
+
+
+class Read(NamedTuple):
+    """Tokens of one document; `begins` and `ends` say which of its borders are among them.
+
+    `text_bytes` of text went into them.
     """
 
-    def read(self, limit: int) -> tuple[Tokens, bool]: ...
+    tokens: Tokens
+    begins: bool
+    ends: bool
+    text_bytes: int
+    origin: Origin
+
+
+class Reader(Protocol):
+    """Gives the next tokens of a stream: at least one, at most `limit`, of one document. A
+    document's last token is the end-of-document one."""
+
+    def read(self, limit: int) -> Read: ...
+
+
+class Stretch(NamedTuple):
+    """Tokens [start, start + length) of a sequence, which come from one row."""
+
+    start: int
+    length: int
+    begins: bool
+    text_bytes: int
+    origin: Origin
 
 
 class Sequence(NamedTuple):
     """S + 1 tokens: inputs are the first S, targets the last S.
 
     `documents` [S] numbers the documents of the inputs from 0; the end-of-document token belongs
-    to the document that it ends.
+    to the document that it ends. `stretches` are the tokens but for the overlap, in order.
     """
 
     tokens: Tokens
     documents: Tokens
+    stretches: list[Stretch]
 
 
 class Packer:
@@ -46,14 +79,17 @@ class Packer:
     def next(self) -> Sequence:
         tokens = np.empty(self._size, dtype=np.int32)
         begins = np.zeros(self._size, dtype=np.int32)
+        stretches: list[Stretch] = []
         filled = 0
         if self.last is not None:
             tokens[0], filled = self.last, 1
         while filled < self._size:
-            part, begins_document = self._reader.read(self._size - filled)
-            tokens[filled : filled + len(part)] = part
-            begins[filled] = begins_document
-            filled += len(part)
+            part = self._reader.read(self._size - filled)
+            count = len(part.tokens)
+            tokens[filled : filled + count] = part.tokens
+            begins[filled] = part.begins
+            stretches.append(Stretch(filled, count, part.begins, part.text_bytes, part.origin))
+            filled += count
         self.last = int(tokens[-1])
         documents = np.cumsum(begins[:-1], dtype=np.int32) - begins[0]
-        return Sequence(tokens, documents)
+        return Sequence(tokens, documents, stretches)

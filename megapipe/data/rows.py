@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megapipe.amounts import counted
-from megapipe.data.formats import DAMAGED, NoRows, RowFile, Unreadable
+from megapipe.data.formats import DAMAGED, NoRows, RowFile
+from megapipe.data.splitters import Unreadable
 from megapipe.errors import DataError
 
 SHOWN = 5
@@ -160,25 +161,25 @@ class BadRows:
     def total(self) -> int:
         return self.counts.total()
 
-    def add(self, key: str, file: str, row: int, error: BadRowError) -> None:
-        """Row numbers count from 1. Raises DataError above the limit. Damage of a file is always
-        reported, since much text may be lost with that row."""
+    def add(self, key: str, file: str, place: str, error: BadRowError) -> None:
+        """Row `place` of a file, as RowFile.place says it. Raises DataError above the limit. Damage
+        of a file is always reported, since much text may be lost with that row."""
         reason = error.reason
         self.counts[reason] += 1
         if self.limit is not None and self.total > self.limit:
             others = f" ({self.summary()})" if self.total > 1 else ""
             raise DataError(
-                f"{file}, row {row}: {error}. That is more than data.max_bad_rows = {self.limit} "
+                f"{file}, {place}: {error}. That is more than data.max_bad_rows = {self.limit} "
                 f"allows{others}. Repair {key}.path, or raise data.max_bad_rows to skip such rows."
             )
         if self.total <= SHOWN or reason == DAMAGED:
-            self._say(f"{file}, row {row}: skipped: {error}")
+            self._say(f"{file}, {place}: skipped: {error}")
         elif self.total == self._next_summary:
             self._next_summary *= 2
             limit = "" if self.limit is None else f"; data.max_bad_rows = {self.limit}"
             self._say(
                 f"{self.total} rows skipped so far: {self.summary()}; the newest is {file}, "
-                f"row {row}{limit}"
+                f"{place}{limit}"
             )
 
     def restore(self, counts: Counter[str]) -> None:

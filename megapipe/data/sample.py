@@ -114,10 +114,10 @@ def _parts(source: Source, file: RowFile, size: int) -> list[_Part]:
     its beginning and what follows its middle."""
     found: list[_Part] = []
     read, most_stored = 0, size * MOST_STORED
-    for raw, end in islice(file.rows(0, 0), MOST_ROWS):
+    for raw, _ in islice(file.rows(), MOST_ROWS):
         if read > most_stored:
             break
-        read = end
+        read += len(raw) if isinstance(raw, bytes) else 0
         try:
             text = row_text(file, raw, source.config.text_field)
         except BadRowError:  # the feed counts and reports it

@@ -1,29 +1,42 @@
-"""A source of the blend: its files in order, and what one row of it is."""
+"""A source of the blend: its files, who joined when, and what one row of it is."""
 
+import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import xxhash
 
 from megapipe.amounts import counted
 from megapipe.config import SourceConfig
 from megapipe.data.contents import check_content
-from megapipe.data.files import COMPRESSED, TABLES, Found, FoundFile, file_format, find_files
-from megapipe.data.formats import (
+from megapipe.data.files import (
+    COMPRESSED,
+    TABLES,
+    Found,
+    FoundFile,
+    file_format,
+    find_files,
+    fingerprint,
+    fixed_part,
+    glob_matches,
+)
+from megapipe.data.formats import NoRows, RowFile, TextFile
+from megapipe.data.rows import BadRowError, BadRows, row_text
+from megapipe.data.splitters import (
     BLOCK_BYTES,
-    NoRows,
-    RowFile,
-    TextFile,
+    Raw,
     split_lines,
     split_paragraphs,
     split_segments,
     split_text_lines,
 )
-from megapipe.data.rows import BadRowError, BadRows, row_text
 from megapipe.data.tables import HubShard, LocalTable
+from megapipe.data.units import Unit, Units, units_of
 from megapipe.errors import DataError
 from megapipe.files import shown
 
@@ -33,28 +46,117 @@ MIN_SEGMENT_BYTES = 8 << 10
 LOOKERS = 16
 """Threads that look into files at the start."""
 
-Keeps = Callable[[int, int], bool]
-"""Whether row (file, row number) belongs to the split that is read."""
+Keeps = Callable[[str, int, int], bool]
+"""Whether a row (key of its file, start of its unit, its address) is one of those that are read."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file as the order of the data knows it.
+
+    `key` is its path from the fixed part of the source's pattern on; `mark` changes with its
+    content; `rows` reads it, None where it has left the source.
+    """
+
+    key: str
+    size: int
+    mark: str
+    units: Units
+    rows: RowFile | None
+
+    def state(self) -> list[Any]:
+        """JSON."""
+        return [self.key, self.size, self.mark, self.units.state()]
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Files that joined a source together, behind step `after_step`, sorted by their keys."""
+
+    after_step: int
+    files: tuple[SourceFile, ...]
+
+    @property
+    def digest(self) -> str:
+        """Changes with the names, sizes and contents of the files and how they are cut."""
+        digest = xxhash.xxh3_128()
+        for file in self.files:
+            digest.update(repr(file.state()).encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class Source:
-    """Files in sorted order. `key` is its config key; `fingerprint`, for people to read in part,
-    changes with the files. `found`: their sizes and other names; None on the hub."""
+    """`key` is its config key, for messages. `row_bytes`: where its files are cut into documents;
+    0 where rows are cut by what they hold. `found`: the files on the disk and their other names;
+    None on the hub."""
 
     key: str
     config: SourceConfig
-    files: tuple[RowFile, ...]
-    fingerprint: str
+    cohorts: tuple[Cohort, ...]
+    row_bytes: int
     total_bytes: int | None  # of text; estimated where it is compressed, None on the hub
     found: Found | None = None
+    leaves: Mapping[str, int] = field(default_factory=dict)
+    """The step behind which a file leaves the source, by its key."""
 
-    def text(self, file: int, raw: object) -> str | None:
+    @property
+    def root(self) -> Path:
+        """The directory that keys of files start from."""
+        return fixed_part(self.config.path)
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def files(self) -> list[RowFile]:
+        """The files that can be read, cohort by cohort."""
+        return [
+            file.rows for cohort in self.cohorts for file in cohort.files if file.rows is not None
+        ]
+
+    def text(self, file: RowFile, raw: object) -> str | None:
         """The text of a row, "" for an empty one, None for a blank line. Raises BadRowError."""
-        return row_text(self.files[file], raw, self.config.text_field)
+        return row_text(file, raw, self.config.text_field)
 
 
-def open_source(config: SourceConfig, key: str, streams: int) -> Source:
+class Change(NamedTuple):
+    """Files that join and leave a source behind a step: patterns, of data.changes[`number`]."""
+
+    number: int
+    after_step: int
+    add: str | None
+    remove: str | None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What an earlier start found of a source. Nothing about the order depends on it; it saves
+    looking for units again, and knows files that have left and may be gone."""
+
+    row_bytes: int = 0
+    cohorts: tuple[Cohort, ...] = ()
+
+    def file(self, key: str) -> SourceFile | None:
+        return self._files.get(key)
+
+    @cached_property
+    def _files(self) -> dict[str, SourceFile]:
+        return {file.key: file for cohort in self.cohorts for file in cohort.files}
+
+
+NO_RECORD = Record()
+
+
+def open_source(
+    config: SourceConfig,
+    key: str,
+    streams: int,
+    *,
+    changes: Sequence[Change] = (),
+    record: Record = NO_RECORD,
+) -> Source:
     """Finds the files of data.sources[i] (`key`) and how each is read; looks into each.
 
     Raises DataError for what can't be read: a path that matches nothing, an unknown format, a file
@@ -62,38 +164,146 @@ def open_source(config: SourceConfig, key: str, streams: int) -> Source:
     """
     if config.path.startswith(HUB):
         return _hub_source(config, key)
-    return open_found(find_files(config.path, f"{key}.path"), config, key, streams)
+    changes = sorted(changes, key=lambda change: change.after_step)
+    joining = [change for change in changes if change.add is not None]
+    later = [
+        find_files(change.add or "", f"data.changes[{change.number}].add") for change in joining
+    ]
+    leaving = any(change.remove is not None for change in changes)
+    first = find_files(config.path, f"{key}.path", may_be_gone=leaving)
+    source = open_found(
+        [_without(first, later), *later],
+        config,
+        key,
+        streams,
+        steps=[0, *(change.after_step for change in joining)],
+        record=record,
+        gone=[change.remove for change in changes if change.remove is not None],
+    )
+    return replace(source, leaves=dict(_leaves(source, changes)))
 
 
-def open_found(found: Found, config: SourceConfig, key: str, streams: int) -> Source:
-    """The source of these files, read as `config` says; raises as `open_source`."""
+def _without(found: Found, others: Iterable[Found]) -> Found:
+    """The files that no other has."""
+    taken = {file.identity for other in others for file in other.files}
+    files = tuple(file for file in found.files if file.identity not in taken)
+    return Found(files, found.repeats)
+
+
+def _leaves(source: Source, changes: Sequence[Change]) -> Iterator[tuple[str, int]]:
+    """The step behind which each file leaves that does."""
+    root = source.root
+    for change in reversed(changes):
+        if change.remove is None:
+            continue
+        keys = [
+            file.key
+            for cohort in source.cohorts
+            for file in cohort.files
+            if cohort.after_step <= change.after_step
+            and glob_matches(change.remove, os.path.normpath(root / file.key))
+        ]
+        if not keys:
+            raise DataError(
+                f'data.changes[{change.number}].remove = "{shown(change.remove)}" matches no file '
+                f'of the source "{source.name}"; name one as {source.key}.path does, or take the '
+                "change out."
+            )
+        yield from ((key, change.after_step) for key in keys)
+
+
+def open_found(
+    found: Sequence[Found],
+    config: SourceConfig,
+    key: str,
+    streams: int,
+    *,
+    steps: Sequence[int] = (0,),
+    record: Record = NO_RECORD,
+    gone: Sequence[str] = (),
+) -> Source:
+    """The source of these files, cohort by cohort, read as `config` says; raises as `open_source`.
+
+    Files on record that match a pattern of `gone` belong to it though they are not found.
+    """
+    root = fixed_part(config.path)
+    here = [{os.path.relpath(file.path, root): file for file in part.files} for part in found]
+    left = [_not_here(record, number, root, gone, here) for number in range(len(found))]
+    sizes = {name: file.size for name, file in here[0].items()}
+    sizes |= {file.key: file.size for file in left[0]}
     unfolded = sum(
-        file.size * 4 if file.path.suffix in COMPRESSED else file.size for file in found.files
+        size * 4 if Path(name).suffix in COMPRESSED else size for name, size in sizes.items()
     )
     # Few large text files are cut finer, so that every stream has something to read.
     share = unfolded // (streams * SEGMENTS_PER_STREAM)
-    segment = min(BLOCK_BYTES, max(MIN_SEGMENT_BYTES, share))
-    digest = xxhash.xxh3_64(f"{config.text_field} {config.documents} {segment}".encode())
-    for path, size, _ in found.files:
-        digest.update(f"\n{path.name} {size}".encode(errors="surrogateescape"))
-    files = tuple(_row_files(found.files, partial(_row_file, config, key, segment)))
-    fingerprint = f"{len(files)} file(s) of {found.size:,} bytes ({digest.hexdigest()})"
-    return Source(key, config, files, fingerprint, unfolded, found)
+    row_bytes = min(BLOCK_BYTES, max(MIN_SEGMENT_BYTES, share))
+    look = partial(_source_file, config, key, row_bytes, record)
+    cohorts = []
+    for step, files, others in zip(steps, here, left, strict=True):
+        seen = [*_in_parallel(look, list(files.items())), *others]
+        cohorts.append(Cohort(step, tuple(sorted(seen, key=lambda file: file.key))))
+    everything = Found(
+        tuple(file for part in found for file in part.files),
+        tuple(name for part in found for name in part.repeats),
+    )
+    return Source(key, config, tuple(cohorts), row_bytes, unfolded, everything)
 
 
-def _row_files(
-    files: Sequence[FoundFile], look: Callable[[FoundFile], RowFile]
-) -> Iterator[RowFile]:
+def _not_here(
+    record: Record,
+    number: int,
+    root: Path,
+    gone: Sequence[str],
+    here: Sequence[Mapping[str, FoundFile]],
+) -> list[SourceFile]:
+    """Files of a recorded cohort that were not found, and that a pattern of `gone` names."""
+    if number >= len(record.cohorts):
+        return []
+    return [
+        replace(file, rows=None)
+        for file in record.cohorts[number].files
+        if not any(file.key in files for files in here)
+        and any(glob_matches(pattern, os.path.normpath(root / file.key)) for pattern in gone)
+    ]
+
+
+Named = tuple[str, FoundFile]
+
+
+def _in_parallel(
+    look: Callable[[str, FoundFile], SourceFile], files: Sequence[Named]
+) -> Iterator[SourceFile]:
     """Looks into several files at a time, since a network disk may take long for each. Of several
     errors it raises that of the first file."""
     share = 1 + len(files) // (4 * LOOKERS)
     parts = [files[first : first + share] for first in range(0, len(files), share)]
     with ThreadPoolExecutor(LOOKERS) as pool:
-        for part in pool.map(lambda part: list(map(look, part)), parts):
+        for part in pool.map(lambda part: [look(*named) for named in part], parts):
             yield from part
 
 
-def _row_file(config: SourceConfig, key: str, segment: int, file: FoundFile) -> RowFile:
+def _source_file(
+    config: SourceConfig, key: str, row_bytes: int, record: Record, name: str, file: FoundFile
+) -> SourceFile:
+    rows = _row_file(config, key, row_bytes, file)
+    mark = fingerprint(file.path, file.size)
+    known = record.file(name)
+    if (
+        known is not None
+        and (known.size, known.mark) == (file.size, mark)
+        and (not rows.row_bytes or record.row_bytes == row_bytes)
+    ):
+        return SourceFile(name, file.size, mark, known.units, rows)
+    return SourceFile(name, file.size, mark, rows.units(), rows)
+
+
+def recorded_file(state: Sequence[Any]) -> SourceFile:
+    """The file of which `state` was taken, which nothing reads yet."""
+    key, size, mark, units = state
+    return SourceFile(key, size, mark, units_of(units), None)
+
+
+def _row_file(config: SourceConfig, key: str, row_bytes: int, file: FoundFile) -> RowFile:
     """How a file is read, once its first bytes have been looked at."""
     path, size, _ = file
     form = file_format(path) if config.format == "auto" else config.format
@@ -112,7 +322,8 @@ def _row_file(config: SourceConfig, key: str, segment: int, file: FoundFile) -> 
         return TextFile(path, split_lines, "json", size)
     match config.documents:
         case "file":
-            return TextFile(path, partial(split_segments, size=segment), "text", size)
+            split = partial(split_segments, size=row_bytes)
+            return TextFile(path, split, "text", size, row_bytes)
         case "line":
             return TextFile(path, split_text_lines, "line", size)
         case "blank-line":
@@ -142,16 +353,16 @@ def _hub_source(config: SourceConfig, key: str) -> Source:
             f"it has {', '.join(names)}."
         )
     shards = dataset.num_shards
-    files = tuple(
-        HubShard(
+    files = []
+    for index in range(shards):
+        shard = HubShard(
             f"{config.path} shard {index}",
             partial(dataset.shard, num_shards=shards, index=index),
             config.text_field,
         )
-        for index in range(shards)
-    )
-    digest = xxhash.xxh3_64(f"{config.path} {config.text_field} {shards}".encode())
-    return Source(key, config, files, f"{shards} shard(s) ({digest.hexdigest()})", None)
+        mark = f"{index} of {shards}"
+        files.append(SourceFile(f"{index:09}", 0, mark, shard.units(), shard))
+    return Source(key, config, (Cohort(0, tuple(files)),), 0, None)
 
 
 def repeated_files(
@@ -184,41 +395,32 @@ def repeated_files(
         )
 
 
-def check_source(
-    source: Source, keeps: Keeps, *, streams: int, shuffle_block: int, max_bad_rows: int
-) -> int:
-    """Finds a first usable row, and how many rows make a block. Reads no more than it must.
-
-    Small sources get smaller blocks, so that each stream has one in every pass: rows // streams
-    instead of shuffle_block. Raises DataError for a source without a usable row.
-    """
-    enough = streams * shuffle_block
-    if source.total_bytes is not None and source.total_bytes >= 2 * streams * BLOCK_BYTES:
-        enough = 0  # blocks are closed by bytes too, so there are more than streams of them
-    rows, left_out, without_rows, usable = 0, 0, 0, False
+def check_source(source: Source, keeps: Keeps, *, max_bad_rows: int) -> None:
+    """Finds a first usable row. Raises DataError where there is none."""
+    rows, left_out, without_rows = 0, 0, 0
     bad: Counter[str] = Counter()
     example = ""
     judge = BadRows(max_bad_rows, say=lambda _: None)
-    for index, file in enumerate(source.files):
-        for number, (raw, _) in enumerate(file.rows(0, 0)):
-            rows += 1
-            left_out += not keeps(index, number)
-            if not usable and keeps(index, number):
-                try:
-                    text = source.text(index, raw)
-                    usable = bool(text)
-                    if isinstance(raw, NoRows):
-                        without_rows += 1
-                    elif text == "":
-                        bad["empty"] += 1
-                except BadRowError as error:
-                    bad[error.reason] += 1
-                    example = example or f" ({file.name}, row {number + 1}: {error})"
-                    judge.add(source.key, file.name, number + 1, error)
-            if usable and rows >= enough:
-                return shuffle_block
-    if usable:
-        return min(shuffle_block, max(1, rows // streams))
+    for file, unit, raw in _all_rows(source):
+        rows += 1
+        assert file.rows is not None
+        if not keeps(file.key, unit.start, raw.address):
+            left_out += 1
+            continue
+        try:
+            text = source.text(file.rows, raw.value)
+        except BadRowError as error:
+            bad[error.reason] += 1
+            place = file.rows.place(unit, raw.address)
+            example = example or f" ({file.rows.name}, {place}: {error})"
+            judge.add(source.key, file.rows.name, place, error)
+            continue
+        if text:
+            return
+        if isinstance(raw.value, NoRows):
+            without_rows += 1
+        elif text == "":
+            bad["empty"] += 1
     if rows and left_out == rows:
         raise DataError(
             f"data.validation_fraction leaves nothing of {source.key} on one side: the other has "
@@ -237,3 +439,12 @@ def check_source(
         f"{counted(len(source.files), 'file')} with {counted(rows - without_rows, 'row')}{why}. "
         f"{advice}"
     )
+
+
+def _all_rows(source: Source) -> Iterator[tuple[SourceFile, Unit, Raw]]:
+    """The rows of the files that the source begins with, in their order."""
+    for file in source.cohorts[0].files:
+        if file.rows is None:
+            continue
+        for unit in file.units:
+            yield from ((file, unit, raw) for raw in file.rows.rows(unit))

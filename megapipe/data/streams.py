@@ -1,32 +1,53 @@
 """Logical streams: an endless, blended run of documents whose position is exact and small."""
 
+from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from megapipe.config import SourceConfig
 from megapipe.data.blend import Blend
-from megapipe.data.blocks import Address, BlockReader, Row, permutation
-from megapipe.data.formats import Unreadable
-from megapipe.data.packing import Tokens
+from megapipe.data.order.parts import Place, StreamParts
+from megapipe.data.order.source_order import RowPlace, SourceOrder
+from megapipe.data.packing import Origin, Read, Tokens
 from megapipe.data.rows import Account, BadRowError, BadRows
 from megapipe.data.sources import Keeps
+from megapipe.data.splitters import Unreadable
 from megapipe.data.tokenizer import Tokenizer
+from megapipe.errors import DataError
+from megapipe.files import shown
 
 PIECE = 1 << 15
 """Characters that are tokenised at once. Sentencepiece encodes 4.4 MB/s in pieces of this size and
 1.9 MB/s in pieces of a million; and no more than this is tokenised again on resume."""
 
+HOPELESS_EPOCHS = 64
+"""Times `streams`: a stream that has gone through so many epochs without a usable row stops."""
+
+ENDING = -1
+"""The piece of a document of which only the end-of-document token is left to be given."""
+
+UNKNOWN = -1
+"""The address of a row in a file that has left, which is not read any more."""
+
+State = dict[str, Any]
+
+
+class SourceEndedError(Exception):
+    """A stream has read its share of a source as often as it may."""
+
 
 class SourceStream:
     """One stream's part of one source: document after document, through the epochs.
 
-    Its position is the next token to be read: the address of the block, the row in the block's
-    shuffled order, where in the text the piece begins, the token in the piece.
+    Its position: the parts that are open in turn, each with its next row; and of the document under
+    way the part and row, where in its text the piece begins, and the token in the piece.
     """
 
     def __init__(
         self,
-        blocks: BlockReader,
+        order: SourceOrder,
         stream: int,
         *,
         tokenizer: Tokenizer,
@@ -34,132 +55,218 @@ class SourceStream:
         bad_rows: BadRows,
     ) -> None:
         self.account = Account()
-        self._blocks = blocks
-        self._stream = stream
+        self.tokens = 0
+        """Given so far."""
+        self._order = order
         self._tokenizer = tokenizer
         self._keeps = keeps
         self._bad_rows = bad_rows
-        self._address: Address | None = None
-        self._row = self._piece = self._token = 0
-        self._block: list[Row] | None = None
+        self._parts = StreamParts(order.joined(0), key=order.key, stream=stream)
+        self._step = 0
+        self._turns: deque[tuple[Place, int]] = deque()
+        self._document: tuple[Place, int] | None = None
+        self._piece = self._token = 0
+        self._row: RowPlace | None = None
+        self._origin: Origin | None = None
         self._text: str | None = None
         self._tokens: Tokens | None = None
-        self._piece_end = 0
+        self._piece_end = self._piece_bytes = 0
 
     @property
     def epoch(self) -> int:
-        return 0 if self._address is None else self._address.epoch
+        return self._parts.epoch
 
-    def read(self, limit: int) -> tuple[Tokens, bool, bool]:
-        """Up to `limit` tokens of one document; whether they begin it, and whether they end it."""
-        begins = self._piece == 0 and self._token == 0
-        if self._text is None:
+    @property
+    def config(self) -> SourceConfig:
+        return self._order.source.config
+
+    def begin(self, step: int) -> None:
+        """Goes on with the batch behind step `step`: files may have joined or left."""
+        self._step = step
+        self._parts.join(self._order.joined(step))
+        if self._document is not None and self._piece != ENDING:
+            file, _ = self._order.unit(self._document[0])
+            if self._order.has_left(file, step):
+                self._end_early()
+
+    def open(self) -> None:
+        """Goes to the next document unless one is under way. Raises SourceEndedError."""
+        if self._document is None:
             self._open_document()
+
+    def read(self, limit: int) -> Read:
+        """Up to `limit` tokens of the document under way."""
+        begins = self._piece == 0 and self._token == 0
         tokens = self._piece_tokens()
         while self._token == len(tokens):  # a piece may have no tokens of its own
             self._next_piece()
             tokens = self._piece_tokens()
-        part = tokens[self._token : self._token + limit]
+        origin, start = self._where(), self._token
+        part = tokens[start : start + limit]
         self._token += len(part)
-        if self._token < len(tokens):
-            return part, begins, False
-        ends = self._ends_document()
-        self._next_piece()
-        return part, begins, ends
+        self.tokens += len(part)
+        text_bytes = self._bytes_up_to(self._token) - self._bytes_up_to(start)
+        ends = self._token == len(tokens) and self._ends_document()
+        if self._token == len(tokens):
+            self._next_piece()
+        return Read(part, begins, ends, text_bytes, origin)
 
-    def state(self) -> dict[str, Any]:
-        return {
-            "address": None if self._address is None else list(self._address),
-            "row": self._row,
-            "piece": self._piece,
-            "token": self._token,
-            "account": self.account.state(),
+    def state(self) -> State:
+        """JSON, from which `load` goes on; short, since there may be thousands of streams."""
+        document = None
+        if self._document is not None:
+            place, row = self._document
+            document = [*place, row, self._piece, self._token]
+        state: State = {
+            "epoch": self._parts.epoch,
+            "taken": list(self._parts.taken),
+            "since": list(self._parts.since),
+            "open": [[*place[1:], row] for place, row in self._turns],
+            "document": document,
+            "tokens": self.tokens,
+            "epochs": self._parts.epochs,
         }
+        return state | ({"account": self.account.state()} if self.account != Account() else {})
 
-    def load(self, state: dict[str, Any]) -> None:
-        address = state["address"]
-        self._address = None if address is None else Address(*address)
-        self._row, self._piece, self._token = state["row"], state["piece"], state["token"]
-        self.account = Account(**state["account"])
-        self._block = self._text = self._tokens = None
+    def load(self, state: State, step: int) -> None:
+        """Goes on from a state that was taken behind step `step`."""
+        self._step = max(0, step - 1)
+        self._parts.join(self._order.joined(self._step))
+        self._parts.epoch = state["epoch"]
+        self._parts.taken, self._parts.since = list(state["taken"]), list(state["since"])
+        epoch = state["epoch"]
+        self._turns = deque((Place(epoch, *turn[:2]), turn[2]) for turn in state["open"])
+        self._close_document()
+        if state["document"] is not None:
+            *place, row, self._piece, self._token = state["document"]
+            self._document = Place(*place), row
+        self.tokens = state["tokens"]
+        self.account = Account(**state.get("account", {}))
+
+    # --- Rows ------------------------------------------------------------------------------------
 
     def _open_document(self) -> None:
-        """Goes to the next usable row from the current one on."""
+        """Goes to the next usable row. Parts take turns, each giving one row; a new part is opened
+        whenever fewer than the window are. An epoch begins when all parts of the one before have
+        given their rows."""
+        hopeless = self._parts.epoch + HOPELESS_EPOCHS * self._order.streams
         while True:
-            if self._block is None:
-                self._load_block()
-            assert self._block is not None
-            assert self._address is not None
-            if self._row >= len(self._block):
-                self._next_block()
+            turn = self._next_turn()
+            if turn is None:
+                raise SourceEndedError
+            if self._parts.epoch > hopeless:
+                raise DataError(
+                    f"{self._order.source.key}.path: no usable row is left in any of its files."
+                )
+            place, number = turn
+            row = self._order.row(place, number, self._step)
+            if row is None:
                 continue
-            text = self._usable_text(self._block[self._row])
+            self._turns.append((place, number + 1))
+            text = self._usable_text(row, first=place.epoch == self._parts.since[place.cohort])
             if text is not None:
-                self._text = text
+                self._document, self._row, self._text = turn, row, text
                 return
-            self._row += 1
 
-    def _usable_text(self, row: Row) -> str | None:
+    def _next_turn(self) -> tuple[Place, int] | None:
+        """The part whose turn it is and the number of its next row; None behind the last epoch."""
+        while True:
+            place = self._parts.next() if len(self._turns) < self._order.window else None
+            if place is not None:
+                return place, 0
+            if self._turns:
+                return self._turns.popleft()
+            most = self._order.max_epochs
+            if most is not None and self._parts.epoch + 1 >= most:
+                return None
+            self._parts.begin_epoch()
+
+    def _usable_text(self, place: RowPlace, *, first: bool) -> str | None:
         """The row's text if there is any; accounts for it if not.
 
         That is done in the first pass only: a bad row is bad in each.
         """
-        source, first = self._blocks.source, self.epoch == 0
-        damage = isinstance(row.raw, Unreadable)  # told by who trains and by who validates
-        if not damage and not self._keeps(row.file, row.number):
+        source = self._order.source
+        file, unit, raw = place
+        assert file.rows is not None
+        damage = isinstance(raw.value, Unreadable)  # told by who trains and by who validates
+        if not damage and not self._keeps(file.key, unit.start, raw.address):
             return None
         try:
-            text = source.text(row.file, row.raw)
+            text = source.text(file.rows, raw.value)
         except BadRowError as error:
             if first:
-                self.account.add_bad(row.raw, error.reason)
-                name = source.files[row.file].name
-                self._bad_rows.add(source.key, name, row.number + 1, error)
+                self.account.add_bad(raw.value, error.reason)
+                where = file.rows.place(unit, raw.address)
+                self._bad_rows.add(source.key, file.rows.name, where, error)
             return None
         self.account.empty_rows += first and text == ""
         return text or None
 
-    def _load_block(self) -> None:
-        """Opens the block of the position; at the very start, the stream's first."""
-        if self._address is None:
-            self._next_block()
-            return
-        block = self._blocks.read(self._address.number, self._address)
-        assert block is not None, self._address
-        self._shuffle(block.rows)
-
-    def _next_block(self) -> None:
-        near = self._address
-        number = self._stream if near is None else near.number + self._blocks.streams
-        while (block := self._blocks.read(number, near)) is None:
-            number += self._blocks.streams
-        self._address, self._row = block.address, 0
-        self._shuffle(block.rows)
-
-    def _shuffle(self, rows: list[Row]) -> None:
-        assert self._address is not None
-        blocks = self._blocks
-        order = permutation(len(rows), "rows", blocks.seed, blocks.source.key, self._address.number)
-        self._block = [rows[index] for index in order]
+    # --- Text ------------------------------------------------------------------------------------
 
     def _piece_tokens(self) -> Tokens:
         """The tokens of the current piece; the last one of a document ends with its end token."""
         if self._tokens is None:
-            assert self._text is not None
-            self._piece_end = _piece_end(self._text, self._piece)
-            tokens = self._tokenizer.encode_part(self._text, self._piece, self._piece_end)
+            tokens, self._piece_bytes = [], 0
+            if self._piece != ENDING:
+                text = self._text = self._text or self._reopened_text()
+                self._piece_end = _piece_end(text, self._piece)
+                tokens = self._tokenizer.encode_part(text, self._piece, self._piece_end)
+                self._piece_bytes = len(text[self._piece : self._piece_end].encode())
             if self._ends_document():
                 tokens.append(self._tokenizer.end_of_document)
             self._tokens = np.array(tokens, dtype=np.int32)
         return self._tokens
 
+    def _reopened_text(self) -> str:
+        """The text of the document under way, read once more."""
+        assert self._document is not None
+        self._row = self._order.row(*self._document, self._step)
+        text = None
+        if self._row is not None and self._row.file.rows is not None:
+            text = self._order.source.text(self._row.file.rows, self._row.raw.value)
+        if not text:
+            raise DataError(
+                f"{self._order.source.key}.path: the text of the document under way is gone. Its "
+                "file has changed; restore it."
+            )
+        return text
+
+    def _bytes_up_to(self, token: int) -> int:
+        """Bytes of the piece's text that its first tokens stand for, in proportion."""
+        assert self._tokens is not None
+        return self._piece_bytes * token // len(self._tokens)
+
     def _ends_document(self) -> bool:
-        return self._text is not None and self._piece_end == len(self._text)
+        return self._piece == ENDING or (
+            self._text is not None and self._piece_end == len(self._text)
+        )
 
     def _next_piece(self) -> None:
-        self._piece, self._token, self._tokens = self._piece_end, 0, None
         if self._ends_document():
-            self._text, self._row, self._piece = None, self._row + 1, 0
+            self._close_document()
+        else:
+            self._piece, self._token, self._tokens = self._piece_end, 0, None
+
+    def _close_document(self) -> None:
+        self._document = self._row = self._origin = self._text = self._tokens = None
+        self._piece = self._token = 0
+
+    def _end_early(self) -> None:
+        """Only the end-of-document token is left of the document under way."""
+        self._piece, self._token, self._tokens, self._text = ENDING, 0, None, None
+
+    def _where(self) -> Origin:
+        """Where the document under way is from."""
+        if self._origin is None:
+            assert self._document is not None
+            place, _ = self._document
+            file, unit = self._order.unit(place)
+            address = self._row.raw.address if self._row else UNKNOWN
+            name = self._order.source.name
+            self._origin = Origin(name, file.key, unit.start, address, place.epoch)
+        return self._origin
 
 
 def _piece_end(text: str, start: int) -> int:
@@ -172,37 +279,79 @@ def _piece_end(text: str, start: int) -> int:
 
 
 class DocumentStream:
-    """One logical stream: its parts of all sources, blended document by document."""
+    """One logical stream: its parts of all sources by name, blended document by document."""
 
-    def __init__(self, sources: list[SourceStream], blend: Blend) -> None:
-        self._sources = sources
-        self._blend = blend
-        self._current: int | None = None
+    def __init__(self, sources: Mapping[str, SourceStream], stream: int) -> None:
+        self.sources = sources
+        self._blend = Blend(stream)
+        self._stream = stream
+        self._ended: set[str] = set()
+        self._weights: Mapping[str, float] = {}
+        self._current: str | None = None
 
-    @property
-    def epochs(self) -> list[int]:
-        return [source.epoch for source in self._sources]
+    def begin(self, step: int, weights: Mapping[str, float] | None) -> None:
+        """Goes on with the batch behind step `step`, in a new phase if there are `weights`."""
+        for source in self.sources.values():
+            source.begin(step)
+        if weights is not None:
+            self._weights = weights
+            self._blend.begin(self._left())
 
-    def read(self, limit: int) -> tuple[Tokens, bool]:
-        """The next tokens, at most `limit`, all of one document; whether they begin it."""
-        if self._current is None:
-            self._current = self._blend.choose()
-        source = self._current
-        tokens, begins, ends = self._sources[source].read(limit)
-        self._blend.add(source, len(tokens))
-        if ends:
+    def read(self, limit: int) -> Read:
+        """The next tokens, at most `limit`, all of one document."""
+        while self._current is None:
+            name = self._blend.choose()
+            try:
+                self.sources[name].open()
+                self._current = name
+            except SourceEndedError:
+                self._end(name)
+        part = self.sources[self._current].read(limit)
+        self._blend.add(self._current, len(part.tokens))
+        if part.ends:
             self._current = None
-        return tokens, begins
+        return part
 
-    def state(self) -> dict[str, Any]:
-        sources = [
-            source.state() | {"taken": taken}
-            for source, taken in zip(self._sources, self._blend.taken, strict=True)
-        ]
-        return {"current": self._current, "sources": sources}
+    def state(self) -> State:
+        return {
+            "current": self._current,
+            "taken": self._blend.taken,
+            "ended": sorted(self._ended),
+            "sources": {name: source.state() for name, source in self.sources.items()},
+        }
 
-    def load(self, state: dict[str, Any]) -> None:
+    def load(self, state: State, step: int, weights: Mapping[str, float]) -> None:
+        """Goes on from a state taken behind step `step`, in a phase of these weights."""
         self._current = state["current"]
-        self._blend.taken = [source["taken"] for source in state["sources"]]
-        for source, part in zip(self._sources, state["sources"], strict=True):
-            source.load(part)
+        self._ended = set(state["ended"])
+        self._weights = weights
+        self._blend.go_on(self._left(), state["taken"])
+        for name, source in self.sources.items():
+            if name in state["sources"]:
+                source.load(state["sources"][name], step)
+
+    def _end(self, name: str) -> None:
+        """A source is read up: the others take its share, counted from here on."""
+        config = self.sources[name].config
+        if config.after_max_epochs == "error":
+            raise DataError(
+                f'the source "{shown(name)}" has been read data.sources.max_epochs = '
+                f"{config.max_epochs} times (by stream {self._stream}). Raise it, lower the "
+                'source\'s weight in a phase, or set after_max_epochs = "end".'
+            )
+        self._ended.add(name)
+        left = self._left()
+        if not left:
+            raise DataError(
+                "every source of this phase has been read data.sources.max_epochs times (by stream "
+                f"{self._stream}): the text is used up. Train for fewer steps, or raise max_epochs."
+            )
+        self._blend.begin(left)
+
+    def _left(self) -> Mapping[str, float]:
+        """The weights of the phase, without sources that have ended."""
+        if not self._ended:
+            return self._weights
+        left = {name: weight for name, weight in self._weights.items() if name not in self._ended}
+        total = sum(left.values())
+        return {name: weight / total for name, weight in left.items()}

@@ -5,15 +5,22 @@ the name for a pattern and ask a server on the network at each opening; it reads
 """
 
 import gzip
+import io
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megapipe.amounts import counted
+from megapipe.data.arrow_index import arrow_head, arrow_units
 from megapipe.data.files import check_unchanged, open_unchanged
-from megapipe.data.formats import DAMAGED, Kind, NoRows, Raw, Unreadable
+from megapipe.data.formats import DAMAGED, Kind, NoRows
+from megapipe.data.splitters import Raw, Unreadable
+from megapipe.data.units import ListedUnits, Unit, Units
 from megapipe.errors import DataError
 from megapipe.files import reason, shown
 
@@ -29,7 +36,7 @@ class LocalTable:
     column: str
     size: int | None = None
     kind: Kind = "text"
-    seekable: bool = False
+    row_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -64,28 +71,59 @@ class LocalTable:
                 "this source to another, or take the file out of it."
             )
 
-    def rows(self, row: int, offset: int) -> Iterator[Raw]:
-        """Rows from `row` on, whatever the offset. Damage ends the file with an Unreadable row.
+    def units(self) -> Units:
+        """Row groups or record batches; one unit where the file is damaged."""
+        import pyarrow as pa
+
+        with open_unchanged(self.path, self.size) as file:
+            try:
+                if self.form == "parquet":
+                    return _row_groups(_parquet_metadata(self.path, _stamp(file)), self.column)
+                return arrow_units(file)
+            except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
+                _raise_failure(self.name, error)
+                size = file.seek(0, io.SEEK_END)
+                return ListedUnits([Unit(0, 0, size)])
+
+    def rows(self, unit: Unit | None = None) -> Iterator[Raw]:
+        """The rows of a unit. Damage ends it with an Unreadable row.
 
         Raises DataError where the disk fails or the file is not the one found at the start.
         """
+        if unit is None:
+            return chain.from_iterable(self.rows(part) for part in self.units())
+        return self._unit_rows(unit)
+
+    def place(self, unit: Unit, address: int) -> str:
+        return f"row {address + 1:,}"
+
+    def _unit_rows(self, unit: Unit) -> Iterator[Raw]:
         import pyarrow as pa
 
-        number, read = row, _Read()
+        number, read = unit.start, _Read()
         with open_unchanged(self.path, self.size) as file:
             try:
-                for values in _batches(file, self.form, self.column, row, read):
+                for values in self._batches(file, unit, read):
                     for value in values:
+                        yield Raw(value, number)
                         number += 1
-                        yield value, 0
             except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
                 check_unchanged(file, self.path, self.size)
                 _raise_failure(self.name, error)
-                yield _damage(error, number, read, file.seek(0, 2)), 0
+                size = file.seek(0, io.SEEK_END)
+                yield Raw(_damage(error, unit, number, read, size), number)
                 return
             check_unchanged(file, self.path, self.size)
         if number == 0:
-            yield NoRows(), 0
+            yield Raw(NoRows(), 0)
+
+    def _batches(self, file: BinaryIO, unit: Unit, read: "_Read") -> Iterator[list[object]]:
+        """The values of a unit's rows. Tells `read` what it learns of the file."""
+        if self.form != "parquet":
+            return _arrow_batches(file, self.column, unit, read)
+        metadata = _parquet_metadata(self.path, _stamp(file))
+        read.opened = True
+        return _parquet_batches(file, metadata, self.column, unit)
 
 
 @dataclass(frozen=True)
@@ -96,10 +134,21 @@ class HubShard:
     open: Callable[[], Any]
     column: str
     kind: Kind = "text"
-    seekable: bool = False
+    row_bytes: int = 0
 
-    def rows(self, row: int, offset: int) -> Iterator[Raw]:
-        """Rows from `row` on. Raises DataError where the hub or the network fails.
+    @property
+    def path(self) -> Path:
+        return Path(self.name)
+
+    def units(self) -> Units:
+        """One, which is read from its beginning: each look at it is a download."""
+        return ListedUnits([Unit(0, 0, 0)], whole=True)
+
+    def place(self, unit: Unit, address: int) -> str:
+        return f"row {address + 1:,}"
+
+    def rows(self, unit: Unit | None = None) -> Iterator[Raw]:
+        """All rows. Raises DataError where the hub or the network fails.
 
         Only what decoders raise counts as damage. The rest is a failure, whatever its type: each
         back end of `datasets` has errors of its own for the network, ValueErrors among them.
@@ -107,13 +156,15 @@ class HubShard:
         import pyarrow as pa
 
         damage = (pa.ArrowInvalid, pa.ArrowTypeError, UnicodeDecodeError, EOFError, zlib.error)
+        number = 0
         try:
-            for table in self.open().skip(row).with_format("arrow").iter(batch_size=BATCH_ROWS):
+            for table in self.open().with_format("arrow").iter(batch_size=BATCH_ROWS):
                 for chunk in table[self.column].chunks:
                     for value in _values(chunk):
-                        yield value, 0
+                        yield Raw(value, number)
+                        number += 1
         except (*damage, gzip.BadGzipFile) as error:
-            yield Unreadable(DAMAGED, first_line(error)), 0
+            yield Raw(Unreadable(DAMAGED, first_line(error)), number)
         except KeyError:
             raise DataError(
                 f"{self.name}: there is no column {self.column!r}; set text_field of this source."
@@ -132,11 +183,11 @@ def first_line(error: BaseException) -> str:
 class _Read:
     """What is known of a table before it ends or is damaged.
 
-    `rows` it has in all, 0 where its format doesn't say; its `good_bytes` lie in front of damage.
+    Its `good_bytes` lie in front of damage; a unit that is one record batch takes `stored` bytes.
     """
 
     opened: bool = False
-    rows: int = 0
+    stored: int = 0
     good_bytes: int = 0
 
 
@@ -161,12 +212,14 @@ def _raise_failure(name: str, error: Exception) -> None:
         ) from error
 
 
-def _damage(error: Exception, number: int, read: _Read, size: int) -> Unreadable:
+def _damage(error: Exception, unit: Unit, number: int, read: _Read, size: int) -> Unreadable:
+    """What is lost from row `number` on, in a file of `size` bytes."""
     bytes_lost = 0
     if not read.opened:
         bytes_lost, lost = size, f"none of its {counted(size, 'byte')} can be read"
-    elif read.rows > 0:
-        lost = f"{read.rows - number:,} of its {counted(read.rows, 'row')} can't be read"
+    elif unit.end > unit.start:
+        bytes_lost = read.stored
+        lost = f"its rows {number + 1:,} to {unit.end:,} can't be read"
     else:
         bytes_lost = size - read.good_bytes
         lost = f"{counted(bytes_lost, 'byte')} with its rows from {number + 1:,} on can't be read"
@@ -182,48 +235,80 @@ def _schema(file: BinaryIO, form: str) -> Any:
     return (pa.ipc.open_file if _is_ipc_file(file) else pa.ipc.open_stream)(file).schema
 
 
-def _batches(
-    file: BinaryIO, form: str, column: str, row: int, read: _Read
+Stamp = tuple[int, int, int]
+"""What changes with a file: its inode, size and time of change."""
+
+
+def _stamp(file: BinaryIO) -> Stamp:
+    found = os.fstat(file.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=32)
+def _parquet_metadata(path: Path, stamp: Stamp) -> Any:
+    """The footer of a file, which takes milliseconds to parse where it has many row groups."""
+    from pyarrow.parquet import read_metadata
+
+    with path.open("rb") as file:
+        return read_metadata(file)
+
+
+def _row_groups(metadata: Any, column: str) -> ListedUnits:
+    """A unit for each row group; its offset is the group's number."""
+    index = [field.name for field in metadata.schema.to_arrow_schema()].index(column)
+    name = metadata.schema.to_arrow_schema().names[index]
+    units: list[Unit] = []
+    row = 0
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        size = sum(
+            part.total_uncompressed_size
+            for part in map(group.column, range(group.num_columns))
+            if part.path_in_schema.split(".")[0] == name
+        )
+        units.append(Unit(row, row + group.num_rows, size, number))
+        row += group.num_rows
+    return ListedUnits([unit for unit in units if unit.end > unit.start])
+
+
+def _parquet_batches(
+    file: BinaryIO, metadata: Any, column: str, unit: Unit
 ) -> Iterator[list[object]]:
-    """The values of rows from `row` on. Tells `read` what it learns of the file."""
-    if form == "parquet":
-        from pyarrow.parquet import ParquetFile
+    """No threads: ranks are forked."""
+    from pyarrow.parquet import ParquetFile
 
-        table = ParquetFile(file)
-        read.opened, read.rows = True, table.metadata.num_rows
-        return _parquet_batches(table, column, row)
-    return _arrow_batches(file, column, row, read)
-
-
-def _parquet_batches(table: Any, column: str, row: int) -> Iterator[list[object]]:
-    """Row groups before `row` are passed over unread. No threads: ranks are forked."""
-    for group in range(table.num_row_groups):
-        rows = table.metadata.row_group(group).num_rows
-        if row >= rows:
-            row -= rows
-            continue
-        for batch in table.iter_batches(
-            BATCH_ROWS, row_groups=[group], columns=[column], use_threads=False
-        ):
-            skipped = min(row, len(batch))
-            row -= skipped
-            yield _values(batch.column(batch.schema.get_field_index(column)).slice(skipped))
+    if unit.end == unit.start:
+        return
+    table = ParquetFile(file, metadata=metadata)
+    for batch in table.iter_batches(
+        BATCH_ROWS, row_groups=[unit.offset], columns=[column], use_threads=False
+    ):
+        yield _values(batch.column(batch.schema.get_field_index(column)))
 
 
-def _arrow_batches(file: BinaryIO, column: str, row: int, read: _Read) -> Iterator[list[object]]:
+def _arrow_batches(file: BinaryIO, column: str, unit: Unit, read: _Read) -> Iterator[list[object]]:
     """Of the file format (random access) and the stream format, which `datasets` writes."""
     import pyarrow as pa
 
-    index = _schema(file, "arrow").get_field_index(column)
+    part: Any = file
     file.seek(0)
+    if unit.offset:
+        part, read.stored = _one_batch(file, unit), unit.size
+    index = _schema(part, "arrow").get_field_index(column)
+    part.seek(0)
     options = pa.ipc.IpcReadOptions(included_fields=[index], use_threads=False)
-    for batch in _record_batches(file, options, read):
+    for batch in _record_batches(part, options, read):
         values = _validated(batch.column(0))
-        read.good_bytes = max(read.good_bytes, file.tell())
-        skipped = min(row, len(values))
-        row -= skipped
-        for start in range(skipped, len(values), BATCH_ROWS):
+        read.good_bytes = max(read.good_bytes, part.tell())
+        for start in range(0, len(values), BATCH_ROWS):
             yield _values(values.slice(start, BATCH_ROWS))
+
+
+def _one_batch(file: BinaryIO, unit: Unit) -> BinaryIO:
+    """A stream of the schema, the dictionaries and one record batch of a file of either format."""
+    head = arrow_head(file)
+    file.seek(unit.offset)
+    return io.BytesIO(head + file.read(unit.size))
 
 
 def _record_batches(file: BinaryIO, options: Any, read: _Read) -> Iterator[Any]:

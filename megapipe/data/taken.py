@@ -4,6 +4,7 @@ A step changes few accounts, where there may be thousands (streams x sources), s
 kept up to date and not summed anew.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,8 @@ class Taken:
 
     def __init__(self, states: Mapping[int, State]) -> None:
         self.states: dict[int, State] = {}
+        self.epochs: Counter[str] = Counter()
+        """Passes over each source, parts of passes included, summed over streams."""
         self.epoch = 0
         """The furthest pass that a stream has begun, counted from 0."""
         self._account = Account()
@@ -30,17 +33,18 @@ class Taken:
     def advance(self, states: Mapping[int, State]) -> None:
         """Take these states for those that the same streams had before."""
         for stream, state in states.items():
-            before = self.states[stream]["sources"] if stream in self.states else []
-            accounts = [source["account"] for source in before]
-            for index, source in enumerate(state["sources"]):
-                self._replace(accounts[index] if accounts else None, source["account"])
-                if source["address"]:
-                    self.epoch = max(self.epoch, source["address"][1])
+            before = self.states[stream]["sources"] if stream in self.states else {}
+            for name, source in state["sources"].items():
+                known = before.get(name, {})
+                self._replace(known.get("account"), source.get("account"))
+                self.epochs[name] += source["epochs"] - known.get("epochs", 0)
+                self.epoch = max(self.epoch, source["epoch"])
         self.states = self.states | dict(states)
 
-    def _replace(self, before: State | None, account: State) -> None:
+    def _replace(self, before: State | None, account: State | None) -> None:
         if before == account:
             return
         if before is not None:
             self._account.subtract(Account(**before))
-        self._account.update(Account(**account))
+        if account is not None:
+            self._account.update(Account(**account))

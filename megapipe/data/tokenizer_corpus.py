@@ -11,12 +11,14 @@ from megapipe.data.files import COMPRESSED, Found, files_below, find_files
 from megapipe.data.rows import Account, BadRowError, BadRows
 from megapipe.data.sentencepiece_tokenizer import META_SPACE
 from megapipe.data.sources import Source, open_found
+from megapipe.data.units import Unit
 from megapipe.errors import DataError
 from megapipe.files import shown
 
 SENTENCE_CHARACTERS = 4000
 SENTENCE_BYTES = 4 * SENTENCE_CHARACTERS  # sentencepiece leaves out what is longer than its limit
 CHECKED_BYTES = 2 << 20
+WHOLE_FILE = Unit(0, 0, 0)
 
 
 @dataclass
@@ -85,13 +87,13 @@ class Corpus:
     def _texts(self) -> Iterator[str]:
         bad_rows = BadRows(limit=None, say=self.say)
         for source in self.sources:
-            for index, file in enumerate(source.files):
-                for number, (raw, _) in enumerate(file.rows(0, 0)):
+            for file in source.files:
+                for raw, address in file.rows():
                     try:
-                        text = source.text(index, raw)
+                        text = source.text(file, raw)
                     except BadRowError as error:
                         self.account.add_bad(raw, error.reason)
-                        bad_rows.add(source.key, file.name, number + 1, error)
+                        bad_rows.add(source.key, file.name, file.place(WHOLE_FILE, address), error)
                         continue
                     if text:
                         yield text
@@ -115,8 +117,10 @@ def open_all(places: Sequence[Path], text_field: str) -> list[Source]:
     sources = []
     for place in places:
         found = _files_under(place) if place.is_dir() else find_files(str(place), "FILES")
-        config = SourceConfig(path=escape_path(shown(str(place))), text_field=text_field)
-        sources.append(open_found(found, config, "FILES", streams=1))
+        config = SourceConfig(
+            name="FILES", path=escape_path(shown(str(place))), text_field=text_field
+        )
+        sources.append(open_found([found], config, "FILES", streams=1))
     return sources
 
 

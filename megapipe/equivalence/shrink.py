@@ -33,7 +33,9 @@ def shrink(config: Config, family: ModelFamily) -> tuple[Config, list[str]]:
     parallel = _shrink_layers_per_stage(config, parallel, model)
     train = _shrink_train(config, old, axes)
     replicas = axes.size(*axes.that_split(Splits.SAMPLES))
-    streams = config.data.streams if config.data.streams % replicas == 0 else replicas
+    streams = config.data.streams
+    if streams is not None and streams % replicas:
+        streams = replicas
     small = Config(
         **{
             **dict(config),

@@ -13,7 +13,7 @@ def usable_world_sizes(config: Config) -> list[int]:
     """World sizes for which the batch and the streams divide over the replicas, ascending; of a
     config that leaves out the size of FOLLOWS_WORLD_SIZE."""
     microbatches = config.train.global_batch_size // config.train.micro_batch_size
-    shared = math.gcd(microbatches, config.data.streams)
+    shared = math.gcd(microbatches, config.streams)
     sizes = (_axes(config, follows=size) for size in divisors(shared))
     return [axes.world_size for axes in sizes if shared % _replicas(axes) == 0]
 
@@ -86,7 +86,7 @@ def _unusable(config: Config, axes: Axes) -> str:
         f"{axes.world_size} processes / ({_product(axes, whole=False)}) make {_replicas(axes)} "
         f"replicas of the model, and that must divide both train.global_batch_size "
         f"{train.global_batch_size} / train.micro_batch_size {train.micro_batch_size} = "
-        f"{microbatches} and data.streams = {config.data.streams}. {_advice(config)}"
+        f"{microbatches} and data.streams = {config.streams}. {_advice(config)}"
     )
 
 

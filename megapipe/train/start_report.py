@@ -37,7 +37,7 @@ def text_lines(config: Config, feeds: Sequence[BatchFeed]) -> list[str]:
 def _source_lines(config: Config, samples: Sequence[SourceSample]) -> Iterator[str]:
     train = config.train
     budget = train.steps * train.global_batch_size * train.sequence_length
-    streams = counted(config.data.streams, "stream")
+    streams = counted(config.streams, "stream")
     yield f"Data: the whole run reads {scaled(budget)} tokens, in {streams}"
     yield from _each_or_sum(config, samples, budget)
 

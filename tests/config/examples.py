@@ -31,6 +31,7 @@ sequence_length = 64
 tokenizer = "t.model"
 
 [[data.sources]]
+name = "a"
 path = "a/*.txt"
 """
 

@@ -69,9 +69,14 @@ def write_corpus(directory: Path, files: int, rows: int, start: int = 0) -> list
     return [document(number) for number in range(start, start + files * rows)]
 
 
+def source(path: object, name: str = "source", **fields: Any) -> SourceConfig:
+    return SourceConfig(name=name, path=str(path), **fields)
+
+
 def data_config(*paths: object, **fields: Any) -> DataConfig:
     sources = tuple(
-        path if isinstance(path, SourceConfig) else SourceConfig(path=str(path)) for path in paths
+        path if isinstance(path, SourceConfig) else source(path, f"source{index}")
+        for index, path in enumerate(paths)
     )
     return DataConfig(tokenizer="bytes", sources=sources, **({"streams": 4} | fields))
 

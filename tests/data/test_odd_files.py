@@ -42,6 +42,7 @@ learning_rate = 1e-3
 tokenizer = "{tokenizer}"
 streams = 1
 [[data.sources]]
+name = "odd"
 path = "data/{path}"
 {source}
 [logging]

@@ -59,14 +59,15 @@ warmup_steps = 1
 [data]
 tokenizer = "tokenizer.json"
 streams = 4
-shuffle_block = 8
 {data}
 [[data.sources]]
+name = "text"
 path = "text/*.txt"
 documents = "line"
 weight = 2.0
 
 [[data.sources]]
+name = "rows"
 path = "text/rows.jsonl"
 
 [checkpoint]

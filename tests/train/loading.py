@@ -40,6 +40,7 @@ tokenizer = "tokenizer.json"
 streams = 4
 
 [[data.sources]]
+name = "text"
 path = "text/*.txt"
 """
 

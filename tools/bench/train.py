@@ -181,7 +181,7 @@ def _config(options: Any, parallel: ParallelConfig) -> Config:
             precision=options.precision,
             device=options.device,
         ),
-        data=DataConfig(tokenizer="unused", sources=(SourceConfig(path="unused"),)),
+        data=DataConfig(tokenizer="unused", sources=(SourceConfig(name="unused", path="unused"),)),
     )
 
 

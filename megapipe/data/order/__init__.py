@@ -1,0 +1,1 @@
+"""Which row comes when: the rule that docs/data-order.md states, and nothing else."""

@@ -1,0 +1,187 @@
+"""Gives the rows of parts, and holds some of them in memory.
+
+What is held never changes which row comes when: a row that is not held is read again.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import NamedTuple
+
+from megapipe.data.formats import RowFile
+from megapipe.data.order.keys import keyed, permutation
+from megapipe.data.splitters import Raw
+from megapipe.data.units import Unit
+
+HELD_BYTES = 256 << 20
+"""Of rows that one reader has read and not yet given, over all of its sources."""
+
+LEAST_HELD = 16 << 10
+"""Kept of a part at least when its unit is read, if it has that much."""
+
+AT_ONCE = 16 << 20
+"""A unit with more text than this is read twice: once to count its rows, once for those wanted."""
+
+OPEN_ARCHIVES = 64
+"""Archives without a place to start from in their middle that a reader keeps open."""
+
+ROW_COST = 100
+"""Bytes that Python takes for a row beside its text."""
+
+
+class PartOfUnit(NamedTuple):
+    """A part in full: which rows of which unit of which file, in which order.
+
+    It is part `number` of the unit's `parts`."""
+
+    file: RowFile
+    unit: Unit
+    whole: bool
+    number: int
+    parts: int
+    key: int
+    """Draws the order of the unit's rows."""
+
+
+Name = tuple[object, ...]
+"""What a reader calls a part by."""
+
+
+class _Held(NamedTuple):
+    """Rows of a part from number `first` on; `ends`: the last of them is the part's last."""
+
+    first: int
+    rows: Sequence[Raw]
+    ends: bool
+    size: int
+
+
+@dataclass
+class _Open:
+    rows: Iterator[Raw]
+    next: int
+
+
+@dataclass
+class RowStore:
+    """The rows of all parts that one reader has open. `parts`: about how many those are."""
+
+    parts: int
+    budget: int = HELD_BYTES
+    _held: OrderedDict[Name, _Held] = field(default_factory=OrderedDict)
+    _open: OrderedDict[Name, _Open] = field(default_factory=OrderedDict)
+    _counts: OrderedDict[Name, int] = field(default_factory=OrderedDict)
+    _size: int = 0
+
+    @property
+    def held_bytes(self) -> int:
+        return self._size
+
+    def row(self, name: Name, part: PartOfUnit, number: int) -> Raw | None:
+        """Row `number` of a part; None behind its last."""
+        if part.whole:
+            return self._sequential(name, part, number)
+        held = self._held.get(name)
+        if held is None or not held.first <= number <= held.first + len(held.rows):
+            held = self._load(name, part, number)
+        place = number - held.first
+        if place == len(held.rows):
+            if held.ends:
+                self._drop(name)
+                return None
+            held, place = self._load(name, part, number), 0
+            if not held.rows:
+                return None
+        self._held.move_to_end(name)
+        return held.rows[place]
+
+    def close(self) -> None:
+        self._open.clear()
+        self._held.clear()
+        self._size = 0
+
+    def _load(self, name: Name, part: PartOfUnit, first: int) -> _Held:
+        """Reads rows of a part from `first` on, as many as may be held."""
+        unit_name = (part.file.path, part.unit.start)
+        count = self._counts.get(unit_name)
+        rows: dict[int, Raw] | None = None
+        if count is None:
+            count, rows = _read_all(part)
+            self._counts[unit_name] = count
+            if len(self._counts) > 1 << 16:
+                self._counts.popitem(last=False)
+        wanted = _order(part, count)[first:]
+        if rows is None and wanted:
+            rows = _read_some(part, set(wanted))
+        found = [rows[index] for index in wanted if index in rows] if rows else []
+        kept, size = self._as_much_as_fits(found)
+        held = _Held(first, found[:kept], kept == len(found), size)
+        self._drop(name)
+        self._held[name] = held
+        self._size += size
+        while self._size > self.budget and len(self._held) > 1:
+            self._drop(next(iter(self._held)))
+        return held
+
+    def _as_much_as_fits(self, rows: Sequence[Raw]) -> tuple[int, int]:
+        room = max(LEAST_HELD, self.budget // max(self.parts, 1))
+        size = 0
+        for kept, row in enumerate(rows):
+            cost = ROW_COST + (len(row.value) if isinstance(row.value, bytes) else 0)
+            if kept and size + cost > room:
+                return kept, size
+            size += cost
+        return len(rows), size
+
+    def _drop(self, name: Name) -> None:
+        held = self._held.pop(name, None)
+        if held is not None:
+            self._size -= held.size
+
+    def _sequential(self, name: Name, part: PartOfUnit, number: int) -> Raw | None:
+        """Of an archive that is read from its beginning: rows in its own order."""
+        opened = self._open.get(name)
+        if opened is None or opened.next > number:
+            rows = islice(part.file.rows(part.unit), part.number, None, part.parts)
+            opened = self._open[name] = _Open(rows, 0)
+            while len(self._open) > OPEN_ARCHIVES:
+                self._open.popitem(last=False)
+        self._open.move_to_end(name)
+        row = next(islice(opened.rows, number - opened.next, None), None)
+        opened.next = number + 1
+        if row is None:
+            del self._open[name]
+        return row
+
+
+def _order(part: PartOfUnit, count: int) -> list[int]:
+    """The rows of a part, by their numbers in the unit."""
+    if part.number >= count:
+        return []
+    return permutation(count, part.key)[part.number :: part.parts]
+
+
+def _read_all(part: PartOfUnit) -> tuple[int, dict[int, Raw] | None]:
+    """How many rows a unit has, and the rows if they are not too much to be held at once."""
+    rows: dict[int, Raw] | None = {}
+    count = size = 0
+    for row in part.file.rows(part.unit):
+        size += len(row.value) if isinstance(row.value, bytes) else 0
+        if rows is not None and size <= AT_ONCE:
+            rows[count] = row
+        else:
+            rows = None
+        count += 1
+    return count, rows
+
+
+def _read_some(part: PartOfUnit, wanted: set[int]) -> dict[int, Raw]:
+    last = max(wanted)
+    rows = islice(part.file.rows(part.unit), last + 1)
+    return {index: row for index, row in enumerate(rows) if index in wanted}
+
+
+def row_key(seed: int, source: str, file: str, unit: Unit, epoch: int) -> int:
+    """What draws the order of a unit's rows in an epoch."""
+    return keyed("rows", seed, source, file, unit.start, epoch)

@@ -1,0 +1,101 @@
+"""The rows of one source in the order of the run, for the streams that one reader hosts."""
+
+from typing import NamedTuple
+
+from megapipe.data.order.keys import keyed
+from megapipe.data.order.parts import FileOrder, Part, Place
+from megapipe.data.order.rows import OPEN_ARCHIVES, PartOfUnit, RowStore, row_key
+from megapipe.data.sources import Source, SourceFile
+from megapipe.data.splitters import Raw
+from megapipe.data.units import Unit
+
+LEAST_OPEN = 4
+"""Parts that a stream has open at least, unless data.open_parts is less."""
+
+
+class RowPlace(NamedTuple):
+    """Where a row comes from."""
+
+    file: SourceFile
+    unit: Unit
+    raw: Raw
+
+
+class SourceOrder:
+    """Finds the rows of a source by their places in the order."""
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        seed: int,
+        streams: int,
+        open_parts: int,
+        max_epochs: int | None,
+        store: RowStore,
+    ) -> None:
+        self.max_epochs = max_epochs
+        self.source = source
+        self.seed = seed
+        self.streams = streams
+        self.key = keyed("source", seed, source.name)
+        self.orders = [
+            FileOrder(
+                [file.units for file in cohort.files],
+                source.row_bytes if _cut_to_size(source) else 0,
+                key=self.key,
+                number=number,
+                streams=streams,
+            )
+            for number, cohort in enumerate(source.cohorts)
+        ]
+        self.window = window(source, streams, open_parts)
+        self._store = store
+
+    def joined(self, step: int) -> list[FileOrder]:
+        """The cohorts that the batch behind step `step` may read."""
+        return [
+            order
+            for order, cohort in zip(self.orders, self.source.cohorts, strict=True)
+            if cohort.after_step <= step
+        ]
+
+    def row(self, place: Place, number: int, step: int) -> RowPlace | None:
+        """Row `number` of the part at a place; None behind its last, or if its file has left."""
+        found = self.orders[place.cohort].part(place.epoch, place.place)
+        file = self.source.cohorts[place.cohort].files[found.file]
+        if self.has_left(file, step):
+            return None
+        unit = file.units[found.unit]
+        raw = self._store.row(
+            (self.source.name, *place), self._part(place, found, file, unit), number
+        )
+        return None if raw is None else RowPlace(file, unit, raw)
+
+    def unit(self, place: Place) -> tuple[SourceFile, Unit]:
+        """What the part at a place is of."""
+        found = self.orders[place.cohort].part(place.epoch, place.place)
+        file = self.source.cohorts[place.cohort].files[found.file]
+        return file, file.units[found.unit]
+
+    def has_left(self, file: SourceFile, step: int) -> bool:
+        """Whether the batch behind step `step` must not read a file."""
+        return file.rows is None or self.source.leaves.get(file.key, step + 1) <= step
+
+    def _part(self, place: Place, part: Part, file: SourceFile, unit: Unit) -> PartOfUnit:
+        assert file.rows is not None, f"{file.key} is read and was not found"
+        key = row_key(self.seed, self.source.name, file.key, unit, place.epoch)
+        return PartOfUnit(file.rows, unit, file.units.whole, part.number, part.parts, key)
+
+
+def window(source: Source, streams: int, open_parts: int) -> int:
+    """How many parts of a source a stream has open, so that its rows are mixed."""
+    parts = max(-(-open_parts // streams), min(LEAST_OPEN, open_parts))
+    if any(file.units.whole for file in source.cohorts[0].files):
+        return min(parts, -(-OPEN_ARCHIVES // streams))
+    return parts
+
+
+def _cut_to_size(source: Source) -> bool:
+    """Whether the rows of the source's files are pieces of `row_bytes`."""
+    return any(file.row_bytes for file in source.files)
