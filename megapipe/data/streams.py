@@ -315,7 +315,7 @@ class DocumentStream:
     def state(self) -> State:
         return {
             "current": self._current,
-            "taken": self._blend.taken,
+            "taken": dict(self._blend.taken),
             "ended": sorted(self._ended),
             "sources": {name: source.state() for name, source in self.sources.items()},
         }
