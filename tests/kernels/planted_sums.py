@@ -108,7 +108,13 @@ LOSSES = [
     Planted(
         "the loss of the last rows alone",
         "linear_cross_entropy",
-        {"loss += token_losses": "loss = token_losses"},
+        {"loss += each": "loss = each"},
+        PROJECTION,
+    ),
+    Planted(
+        "losses of all parts in the place of the first rows",
+        "linear_cross_entropy",
+        {"losses_N[rows] = each": "losses_N[: rows.stop - rows.start] = each"},
         PROJECTION,
     ),
     Planted(
