@@ -93,7 +93,7 @@ def train(run: Run) -> Progress:
 
         validation = failure = None
         if _due(progress.step, config.train.validation_every, last=config.train.steps):
-            validation, failure = validate(run)
+            validation, failure = validation_totals(run)
         run.loggers.log(_metrics(run, progress, result, rate, seconds, waited, validation))
         if run.engine.mesh.batch.size > 1:  # one reader alone stops by itself, and names the row
             skipped = int(result.totals["skipped_rows"])
@@ -175,7 +175,7 @@ def end_with(run: Run, progress: Progress, error: Exception) -> NoReturn:
     raise error
 
 
-def validate(run: Run) -> tuple[Totals | None, Exception | None]:
+def validation_totals(run: Run) -> tuple[Totals | None, Exception | None]:
     """Losses and tokens over the first train.validation_batches batches of validation text, or why
     they can't be read; on all ranks alike."""
     assert run.validation is not None

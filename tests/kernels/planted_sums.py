@@ -115,7 +115,11 @@ LOSSES = [
         "losses of all parts in the place of the first rows",
         "linear_cross_entropy",
         {"losses_N[rows] = each": "losses_N[: rows.stop - rows.start] = each"},
-        PROJECTION,
+        OwnTest(
+            "test_cross_entropy",
+            "test_the_loss_of_each_target",
+            {"backend": "triton", "fused": True},
+        ),
     ),
     Planted(
         "the gradient of the loss dropped in that of the weight",
