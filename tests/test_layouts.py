@@ -96,7 +96,7 @@ LAYOUTS = [
     LayoutCase(tensor=2, pipeline=2, data=2, sequence_parallel=True, overrides=DOCUMENTS + DROPOUT),
     LayoutCase(tensor=2, pipeline=2, overrides=("--train.recompute=full", *DROPOUT)),
     LayoutCase(tensor=2, pipeline=2, sequence_parallel=True, overrides=LINEAR_LOSS),
-    LayoutCase(tensor=2, pipeline=2, schedule="zb-h1", overrides=LINEAR_LOSS),
+    LayoutCase(tensor=2, pipeline=2, schedule="zb-h1", overrides=LINEAR_LOSS + DOCUMENTS + DROPOUT),
 ]
 
 

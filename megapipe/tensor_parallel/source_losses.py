@@ -5,8 +5,8 @@ from torch import Tensor
 
 from megapipe.microbatch import IGNORED_TARGET
 
-ELEMENTS = 2**22
-"""Sources times targets that are looked at together: 16 MiB of float32."""
+ELEMENTS = 2**20
+"""Sources times targets that are looked at together: 4 MiB of float32."""
 
 
 class SourceLosses:
