@@ -57,11 +57,14 @@ class Case:
 
 
 def random_text(chance: random.Random) -> str:
-    return "".join(chance.choice("abcdefg ") for _ in range(chance.randrange(0, 60)))
+    """Empty now and then."""
+    if chance.random() < 0.1:
+        return ""
+    return "a" + "".join(chance.choice("abcdefg ") for _ in range(chance.randrange(0, 60)))
 
 
 def write_file(folder: Path, kind: str, name: str, chance: random.Random) -> Path:
-    texts = [random_text(chance) for _ in range(chance.choice((1, 3, 20, 60)))]
+    texts = ["some text"] + [random_text(chance) for _ in range(chance.choice((10, 20, 60)))]
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "parquet":
         path = folder / f"{name}.parquet"
