@@ -18,6 +18,7 @@ import numpy as np
 import xxhash
 
 from megapipe.config import DataConfig, SourceConfig
+from megapipe.data.exclusions import Exclusions, History, keep, kept, read_exclusions
 from megapipe.data.order.keys import keyed
 from megapipe.data.order.record import News, check_identity, identity, read_record, write_record
 from megapipe.data.order.rows import RowStore
@@ -130,6 +131,9 @@ class BatchFeed:
                 self._say(note)
         for source in self._sources:
             check_source(source, self._keeps(source), max_bad_rows=config.max_bad_rows)
+        excluded = None if validation else read_exclusions(config.exclude)
+        self._excluded = excluded
+        self._exclusions = History.of(excluded)
         self._worker: _Worker | None = None
         self._step = self._sample = 0
         self._closed = False
@@ -178,7 +182,11 @@ class BatchFeed:
         """
         step = state["step"]
         news = {source.name: News(source, self._records[source.name]) for source in self._sources}
-        check_identity(state["identity"], self._identity(), step, news)
+        saved = state["identity"]
+        check_identity(saved, self._identity(), step, news)
+        self._exclusions = History.going_on(
+            saved["excluded"], self._excluded, step, self._kept_exclusions
+        )
         self.close()
         self._build_streams()
         self._closed = False
@@ -188,7 +196,7 @@ class BatchFeed:
         weights = phase_at(self._phases, max(0, step - 1)).weights
         for stream, part in self._taken.states.items():
             documents, packer = self._streams[stream]
-            documents.load(part, step, weights)
+            documents.load(part, step, weights, self._exclusions.at(step - 1))
             packer.last = part["last"]
         self._bad_rows.restore(self.account.skipped)
 
@@ -267,7 +275,7 @@ class BatchFeed:
         for stream in self._hosted:
             parts = {order.source.name: self._source_stream(order, stream) for order in orders}
             documents = DocumentStream(parts, stream)
-            documents.begin(0, self._phases[0].weights)
+            documents.begin(0, self._phases[0].weights, self._exclusions.at(0))
             self._streams[stream] = documents, Packer(documents, self._sequence_length)
         self._taken = Taken({stream: self._state(stream) for stream in self._hosted})
 
@@ -313,14 +321,14 @@ class BatchFeed:
         joins = {cohort.after_step for source in self._sources for cohort in source.cohorts}
         leaves = {step for source in self._sources for step in source.leaves.values()}
         phases = {phase.after_step for phase in self._phases}
-        return joins | leaves | phases
+        return joins | leaves | phases | self._exclusions.steps
 
     def _begin(self, step: int) -> None:
         """What the config declares for the batch behind step `step`."""
         phase = phase_at(self._phases, step)
         weights = phase.weights if phase.after_step == step else None
         for documents, _ in self._streams.values():
-            documents.begin(step, weights)
+            documents.begin(step, weights, self._exclusions.at(step))
 
     def _make(self, step: int, first: int) -> Batch:
         numbers = [
@@ -345,6 +353,13 @@ class BatchFeed:
         for source in self._sources:
             if source.found is not None:
                 write_record(self._record, source)
+        if self._excluded is not None:
+            keep(self._record, self._excluded)
+
+    def _kept_exclusions(self, digest: str) -> Exclusions:
+        if self._record is None:
+            raise DataError(f"the rows that were excluded (list {digest}) are not known any more.")
+        return kept(self._record, digest)
 
     def _identity(self) -> State:
         """What the order of the data depends on."""
@@ -352,6 +367,7 @@ class BatchFeed:
         return identity(
             self._sources,
             self._phases,
+            self._exclusions.state(),
             {
                 "train.seed": self._seed,
                 "data.streams": self.streams,
