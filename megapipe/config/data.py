@@ -38,8 +38,8 @@ class SourceConfig(Section):
     id_field: str | None = Field(
         default=None,
         min_length=1,
-        description="The field or column that names a row, by which data.exclude and `megapipe data "
-        "trace` can find it (JSONL and tables).",
+        description="The field or column that names a row, by which data.exclude and `megapipe "
+        "data trace` can find it (JSONL and tables).",
     )
     text_field: str = Field(
         default="text", min_length=1, description="The field that holds the text (not for txt)."
@@ -104,7 +104,7 @@ class ExcludeConfig(Section):
     field: str | None = Field(
         default=None,
         min_length=1,
-        description="The field or column of the lists that holds it; the word of `by` unless given.",
+        description="The field or column of the lists that holds it; unless given, as `by` says.",
     )
     sources: Annotated[tuple[str, ...], Field(strict=False)] = Field(
         default=(), description="Names of the sources that they are about; of all unless given."

@@ -141,8 +141,8 @@ def _values(path: Path, size: int, field: str, key: str) -> Iterator[str]:
         value = as_key(row)
         if value is None:
             raise DataError(
-                f"{shown(path)}, row {number + 1:,}: has no {field!r} that could name a row. Repair "
-                f"the list, or set {key}.field."
+                f"{shown(path)}, row {number + 1:,}: has no {field!r} that could name a row. "
+                f"Repair the list, or set {key}.field."
             )
         yield value
 

@@ -215,11 +215,12 @@ class SourceStream:
                 self._bad_rows.add(source.key, file.rows.name, where, error)
             return None
         self.account.empty_rows += first and text == ""
-        if text and self._exclusions is not None:
-            if is_excluded(self._exclusions, file.rows, raw, source.config, text):
-                self.account.excluded_rows += 1
-                return None
-        return text or None
+        if not text or self._exclusions is None:
+            return text or None
+        if is_excluded(self._exclusions, file.rows, raw, source.config, text):
+            self.account.excluded_rows += 1
+            return None
+        return text
 
     def _is_excluded(self) -> bool:
         """Whether the document under way is one of those that must not be read any more."""
