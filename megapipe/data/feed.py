@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +25,7 @@ from megapipe.data.order.record import News, check_identity, identity, read_reco
 from megapipe.data.order.rows import RowStore
 from megapipe.data.order.source_order import SourceOrder, window
 from megapipe.data.order.timeline import phase_at, phases_of
-from megapipe.data.packing import Packer, Stretch, Tokens
+from megapipe.data.packing import Packed, Packer, Stretch, Tokens
 from megapipe.data.rows import Account, BadRows
 from megapipe.data.sources import (
     Change,
@@ -47,16 +48,27 @@ class Batch:
     """A rank's part of one global batch, n = global_batch_size / D samples in order.
 
     `samples` are their numbers in the run. `tokens` int32 [n, S + 1], `documents` int32 [n, S];
-    `stretches` say of each sample where its tokens come from; `after` is the state of each stream
-    that was read, behind this batch.
+    `sources` int32 [n, S] has the number of each target's source in the config. `stretches` say of
+    each sample where its tokens come from; `after` is the state of each stream that was read,
+    behind this batch.
     """
 
     step: int
     samples: Sequence[int]
     tokens: Tokens
     documents: Tokens
+    sources: Tokens
     stretches: list[list[Stretch]]
     after: dict[int, State]
+
+    @property
+    def text_bytes(self) -> Counter[str]:
+        """Bytes of text that went into the tokens, by source."""
+        found: Counter[str] = Counter()
+        for stretches in self.stretches:
+            for stretch in stretches:
+                found[stretch.origin.source] += stretch.text_bytes
+        return found
 
     @property
     def hash(self) -> int:
@@ -120,6 +132,7 @@ class BatchFeed:
                 "data.validation_fraction above 0, or train.validation_every = 0."
             )
         self._source_configs = config.validation_sources if own else config.sources
+        self._numbers = {one.name: number for number, one in enumerate(self._source_configs)}
         self._records = {one.name: read_record(record, one) for one in self._source_configs}
         self._sources = self._open_sources({source.name: source for source in opened})
         phases = config.model_copy(update={"sources": self._source_configs, "phases": ()})
@@ -343,9 +356,18 @@ class BatchFeed:
             numbers,
             np.stack([sequence.tokens for sequence in sequences]),
             np.stack([sequence.documents for sequence in sequences]),
+            np.stack([self._sources_of(sequence) for sequence in sequences]),
             [sequence.stretches for sequence in sequences],
             {stream: self._state(stream) for stream in streams},
         )
+
+    def _sources_of(self, sequence: Packed) -> Tokens:
+        """The number of each target's source."""
+        found = np.zeros(self._sequence_length, dtype=np.int32)
+        for stretch in sequence.stretches:
+            first = max(0, stretch.start - 1)  # target i is token i + 1
+            found[first : stretch.start + stretch.length - 1] = self._numbers[stretch.origin.source]
+        return found
 
     def _keep_record(self) -> None:
         if self._record is None or self._replica or self._validation:
