@@ -6,6 +6,7 @@ What is held never changes which row comes when: a row that is not held is read 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -34,6 +35,9 @@ OPEN_ARCHIVES = 64
 
 MOST_COUNTS = 1 << 16
 """Units of which a reader remembers how many rows they have."""
+
+SHORT = 1 << 12
+"""The orders of units of up to this many rows are remembered."""
 
 ROW_COST = 250
 """Bytes that Python takes for a row beside its text."""
@@ -201,7 +205,14 @@ def _order(part: PartOfUnit, count: int) -> list[int]:
     """The rows of a part, by their numbers in the unit."""
     if part.number >= count:
         return []
-    return permutation(count, part.key)[part.number :: part.parts]
+    drawn = _permutation(count, part.key) if count <= SHORT else permutation(count, part.key)
+    return drawn[part.number :: part.parts]
+
+
+@lru_cache(maxsize=256)
+def _permutation(count: int, key: int) -> list[int]:
+    """Of a unit whose parts are likely to be wanted one after the other."""
+    return permutation(count, key)
 
 
 def _read_all(part: PartOfUnit) -> tuple[int, int, dict[int, Raw] | None]:

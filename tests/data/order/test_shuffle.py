@@ -18,7 +18,7 @@ from tests.data.samples import jsonl, open_feed
 
 GROUPS, ROWS, SAMPLE = 50, 12_800, 1_024
 STREAMS = 16
-SEEDS = 25
+SEEDS = 12
 """All 200 seeds were run once by hand: see `python -m tests.data.order.test_shuffle`."""
 FILLING = "x" * 120
 
@@ -111,7 +111,7 @@ def distance(folder: Path, kind: str, replicas: int, seeds: int) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kind", "replicas"), [("text", 1), ("jsonl", 8), ("parquet", 1), ("parquet", 8), ("zst", 1)]
+    ("kind", "replicas"), [("text", 1), ("jsonl", 1), ("parquet", 8), ("zst", 1)]
 )
 def test_rows_are_drawn_from_all_of_a_sorted_source(
     tmp_path: Path, kind: str, replicas: int
