@@ -28,7 +28,7 @@ class Message(NamedTuple):
 
 
 def arrow_units(file: BinaryIO) -> ListedUnits:
-    """A unit for each record batch; its offset is where the batch begins.
+    """A unit for each record batch with rows; its offset is where the batch begins.
 
     It is one unit, to be read from the beginning, where a dictionary comes behind a batch or the
     file is damaged.
@@ -46,7 +46,7 @@ def arrow_units(file: BinaryIO) -> ListedUnits:
             whole |= bool(units)
     if whole or len(units) < 2 or not _ends_well(file):
         return ListedUnits([Unit(0, 0, size)], whole=size > SMALL)
-    return ListedUnits(units)
+    return ListedUnits([unit for unit in units if unit.end > unit.start])
 
 
 def arrow_head(file: BinaryIO) -> bytes:
