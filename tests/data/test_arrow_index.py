@@ -35,7 +35,11 @@ def batch(first: int, rows: int) -> pa.RecordBatch:
     texts = [f"row {n}" for n in range(first, first + rows)]
     indices = pa.array([n % 3 for n in range(rows)], pa.int32())
     words = pa.DictionaryArray.from_arrays(indices, ["a", "b", "c"])
-    columns = {"id": pa.array(range(rows), pa.int64()), "text": pa.array(texts, pa.string()), "word": words}
+    columns = {
+        "id": pa.array(range(rows), pa.int64()),
+        "text": pa.array(texts, pa.string()),
+        "word": words,
+    }
     return pa.RecordBatch.from_pydict(columns)
 
 
