@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megapipe.data import splitters
@@ -162,6 +162,32 @@ def test_long_rows_are_cut_and_lose_nothing_and_no_character_is_cut(text: str) -
     paragraphs = [row.value for row in rows_of(split_paragraphs, text.encode())]
     assert all(isinstance(row, bytes) and len(row) < 60 + 60 for row in paragraphs)
     assert "".join("".join(row.decode() for row in paragraphs).split()) == "".join(text.split())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("slack", [8, 15, 16, 40, 100])
+def test_segments_end_behind_their_borders(slack: int) -> None:
+    """Each border moves to the next line end, if that is near; lines may be longer than both."""
+
+    @settings(deadline=None, max_examples=60)
+    @example(b"x" * 46 + b"\n\n")
+    @given(texts.filter(bool))
+    def check(text: bytes) -> None:
+        borders = [0]
+        for border in range(SEGMENT, len(text), SEGMENT):
+            near = text[border : border + slack]
+            end = near.find(b"\n") + 1 or (len(near) if len(near) < slack else 0)
+            if not end:
+                end = next((n for n in range(4) if near[n] & 0xC0 != 0x80), 0)
+            borders.append(border + end)
+        borders = sorted({*borders, len(text)})
+        expected = [Raw(text[a:b], a) for a, b in itertools.pairwise(borders)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(splitters, "LINE_SLACK", slack)
+            segments = SPLITTERS["segments"]
+            assert rows_of(segments, text) == expected
+            assert rows_by_units(segments, text, range(0, len(text), SEGMENT)) == expected
+
+    check()
 
 
 def test_segments_end_at_line_ends_where_there_are_some() -> None:
