@@ -62,6 +62,13 @@ def test_patterns_match_what_glob_matches(
                     assert matches == (Path(path) in expected) or not Path(path).is_file()
 
 
+def test_a_pattern_matches_paths_that_are_written_in_another_way() -> None:
+    for pattern in ("./a/*.txt", "a//*.txt", "a/./*.txt", "b/../a/*.txt", "**/*.txt"):
+        assert glob_matches(pattern, "a/b.txt")
+        assert not glob_matches(pattern, "/a/b.txt")
+        assert not glob_matches(pattern, "a/b.text")
+
+
 def hidden(name: str) -> bool:
     return name.startswith(".")
 
