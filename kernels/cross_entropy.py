@@ -37,12 +37,15 @@ def cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     overwrite: bool = False,
+    losses_N: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """[N, V], targets [N] -> the sum of the losses, a scalar in float32 (float64).
 
-    With `overwrite` the gradient takes the place of the logits, which are spoilt from the forward
-    pass on and may have been saved by nobody but their producer; else they are copied first.
+    `losses_N`, where given, is filled with each target's loss, 0 for those ignored; it has no
+    gradient. With `overwrite` the gradient of the sum takes the place of the logits, which are
+    spoilt from the forward pass on and may have been saved by nobody but their producer; else they
+    are copied first.
     Raises RuntimeError for targets that are no class (on a GPU when it gets there), and in Triton
     UnsupportedError for float64, and with `overwrite` for rows that are not dense.
     """
@@ -52,6 +55,7 @@ def cross_entropy(
         vocabulary=Vocabulary(0, logits_NV.shape[1]),
         combine=combine_one,
         z_loss=z_loss,
+        losses_N=losses_N,
         backend=choose(backend, logits_NV),
     )
 
@@ -93,10 +97,14 @@ def part_cross_entropy(
     combine: Combine,
     z_loss: float,
     backend: Backend,
+    losses_N: Tensor | None = None,
 ) -> Tensor:
     """The sum of the losses, given one part's logits, which are overwritten as by `cross_entropy`;
-    negative targets are ignored. `combine` is called once, in the forward pass."""
-    loss: Tensor = _CrossEntropy.apply(logits_NV, targets_N, vocabulary, combine, z_loss, backend)
+    negative targets are ignored. `combine` is called once, in the forward pass. `losses_N` is as in
+    `cross_entropy`: each loss is that of all parts together."""
+    loss: Tensor = _CrossEntropy.apply(
+        logits_NV, targets_N, vocabulary, combine, z_loss, losses_N, backend
+    )
     return loss
 
 
@@ -109,13 +117,17 @@ class _CrossEntropy(torch.autograd.Function):
         vocabulary: Vocabulary,
         combine: Combine,
         z_loss: float,
+        losses_N: Tensor | None,
         backend: Backend,
     ) -> Tensor:
         own = cross_entropy_stats_(logits_NV, targets_N, **vocabulary._asdict(), backend=backend)
         found = combine(*own)
         ctx.save_for_backward(logits_NV, own[0], *found, targets_N)
         ctx.vocabulary, ctx.z_loss, ctx.backend = vocabulary, z_loss, backend
-        return token_losses(found, targets_N, z_loss).sum()
+        each_N = token_losses(found, targets_N, z_loss)
+        if losses_N is not None:
+            losses_N.copy_(each_N)
+        return each_N.sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -130,7 +142,7 @@ class _CrossEntropy(torch.autograd.Function):
             z_loss=ctx.z_loss,
             backend=ctx.backend,
         )
-        return logits_NV, None, None, None, None, None
+        return logits_NV, *[None] * 6
 
 
 def cross_entropy_stats_(

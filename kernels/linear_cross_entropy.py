@@ -43,12 +43,14 @@ def linear_cross_entropy(
     *,
     z_loss: float = 0.0,
     ignore_index: int = -100,
+    losses_N: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """h [N, H], W [V, H], targets [N] -> the sum of the losses, a scalar in float32 (float64).
 
-    The gradient of W is summed in float32 (float64), [V, H], and rounded to W's dtype at the end.
-    Raises RuntimeError for targets that are no class (on a GPU when it gets there), and
+    `losses_N`, where given, is filled with each target's loss, 0 for those ignored; it has no
+    gradient. The gradient of W is summed in float32 (float64), [V, H], and rounded to W's dtype at
+    the end. Raises RuntimeError for targets that are no class (on a GPU when it gets there), and
     UnsupportedError for float64 in Triton.
     """
     loss: Tensor = _LinearCrossEntropy.apply(
@@ -56,6 +58,7 @@ def linear_cross_entropy(
         weight_VH,
         checked_targets(targets_N, weight_VH.shape[0], ignore_index),
         z_loss,
+        losses_N,
         choose(backend, hidden_NH),
         torch.is_grad_enabled(),
     )
@@ -72,6 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_VH: Tensor,
         targets_N: Tensor,
         z_loss: float,
+        losses_N: Tensor | None,
         backend: Backend,
         differentiable: bool,
     ) -> Tensor:
@@ -94,6 +98,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             combine=combine_one,
             add_weight_grad=add if differentiable else None,
             z_loss=z_loss,
+            losses_N=losses_N,
             backend=backend,
         )
         ctx.hidden_grad, ctx.weight_grad, ctx.dtype = hidden_grad, weight_grad, weight_VH.dtype
@@ -105,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_grad = None
         if ctx.weight_grad is not None:
             weight_grad = (ctx.weight_grad * grad).to(ctx.dtype)
-        return (ctx.hidden_grad * grad).to(ctx.hidden_grad), weight_grad, None, None, None, None
+        return (ctx.hidden_grad * grad).to(ctx.hidden_grad), weight_grad, *[None] * 5
 
 
 def linear_cross_entropy_forward(
@@ -118,12 +123,14 @@ def linear_cross_entropy_forward(
     add_weight_grad: AddWeightGrad | None,
     z_loss: float,
     backend: Backend,
+    losses_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(sum of losses, gradient of h by this part of the vocabulary).
 
     Without `add_weight_grad` no gradient is computed and the second is None. Gradients are those of
     the sum itself: of a loss whose own gradient is 1. Negative targets are ignored. `combine` is
-    called for each part of the rows, the same number of times wherever N is the same.
+    called for each part of the rows, the same number of times wherever N is the same. `losses_N` is
+    as in `linear_cross_entropy`.
     """
     loss = torch.zeros((), dtype=torch.float64, device=hidden_NH.device)
     hidden_grad = None if add_weight_grad is None else torch.empty_like(hidden_NH)
@@ -138,7 +145,10 @@ def linear_cross_entropy_forward(
         torch.mm(hidden_NH[rows], weight_VH.t(), out=logits)
         own = cross_entropy_stats_(logits, targets, **vocabulary._asdict(), backend=backend)
         found = combine(*own)
-        loss += token_losses(found, targets, z_loss).sum()
+        each = token_losses(found, targets, z_loss)
+        loss += each.sum()
+        if losses_N is not None:
+            losses_N[rows] = each
         if add_weight_grad is None or hidden_grad is None:
             continue
         cross_entropy_gradient_(

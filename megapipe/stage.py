@@ -18,6 +18,7 @@ from megapipe.tensor_parallel.embedding import VocabParallelEmbedding
 from megapipe.tensor_parallel.linear import ColumnParallelLinear, RowParallelLinear
 from megapipe.tensor_parallel.output import VocabParallelOutput
 from megapipe.tensor_parallel.parameter import ShardedParameter, StageParameters, sharded_parameters
+from megapipe.tensor_parallel.source_losses import SourceLosses
 from megapipe.tensor_parallel.weight_grad import WeightGradStore
 
 
@@ -34,7 +35,8 @@ class StageBuild:
     """All that a model family needs to build a stage on this rank; handed to every layer.
 
     `seed` is the one that dropout draws from; `kernels` says what the layers compute with; `store`
-    takes the weight gradients of the stage's linear layers.
+    takes the weight gradients of the stage's linear layers, `source_losses` the losses by source of
+    the data where they are wanted on this rank.
     """
 
     model: ModelConfig
@@ -51,6 +53,7 @@ class StageBuild:
     store: WeightGradStore
     kernels: KernelChoice
     loss: LossSettings = LossSettings()
+    source_losses: SourceLosses | None = None
 
     def column_linear(self, *names: str) -> ColumnParallelLinear:
         """Weights `NAME.weight` in one matmul, with the biases `NAME.bias` where there are any."""
@@ -81,7 +84,11 @@ class StageBuild:
         )
 
     def output(self, name: str) -> VocabParallelOutput:
-        """The product with the weight `NAME.weight`, whose rows are tokens, and the loss."""
+        """The product with the weight `NAME.weight`, whose rows are tokens, and the loss.
+
+        Call it once for a microbatch, outside of what is recomputed: each call adds to the losses
+        by source.
+        """
         return VocabParallelOutput(
             self.parameters.get(f"{name}.weight"),
             tensor=self.tensor,
@@ -90,13 +97,20 @@ class StageBuild:
             linear=self.loss.linear,
             z_loss=self.loss.z_loss,
             backend=self.kernels.kernels,
+            source_losses=self.source_losses,
         )
 
 
-def build_stages(layout: Layout, mesh: Mesh, choice: KernelChoice) -> dict[int, nn.Module]:
+def build_stages(
+    layout: Layout,
+    mesh: Mesh,
+    choice: KernelChoice,
+    source_losses: SourceLosses | None = None,
+) -> dict[int, nn.Module]:
     """This rank's stages by their number in the whole pipeline, with initial weights.
 
-    `choice` says what all layers compute with. Collective: makes the process groups that sum
+    `choice` says what all layers compute with. The last stage adds losses by source to
+    `source_losses`, where given, in each forward. Collective: makes the process groups that sum
     partial gradients.
     """
     mesh.connect_reduction_groups(layout.reduction_groups())
@@ -105,7 +119,7 @@ def build_stages(layout: Layout, mesh: Mesh, choice: KernelChoice) -> dict[int, 
     for stage in layout.stages:
         if stage.rank != mesh.pipeline.rank:
             continue
-        build = _stage_build(layout, mesh, choice, stage, made)
+        build = _stage_build(layout, mesh, choice, stage, made, source_losses)
         built[stage.number] = _built(layout.family.build_stage(build), build)
         made |= build.parameters.made
     for module in built.values():
@@ -130,6 +144,7 @@ def _stage_build(
     choice: KernelChoice,
     stage: Stage,
     made: dict[str, ShardedParameter],
+    source_losses: SourceLosses | None,
 ) -> StageBuild:
     train = layout.config.train
     dtype = PRECISIONS[train.precision].model_dtype
@@ -150,6 +165,7 @@ def _stage_build(
         store=WeightGradStore(choice.weight_gradients),
         kernels=choice,
         loss=LossSettings(train.linear_cross_entropy, train.z_loss),
+        source_losses=source_losses,
     )
 
 

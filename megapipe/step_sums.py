@@ -13,7 +13,8 @@ from megapipe.tensor_parallel.collectives import all_reduce_
 from megapipe.transfer import to_device
 
 Given = float | Tensor | Mapping[int, float]
-"""A number, a tensor of one element on the device, or numbers by place: other places get 0."""
+"""A number; a tensor on the device, with an element for each place; or numbers by place, where
+other places get 0."""
 
 
 class Totals:
@@ -30,6 +31,13 @@ class Totals:
     def all(self, name: str) -> Sequence[float]:
         """Of every place."""
         return self._values[name]
+
+    def __add__(self, other: "Totals") -> "Totals":
+        """Of two batches whose quantities are all sums."""
+        names = self._values.keys()
+        assert names == other._values.keys()
+        pairs = {name: zip(self.all(name), other.all(name), strict=True) for name in names}
+        return Totals({name: [a + b for a, b in both] for name, both in pairs.items()})
 
 
 class StepSums:
@@ -65,18 +73,18 @@ class StepSums:
         Collective over the world, and the one place where a step reads from the device.
         """
         numbers = [0.0] * self._size
-        tensors: dict[int, Tensor] = {}
+        tensors: list[tuple[range, Tensor]] = []
         for name, value in given.items():
             places = self._places[name]
             if isinstance(value, Tensor):
-                (place,) = places
-                tensors[place] = value
+                assert value.numel() == len(places), f"{name}: {value.numel()} of {len(places)}"
+                tensors.append((places, value))
                 continue
             for index, number in self._by_place(name, value).items():
                 numbers[places[index]] = number
         totals = to_device(torch.tensor(numbers, dtype=torch.float64), self._device)
-        for place, tensor in tensors.items():
-            totals[place] = tensor
+        for places, tensor in tensors:
+            totals[places.start : places.stop] = tensor
         return self._by_name(all_reduce_(totals, self._world).tolist())
 
     def _by_place(self, name: str, value: float | Mapping[int, float]) -> Mapping[int, float]:

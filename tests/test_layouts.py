@@ -1,8 +1,9 @@
 """THE test: every layout computes what one process computes, in float64.
 
-Each case steps a model in its layout and in one process on the same tokens, and compares losses,
-every gradient and every updated weight (see megapipe/equivalence/check.py). As a program it takes
-more steps and prints the largest errors: `python -m tests.test_layouts --steps 20`.
+Each case steps a model in its layout and in one process on the same tokens, and compares losses
+(of all tokens and of each source of the data), every gradient and every updated weight (see
+megapipe/equivalence/check.py). As a program it takes more steps and prints the largest errors:
+`python -m tests.test_layouts --steps 20`.
 """
 
 import os
@@ -28,6 +29,7 @@ from tests.ranks import POOL, run_ranks
 CONFIGS = Path(__file__).parent / "configs"
 TOLERANCE = 1e-9
 STEPS = 3
+KINDS = ("loss", "source loss", "gradient norm", "gradient", "weight")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class LayoutCase:
             "sequence_parallel": str(self.sequence_parallel).lower(),
         }
         words = [w for key, value in keys.items() for w in (f"--parallel.{key}", str(value))]
+        words += [f"--data.sources.{number}.path=more.txt" for number in (1, 2)]
         path = CONFIGS / f"{shape}_shape.toml"
         return load_config(path, [*words, *self.overrides, *more], FAMILIES)
 
@@ -93,7 +96,7 @@ LAYOUTS = [
     LayoutCase(tensor=2, pipeline=2, data=2, sequence_parallel=True, overrides=DOCUMENTS + DROPOUT),
     LayoutCase(tensor=2, pipeline=2, overrides=("--train.recompute=full", *DROPOUT)),
     LayoutCase(tensor=2, pipeline=2, sequence_parallel=True, overrides=LINEAR_LOSS),
-    LayoutCase(tensor=2, pipeline=2, schedule="zb-h1", overrides=LINEAR_LOSS),
+    LayoutCase(tensor=2, pipeline=2, schedule="zb-h1", overrides=LINEAR_LOSS + DOCUMENTS + DROPOUT),
 ]
 
 
@@ -106,7 +109,7 @@ def check(config: Config, steps: int = STEPS) -> Verdict:
     verdict: Verdict | None = run_ranks(_check_rank, ranks, config, steps, timeout=300)[0]
     assert verdict is not None
     kinds = {row.kind for row in verdict.differences}
-    assert kinds == {"initial weight", "loss", "gradient norm", "gradient", "weight"}
+    assert kinds == {*KINDS, "initial weight"}
     assert verdict.worst("initial weight") == 0.0, "initial weights are bitwise the same"
     assert verdict.first_beyond(TOLERANCE) is None
     assert verdict.losses[0][1] != verdict.losses[-1][1], "the weights move"
@@ -201,8 +204,7 @@ def main() -> None:
     options = parser.parse_args()
     faulthandler.enable()  # and in the ranks, which are forked
     steps = options.steps
-    kinds = ("loss", "gradient norm", "gradient", "weight")
-    print(f"largest relative errors over {steps} steps:", *kinds, sep="  ")
+    print(f"largest relative errors over {steps} steps:", *KINDS, sep="  ")
     for shape in SHAPES:
         cases = []
         if options.only != "schedules":
@@ -212,7 +214,7 @@ def main() -> None:
             cases += [(layout, layout.config(shape)) for layout in schedules]
         for layout, config in cases:
             verdict = check(config, steps)
-            errors = "  ".join(f"{verdict.worst(kind):.1e}" for kind in kinds)
+            errors = "  ".join(f"{verdict.worst(kind):.1e}" for kind in KINDS)
             print(f"{shape:6} {layout!s:60} {errors}", flush=True)
     POOL.close()
 

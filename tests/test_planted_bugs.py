@@ -53,6 +53,18 @@ def microbatches_scaled_wrongly(stages: Stages) -> None:
         stage.register_forward_hook(halve)
 
 
+def sources_numbered_from_one(stages: Stages) -> None:
+    """The loss is right, but its parts are those of other sources."""
+
+    def shift(stage: nn.Module, inputs: tuple[object, MicroBatch]) -> tuple[object, MicroBatch]:
+        x, batch = inputs
+        assert batch.sources_BS is not None
+        return x, replace(batch, sources_BS=(batch.sources_BS + 1) % 3)
+
+    for stage in stages.values():
+        stage.register_forward_pre_hook(shift)
+
+
 def _check(config: Config) -> Difference | None:
     """The first difference, on rank 0."""
     tokens = synthetic_tokens(config)
@@ -71,6 +83,7 @@ def _check_with_bug(config: Config, plant: Plant | None) -> Difference | None:
         (norm_not_reduced, "gradient", "layers.2.mlp_norm.weight"),
         (tied_gradient_not_summed, "gradient", "embedding.weight"),
         (microbatches_scaled_wrongly, "gradient", "position_embedding.weight"),
+        (sources_numbered_from_one, "source loss", "loss of sources[0]"),
     ],
 )
 def test_a_planted_bug_is_found_and_named(plant: Plant, kind: str, name: str) -> None:

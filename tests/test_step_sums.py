@@ -54,6 +54,17 @@ def test_one_process_has_its_own_values_and_zeros() -> None:
     assert (totals["rows"], totals["epoch"], list(totals.all("slots"))) == (0.0, 0.0, [0.0] * 3)
 
 
+def test_a_tensor_has_an_element_for_each_place_and_batches_add_up() -> None:
+    alone = Axis("world")
+    first, second = (
+        sums_of(alone, alone).reduce({"slots": torch.arange(3) * factor, "rows": 1})
+        for factor in (1, 10)
+    )
+    assert list(first.all("slots")) == [0.0, 1.0, 2.0]
+    both = first + second
+    assert (both["rows"], list(both.all("slots"))) == (2.0, [0.0, 11.0, 22.0])
+
+
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [
@@ -62,7 +73,8 @@ def test_one_process_has_its_own_values_and_zeros() -> None:
         (lambda sums: sums.reduce({"slots": {3: 1.0}}), IndexError),
         (lambda sums: sums.reduce({"slots": 1.0}), ValueError),
         (lambda sums: sums.reduce({"epoch": {0: 1.0}}), AssertionError),
-        (lambda sums: sums.reduce({"slots": torch.tensor(1.0)}), ValueError),
+        (lambda sums: sums.reduce({"slots": torch.tensor(1.0)}), AssertionError),
+        (lambda sums: sums.reduce({"loss": torch.ones(2)}), AssertionError),
         (lambda sums: sums.reduce({})["slots"], ValueError),
     ],
 )

@@ -17,7 +17,7 @@ UNFOLDS = 4
 
 DICTIONARY_ID = (0, 1, 2, 4)
 CONTENT_SIZE = (0, 2, 4, 8)
-RAW_OR_COMPRESSED, RLE, RESERVED = (0, 2), 1, 3
+RLE, RESERVED = 1, 3
 
 
 def frame_units(file: BinaryIO) -> ListedUnits:
@@ -53,8 +53,8 @@ def _frame_end(file: BinaryIO) -> int | None:
     """Where the frame at the file's position ends; None where that can't be known."""
     magic = file.read(4)
     if len(magic) == 4 and magic[1:] == SKIPPABLE and 0x50 <= magic[0] < 0x60:
-        length = file.read(4)
-        return file.tell() + int.from_bytes(length, "little") if len(length) == 4 else None
+        skipped = file.read(4)
+        return file.tell() + int.from_bytes(skipped, "little") if len(skipped) == 4 else None
     descriptor = int.from_bytes(file.read(1), "little")
     if magic != MAGIC:
         return None

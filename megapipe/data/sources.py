@@ -55,18 +55,20 @@ class SourceFile:
     """A file as the order of the data knows it.
 
     `key` is its path from the fixed part of the source's pattern on; `mark` changes with its
-    content; `rows` reads it, None where it has left the source.
+    content; `row_bytes` is the size of its rows where they are large pieces of it, else 0; `rows`
+    reads it, None where it has left the source.
     """
 
     key: str
     size: int
     mark: str
     units: Units
+    row_bytes: int
     rows: RowFile | None
 
     def state(self) -> list[Any]:
         """JSON."""
-        return [self.key, self.size, self.mark, self.units.state()]
+        return [self.key, self.size, self.mark, self.units.state(), self.row_bytes]
 
 
 @dataclass(frozen=True)
@@ -87,14 +89,12 @@ class Cohort:
 
 @dataclass(frozen=True)
 class Source:
-    """`key` is its config key, for messages. `row_bytes`: where its files are cut into documents;
-    0 where rows are cut by what they hold. `found`: the files on the disk and their other names;
+    """`key` is its config key, for messages. `found`: the files on the disk and their other names;
     None on the hub."""
 
     key: str
     config: SourceConfig
     cohorts: tuple[Cohort, ...]
-    row_bytes: int
     total_bytes: int | None  # of text; estimated where it is compressed, None on the hub
     found: Found | None = None
     leaves: Mapping[str, int] = field(default_factory=dict)
@@ -135,7 +135,6 @@ class Record:
     """What an earlier start found of a source. Nothing about the order depends on it; it saves
     looking for units again, and knows files that have left and may be gone."""
 
-    row_bytes: int = 0
     cohorts: tuple[Cohort, ...] = ()
 
     def file(self, key: str) -> SourceFile | None:
@@ -246,7 +245,7 @@ def open_found(
         tuple(file for part in found for file in part.files),
         tuple(name for part in found for name in part.repeats),
     )
-    return Source(key, config, tuple(cohorts), row_bytes, unfolded, everything)
+    return Source(key, config, tuple(cohorts), unfolded, everything)
 
 
 def _not_here(
@@ -291,16 +290,16 @@ def _source_file(
     if (
         known is not None
         and (known.size, known.mark) == (file.size, mark)
-        and (not rows.row_bytes or record.row_bytes == row_bytes)
+        and known.row_bytes == rows.row_bytes
     ):
-        return SourceFile(name, file.size, mark, known.units, rows)
-    return SourceFile(name, file.size, mark, rows.units(), rows)
+        return replace(known, rows=rows)
+    return SourceFile(name, file.size, mark, rows.units(), rows.row_bytes, rows)
 
 
 def recorded_file(state: Sequence[Any]) -> SourceFile:
     """The file of which `state` was taken, which nothing reads yet."""
-    key, size, mark, units = state
-    return SourceFile(key, size, mark, units_of(units), None)
+    key, size, mark, units, row_bytes = state
+    return SourceFile(key, size, mark, units_of(units), row_bytes, None)
 
 
 def _row_file(config: SourceConfig, key: str, row_bytes: int, file: FoundFile) -> RowFile:
@@ -361,8 +360,8 @@ def _hub_source(config: SourceConfig, key: str) -> Source:
             config.text_field,
         )
         mark = f"{index} of {shards}"
-        files.append(SourceFile(f"{index:09}", 0, mark, shard.units(), shard))
-    return Source(key, config, (Cohort(0, tuple(files)),), 0, None)
+        files.append(SourceFile(f"{index:09}", 0, mark, shard.units(), 0, shard))
+    return Source(key, config, (Cohort(0, tuple(files)),), None)
 
 
 def repeated_files(

@@ -71,6 +71,7 @@ class SourceStream:
         self._text: str | None = None
         self._tokens: Tokens | None = None
         self._piece_end = self._piece_bytes = 0
+        self._state: State | None = None
 
     @property
     def epoch(self) -> int:
@@ -82,7 +83,7 @@ class SourceStream:
 
     def begin(self, step: int) -> None:
         """Goes on with the batch behind step `step`: files may have joined or left."""
-        self._step = step
+        self._step, self._state = step, None
         self._parts.join(self._order.joined(step))
         if self._document is not None and self._piece != ENDING:
             file, _ = self._order.unit(self._document[0])
@@ -92,10 +93,12 @@ class SourceStream:
     def open(self) -> None:
         """Goes to the next document unless one is under way. Raises SourceEndedError."""
         if self._document is None:
+            self._state = None
             self._open_document()
 
     def read(self, limit: int) -> Read:
         """Up to `limit` tokens of the document under way."""
+        self._state = None
         begins = self._piece == 0 and self._token == 0
         tokens = self._piece_tokens()
         while self._token == len(tokens):  # a piece may have no tokens of its own
@@ -112,7 +115,13 @@ class SourceStream:
         return Read(part, begins, ends, text_bytes, origin)
 
     def state(self) -> State:
-        """JSON, from which `load` goes on; short, since there may be thousands of streams."""
+        """JSON, from which `load` goes on; short, since there may be thousands of streams. The
+        same object until something has changed."""
+        if self._state is None:
+            self._state = self._new_state()
+        return self._state
+
+    def _new_state(self) -> State:
         document = None
         if self._document is not None:
             place, row = self._document
@@ -130,7 +139,7 @@ class SourceStream:
 
     def load(self, state: State, step: int) -> None:
         """Goes on from a state that was taken behind step `step`."""
-        self._step = max(0, step - 1)
+        self._step, self._state = max(0, step - 1), None
         self._parts.join(self._order.joined(self._step))
         self._parts.epoch = state["epoch"]
         self._parts.taken, self._parts.since = list(state["taken"]), list(state["since"])
@@ -315,7 +324,7 @@ class DocumentStream:
     def state(self) -> State:
         return {
             "current": self._current,
-            "taken": self._blend.taken,
+            "taken": dict(self._blend.taken),
             "ended": sorted(self._ended),
             "sources": {name: source.state() for name, source in self.sources.items()},
         }

@@ -36,6 +36,8 @@ class Taken:
             before = self.states[stream]["sources"] if stream in self.states else {}
             for name, source in state["sources"].items():
                 known = before.get(name, {})
+                if known is source:
+                    continue
                 self._replace(known.get("account"), source.get("account"))
                 self.epochs[name] += source["epochs"] - known.get("epochs", 0)
                 self.epoch = max(self.epoch, source["epoch"])

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from megapipe.config import ParallelConfig
+from megapipe.config import Config, ParallelConfig
 from megapipe.distributed.mesh import Mesh
 from megapipe.files import replace_durably
 from megapipe.layout.layout import Layout, resolve
@@ -24,6 +24,7 @@ from megapipe.layout.parameters import ParameterShard
 from megapipe.microbatch import MicroBatch
 from megapipe.tensor_parallel.parameter import ShardedParameter, sharded_parameters
 from megapipe.train.engine import Engine, StepResult
+from megapipe.train.source_metrics import SOURCE_LOSSES, source_names
 
 FLOOR = {"initial weight": 1e-6, "gradient": 1e-6, "weight": 1e-3}
 """A tensor's error is relative to its own largest value, but to no less than this share of the
@@ -44,13 +45,13 @@ class Difference:
     """The largest error of one tensor (or of loss or norm) on one rank in one step."""
 
     step: int
-    kind: str  # "initial weight", "loss", "gradient norm", "gradient", "weight"
+    kind: str  # "initial weight", "loss", "source loss", "gradient norm", "gradient", "weight"
     name: str
     error: float  # relative, as FLOOR says
     absolute: float
     rank: int
     where: str  # the rank's coordinates
-    stage: int | None  # None for loss and norm, which all ranks share
+    stage: int | None  # None for losses and norm, which all ranks share
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Verdict:
         return max((d.error for d in self.differences if d.kind == kind), default=0.0)
 
     def first_beyond(self, tolerance: float) -> Difference | None:
-        """The earliest difference beyond the tolerance: by step, then loss, gradients,
+        """The earliest difference beyond the tolerance: by step, then losses, gradients,
         norm, weights, tensors in model order. NaN counts as beyond."""
         return next((d for d in self.differences if not d.error <= tolerance), None)
 
@@ -96,6 +97,7 @@ def check_equivalence(
                 expected = single.step(tokens(step, single_mesh), rate)
                 losses.append((result.loss, expected.loss))
                 found.append(_difference(step, "loss", result.loss, expected.loss))
+                found += _source_differences(step, layout.config, result, expected)
             found += _compare(sharded, single, step, "gradient", folder)
             if expected is not None:
                 norms = (result.grad_norm, expected.grad_norm)
@@ -204,10 +206,25 @@ def _assemble(single: ComparedRun, kind: str) -> dict[str, Tensor]:
     return whole
 
 
-def _difference(step: int, kind: str, value: float, expected: float) -> Difference:
+def _difference(
+    step: int, kind: str, value: float, expected: float, name: str | None = None
+) -> Difference:
     """Of a number that all ranks share."""
     absolute, error = abs(value - expected), relative_error(value, expected)
-    return Difference(step, kind, kind, error, absolute, 0, "all ranks", None)
+    return Difference(step, kind, name or kind, error, absolute, 0, "all ranks", None)
+
+
+def _source_differences(
+    step: int, config: Config, result: StepResult, expected: StepResult
+) -> Iterator[Difference]:
+    """Of each source's part of the loss, and of the sum of the parts from the loss itself."""
+    parts, others = (
+        [losses / one.tokens for losses in one.totals.all(SOURCE_LOSSES)]
+        for one in (result, expected)
+    )
+    for name, part, other in zip(source_names(config), parts, others, strict=True):
+        yield _difference(step, "source loss", part, other, f"loss of {name}")
+    yield _difference(step, "source loss", sum(parts), result.loss, "loss of all sources")
 
 
 def relative_error(value: float, expected: float) -> float:

@@ -9,6 +9,7 @@ TOLERANCE = 1e-9
 KINDS = {
     "initial weight": "initial weights",
     "loss": "losses",
+    "source loss": "losses by source",
     "gradient": "gradients",
     "gradient norm": "gradient norms",
     "weight": "updated weights",
@@ -33,7 +34,7 @@ def print_report(verdict: Verdict, steps: int) -> int:
 def _subject(difference: Difference) -> str:
     """`the loss`, or `weight layers.0.norm.weight on rank 1 (...), stage 1,`."""
     if difference.stage is None:
-        return f"the {difference.kind}"
+        return f"the {difference.name}"
     where = f"{difference.where}, stage {difference.stage},"
     return f"{difference.kind} {difference.name} on {where}"
 

@@ -32,6 +32,7 @@ def vocab_parallel_cross_entropy(
     vocabulary: Vocabulary,
     tensor: Axis,
     z_loss: float = 0.0,
+    losses: Tensor | None = None,
     backend: Backend = "torch",
 ) -> Tensor:
     """Scalar sum of the losses of [...] targets, given this rank's [..., columns] of the logits.
@@ -39,6 +40,8 @@ def vocab_parallel_cross_entropy(
     Columns beyond those of `vocabulary` are padding and count as minus infinity. Ignored targets
     (`IGNORED_TARGET`) give no loss and no gradient. Sums are float32 (float64 for float64 logits).
     The logits are overwritten, in forward already; only their producer may have saved them.
+    `losses`, contiguous and in the shape of the targets, is filled with the loss of each where it
+    is given: 0 for those ignored, z-loss included. It has no gradient.
     """
     return kernels.part_cross_entropy(
         logits.flatten(0, -2),
@@ -46,6 +49,7 @@ def vocab_parallel_cross_entropy(
         vocabulary=vocabulary,
         combine=partial(_combine, tensor),
         z_loss=z_loss,
+        losses_N=None if losses is None else losses.view(-1),
         backend=backend,
     )
 
@@ -58,11 +62,13 @@ def vocab_parallel_linear_cross_entropy(
     tensor: Axis,
     sequence_parallel: bool,
     z_loss: float = 0.0,
+    losses: Tensor | None = None,
     backend: Backend = "torch",
     weight_grad_backend: WeightGradBackend = "torch",
 ) -> Tensor:
     """The loss of `hidden` [S_local, B, H] times this rank's rows of `weight`, [V, H], without ever
-    holding the logits of all tokens; `targets` are [S, B].
+    holding the logits of all tokens; `targets` are [S, B]. `losses` [S, B] is filled as by
+    `vocab_parallel_cross_entropy`.
 
     Where autograd is on, both gradients are computed in the forward pass: that of the weight goes
     straight to its main gradient, unscaled. So the loss must be the end of the graph, its gradient
@@ -76,6 +82,7 @@ def vocab_parallel_linear_cross_entropy(
         tensor,
         sequence_parallel and tensor.size > 1,
         z_loss,
+        None if losses is None else losses.view(-1),
         backend,
         weight_grad_backend,
         torch.is_grad_enabled(),
@@ -93,6 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         tensor: Axis,
         gathers: bool,
         z_loss: float,
+        losses_N: Tensor | None,
         backend: Backend,
         weight_grad_backend: WeightGradBackend,
         differentiable: bool,
@@ -111,6 +119,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             combine=partial(_combine, tensor),
             add_weight_grad=add if differentiable else None,
             z_loss=z_loss,
+            losses_N=losses_N,
             backend=backend,
         )
         ctx.shape, ctx.tensor = whole.shape, tensor
@@ -126,7 +135,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         else:
             assert grad == 1, said
         hidden_grad = ctx.start(ctx.hidden_grad.view(ctx.shape), ctx.tensor).wait()
-        return (hidden_grad, *[None] * 8)
+        return (hidden_grad, *[None] * 9)
 
 
 def own_vocabulary(weight: ShardedParameter) -> Vocabulary:

@@ -25,6 +25,14 @@ from megapipe.pipeline.schedule.timeline import KEPT_STEPS
 from megapipe.precision import PRECISIONS
 from megapipe.stage import build_stages
 from megapipe.step_sums import Given, StepPart, StepSums, Totals, join_given
+from megapipe.tensor_parallel.source_losses import SourceLosses
+from megapipe.train.source_metrics import (
+    SOURCE_LOSSES,
+    SOURCE_TOKENS,
+    register_sources,
+    source_names,
+    validation_source_names,
+)
 
 
 class NonFiniteError(MegapipeError):
@@ -39,7 +47,7 @@ class StepResult:
     grad_norm: float  # before clipping
     clip: float  # what clipping multiplied the gradients by: 1, or optimizer.clip_grad_norm / norm
     tokens: int  # targets that counted
-    totals: Totals  # what the parts of the run gave, over all ranks
+    totals: Totals  # loss and tokens, both by source, and what the parts of the run gave
     taken: bool = True  # False: some rank had no batch, and weights are as before
 
 
@@ -57,7 +65,10 @@ class Engine:
         self.layout, self.config, self.mesh = layout, config, mesh
         choice = choose_kernels(config, mesh.device)
         self.backend = choice.kernels
-        self.stages = build_stages(layout, mesh, choice)
+        self.holds_loss = layout.stages[-1].rank == mesh.pipeline.rank
+        gives_loss = self.holds_loss and mesh.tensor.is_first
+        self._source_losses = SourceLosses(mesh.device) if gives_loss else None
+        self.stages = build_stages(layout, mesh, choice, self._source_losses)
         self.buffers = layout_buffers(layout, self.stages.values())
         self.optimizer = Optimizer(self.buffers, config.optimizer, self.backend)
         self._channels = channels or make_channels(mesh)
@@ -68,13 +79,16 @@ class Engine:
         self._training = self._executor(self.program, kept_runs=KEPT_STEPS)
         self._validating = self._executor(forwards)
         self.recorder = self._training.recorder
-        self.holds_loss = layout.stages[-1].number in self.stages
         self._parts: list[StepPart] = []
         self._step_sums = StepSums(mesh.device, mesh.world)
         self._validation_sums = StepSums(mesh.device, mesh.world)
+        self._sources = source_names(config)
+        self._validation_sources = validation_source_names(config)
         for sums in (self._step_sums, self._validation_sums):
             for name in ("loss", "tokens", "unready"):
                 sums.register(name)
+        register_sources(self._step_sums, self._sources)
+        register_sources(self._validation_sums, self._validation_sources)
         self._step_sums.register("squared_norm")
 
     def join(self, part: StepPart) -> None:
@@ -107,7 +121,7 @@ class Engine:
         changes, on every rank at once.
         """
         self.zero_gradients()
-        losses = self._training.run(batches)
+        losses = self._run(self._training, batches, self._sources)
         reduce_gradients(self.buffers, self.mesh)
         result = self._result(self._reduce_step(losses, batches, ready))
         if not result.taken:
@@ -124,16 +138,16 @@ class Engine:
 
     def validation_loss(
         self, batches: Sequence[MicroBatch], *, ready: bool = True
-    ) -> tuple[float, int] | None:
-        """(sum of token losses, tokens) of one global batch, without touching the weights; None
-        where any rank is not `ready`, as in `train_step`."""
+    ) -> Totals | None:
+        """The sum of token losses and the number of tokens of one global batch, and both by source,
+        without touching the weights; None where any rank is not `ready`, as in `train_step`."""
         for stage in self.stages.values():
             stage.eval()
-        losses = self._validating.run(batches)
+        losses = self._run(self._validating, batches, self._validation_sources)
         for stage in self.stages.values():
             stage.train()
         totals = self._reduce(self._validation_sums, [self._loss_sums(losses, batches)], ready)
-        return None if totals["unready"] else (totals["loss"], int(totals["tokens"]))
+        return None if totals["unready"] else totals
 
     def wait_at_most(self, timeout: timedelta) -> None:
         """Have operations between ranks fail, from now on, where one has to wait for longer."""
@@ -150,6 +164,13 @@ class Engine:
             yield
         finally:
             self.wait_at_most(before)
+
+    def _run(
+        self, executor: PipelineExecutor, batches: Sequence[MicroBatch], sources: Sequence[str]
+    ) -> Sequence[Tensor]:
+        if self._source_losses is not None:
+            self._source_losses.begin(len(sources))
+        return executor.run(batches)
 
     def zero_gradients(self) -> None:
         for buffer in self.buffers:
@@ -169,12 +190,17 @@ class Engine:
         self, losses: Sequence[Tensor], batches: Sequence[MicroBatch]
     ) -> dict[str, Given]:
         """Of this rank's microbatches, by tensor rank 0 of the last stage."""
-        if not (self.holds_loss and self.mesh.tensor.is_first):
+        if self._source_losses is None:
             return {}
         targets = [batch.targets_BS for batch in batches if batch.targets_BS is not None]
         assert len(targets) == len(batches)
         tokens = torch.stack([(one != IGNORED_TARGET).sum() for one in targets]).sum()
-        return {"loss": torch.stack(list(losses)).double().sum(), "tokens": tokens}
+        return {
+            "loss": torch.stack(list(losses)).double().sum(),
+            "tokens": tokens,
+            SOURCE_TOKENS: self._source_losses.tokens,
+            SOURCE_LOSSES: self._source_losses.losses,
+        }
 
     def _reduce(self, sums: StepSums, given: Sequence[Mapping[str, Given]], ready: bool) -> Totals:
         totals = sums.reduce(join_given([{"unready": float(not ready)}, *given]))

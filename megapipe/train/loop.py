@@ -16,7 +16,7 @@ from megapipe.data.distribute import COUNTS, ReplicaFeed
 from megapipe.data.rows import too_many_bad_rows
 from megapipe.errors import CheckpointError
 from megapipe.optim.learning_rate import learning_rate
-from megapipe.step_sums import Given, StepPart, StepSums
+from megapipe.step_sums import Given, StepPart, StepSums, Totals
 from megapipe.train.bubble import BubbleMeter
 from megapipe.train.checkpoints import Checkpoints, Progress
 from megapipe.train.engine import Engine, StepResult
@@ -24,6 +24,11 @@ from megapipe.train.exports import Exports
 from megapipe.train.loggers import Loggers
 from megapipe.train.metrics import Metrics, device_peak_flops, peak_memory_bytes
 from megapipe.train.signals import StopRequest
+from megapipe.train.source_metrics import (
+    metrics_by_source,
+    source_names,
+    validation_source_names,
+)
 from megapipe.train.timeline import TimelineWriter
 
 
@@ -88,7 +93,7 @@ def train(run: Run) -> Progress:
 
         validation = failure = None
         if _due(progress.step, config.train.validation_every, last=config.train.steps):
-            validation, failure = validation_loss(run)
+            validation, failure = validation_totals(run)
         run.loggers.log(_metrics(run, progress, result, rate, seconds, waited, validation))
         if run.engine.mesh.batch.size > 1:  # one reader alone stops by itself, and names the row
             skipped = int(result.totals["skipped_rows"])
@@ -170,21 +175,20 @@ def end_with(run: Run, progress: Progress, error: Exception) -> NoReturn:
     raise error
 
 
-def validation_loss(run: Run) -> tuple[float | None, Exception | None]:
-    """Mean loss per token over the first train.validation_batches batches of validation text, or
-    why they can't be read; on all ranks alike."""
+def validation_totals(run: Run) -> tuple[Totals | None, Exception | None]:
+    """Losses and tokens over the first train.validation_batches batches of validation text, or why
+    they can't be read; on all ranks alike."""
     assert run.validation is not None
     run.validation.restart()
-    total, count = 0.0, 0
+    found: Totals | None = None
     for _ in range(run.config.train.validation_batches):
         batches = run.validation.next()
         result = run.engine.validation_loss(batches, ready=not run.validation.failed)
         run.stop.alive()
         if result is None:
             return None, run.validation.shared_failure()
-        loss, tokens = result
-        total, count = total + loss, count + tokens
-    return total / count, None
+        found = result if found is None else found + result
+    return found, None
 
 
 def _due(step: int, every: int, *, last: int | None = None) -> bool:
@@ -198,11 +202,15 @@ def _metrics(
     rate: float,
     seconds: float,
     waited: float,
-    validation: float | None,
+    validation: Totals | None,
 ) -> Metrics:
-    mesh = run.engine.mesh
+    mesh, config = run.engine.mesh, run.config
     speed = result.tokens / seconds
-    peak = device_peak_flops(mesh.device, run.config.train.precision)
+    peak = device_peak_flops(mesh.device, config.train.precision)
+    validated = validation_sources = None
+    if validation is not None:
+        validated = validation["loss"] / validation["tokens"]
+        validation_sources = metrics_by_source(validation_source_names(config), validation)
     return Metrics(
         step=progress.step,
         loss=result.loss,
@@ -216,7 +224,9 @@ def _metrics(
         memory_bytes=peak_memory_bytes(mesh.device),
         epoch=int(result.totals["epoch"]),
         **{name: int(result.totals[name]) for name in COUNTS},
-        validation_loss=validation,
+        validation_loss=validated,
         bubble=run.bubble.measured(result.totals),
         bubble_planned=run.bubble.planned(result.totals),
+        sources=metrics_by_source(source_names(config), result.totals),
+        validation_sources=validation_sources,
     )

@@ -6,8 +6,11 @@ import re
 import resource
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from megapipe.train.source_metrics import SourceMetrics
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,18 @@ class Metrics:
     validation_loss: float | None = None  # None: not measured after this step
     bubble: float | None = None  # idle over busy time of the pipeline; None in a start's first step
     bubble_planned: float | None = None  # of the program simulated with the step's stage times
+    sources: SourceMetrics | None = None  # None: the batches do not name their sources
+    validation_sources: SourceMetrics | None = None  # of the validation loss, where measured
 
     def to_json(self) -> str:
         """One line without its end. JSON has no NaN or infinity: they become null."""
-        finite = {name: _or_null(value) for name, value in vars(self).items()}
-        return json.dumps(finite, allow_nan=False)
+        return json.dumps(_finite(vars(self)), allow_nan=False)
 
 
-def _or_null(value: float | None) -> float | None:
+def _finite(value: Any) -> Any:
+    """A value, or a table of values, with None for what is not finite."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
     return value if value is None or math.isfinite(value) else None
 
 
@@ -61,8 +68,11 @@ SERIES: dict[str, tuple[str, float]] = {
     "data/skipped_bytes": ("skipped_bytes", 1.0),
     "data/unreadable_bytes": ("unreadable_bytes", 1.0),
     "data/empty_rows": ("empty_rows", 1.0),
+    "sources": ("sources", 1.0),
+    "validation_sources": ("validation_sources", 1.0),
 }
-"""Name of a chart in W&B and TensorBoard -> (field of Metrics, factor)."""
+"""Name of a chart in W&B and TensorBoard -> (field of Metrics, factor). A field that is a table has
+charts of its own, as `sources/NAME/loss`."""
 
 
 # --- The machine ---------------------------------------------------------------------------------

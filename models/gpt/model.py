@@ -167,8 +167,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, batch: MicroBatch) -> Tensor:
         """The sum of the losses of all targets that are not ignored."""
-        assert batch.targets_BS is not None
-        loss: Tensor = self.output(self.norm(x), batch.targets_BS)
+        loss: Tensor = self.output(self.norm(x), batch)
         return loss
 
 

@@ -108,8 +108,18 @@ LOSSES = [
     Planted(
         "the loss of the last rows alone",
         "linear_cross_entropy",
-        {"loss += token_losses": "loss = token_losses"},
+        {"loss += each": "loss = each"},
         PROJECTION,
+    ),
+    Planted(
+        "losses of all parts in the place of the first rows",
+        "linear_cross_entropy",
+        {"losses_N[rows] = each": "losses_N[: rows.stop - rows.start] = each"},
+        OwnTest(
+            "test_cross_entropy",
+            "test_the_loss_of_each_target",
+            {"backend": "triton", "fused": True},
+        ),
     ),
     Planted(
         "the gradient of the loss dropped in that of the weight",

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -277,6 +278,33 @@ def test_with_the_projection(rows: int, columns: int, dtype: torch.dtype, z: flo
         torch.testing.assert_close(own, other, rtol=1e-12, atol=1e-12)
     if columns > 3:  # of fewer, gradients are next to nothing and their errors luck
         assert_as_accurate(kernel, values_and_gradients(whole, (hidden, weight)), exact)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_loss_of_each_target(
+    monkeypatch: pytest.MonkeyPatch, backend: Backend, fused: bool
+) -> None:
+    """In parts of 4 rows where fused. Ignored targets have 0, and to ask changes no bit of the sum
+    or of the gradients."""
+    monkeypatch.setattr(sys.modules["megapipe.kernels.linear_cross_entropy"], "LEAST_ROWS", 4)
+    hidden, (_, targets) = torch.randn(10, 16), inputs(10, 30)
+    weight, each, z = torch.randn(30, 16), torch.full((10,), torch.nan), 1e-2
+
+    def asked(hidden: Tensor, weight: Tensor, losses_N: Tensor | None = None) -> Tensor:
+        more = {"z_loss": z, "losses_N": losses_N, "backend": backend}
+        if fused:
+            return linear_cross_entropy(hidden, weight, targets, **more)
+        return cross_entropy(hidden @ weight.t(), targets, **more)
+
+    own = values_and_gradients(partial(asked, losses_N=each), (hidden, weight))
+    assert_same_bits(own, values_and_gradients(asked, (hidden, weight)))
+    logits = hidden.double() @ weight.double().t()
+    exact = F.cross_entropy(logits, targets, reduction="none")
+    exact += torch.where(targets >= 0, z * logits.logsumexp(1).square(), 0)
+    assert not each[targets < 0].any()
+    torch.testing.assert_close(each.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(own[0], each.sum())
 
 
 @pytest.mark.parametrize("target", [5, -1])

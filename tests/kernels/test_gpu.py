@@ -32,6 +32,7 @@ from megapipe.layout.axes import Axes
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.kernel_shapes import shape_of
 from megapipe.tools.cli import main
+from megapipe.train.source_metrics import SOURCE_LOSSES
 from tests.kernels.proof import TOY, assert_as_accurate, assert_same_bits
 from tests.layouts import engine_of
 from tests.ranks import run_ranks
@@ -98,7 +99,10 @@ def training_losses(config: Path, words: tuple[str, ...], device: torch.device) 
     given = load_config(config, words, FAMILIES)
     mesh = build_mesh(Axes.of(pipeline=1, data=1, tensor=1), device)
     engine, tokens = engine_of(given, mesh), synthetic_tokens(given)
-    return [engine.train_step(tokens(number, mesh), 1e-2).loss for number in range(5)]
+    results = [engine.train_step(tokens(number, mesh), 1e-2) for number in range(5)]
+    for totals in (result.totals for result in results):
+        assert sum(totals.all(SOURCE_LOSSES)) == pytest.approx(totals["loss"], rel=1e-6)
+    return [result.loss for result in results]
 
 
 def on_a_gpu(store: Path, config: Path, words: tuple[str, ...]) -> list[float]:

@@ -1,10 +1,11 @@
 """Output projection and loss together, cut over tensor ranks: what the unfused way computes,
-without its logits."""
+without its logits; and the loss of each target either way."""
 
 import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,11 +55,15 @@ def weight_of(tensor: Axis, vocab_size: int) -> ShardedParameter:
     table = [vocabulary("output.weight", vocab_size, H)]
     weight = parameters_of(table, tensor).get("output.weight")
     (shard,) = weight.shards
-    whole = torch.randn(shard.global_shape, generator=generator(1), dtype=FLOAT64)
+    whole = whole_weight(shard.global_shape)
     start = shard.start[0]
     shard.view(weight.data).copy_(whole[start : start + shard.shape[0]])
     weight.attach_main_grad(torch.zeros_like(weight))
     return weight
+
+
+def whole_weight(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=generator(1), dtype=FLOAT64)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -78,10 +83,14 @@ def compare(size: int, vocab_size: int, sequence_parallel: bool) -> None:
     hidden = own_sequence_slice(whole, tensor) if sequence_parallel else whole
     targets = torch.randint(vocab_size, (S, B), generator=generator(3))
     targets[3:9, 1] = -100
-    common = {"tensor": tensor, "z_loss": Z_LOSS}
+    logits = (whole @ whole_weight((vocab_size, H)).t()).movedim(-1, 1)  # [S, V, B]
+    each = F.cross_entropy(logits, targets, reduction="none")
+    each += torch.where(targets >= 0, Z_LOSS * logits.logsumexp(1).square(), 0)
     found, sizes = [], []
     for fused in (False, True):
         weight, leaf = weight_of(tensor, vocab_size), hidden.clone().requires_grad_()
+        losses = torch.full((S, B), torch.nan, dtype=FLOAT64)
+        common = {"tensor": tensor, "z_loss": Z_LOSS, "losses": losses}
         with LargestTensor() as largest:
             if fused:
                 loss = vocab_parallel_linear_cross_entropy(
@@ -101,6 +110,8 @@ def compare(size: int, vocab_size: int, sequence_parallel: bool) -> None:
                 )
             loss.backward()
         assert leaf.grad is not None
+        torch.testing.assert_close(losses, each, rtol=1e-9, atol=1e-9)
+        assert not losses[targets < 0].any()
         found.append((loss.detach(), leaf.grad, weight.main_grad))
         sizes.append(largest.elements)
     for own, expected in zip(found[1], found[0], strict=True):

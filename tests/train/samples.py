@@ -32,6 +32,10 @@ def sample(step: int) -> Metrics:
         validation_loss=4.25 if step % 5 == 0 else None,
         bubble=0.4,
         bubble_planned=0.375,
+        sources={
+            "web": {"tokens": 750, "share": 0.75, "loss": 4.0},
+            "code": {"tokens": 0, "share": 0.0, "loss": None},
+        },
     )
 
 

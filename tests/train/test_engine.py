@@ -1,22 +1,26 @@
 """One engine step: what torch's own clipping and AdamW make of the same gradients, dropout off in
-validation, and the bfloat16 path."""
+validation, the bfloat16 path, and losses by source."""
 
 import time
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megapipe.config import Config, load_config
 from megapipe.data.synthetic import synthetic_tokens
 from megapipe.distributed.mesh import Mesh
+from megapipe.microbatch import IGNORED_TARGET, MicroBatch
 from megapipe.models.families import FAMILIES
 from megapipe.pipeline.p2p import gloo_channels
 from megapipe.step_sums import Given, StepPart, StepSums
 from megapipe.train.engine import Engine
+from megapipe.train.source_metrics import SOURCE_LOSSES, SOURCE_TOKENS
 from tests.layouts import engine_of, layout_of, mesh_of
 from tests.ranks import run_ranks
 
@@ -115,7 +119,10 @@ def test_validation_has_no_dropout() -> None:
     dropout = ("--model.dropout=0.3", "--model.attention_dropout=0.3")
     with_dropout, without = engine_of(config(*dropout)), engine_of(config())
     tokens = synthetic_tokens(without.config)(0, Mesh.single(CPU))
-    assert with_dropout.validation_loss(tokens) == without.validation_loss(tokens)
+    found = [engine.validation_loss(tokens) for engine in (with_dropout, without)]
+    assert found[0] is not None
+    assert found[1] is not None
+    assert found[0]["loss"] == found[1]["loss"]
     for switch in dropout:
         trained = engine_of(config(switch)).train_step(tokens, 0.0).loss
         assert abs(trained - without.train_step(tokens, 0.0).loss) > 1e-4, switch
@@ -162,6 +169,94 @@ def test_bfloat16_gradients_are_those_of_float64(layout: str) -> None:
             assert error < 0.02, (name, float(error))
             seen.add(name)
     assert seen == set(expected)
+
+
+# --- Losses by source ----------------------------------------------------------------------------
+
+THREE_SOURCES = [f"--data.sources.{number}.path=more.txt" for number in (1, 2)]
+Z_LOSS = "--train.z_loss=1e-2"
+FUSED = "--train.linear_cross_entropy=true"
+
+
+def some_ignored(given: Config, mesh: Mesh, step: int = 0) -> list[MicroBatch]:
+    """Synthetic batches in which every fifth target counts towards nothing."""
+    batches = synthetic_tokens(given)(step, mesh)
+    for batch in batches:
+        assert batch.targets_BS is not None
+        batch.targets_BS[:, ::5] = IGNORED_TARGET
+    return batches
+
+
+@pytest.mark.parametrize("words", [(), (FUSED, Z_LOSS)])
+def test_losses_by_source_are_those_of_the_logits(words: tuple[str, ...]) -> None:
+    """With the z-loss in training, without it in validation."""
+    engine = engine_of(config(*THREE_SOURCES, *words))
+    batches = some_ignored(engine.config, engine.mesh)
+    (stage,) = engine.stages.values()
+    with torch.no_grad():
+        logits_SBV = [stage.logits(batch.tokens_BS) for batch in batches]
+    logits = torch.cat([one.transpose(0, 1) for one in logits_SBV]).movedim(-1, 1)
+    targets, sources = (
+        torch.cat([getattr(batch, name) for batch in batches])
+        for name in ("targets_BS", "sources_BS")
+    )
+    plain = F.cross_entropy(logits, targets, reduction="none")
+    trained = plain + engine.config.train.z_loss * logits.logsumexp(1).square()
+    counted = [(sources == source) & (targets != IGNORED_TARGET) for source in range(3)]
+    for found, losses in (
+        (engine.validation_loss(batches), plain),
+        (engine.train_step(batches, 0.0).totals, trained),
+    ):
+        assert found is not None
+        assert found.all(SOURCE_TOKENS) == [int(own.sum()) for own in counted]
+        expected = [float(losses[own].sum()) for own in counted]
+        assert found.all(SOURCE_LOSSES) == pytest.approx(expected, rel=1e-12)
+        assert sum(found.all(SOURCE_LOSSES)) == pytest.approx(found["loss"], rel=1e-12)
+
+
+def test_batches_may_leave_their_sources_out() -> None:
+    """And their loss is the same bits."""
+    engine = engine_of(config("--train.precision=fp32", *THREE_SOURCES))
+    batches = some_ignored(engine.config, engine.mesh)
+    nameless = [replace(batch, sources_BS=None) for batch in batches]
+    named, plain = (engine.train_step(one, 0.0) for one in (batches, nameless))
+    assert plain.totals.all(SOURCE_TOKENS) == [0.0] * 3
+    assert (plain.loss, plain.grad_norm) == (named.loss, named.grad_norm)
+
+
+def parts_and_whole(*configs: Config) -> list[tuple[float, float]]:
+    """Called on each rank: the sum of the losses by source and the loss, of two steps each."""
+    found = []
+    for given in configs:
+        engine = engine_of(given)
+        for step in range(2):
+            totals = engine.train_step(some_ignored(given, engine.mesh, step), 1e-2).totals
+            assert sum(totals.all(SOURCE_TOKENS)) == totals["tokens"]
+            found.append((sum(totals.all(SOURCE_LOSSES)), totals["loss"]))
+    return found
+
+
+def test_losses_by_source_add_up_in_narrow_precision() -> None:
+    """On four ranks, with dropout and documents."""
+    features = ("--model.dropout=0.1", "--data.mask_documents=true", *THREE_SOURCES)
+    layouts = [
+        ("tensor=2", "pipeline=2", "sequence_parallel=true"),
+        ("tensor=2", "data=2"),
+        ("pipeline=2", "virtual=2", "schedule=zb-v", "data=2"),
+    ]
+    configs = [
+        config(
+            "--train.precision=bf16", *features, *loss, *(f"--parallel.{word}" for word in words)
+        )
+        for words, loss in zip(layouts, [(FUSED, Z_LOSS), (Z_LOSS,), (FUSED,)], strict=True)
+    ]
+    for found in run_ranks(parts_and_whole, 4, *configs):
+        assert len(found) == 6
+        for parts, whole in found:
+            assert parts == pytest.approx(whole, rel=1e-6)
+
+
+# --- Ranks that are late -----------------------------------------------------------------------
 
 
 def _waits_for_those_that_are_late() -> list[str]:

@@ -71,6 +71,7 @@ def batches(given: Config) -> list[MicroBatch]:
             targets_BS=make(torch.int64),
             documents_BS=make(torch.int32) if given.data.mask_documents else None,
             samples_B=torch.zeros(shape[0], dtype=torch.int64, device=DEVICE),
+            sources_BS=make(torch.int32),
         )
         for _ in range(layout_of(given).microbatches)
     ]

@@ -83,7 +83,10 @@ def test_tensorboard_reads_back(tmp_path: Path) -> None:
             loggers.log(sample(step))
     read = EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()
-    assert set(read.Tags()["scalars"]) == SERIES.keys() - {"perf/mfu"}
+    by_source = {f"sources/{name}/{key}" for name in ("web", "code") for key in ("tokens", "share")}
+    tables = {"sources", "validation_sources"}
+    plain = SERIES.keys() - {"perf/mfu"} - tables
+    assert set(read.Tags()["scalars"]) == plain | by_source | {"sources/web/loss"}
     losses = [(event.step, event.value) for event in read.Scalars("train/loss")]
     assert losses == [(step, pytest.approx(sample(step).loss)) for step in range(1, 11)]
     assert [event.step for event in read.Scalars("train/validation_loss")] == [5, 10]

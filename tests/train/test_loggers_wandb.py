@@ -106,6 +106,11 @@ def test_what_is_written_offline(tmp_path: Path) -> None:
         "data/skipped_bytes": 100,
         "data/unreadable_bytes": 30,
         "data/empty_rows": 7,
+        "sources/web/tokens": 750,
+        "sources/web/share": 0.75,
+        "sources/web/loss": 4.0,
+        "sources/code/tokens": 0,
+        "sources/code/share": 0.0,
     }
     assert "train/validation_loss" not in first.rows[4]
     assert not holds(run_dir, SECRET)

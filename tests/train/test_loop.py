@@ -21,6 +21,7 @@ from megapipe.train.checkpoints import Progress
 from megapipe.train.engine import StepResult
 from megapipe.train.loop import Run, train
 from megapipe.train.metrics import Metrics
+from megapipe.train.source_metrics import SOURCE_LOSSES, SOURCE_TOKENS
 from tests.config.examples import write
 
 
@@ -84,7 +85,9 @@ class Engine:
             grad_norm=0.5,
             clip=1.0,
             tokens=100,
-            totals=Totals({name: [value] for name, value in given.items()}),
+            totals=Totals(
+                {name: [value] for name, value in given.items()} | of_source(100 / batches, 100)
+            ),
             taken=ready,
         )
 
@@ -97,8 +100,13 @@ class Engine:
         yield
         self.waits.append(-math.inf)
 
-    def validation_loss(self, batches: int, *, ready: bool) -> tuple[float, int] | None:
-        return (60.0 * batches, 10 + batches) if ready else None  # sum, tokens
+    def validation_loss(self, batches: int, *, ready: bool) -> Totals | None:
+        return Totals(of_source(60.0 * batches, 10 + batches)) if ready else None
+
+
+def of_source(loss: float, tokens: int) -> dict[str, list[float]]:
+    """Sums of a batch in which all tokens are those of one source."""
+    return {"loss": [loss], "tokens": [tokens], SOURCE_LOSSES: [loss], SOURCE_TOKENS: [tokens]}
 
 
 class Stop:
@@ -259,6 +267,8 @@ def test_tells_each_step(tmp_path: Path) -> None:
     assert (row.skipped_rows, row.skipped_bytes, row.unreadable_bytes) == (3, 40, 50)
     assert row.empty_rows == 6
     assert (row.bubble, row.bubble_planned) == (0.25, 0.2)
+    assert row.sources == {"sources[0]": {"tokens": 100, "share": 1.0, "loss": 0.5}}
+    assert row.validation_sources is None
     assert row.memory_bytes > 2**20
 
 
@@ -301,6 +311,9 @@ def test_validates_when_due_and_last_on_the_same_batches(tmp_path: Path) -> None
     expected = 60.0 * (1 + 2 + 3) / (11 + 12 + 13)
     losses = {row.step: row.validation_loss for row in run.loggers.rows}
     assert losses == {step: expected if step in (2, 4, 6, 7) else None for step in range(1, 8)}
+    assert run.loggers.rows[1].validation_sources == {
+        "sources[0]": {"tokens": 36, "share": 1.0, "loss": expected}
+    }
 
 
 def test_a_save_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:

@@ -27,7 +27,8 @@ def test_a_line_holds_every_field_and_reads_back_bitwise() -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_json_has_no_nan(value: float) -> None:
-    line = replace(sample(1), loss=value, validation_loss=value).to_json()
+    table = {"web": {"tokens": 3, "loss": value}}
+    line = replace(sample(1), loss=value, validation_loss=value, sources=table).to_json()
 
     def refuse(word: str) -> float:
         raise AssertionError(f"{word} is not JSON")
@@ -35,6 +36,7 @@ def test_json_has_no_nan(value: float) -> None:
     values = json.loads(line, parse_constant=refuse)
     assert values["loss"] is None
     assert values["validation_loss"] is None
+    assert values["sources"] == {"web": {"tokens": 3, "loss": None}}
 
 
 def test_charts_show_fields_that_exist() -> None:
@@ -42,7 +44,9 @@ def test_charts_show_fields_that_exist() -> None:
     shown = [field for field, _ in SERIES.values()]
     assert set(shown) == names - {"step"}
     assert len(shown) == len(set(shown))
-    assert {name.split("/")[0] for name in SERIES} == {"train", "perf", "mem", "data"}
+    assert {name.split("/")[0] for name in SERIES} == {
+        *("train", "perf", "mem", "data", "sources", "validation_sources")
+    }
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from megapipe.data.order.keys import Shuffle, keyed
+from megapipe.data.sources import SourceFile
 from megapipe.data.units import Cumulated, EqualUnits, Unit, Units
 
 PART_BYTES = 32 << 10
@@ -34,7 +35,8 @@ class FileParts:
 
     def __init__(self, units: Units, row_bytes: int, factor: int) -> None:
         self.units = units
-        self._row_bytes, self._factor = row_bytes, factor
+        self._row_bytes = row_bytes
+        self._factor = 1 if row_bytes else factor  # a part is a row already
         self._equal = self._cumulated = None
         if isinstance(units, EqualUnits):
             self._equal = self._parts_of(units[0])
@@ -81,12 +83,10 @@ class FileOrder:
     belongs to stream (p + e * places) % streams.
     """
 
-    def __init__(
-        self, files: Sequence[Units], row_bytes: int, *, key: int, number: int, streams: int
-    ) -> None:
+    def __init__(self, files: Sequence[SourceFile], *, key: int, number: int, streams: int) -> None:
         self._key, self._number, self._streams = key, number, streams
-        factor = finer(files, row_bytes, streams)
-        self.files = [FileParts(units, row_bytes, factor) for units in files]
+        factor = finer(files, streams)
+        self.files = [FileParts(file.units, file.row_bytes, factor) for file in files]
         self._cumulated = Cumulated([parts.total for parts in self.files])
         self._epoch = -1
         self._shuffle = Shuffle(0, 0)
@@ -129,14 +129,13 @@ class FileOrder:
         return self._shuffle
 
 
-def finer(files: Sequence[Units], row_bytes: int, streams: int) -> int:
+def finer(files: Sequence[SourceFile], streams: int) -> int:
     """By how much the number of parts of each unit is multiplied in a small source."""
-    if row_bytes:
-        return 1  # a part is a row already
-    total = sum(FileParts(units, row_bytes, 1).total for units in files)
-    only_whole = all(units.whole for units in files)
+    cut = [file.units for file in files if not file.row_bytes]
+    total = sum(FileParts(units, 0, 1).total for units in cut)
+    only_whole = all(units.whole for units in cut)
     wanted = streams if only_whole else PARTS_PER_STREAM * streams
-    return max(1, -(-wanted // total))
+    return -(-wanted // total) if 0 < total < wanted else 1
 
 
 class Place(NamedTuple):

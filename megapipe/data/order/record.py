@@ -208,7 +208,7 @@ def read_record(directory: Path | None, config: SourceConfig) -> Record:
         cohorts = tuple(
             Cohort(step, tuple(map(recorded_file, files))) for step, files in state["cohorts"]
         )
-        return Record(state["row_bytes"], cohorts)
+        return Record(cohorts)
     except (OSError, ValueError, KeyError, TypeError):
         return NO_RECORD
 
@@ -218,7 +218,6 @@ def write_record(directory: Path, source: Source) -> None:
     state = {
         "order": ORDER_VERSION,
         "reading": _reading(source.config),
-        "row_bytes": source.row_bytes,
         "cohorts": [
             [cohort.after_step, [file.state() for file in cohort.files]]
             for cohort in source.cohorts

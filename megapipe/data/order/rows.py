@@ -4,7 +4,7 @@ What is held never changes which row comes when: a row that is not held is read 
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -17,6 +17,12 @@ from megapipe.data.units import Unit
 HELD_BYTES = 256 << 20
 """Of rows that one reader has read and not yet given, over all of its sources."""
 
+WHOLE_UNITS = 64 << 20
+"""Of whole units beside that. A small corpus fits, and is read once."""
+
+MOST_OF_UNIT = 8 << 20
+"""A unit with more text than this is not kept whole."""
+
 LEAST_HELD = 16 << 10
 """Kept of a part at least when its unit is read, if it has that much."""
 
@@ -26,7 +32,10 @@ AT_ONCE = 16 << 20
 OPEN_ARCHIVES = 64
 """Archives without a place to start from in their middle that a reader keeps open."""
 
-ROW_COST = 100
+MOST_COUNTS = 1 << 16
+"""Units of which a reader remembers how many rows they have."""
+
+ROW_COST = 250
 """Bytes that Python takes for a row beside its text."""
 
 
@@ -71,12 +80,15 @@ class RowStore:
     budget: int = HELD_BYTES
     _held: OrderedDict[Name, _Held] = field(default_factory=OrderedDict)
     _open: OrderedDict[Name, _Open] = field(default_factory=OrderedDict)
+    _units: OrderedDict[Name, tuple[Mapping[int, Raw], int]] = field(default_factory=OrderedDict)
     _counts: OrderedDict[Name, int] = field(default_factory=OrderedDict)
     _size: int = 0
+    _units_size: int = 0
 
     @property
     def held_bytes(self) -> int:
-        return self._size
+        """Of rows in memory, roughly."""
+        return self._size + self._units_size
 
     def row(self, name: Name, part: PartOfUnit, number: int) -> Raw | None:
         """Row `number` of a part; None behind its last."""
@@ -99,18 +111,12 @@ class RowStore:
     def close(self) -> None:
         self._open.clear()
         self._held.clear()
-        self._size = 0
+        self._units.clear()
+        self._size = self._units_size = 0
 
     def _load(self, name: Name, part: PartOfUnit, first: int) -> _Held:
         """Reads rows of a part from `first` on, as many as may be held."""
-        unit_name = (part.file.path, part.unit.start)
-        count = self._counts.get(unit_name)
-        rows: dict[int, Raw] | None = None
-        if count is None:
-            count, rows = _read_all(part)
-            self._counts[unit_name] = count
-            if len(self._counts) > 1 << 16:
-                self._counts.popitem(last=False)
+        count, rows = self._unit(part)
         wanted = _order(part, count)[first:]
         if rows is None and wanted:
             rows = _read_some(part, set(wanted))
@@ -124,11 +130,33 @@ class RowStore:
             self._drop(next(iter(self._held)))
         return held
 
+    def _unit(self, part: PartOfUnit) -> tuple[int, Mapping[int, Raw] | None]:
+        """How many rows a unit has, and the rows where they are at hand or were little enough."""
+        name = (part.file.path, part.unit.start)
+        if name in self._units:
+            self._units.move_to_end(name)
+            rows, _ = self._units[name]
+            return len(rows), rows
+        count = self._counts.get(name)
+        if count is not None and (part.number >= count or part.unit.size > MOST_OF_UNIT):
+            return count, None
+        count, size, read = _read_all(part)
+        self._counts[name] = count
+        if len(self._counts) > MOST_COUNTS:
+            self._counts.popitem(last=False)
+        if read is not None and size <= MOST_OF_UNIT:
+            self._units[name] = read, size
+            self._units_size += size
+            while self._units_size > WHOLE_UNITS:
+                _, (_, size) = self._units.popitem(last=False)
+                self._units_size -= size
+        return count, read
+
     def _as_much_as_fits(self, rows: Sequence[Raw]) -> tuple[int, int]:
         room = max(LEAST_HELD, self.budget // max(self.parts, 1))
         size = 0
         for kept, row in enumerate(rows):
-            cost = ROW_COST + (len(row.value) if isinstance(row.value, bytes) else 0)
+            cost = _cost(row)
             if kept and size + cost > room:
                 return kept, size
             size += cost
@@ -162,18 +190,22 @@ def _order(part: PartOfUnit, count: int) -> list[int]:
     return permutation(count, part.key)[part.number :: part.parts]
 
 
-def _read_all(part: PartOfUnit) -> tuple[int, dict[int, Raw] | None]:
-    """How many rows a unit has, and the rows if they are not too much to be held at once."""
+def _read_all(part: PartOfUnit) -> tuple[int, int, dict[int, Raw] | None]:
+    """How many rows a unit has, how much they take, and the rows if that is not too much."""
     rows: dict[int, Raw] | None = {}
     count = size = 0
     for row in part.file.rows(part.unit):
-        size += len(row.value) if isinstance(row.value, bytes) else 0
+        size += _cost(row)
         if rows is not None and size <= AT_ONCE:
             rows[count] = row
         else:
             rows = None
         count += 1
-    return count, rows
+    return count, size, rows
+
+
+def _cost(row: Raw) -> int:
+    return ROW_COST + (len(row.value) if isinstance(row.value, bytes) else 0)
 
 
 def _read_some(part: PartOfUnit, wanted: set[int]) -> dict[int, Raw]:

@@ -41,8 +41,7 @@ class SourceOrder:
         self.key = keyed("source", seed, source.name)
         self.orders = [
             FileOrder(
-                [file.units for file in cohort.files],
-                source.row_bytes if _cut_to_size(source) else 0,
+                cohort.files,
                 key=self.key,
                 number=number,
                 streams=streams,
@@ -94,8 +93,3 @@ def window(source: Source, streams: int, open_parts: int) -> int:
     if any(file.units.whole for file in source.cohorts[0].files):
         return min(parts, -(-OPEN_ARCHIVES // streams))
     return parts
-
-
-def _cut_to_size(source: Source) -> bool:
-    """Whether the rows of the source's files are pieces of `row_bytes`."""
-    return any(file.row_bytes for file in source.files)

@@ -135,10 +135,19 @@ def whole_lines(file: BinaryIO) -> Iterator[bytes]:
 def row(values: dict[str, Any], series: Series) -> dict[str, float]:
     """One line under the names of the charts; what a step does not have is left out."""
     return {
-        name: values[field] * factor
+        chart: number * factor
         for name, (field, factor) in series.items()
-        if values.get(field) is not None
+        for chart, number in charts(name, values.get(field))
     }
+
+
+def charts(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """The number under its name; the numbers of a table under `name/key`, however deep."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from charts(f"{name}/{key}", inner)
+    elif value is not None:
+        yield name, value
 
 
 def images(end: End) -> dict[str, Any]:

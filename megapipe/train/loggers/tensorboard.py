@@ -4,6 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from megapipe.errors import MegapipeError
+from megapipe.train.loggers.follow import row
 from megapipe.train.metrics import SERIES, Metrics
 
 
@@ -27,10 +28,8 @@ class TensorBoard:
 
     def log(self, metrics: Metrics) -> None:
         self._writer = self._writer or self._open()
-        for name, (field, factor) in SERIES.items():
-            value = getattr(metrics, field)
-            if value is not None:
-                self._writer.add_scalar(name, value * factor, metrics.step)
+        for name, value in row(vars(metrics), SERIES).items():
+            self._writer.add_scalar(name, value, metrics.step)
 
     def close(self, failed: bool) -> None:
         if self._writer is not None:
