@@ -132,7 +132,7 @@ class RowStore:
 
     def _unit(self, part: PartOfUnit) -> tuple[int, Mapping[int, Raw] | None]:
         """How many rows a unit has, and the rows where they are at hand or were little enough."""
-        name = (part.file.path, part.unit.start)
+        name = (part.file, part.unit.start)  # the file with the way in which it is read
         if name in self._units:
             self._units.move_to_end(name)
             rows, _ = self._units[name]

@@ -17,6 +17,7 @@ from megapipe.data.order.parts import (
     Place,
     StreamParts,
 )
+from megapipe.data.sources import SourceFile
 from megapipe.data.units import EqualUnits, ListedUnits, Unit, Units
 
 PART = 100
@@ -32,6 +33,10 @@ def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def listed(sizes: Sequence[int], *, whole: bool = False) -> ListedUnits:
     return ListedUnits([Unit(n, n + 1, size) for n, size in enumerate(sizes)], whole=whole)
+
+
+def found(units: Units, row_bytes: int = 0) -> SourceFile:
+    return SourceFile("file", 0, "", units, row_bytes, None)
 
 
 one_file = st.one_of(
@@ -58,7 +63,9 @@ def base_total(units: Units) -> int:
 
 
 def order_of(files: Sequence[Units], streams: int, number: int = 0) -> FileOrder:
-    return FileOrder(files, 0, key=keyed("test"), number=number, streams=streams)
+    return FileOrder(
+        [found(units) for units in files], key=keyed("test"), number=number, streams=streams
+    )
 
 
 @settings(deadline=None, max_examples=60)
@@ -106,9 +113,12 @@ def test_small_sources_are_cut_finer_until_every_stream_has_some(
 
 def test_rows_of_their_own_are_not_cut() -> None:
     """Where a row is a segment of 100 bytes, so is a part, however many streams there are."""
-    order = FileOrder([EqualUnits(950, 100)], 100, key=1, number=0, streams=64)
-    assert order.places == 10
-    assert {order.part(0, place) for place in range(10)} == {Part(0, n, 0, 1) for n in range(10)}
+    files = [found(EqualUnits(950, 100), 100), found(listed([0]))]
+    alone = FileOrder(files[:1], key=1, number=0, streams=64)
+    assert alone.places == 10
+    assert {alone.part(0, place) for place in range(10)} == {Part(0, n, 0, 1) for n in range(10)}
+    both = FileOrder(files, key=1, number=0, streams=64)
+    assert both.places == 10 + PARTS_PER_STREAM * 64, "another file of the source may be"
 
 
 def test_a_unit_has_no_more_than_so_many_parts() -> None:

@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megapipe.data.formats import TextFile
 from megapipe.data.order import rows
 from megapipe.data.order.keys import permutation
 from megapipe.data.order.rows import LEAST_HELD, PartOfUnit, RowStore, row_key
-from megapipe.data.splitters import Raw, Unreadable
+from megapipe.data.splitters import Raw, Unreadable, split_lines, split_paragraphs
 from megapipe.data.units import ListedUnits, Unit, Units
 
 
-@dataclass
+@dataclass(eq=False)
 class Memory:
     """A file of one unit in memory that counts how often it is read, and how many rows."""
 
@@ -111,6 +112,7 @@ def test_what_is_held_never_changes_the_rows(
         patch.setattr(rows, "LEAST_HELD", 200)
         if not at_once:
             patch.setattr(rows, "AT_ONCE", 1000)
+        patch.setattr(rows, "WHOLE_UNITS", draw.choice([0, 30_000, 1 << 20]))
         store = RowStore(20, budget)
         positions = dict.fromkeys(expected, 0)
         for _ in range(300):
@@ -123,32 +125,56 @@ def test_what_is_held_never_changes_the_rows(
             wanted = expected[name]
             assert found == (wanted[number] if number < len(wanted) else None)
             positions[name] = number + 1 if found else 0
-            assert store.held_bytes <= max(budget, 300 * 5 + 400), "one row is always held"
+            most = max(budget, 300 * 5 + 400)  # one row is always held
+            assert store.held_bytes <= most + rows.WHOLE_UNITS
 
 
-def test_memory_stays_under_its_budget() -> None:
-    """100 parts of 44 KB each are open at 2 MB: about half of each is held."""
+def test_memory_stays_under_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 parts of 50 KB each are open at 2 MB: less than half of each is held."""
     files = [numbered(40, 1000, f"file {n}") for n in range(100)]
     budget = 2 << 20
-    store = RowStore(100, budget)
-    most = 0
-    for number in range(40):
-        for n, file in enumerate(files):
-            assert store.row((n,), file.part(0, 1), number) is not None
-            most = max(most, store.held_bytes)
-    assert budget / 2 < most <= budget
-    assert {file.reads for file in files} == {3}, "19 rows fit at once"
+    for units in (0, 1 << 20):
+        monkeypatch.setattr(rows, "WHOLE_UNITS", units)
+        store = RowStore(100, budget)
+        most = 0
+        for number in range(40):
+            for n, file in enumerate(files):
+                assert store.row((n,), file.part(0, 1), number) is not None
+                most = max(most, store.held_bytes)
+        assert budget / 2 < most <= budget + units
+    assert {file.reads for file in files} == {2 * 3}, "16 rows fit at once"
 
 
-def test_a_row_store_reads_again_at_a_smaller_budget() -> None:
+def test_a_row_store_reads_again_at_a_smaller_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "WHOLE_UNITS", 0)
     file, again = numbered(40, 1000), numbered(40, 1000)
     one = all_of(RowStore(10), file.part(0, 2))
     assert all_of(RowStore(10, LEAST_HELD), again.part(0, 2)) == one
     assert file.reads == 1
-    assert again.reads == 2, "16 KiB of 22 KB"
+    assert again.reads == 2, "16 KiB of 25 KB"
 
 
-def test_at_least_one_row_is_held_however_long() -> None:
+def test_a_small_unit_is_read_once_for_all_of_its_parts_and_epochs() -> None:
+    file = numbered(40)
+    store = RowStore(4)
+    for epoch in range(3):
+        for part in range(4):
+            assert len(all_of(store, file.part(part, 4, epoch), (part, epoch))) == 10
+    assert file.reads == 1
+
+
+def test_units_of_one_file_that_is_read_in_two_ways_are_kept_apart(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\ntwo\n\nthree\n")
+    store = RowStore(2)
+    for split, count in ((split_lines, 4), (split_paragraphs, 2)):
+        file = TextFile(path, split, "line")
+        part = PartOfUnit(file, file.units()[0], False, 0, 1, 7)
+        assert len(all_of(store, part, split.__name__)) == count
+
+
+def test_at_least_one_row_is_held_however_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows, "WHOLE_UNITS", 0)
     file = numbered(3, 10 * LEAST_HELD)
     assert len(all_of(RowStore(1000, 1000), file.part(0, 1))) == 3
 
