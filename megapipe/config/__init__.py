@@ -2,7 +2,13 @@
 
 from megapipe.config.checkpoint import CheckpointConfig
 from megapipe.config.config import Config
-from megapipe.config.data import ChangeConfig, DataConfig, PhaseConfig, SourceConfig
+from megapipe.config.data import (
+    ChangeConfig,
+    DataConfig,
+    ExcludeConfig,
+    PhaseConfig,
+    SourceConfig,
+)
 from megapipe.config.difference import difference, model_difference
 from megapipe.config.family import ConfigFamily, Families
 from megapipe.config.load import family_of, load_config, parse_config, section_types
@@ -19,6 +25,7 @@ __all__ = [
     "Config",
     "ConfigFamily",
     "DataConfig",
+    "ExcludeConfig",
     "Families",
     "LoggingConfig",
     "ModelConfig",

@@ -7,7 +7,7 @@ from megapipe.amounts import counted
 from megapipe.config.axes import Splits, given_sizes
 from megapipe.config.checkpoint import CheckpointConfig
 from megapipe.config.contradiction import Problem, choices
-from megapipe.config.data import DataConfig, PhaseConfig
+from megapipe.config.data import DataConfig, ExcludeConfig, PhaseConfig
 from megapipe.config.logging import LoggingConfig, parse_steps, project_problem
 from megapipe.config.model import ModelConfig
 from megapipe.config.parallel import ParallelConfig
@@ -224,6 +224,8 @@ def data_problems(data: DataConfig) -> Iterator[Problem]:
             yield Problem(f"{key}.source", _no_source(names))
         if change.add is None and change.remove is None:
             yield Problem(f"{key}.add", "and remove are both missing; give one of them or both")
+    for index, exclude in enumerate(data.exclude):
+        yield from _exclude_problems(index, exclude, data)
     if data.validation_sources and data.validation_fraction:
         yield Problem(
             "data.validation_fraction",
@@ -241,6 +243,17 @@ def _phase_problems(index: int, phase: PhaseConfig, names: list[str]) -> Iterato
             yield Problem(f"{key}.weights", f'names "{name}", which {_no_source(names)}')
     if not any(phase.weights.values()):
         yield Problem(f"{key}.weights", "are all 0; give one source more")
+
+
+def _exclude_problems(index: int, exclude: ExcludeConfig, data: DataConfig) -> Iterator[Problem]:
+    key = f"data.exclude.{index}"
+    sources = {source.name: source for source in data.sources}
+    for name in exclude.sources:
+        if name not in sources:
+            yield Problem(f"{key}.sources", f'names "{name}", which {_no_source(list(sources))}')
+    about = [sources[name] for name in exclude.sources if name in sources] or data.sources
+    if exclude.by == "id" and not any(source.id_field for source in about):
+        yield Problem(f"{key}.by", "needs an id_field in a source that the list is about; set it")
 
 
 def _no_source(names: list[str]) -> str:

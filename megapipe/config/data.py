@@ -35,6 +35,12 @@ class SourceConfig(Section):
         description="What happens when a stream has read its share of the source max_epochs times: "
         "the run stops, or goes on with the other sources.",
     )
+    id_field: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The field or column that names a row, by which data.exclude and `megapipe "
+        "data trace` can find it (JSONL and tables).",
+    )
     text_field: str = Field(
         default="text", min_length=1, description="The field that holds the text (not for txt)."
     )
@@ -84,6 +90,28 @@ class ChangeConfig(Section):
     )
 
 
+class ExcludeConfig(Section):
+    """Rows that are not read any more, from the next start on."""
+
+    path: PathText = Field(
+        min_length=1, description="A path or glob of lists: .parquet, or .jsonl with objects."
+    )
+    by: Literal["id", "sha256"] = Field(
+        default="id",
+        description="What the lists hold: values of the sources' id_field, or SHA-256 hashes (hex) "
+        "of texts in UTF-8.",
+    )
+    field: str | None = Field(
+        default=None,
+        min_length=1,
+        description="The field or column of the lists that holds it; unless given, as `by` says.",
+    )
+    sources: Annotated[tuple[str, ...], Field(strict=False)] = Field(
+        default=(), description="Names of the sources that they are about; of all unless given."
+    )
+
+
+Exclude = Annotated[tuple[ExcludeConfig, ...], Field(strict=False)]
 Phases = Annotated[tuple[PhaseConfig, ...], Field(strict=False)]
 Changes = Annotated[tuple[ChangeConfig, ...], Field(strict=False)]
 
@@ -107,6 +135,9 @@ class DataConfig(Section):
     )
     changes: Changes = Field(
         default=(), description="Files that join or leave a source from a step on."
+    )
+    exclude: Exclude = Field(
+        default=(), description="Lists of rows that are not read from the next start on."
     )
     validation_sources: Sources = Field(
         default=(), description="Text for the validation loss, if it is not split from sources."

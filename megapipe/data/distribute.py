@@ -1,6 +1,7 @@
 """One reader per replica: its first rank reads, the others receive the tokens by broadcast.
 
-Each step is one int32 broadcast: tokens, then document numbers where attention is masked by them.
+Each step is one int32 broadcast: tokens, the number of each target's source, and document numbers
+where attention is masked by them.
 The host reads none of it, so it need not wait for the device. A reader that failed sends zeros, and
 says so in the step's own reduction. At the start, and when a state is loaded, its error is raised
 on every rank at once.
@@ -25,7 +26,13 @@ from megapipe.microbatch import MicroBatch
 from megapipe.step_sums import Given, StepPart, StepSums
 from megapipe.transfer import to_device
 
-COUNTS = ("skipped_rows", "skipped_bytes", "unreadable_bytes", "empty_rows")
+SOURCE_BYTES, SOURCE_EPOCHS = "source.bytes", "source.epochs"
+"""Quantities with a place for each source: bytes of text in the step, and passes so far."""
+
+BATCH_HASH = "batch.hash"
+HASH_PIECES = 4
+
+COUNTS = ("skipped_rows", "skipped_bytes", "unreadable_bytes", "empty_rows", "excluded_rows")
 """What a feed gives in each step beside its epoch: fields of a step's metrics."""
 
 
@@ -64,6 +71,7 @@ class ReplicaFeed(StepPart):
         self._step = 0
         self._given: list[Tensor] = []
         self._failure: Exception | None = None
+        self._batch: Batch | None = None
         reader = other.reader if other else None
         opened = reader.sources if reader else []
         self._feed = self._on_readers(lambda: self._open(opened, say))
@@ -134,6 +142,9 @@ class ReplicaFeed(StepPart):
         for name in COUNTS:
             sums.register(name)
         sums.register_maximum("epoch", self._mesh.batch)
+        for name in (SOURCE_BYTES, SOURCE_EPOCHS):
+            sums.register(name, len(self._config.data.sources))
+        sums.register(BATCH_HASH, HASH_PIECES)
 
     def given(self) -> dict[str, Given]:
         """What this rank's reader has skipped and how often it has begun anew; {} elsewhere."""
@@ -145,7 +156,22 @@ class ReplicaFeed(StepPart):
             "skipped_bytes": account.skipped_bytes,
             "unreadable_bytes": account.unreadable_bytes,
             "empty_rows": account.empty_rows,
+            "excluded_rows": account.excluded_rows,
             "epoch": self._feed.epoch,
+            **self._by_source(self._feed),
+        }
+
+    def _by_source(self, feed: BatchFeed) -> dict[str, Given]:
+        """What the last batch had of each source, and the batch's hash in pieces that a sum of
+        float64 keeps exactly."""
+        names = [source.name for source in feed.sources]
+        if self._batch is None:
+            return {}
+        bytes_, streams = self._batch.text_bytes, feed.streams
+        return {
+            SOURCE_BYTES: {place: bytes_[name] for place, name in enumerate(names)},
+            SOURCE_EPOCHS: {place: feed.epochs[name] / streams for place, name in enumerate(names)},
+            BATCH_HASH: dict(enumerate(hash_pieces(self._batch.hash))),
         }
 
     def close(self) -> None:
@@ -189,7 +215,8 @@ class ReplicaFeed(StepPart):
         if self._feed is not None:
             batch = self._next_batch(self._feed)
             if batch is not None:
-                parts = [batch.tokens, batch.documents] if self._masked else [batch.tokens]
+                parts = [batch.tokens, batch.sources]
+                parts += [batch.documents] if self._masked else []
                 content = np.concatenate([part.reshape(-1) for part in parts])
                 wire.copy_(torch.from_numpy(content))
         return _broadcast(self._mesh, wire)
@@ -197,7 +224,8 @@ class ReplicaFeed(StepPart):
     def _next_batch(self, feed: BatchFeed) -> Batch | None:
         """None where it can't be read; nothing but the reader's own errors counts as that."""
         try:
-            return next(feed)
+            self._batch = next(feed)
+            return self._batch
         except Exception as error:
             self._failure = explained(error) or error
             return None
@@ -205,7 +233,7 @@ class ReplicaFeed(StepPart):
     def _empty_wire(self) -> Tensor:
         """Room for a step's tokens and documents."""
         count, length = self._layout.samples, self._config.train.sequence_length
-        size = count * (length + 1) + (count * length if self._masked else 0)
+        size = count * (length + 1) + count * length * (2 if self._masked else 1)
         return torch.zeros(size, dtype=torch.int32)
 
     def _split(self, wire: Tensor) -> list[MicroBatch]:
@@ -215,6 +243,8 @@ class ReplicaFeed(StepPart):
         tokens = wire[:end].view(count, length + 1)
         inputs = tokens[:, :-1].long() if self._hosts_first else None
         targets = tokens[:, 1:].long() if self._hosts_last else None
+        begin, end = end, end + count * length
+        sources = wire[begin:end].view(count, length) if self._hosts_last else None
         documents = wire[end:].view(count, length) if self._masked else None
         samples = torch.arange(count, device=wire.device) * self._layout.replicas + replica
         samples += self._step * train.global_batch_size
@@ -228,9 +258,21 @@ class ReplicaFeed(StepPart):
                 targets_BS=part(targets, start),
                 documents_BS=part(documents, start),
                 samples_B=samples[start : start + size],
+                sources_BS=part(sources, start),
             )
             for start in range(0, count, size)
         ]
+
+
+def hash_pieces(value: int) -> list[int]:
+    """Pieces of 16 bits, the lowest first."""
+    return [value >> 16 * piece & 0xFFFF for piece in range(HASH_PIECES)]
+
+
+def joined_hash(sums: Sequence[float]) -> str:
+    """The sum of hashes modulo 2**64, in hex, of the sums of their pieces."""
+    total = sum(int(part) << 16 * piece for piece, part in enumerate(sums))
+    return f"{total % (1 << 64):016x}"
 
 
 def _broadcast(mesh: Mesh, wire: Tensor) -> Tensor:

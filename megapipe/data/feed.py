@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,12 +19,13 @@ import numpy as np
 import xxhash
 
 from megapipe.config import DataConfig, SourceConfig
+from megapipe.data.exclusions import Exclusions, History, keep, kept, read_exclusions
 from megapipe.data.order.keys import keyed
 from megapipe.data.order.record import News, check_identity, identity, read_record, write_record
 from megapipe.data.order.rows import RowStore
 from megapipe.data.order.source_order import SourceOrder, window
 from megapipe.data.order.timeline import phase_at, phases_of
-from megapipe.data.packing import Packer, Stretch, Tokens
+from megapipe.data.packing import Packed, Packer, Stretch, Tokens
 from megapipe.data.rows import Account, BadRows
 from megapipe.data.sources import (
     Change,
@@ -46,16 +48,27 @@ class Batch:
     """A rank's part of one global batch, n = global_batch_size / D samples in order.
 
     `samples` are their numbers in the run. `tokens` int32 [n, S + 1], `documents` int32 [n, S];
-    `stretches` say of each sample where its tokens come from; `after` is the state of each stream
-    that was read, behind this batch.
+    `sources` int32 [n, S] has the number of each target's source in the config. `stretches` say of
+    each sample where its tokens come from; `after` is the state of each stream that was read,
+    behind this batch.
     """
 
     step: int
     samples: Sequence[int]
     tokens: Tokens
     documents: Tokens
+    sources: Tokens
     stretches: list[list[Stretch]]
     after: dict[int, State]
+
+    @property
+    def text_bytes(self) -> Counter[str]:
+        """Bytes of text that went into the tokens, by source."""
+        found: Counter[str] = Counter()
+        for stretches in self.stretches:
+            for stretch in stretches:
+                found[stretch.origin.source] += stretch.text_bytes
+        return found
 
     @property
     def hash(self) -> int:
@@ -119,6 +132,7 @@ class BatchFeed:
                 "data.validation_fraction above 0, or train.validation_every = 0."
             )
         self._source_configs = config.validation_sources if own else config.sources
+        self._numbers = {one.name: number for number, one in enumerate(self._source_configs)}
         self._records = {one.name: read_record(record, one) for one in self._source_configs}
         self._sources = self._open_sources({source.name: source for source in opened})
         phases = config.model_copy(update={"sources": self._source_configs, "phases": ()})
@@ -130,6 +144,9 @@ class BatchFeed:
                 self._say(note)
         for source in self._sources:
             check_source(source, self._keeps(source), max_bad_rows=config.max_bad_rows)
+        excluded = None if validation else read_exclusions(config.exclude)
+        self._excluded = excluded
+        self._exclusions = History.of(excluded)
         self._worker: _Worker | None = None
         self._step = self._sample = 0
         self._closed = False
@@ -178,7 +195,11 @@ class BatchFeed:
         """
         step = state["step"]
         news = {source.name: News(source, self._records[source.name]) for source in self._sources}
-        check_identity(state["identity"], self._identity(), step, news)
+        saved = state["identity"]
+        check_identity(saved, self._identity(), step, news)
+        self._exclusions = History.going_on(
+            saved["excluded"], self._excluded, step, self._kept_exclusions
+        )
         self.close()
         self._build_streams()
         self._closed = False
@@ -188,7 +209,7 @@ class BatchFeed:
         weights = phase_at(self._phases, max(0, step - 1)).weights
         for stream, part in self._taken.states.items():
             documents, packer = self._streams[stream]
-            documents.load(part, step, weights)
+            documents.load(part, step, weights, self._exclusions.at(step - 1))
             packer.last = part["last"]
         self._bad_rows.restore(self.account.skipped)
 
@@ -267,7 +288,7 @@ class BatchFeed:
         for stream in self._hosted:
             parts = {order.source.name: self._source_stream(order, stream) for order in orders}
             documents = DocumentStream(parts, stream)
-            documents.begin(0, self._phases[0].weights)
+            documents.begin(0, self._phases[0].weights, self._exclusions.at(0))
             self._streams[stream] = documents, Packer(documents, self._sequence_length)
         self._taken = Taken({stream: self._state(stream) for stream in self._hosted})
 
@@ -313,14 +334,14 @@ class BatchFeed:
         joins = {cohort.after_step for source in self._sources for cohort in source.cohorts}
         leaves = {step for source in self._sources for step in source.leaves.values()}
         phases = {phase.after_step for phase in self._phases}
-        return joins | leaves | phases
+        return joins | leaves | phases | self._exclusions.steps
 
     def _begin(self, step: int) -> None:
         """What the config declares for the batch behind step `step`."""
         phase = phase_at(self._phases, step)
         weights = phase.weights if phase.after_step == step else None
         for documents, _ in self._streams.values():
-            documents.begin(step, weights)
+            documents.begin(step, weights, self._exclusions.at(step))
 
     def _make(self, step: int, first: int) -> Batch:
         numbers = [
@@ -335,9 +356,18 @@ class BatchFeed:
             numbers,
             np.stack([sequence.tokens for sequence in sequences]),
             np.stack([sequence.documents for sequence in sequences]),
+            np.stack([self._sources_of(sequence) for sequence in sequences]),
             [sequence.stretches for sequence in sequences],
             {stream: self._state(stream) for stream in streams},
         )
+
+    def _sources_of(self, sequence: Packed) -> Tokens:
+        """The number of each target's source."""
+        found = np.zeros(self._sequence_length, dtype=np.int32)
+        for stretch in sequence.stretches:
+            first = max(0, stretch.start - 1)  # target i is token i + 1
+            found[first : stretch.start + stretch.length - 1] = self._numbers[stretch.origin.source]
+        return found
 
     def _keep_record(self) -> None:
         if self._record is None or self._replica or self._validation:
@@ -345,6 +375,13 @@ class BatchFeed:
         for source in self._sources:
             if source.found is not None:
                 write_record(self._record, source)
+        if self._excluded is not None:
+            keep(self._record, self._excluded)
+
+    def _kept_exclusions(self, digest: str) -> Exclusions:
+        if self._record is None:
+            raise DataError(f"the rows that were excluded (list {digest}) are not known any more.")
+        return kept(self._record, digest)
 
     def _identity(self) -> State:
         """What the order of the data depends on."""
@@ -352,6 +389,7 @@ class BatchFeed:
         return identity(
             self._sources,
             self._phases,
+            self._exclusions.state(),
             {
                 "train.seed": self._seed,
                 "data.streams": self.streams,

@@ -130,7 +130,7 @@ class TextFile:
     def _plain_rows(self, file: Any, unit: Unit, size: int) -> Iterator[Raw]:
         file.seek(unit.start)
         length, none = unit.end - unit.start, True
-        for value, address in self.split(file, Extent(unit.start == 0, lambda: length)):
+        for value, address, _ in self.split(file, Extent(unit.start == 0, lambda: length)):
             none = False
             yield Raw(value, unit.start + address)
         if none and length == size:
@@ -140,7 +140,7 @@ class TextFile:
         unpacked = Decompressed(file, codec(self.path.suffix), unit.start, unit.end)
         stream: Any = stack.enter_context(io.BufferedReader(unpacked, 1 << 17))
         none, cut, end = True, 0, 0
-        for value, address in self.split(
+        for value, address, _ in self.split(
             stream, Extent(unit.start == 0, lambda: unpacked.boundary)
         ):
             none = False

@@ -52,8 +52,8 @@ class Stretch(NamedTuple):
     origin: Origin
 
 
-class Sequence(NamedTuple):
-    """S + 1 tokens: inputs are the first S, targets the last S.
+class Packed(NamedTuple):
+    """A sequence of S + 1 tokens: inputs are the first S, targets the last S.
 
     `documents` [S] numbers the documents of the inputs from 0; the end-of-document token belongs
     to the document that it ends. `stretches` are the tokens but for the overlap, in order.
@@ -76,7 +76,7 @@ class Packer:
         self._reader = reader
         self._size = sequence_length + 1
 
-    def next(self) -> Sequence:
+    def next(self) -> Packed:
         tokens = np.empty(self._size, dtype=np.int32)
         begins = np.zeros(self._size, dtype=np.int32)
         stretches: list[Stretch] = []
@@ -92,4 +92,4 @@ class Packer:
             filled += count
         self.last = int(tokens[-1])
         documents = np.cumsum(begins[:-1], dtype=np.int32) - begins[0]
-        return Sequence(tokens, documents, stretches)
+        return Packed(tokens, documents, stretches)

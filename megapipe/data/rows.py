@@ -37,6 +37,7 @@ class Account:
     skipped_bytes: int = 0  # of text, in bad rows
     unreadable_bytes: int = 0  # of damaged files, as they lie on the disk
     empty_rows: int = 0
+    excluded_rows: int = 0  # times that one was passed over
 
     def add_bad(self, raw: object, reason: str) -> None:
         self.skipped[reason] += 1
@@ -51,6 +52,7 @@ class Account:
         self.skipped_bytes += other.skipped_bytes
         self.unreadable_bytes += other.unreadable_bytes
         self.empty_rows += other.empty_rows
+        self.excluded_rows += other.excluded_rows
 
     def subtract(self, other: "Account") -> None:
         """Undo `update`."""
@@ -58,6 +60,7 @@ class Account:
         self.skipped_bytes -= other.skipped_bytes
         self.unreadable_bytes -= other.unreadable_bytes
         self.empty_rows -= other.empty_rows
+        self.excluded_rows -= other.excluded_rows
 
     def state(self) -> dict[str, Any]:
         """JSON, from which Account(**state) is the same again."""
@@ -106,6 +109,15 @@ def _check_nuls(text: str) -> None:
             "NUL characters (binary data, or UTF-16)",
             f"{count:,} of {counted(len(text), 'character')}",
         )
+
+
+def json_field(raw: object, field: str) -> object:
+    """A field of a JSON line; None where the line has none or is no object."""
+    try:
+        value = json.loads(raw) if isinstance(raw, bytes) else None
+    except (ValueError, RecursionError):
+        return None
+    return value.get(field) if isinstance(value, dict) else None
 
 
 def _json_field(text: str, field: str) -> object:

@@ -114,7 +114,7 @@ def _parts(source: Source, file: RowFile, size: int) -> list[_Part]:
     its beginning and what follows its middle."""
     found: list[_Part] = []
     read, most_stored = 0, size * MOST_STORED
-    for raw, _ in islice(file.rows(), MOST_ROWS):
+    for raw, *_ in islice(file.rows(), MOST_ROWS):
         if read > most_stored:
             break
         read += len(raw) if isinstance(raw, bytes) else 0

@@ -314,7 +314,7 @@ def _row_file(config: SourceConfig, key: str, row_bytes: int, file: FoundFile) -
         )
     check_content(path, form, size)
     if form in TABLES:
-        table = LocalTable(path, form, config.text_field, size)
+        table = LocalTable(path, form, config.text_field, size, id_column=config.id_field)
         table.check()
         return table
     if form == "jsonl":

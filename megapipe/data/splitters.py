@@ -47,10 +47,12 @@ class Unreadable:
 
 class Raw(NamedTuple):
     """A row as it stands in the file, and its address there: what tells it from other rows of the
-    file. For text that is the byte at which it begins, in tables its number from 0."""
+    file. For text that is the byte at which it begins, in tables its number from 0. `id` is the
+    value of the source's id_field in tables that are read with one."""
 
     value: object
     address: int
+    id: object = None
 
 
 @dataclass(frozen=True)

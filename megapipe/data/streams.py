@@ -8,6 +8,7 @@ import numpy as np
 
 from megapipe.config import SourceConfig
 from megapipe.data.blend import Blend
+from megapipe.data.exclusions import Exclusions, is_excluded
 from megapipe.data.order.parts import Place, StreamParts
 from megapipe.data.order.source_order import RowPlace, SourceOrder
 from megapipe.data.packing import Origin, Read, Tokens
@@ -63,6 +64,7 @@ class SourceStream:
         self._bad_rows = bad_rows
         self._parts = StreamParts(order.joined(0), key=order.key, stream=stream)
         self._step = 0
+        self._exclusions: Exclusions | None = None
         self._turns: deque[tuple[Place, int]] = deque()
         self._document: tuple[Place, int] | None = None
         self._piece = self._token = 0
@@ -81,13 +83,15 @@ class SourceStream:
     def config(self) -> SourceConfig:
         return self._order.source.config
 
-    def begin(self, step: int) -> None:
-        """Goes on with the batch behind step `step`: files may have joined or left."""
+    def begin(self, step: int, exclusions: Exclusions | None) -> None:
+        """Goes on with the batch behind step `step`: files may have joined or left, and rows may
+        have been excluded."""
         self._step, self._state = step, None
         self._parts.join(self._order.joined(step))
+        self._exclusions = exclusions
         if self._document is not None and self._piece != ENDING:
             file, _ = self._order.unit(self._document[0])
-            if self._order.has_left(file, step):
+            if self._order.has_left(file, step) or self._is_excluded():
                 self._end_early()
 
     def open(self) -> None:
@@ -137,8 +141,9 @@ class SourceStream:
         }
         return state | ({"account": self.account.state()} if self.account != Account() else {})
 
-    def load(self, state: State, step: int) -> None:
-        """Goes on from a state that was taken behind step `step`."""
+    def load(self, state: State, step: int, exclusions: Exclusions | None) -> None:
+        """Goes on from a state that was taken behind step `step`, with the exclusions of before."""
+        self._exclusions = exclusions
         self._step, self._state = max(0, step - 1), None
         self._parts.join(self._order.joined(self._step))
         self._parts.epoch = state["epoch"]
@@ -210,7 +215,22 @@ class SourceStream:
                 self._bad_rows.add(source.key, file.rows.name, where, error)
             return None
         self.account.empty_rows += first and text == ""
-        return text or None
+        if not text or self._exclusions is None:
+            return text or None
+        if is_excluded(self._exclusions, file.rows, raw, source.config, text):
+            self.account.excluded_rows += 1
+            return None
+        return text
+
+    def _is_excluded(self) -> bool:
+        """Whether the document under way is one of those that must not be read any more."""
+        if self._exclusions is None:
+            return False
+        text = self._text = self._text or self._reopened_text()
+        assert self._row is not None
+        assert self._row.file.rows is not None
+        config = self._order.source.config
+        return is_excluded(self._exclusions, self._row.file.rows, self._row.raw, config, text)
 
     # --- Text ------------------------------------------------------------------------------------
 
@@ -298,10 +318,15 @@ class DocumentStream:
         self._weights: Mapping[str, float] = {}
         self._current: str | None = None
 
-    def begin(self, step: int, weights: Mapping[str, float] | None) -> None:
+    def begin(
+        self,
+        step: int,
+        weights: Mapping[str, float] | None,
+        exclusions: Exclusions | None = None,
+    ) -> None:
         """Goes on with the batch behind step `step`, in a new phase if there are `weights`."""
         for source in self.sources.values():
-            source.begin(step)
+            source.begin(step, exclusions)
         if weights is not None:
             self._weights = weights
             self._blend.begin(self._left())
@@ -329,7 +354,13 @@ class DocumentStream:
             "sources": {name: source.state() for name, source in self.sources.items()},
         }
 
-    def load(self, state: State, step: int, weights: Mapping[str, float]) -> None:
+    def load(
+        self,
+        state: State,
+        step: int,
+        weights: Mapping[str, float],
+        exclusions: Exclusions | None = None,
+    ) -> None:
         """Goes on from a state taken behind step `step`, in a phase of these weights."""
         self._current = state["current"]
         self._ended = set(state["ended"])
@@ -337,7 +368,7 @@ class DocumentStream:
         self._blend.go_on(self._left(), state["taken"])
         for name, source in self.sources.items():
             if name in state["sources"]:
-                source.load(state["sources"][name], step)
+                source.load(state["sources"][name], step, exclusions)
 
     def _end(self, name: str) -> None:
         """A source is read up: the others take its share, counted from here on."""

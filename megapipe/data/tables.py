@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,6 +26,9 @@ from megapipe.files import reason, shown
 
 BATCH_ROWS = 256
 
+Values = tuple[list[object], list[object]]
+"""Of a batch: the texts, and the ids where they are read."""
+
 
 @dataclass(frozen=True)
 class LocalTable:
@@ -37,6 +40,7 @@ class LocalTable:
     size: int | None = None
     kind: Kind = "text"
     row_bytes: int = 0
+    id_column: str | None = None
 
     @property
     def name(self) -> str:
@@ -64,6 +68,12 @@ class LocalTable:
             )
         if names > 1:
             raise DataError(f"{self.name}: {names} columns are called {self.column!r}; rename one.")
+        if self.id_column is not None and schema.names.count(self.id_column) != 1:
+            raise DataError(
+                f"{self.name}: there is no column {self.id_column!r}. Set id_field of this source "
+                f"to the column that names a row (there are: {', '.join(schema.names)}), or take "
+                "it out."
+            )
         kind = schema.field(self.column).type
         if not _holds_text(kind):
             raise DataError(
@@ -103,9 +113,9 @@ class LocalTable:
         number, read = unit.start, _Read()
         with open_unchanged(self.path, self.size) as file:
             try:
-                for values in self._batches(file, unit, read):
-                    for value in values:
-                        yield Raw(value, number)
+                for values, ids in self._batches(file, unit, read):
+                    for value, id_ in zip(values, ids or repeat(None, len(values)), strict=True):
+                        yield Raw(value, number, id_)
                         number += 1
             except (pa.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
                 check_unchanged(file, self.path, self.size)
@@ -117,13 +127,14 @@ class LocalTable:
         if number == 0:
             yield Raw(NoRows(), 0)
 
-    def _batches(self, file: BinaryIO, unit: Unit, read: "_Read") -> Iterator[list[object]]:
+    def _batches(self, file: BinaryIO, unit: Unit, read: "_Read") -> Iterator[Values]:
         """The values of a unit's rows. Tells `read` what it learns of the file."""
+        columns = [self.column, *([self.id_column] if self.id_column else [])]
         if self.form != "parquet":
-            return _arrow_batches(file, self.column, unit, read)
+            return _arrow_batches(file, columns, unit, read)
         metadata = _parquet_metadata(self.path, _stamp(file))
         read.opened = True
-        return _parquet_batches(file, metadata, self.column, unit)
+        return _parquet_batches(file, metadata, columns, unit)
 
 
 @dataclass(frozen=True)
@@ -272,8 +283,8 @@ def _row_groups(metadata: Any, column: str) -> ListedUnits:
 
 
 def _parquet_batches(
-    file: BinaryIO, metadata: Any, column: str, unit: Unit
-) -> Iterator[list[object]]:
+    file: BinaryIO, metadata: Any, columns: list[str], unit: Unit
+) -> Iterator[Values]:
     """No threads: ranks are forked."""
     from pyarrow.parquet import ParquetFile
 
@@ -281,12 +292,13 @@ def _parquet_batches(
         return
     table = ParquetFile(file, metadata=metadata)
     for batch in table.iter_batches(
-        BATCH_ROWS, row_groups=[unit.offset], columns=[column], use_threads=False
+        BATCH_ROWS, row_groups=[unit.offset], columns=columns, use_threads=False
     ):
-        yield _values(batch.column(batch.schema.get_field_index(column)))
+        text, *ids = [batch.column(batch.schema.get_field_index(name)) for name in columns]
+        yield _values(text), [value for part in ids for value in _values(part)]
 
 
-def _arrow_batches(file: BinaryIO, column: str, unit: Unit, read: _Read) -> Iterator[list[object]]:
+def _arrow_batches(file: BinaryIO, columns: list[str], unit: Unit, read: _Read) -> Iterator[Values]:
     """Of the file format (random access) and the stream format, which `datasets` writes."""
     import pyarrow as pa
 
@@ -294,14 +306,18 @@ def _arrow_batches(file: BinaryIO, column: str, unit: Unit, read: _Read) -> Iter
     file.seek(0)
     if unit.offset:
         part, read.stored = _one_batch(file, unit), unit.size
-    index = _schema(part, "arrow").get_field_index(column)
+    schema = _schema(part, "arrow")
     part.seek(0)
-    options = pa.ipc.IpcReadOptions(included_fields=[index], use_threads=False)
+    fields = [schema.get_field_index(name) for name in columns]
+    options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
     for batch in _record_batches(part, options, read):
-        values = _validated(batch.column(0))
+        text, *ids = [
+            _validated(batch.column(batch.schema.get_field_index(name))) for name in columns
+        ]
         read.good_bytes = max(read.good_bytes, part.tell())
-        for start in range(0, len(values), BATCH_ROWS):
-            yield _values(values.slice(start, BATCH_ROWS))
+        for start in range(0, len(text), BATCH_ROWS):
+            names = [value for part in ids for value in _values(part.slice(start, BATCH_ROWS))]
+            yield _values(text.slice(start, BATCH_ROWS)), names
 
 
 def _one_batch(file: BinaryIO, unit: Unit) -> BinaryIO:

@@ -88,7 +88,7 @@ class Corpus:
         bad_rows = BadRows(limit=None, say=self.say)
         for source in self.sources:
             for file in source.files:
-                for raw, address in file.rows():
+                for raw, address, _ in file.rows():
                     try:
                         text = source.text(file, raw)
                     except BadRowError as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from megapipe.config import Config
-from megapipe.data.distribute import COUNTS, ReplicaFeed
+from megapipe.data.distribute import BATCH_HASH, COUNTS, ReplicaFeed, joined_hash
 from megapipe.data.rows import too_many_bad_rows
 from megapipe.errors import CheckpointError
 from megapipe.optim.learning_rate import learning_rate
@@ -27,6 +27,7 @@ from megapipe.train.signals import StopRequest
 from megapipe.train.source_metrics import (
     metrics_by_source,
     source_names,
+    training_by_source,
     validation_source_names,
 )
 from megapipe.train.timeline import TimelineWriter
@@ -227,6 +228,7 @@ def _metrics(
         validation_loss=validated,
         bubble=run.bubble.measured(result.totals),
         bubble_planned=run.bubble.planned(result.totals),
-        sources=metrics_by_source(source_names(config), result.totals),
+        sources=training_by_source(source_names(config), result.totals),
+        batch_hash=joined_hash(result.totals.all(BATCH_HASH)),
         validation_sources=validation_sources,
     )

@@ -32,6 +32,8 @@ class Metrics:
     skipped_bytes: int  # of text in them
     unreadable_bytes: int  # of damaged files, as they lie on the disk
     empty_rows: int  # not counted as bad
+    excluded_rows: int  # times that an excluded row was passed over
+    batch_hash: str  # of the tokens of the global batch: see Batch.hash
     validation_loss: float | None = None  # None: not measured after this step
     bubble: float | None = None  # idle over busy time of the pipeline; None in a start's first step
     bubble_planned: float | None = None  # of the program simulated with the step's stage times
@@ -47,7 +49,9 @@ def _finite(value: Any) -> Any:
     """A value, or a table of values, with None for what is not finite."""
     if isinstance(value, dict):
         return {name: _finite(one) for name, one in value.items()}
-    return value if value is None or math.isfinite(value) else None
+    if isinstance(value, str) or value is None:
+        return value
+    return value if math.isfinite(value) else None
 
 
 SERIES: dict[str, tuple[str, float]] = {
@@ -68,6 +72,7 @@ SERIES: dict[str, tuple[str, float]] = {
     "data/skipped_bytes": ("skipped_bytes", 1.0),
     "data/unreadable_bytes": ("unreadable_bytes", 1.0),
     "data/empty_rows": ("empty_rows", 1.0),
+    "data/excluded_rows": ("excluded_rows", 1.0),
     "sources": ("sources", 1.0),
     "validation_sources": ("validation_sources", 1.0),
 }

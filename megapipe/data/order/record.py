@@ -32,6 +32,7 @@ SOURCES = "sources"
 def identity(
     sources: Sequence[Source],
     phases: Sequence[Phase],
+    excluded: Sequence[Any],
     settings: Mapping[str, object],
 ) -> State:
     """What the order of a run's data depends on; JSON. `settings` by their config keys."""
@@ -39,6 +40,7 @@ def identity(
         "order": ORDER_VERSION,
         "settings": dict(settings),
         PHASES: [[phase.after_step, dict(phase.weights)] for phase in phases],
+        "excluded": excluded,
         SOURCES: {source.name: _source_identity(source) for source in sources},
     }
 
