@@ -50,7 +50,7 @@ def units_of(path: Path) -> ListedUnits:
 
 def by_units(path: Path, column: str = "text") -> list[object]:
     table = LocalTable(path, "arrow", column)
-    return [row for unit in units_of(path) for row, _ in table.rows(unit)]
+    return [row.value for unit in units_of(path) for row in table.rows(unit)]
 
 
 @pytest.mark.parametrize("form", FORMS)

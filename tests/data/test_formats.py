@@ -36,7 +36,7 @@ SPLITTERS: dict[str, tuple[Splitter, list[bytes] | None]] = {
 
 
 def values(file: TextFile, unit: Unit | None = None) -> list[object]:
-    return [value for value, _ in file.rows(unit)]
+    return [row.value for row in file.rows(unit)]
 
 
 def by_units(file: TextFile) -> list[Raw]:
@@ -51,9 +51,9 @@ def test_rows_are_the_same_in_every_compression(tmp_path: Path, name: str) -> No
         for suffix in ("", ".gz", ".zst")
     ]
     assert found[0] == found[1] == found[2]
-    assert expected is None or [value for value, _ in found[0]] == expected
-    for value, address in found[0]:
-        assert TEXT.startswith(value, address)  # type: ignore[arg-type]
+    assert expected is None or [row.value for row in found[0]] == expected
+    for row in found[0]:
+        assert TEXT.startswith(row.value, row.address)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", ["lines", "paragraphs", "text lines", "segments"])
@@ -144,7 +144,8 @@ def test_a_character_cut_by_damage_is_dropped(tmp_path: Path, split: Splitter) -
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"one\n\ntwo and more\n\nthree " + "漢".encode()[:2])[:-8])
     file = TextFile(path, split, "line")
-    *_, (text, _), (damage, _) = rows = list(file.rows())
+    rows = list(file.rows())
+    text, damage = (row.value for row in rows[-2:])
     assert isinstance(text, bytes)
     assert text.endswith(b"three ")
     assert isinstance(damage, Unreadable)

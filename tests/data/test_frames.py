@@ -125,7 +125,7 @@ def test_what_can_not_be_sought_is_read_from_its_beginning(
 
 
 def rows_of(file: TextFile, unit: Unit | None = None) -> list[object]:
-    return [value for value, _ in file.rows(unit)]
+    return [row.value for row in file.rows(unit)]
 
 
 def by_units(file: TextFile) -> list[list[object]]:

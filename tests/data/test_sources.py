@@ -38,12 +38,12 @@ def check(source: Source, limit: int = 10) -> None:
 def texts(source: Source) -> list[str | None]:
     """Of all rows, unit by unit."""
     return [
-        source.text(file.rows, value)
+        source.text(file.rows, row.value)
         for cohort in source.cohorts
         for file in cohort.files
         if file.rows is not None
         for unit in file.units
-        for value, _ in file.rows.rows(unit)
+        for row in file.rows.rows(unit)
     ]
 
 
@@ -274,7 +274,7 @@ def test_hub_names_are_streamed_shard_by_shard(
     source = opened("hf://org/name/subset:validation")
     assert asked == [("org/name", "subset", "validation", True)]
     assert texts(source) == [f"{part} {n}" for part in range(3) for n in range(10)]
-    assert [address for _, address in source.files[1].rows()] == list(range(10))
+    assert [row.address for row in source.files[1].rows()] == list(range(10))
     assert all(file.units.whole for cohort in source.cohorts for file in cohort.files)
     check(source)
     with pytest.raises(DataError, match=r'text_field = "body" is not a column.*text, id'):

@@ -49,7 +49,7 @@ def rows_of(split: Splitter, text: bytes, start: int = 0, end: int | None = None
     length = (len(text) if end is None else end) - start
     stream = stream_of(text[start:])
     found = split(stream, Extent(start == 0, lambda: length))
-    return [Raw(value, start + address) for value, address in found]
+    return [Raw(row.value, start + row.address) for row in found]
 
 
 def rows_by_units(split: Splitter, text: bytes, cuts: Sequence[int]) -> list[Raw]:
@@ -100,7 +100,10 @@ def test_a_unit_with_an_end_that_becomes_known_late_has_the_same_rows(name: str)
             return length if counted.given > length else None
 
         stream = io.BufferedReader(counted, ahead)
-        late = [Raw(v, start + a) for v, a in split(stream, Extent(start == 0, boundary))]
+        late = [
+            Raw(row.value, start + row.address)
+            for row in split(stream, Extent(start == 0, boundary))
+        ]
         assert late == rows_of(split, text, start, start + length)
 
     check()
@@ -147,7 +150,7 @@ def test_paragraphs_are_the_runs_of_lines_between_blank_ones(text: bytes) -> Non
     expected = [b"".join(run) for filled, run in runs if filled]
     rows = rows_of(split_paragraphs, text)
     assert [row.value for row in rows] == expected
-    assert all(text.startswith(value, address) for value, address in rows)  # type: ignore[arg-type]
+    assert all(text.startswith(row.value, row.address) for row in rows)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("small_limits")

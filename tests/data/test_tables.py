@@ -25,7 +25,7 @@ TEXTS = [f"row {n}" for n in range(1000)]
 
 
 def raws(file: RowFile) -> list[object]:
-    return [value for value, _ in file.rows()]
+    return [row.value for row in file.rows()]
 
 
 def write_table(path: Path, table: pa.Table, rows: int = 100) -> Path:
@@ -223,7 +223,7 @@ for seed in range(250):
     table = LocalTable(odd, "arrow", chance.choice(["text", "word"]), len(content))
     try:
         table.check()
-        rows = [row for row, _ in table.rows()]
+        rows = [row.value for row in table.rows()]
         assert rows, seed
         outcomes.add(type(rows[-1]).__name__)
     except DataError:

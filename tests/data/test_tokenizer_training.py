@@ -227,7 +227,7 @@ def test_what_ends_the_reading_is_raised_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
 ) -> None:
     def rows(*_: object) -> Iterator[Raw]:
-        yield b"some text to learn from\n" * 40, 0
+        yield Raw(b"some text to learn from\n" * 40, 0)
         raise failure
 
     (tmp_path / "a.txt").write_text("some text to learn from\n" * 40)
