@@ -147,7 +147,7 @@ from tests.config.examples import write
         ),
         (
             "--data.phases=[{weights={a=1}}]",
-            "data.phases.0.after_step and after_tokens are both missing; give one of them.",
+            "data.phases.0.after_step = none and after_tokens are both missing; give one of them.",
         ),
         (
             "--data.phases=[{after_step=5,after_tokens=5,weights={a=1}}]",
@@ -167,7 +167,7 @@ from tests.config.examples import write
         ),
         (
             '--data.changes=[{after_step=5,source="a"}]',
-            "data.changes.0.add and remove are both missing; give one of them or both.",
+            "data.changes.0.add = none and remove are both missing; give one of them or both.",
         ),
         (
             '--data.exclude=[{path="x"}]',

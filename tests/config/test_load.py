@@ -182,8 +182,8 @@ def test_contradictions_are_found_beside_wrong_types(tmp_path: Path) -> None:
         ),
         (
             "--data.sources.0.name=a/b",
-            'command line: data.sources.0.name = "a/b" does not look as it should: it must match '
-            "^[A-Za-z0-9][A-Za-z0-9._-]*$.",
+            'command line: data.sources.0.name = "a/b" must be of letters, digits, dots, dashes '
+            "and underscores, and begin with a letter or a digit.",
         ),
         (
             "--data.phases=[{after_step=5, weights={}}]",

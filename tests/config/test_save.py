@@ -107,7 +107,7 @@ def test_difference_names_the_entry_of_a_list(tmp_path: Path) -> None:
     (source,) = old.data.sources
     words = ["--data.sources.0.weight=2", "--data.sources.1={name='b', path='more.txt'}"]
     new = load_config(write(tmp_path), words, FAMILIES)
-    added = 'name = "b", path = "more.txt", weight = 1.0, max_epochs = none, after_max_epochs ...'
+    added = 'name = "b", path = "more.txt", weight = 1.0, max_epochs = none, after_max_ep...'
     assert difference(old, new, sections=("data",)) == [
         f"data.sources[0].weight: {source.weight} -> 2.0",
         f"data.sources[1]: none -> {{{added}",
