@@ -43,6 +43,9 @@ class Memory:
     def units(self) -> Units:
         return ListedUnits([self.unit], whole=self.whole)
 
+    def row_count(self, unit: Unit) -> int | None:
+        return None
+
     def place(self, unit: Unit, address: int) -> str:
         return f"row {address}"
 
