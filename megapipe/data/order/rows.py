@@ -126,10 +126,11 @@ class RowStore:
     def _load(self, name: Name, part: PartOfUnit, first: int) -> _Held:
         """Reads rows of a part from `first` on, as many as may be held."""
         count, rows = self._unit(part)
-        wanted = _order(part, count)[first:]
+        wanted = _order(part, count)
         if rows is None and wanted:
             rows = _read_some(part, set(wanted))
-        found = [rows[index] for index in wanted if index in rows] if rows else []
+        # A damaged unit has fewer rows than were counted; the others are numbered without those.
+        found = [rows[index] for index in wanted if index in rows][first:] if rows else []
         kept, size = self._as_much_as_fits(found)
         held = _Held(first, found[:kept], kept == len(found), size)
         self._drop(name)

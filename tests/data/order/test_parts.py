@@ -193,11 +193,11 @@ def test_what_was_taken_is_the_whole_state(before: int, stream: int) -> None:
 
 
 def test_passes_are_counted_in_parts() -> None:
-    one = StreamParts([order_of([EqualUnits(4000, 500)], 2)], key=1, stream=0)
-    assert one.epochs == 0
-    for _ in range(5):
+    one = StreamParts([order_of([EqualUnits(40_000, 500)], 2)], key=1, stream=0)
+    assert (one.epochs, one.left) == (0, 200)
+    for _ in range(50):
         one.next()
-    assert one.epochs == 0.25
+    assert (one.epochs, one.left) == (0.25, 150)
     epoch_of(one)
     one.begin_epoch()
     assert one.epochs == 1
