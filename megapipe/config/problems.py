@@ -20,6 +20,8 @@ _EXPECTED = {
     "model_attributes_type": "must be a table of keys",
     "finite_number": "must be a finite number",
     "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must be of letters, digits, dots, dashes and underscores, and "
+    "begin with a letter or a digit",
 }
 
 

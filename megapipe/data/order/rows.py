@@ -130,10 +130,11 @@ class RowStore:
     def _load(self, name: Name, part: PartOfUnit, first: int) -> _Held:
         """Reads rows of a part from `first` on, as many as may be held."""
         count, rows = self._unit(part)
-        wanted = _order(part, count)[first:]
+        wanted = _order(part, count)
         if rows is None and wanted:
             rows = _read_some(part, set(wanted))
-        found = [rows[index] for index in wanted if index in rows] if rows else []
+        # A damaged unit has fewer rows than were counted; the others are numbered without those.
+        found = [rows[index] for index in wanted if index in rows][first:] if rows else []
         kept, size = self._as_much_as_fits(found)
         held = _Held(first, found[:kept], kept == len(found), size)
         self._drop(name)
@@ -145,7 +146,7 @@ class RowStore:
 
     def _unit(self, part: PartOfUnit) -> tuple[int, Mapping[int, Raw] | None]:
         """How many rows a unit has, and the rows where they are at hand or were little enough."""
-        name = (part.file.path, part.unit.start)
+        name = _unit_name(part)
         if name in self._units:
             self._units.move_to_end(name)
             rows, _ = self._units[name]
@@ -168,7 +169,7 @@ class RowStore:
     def _known_count(self, part: PartOfUnit) -> int | None:
         """How many rows a unit has, without reading it."""
         count = part.file.row_count(part.unit)
-        return count if count is not None else self._counts.get((part.file.path, part.unit.start))
+        return count if count is not None else self._counts.get(_unit_name(part))
 
     def _as_much_as_fits(self, rows: Sequence[Raw]) -> tuple[int, int]:
         room = max(LEAST_HELD, self.budget // max(self.parts, 1))
@@ -199,6 +200,11 @@ class RowStore:
         if row is None:
             del self._open[name]
         return row
+
+
+def _unit_name(part: PartOfUnit) -> Name:
+    """What a reader calls a unit by: also by the way in which its file is read."""
+    return part.file, part.unit.start
 
 
 def _order(part: PartOfUnit, count: int) -> list[int]:
