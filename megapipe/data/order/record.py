@@ -23,6 +23,9 @@ State = dict[str, Any]
 NAMED = 3
 """Files that a message names."""
 
+RECORD = "data-record"
+"""The folder of a run directory that it is kept in. (Many people have a folder data of their own.)"""
+
 READING = ("text_field", "documents", "format")
 LEAVES = "leaves"
 PHASES = "phases"
