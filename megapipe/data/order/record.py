@@ -24,7 +24,7 @@ NAMED = 3
 """Files that a message names."""
 
 RECORD = "data-record"
-"""The folder of a run directory that it is kept in. (Many people have a folder data of their own.)"""
+"""The folder in a run directory that holds it. (People may have a folder `data` of their own.)"""
 
 READING = ("text_field", "documents", "format")
 LEAVES = "leaves"
