@@ -118,7 +118,8 @@ def _from_megatron(
     )
     notes = []
     if checkpoint.optimizer is not None:
-        notes.append(
-            f"Optimizer state ({checkpoint.optimizer}) is left behind: a run starts with a new one."
-        )
+        taken = "a run starts with a new one"
+        if checkpoint.state:
+            taken = "a run whose checkpoint.load_from is the Megatron checkpoint itself can take it"
+        notes.append(f"Optimizer state ({checkpoint.optimizer}) is left behind: {taken}.")
     return Incoming("megatron", architecture.name, family, weights, logits, {}, tokenizer, notes)

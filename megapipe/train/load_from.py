@@ -1,8 +1,8 @@
 """Starting a run from another model: checkpoint.load_from, read into this rank's shards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -11,14 +11,22 @@ from megapipe.checkpoint.retention import newest_valid
 from megapipe.checkpoint.steps import committed, has_manifest
 from megapipe.checkpoint.verify import read_manifest
 from megapipe.config import Config
+from megapipe.config.checkpoint import Loaded
 from megapipe.config.problems import show
 from megapipe.conversion.fitting import Fitting, Origin, fit_config
 from megapipe.conversion.hugging_face.companions import check_companions
 from megapipe.conversion.hugging_face.config_file import is_hugging_face
 from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
-from megapipe.conversion.megatron.directory import is_megatron
+from megapipe.conversion.megatron.directory import is_megatron, open_megatron
 from megapipe.conversion.model_at import Families, find_architecture, megatron_architecture
-from megapipe.conversion.open import kept_tokenizer, open_weights
+from megapipe.conversion.open import kept_tokenizer, open_megatron_weights, open_weights
+from megapipe.conversion.optimizer_source import (
+    CheckpointOptimizer,
+    MegatronOptimizer,
+    OptimizerSource,
+    check_megatron_optimizer,
+    with_master_weights,
+)
 from megapipe.conversion.source import CheckpointWeights, ForeignWeights, WeightSource
 from megapipe.data.tokenizer import load_tokenizer
 from megapipe.data_parallel.optimizer import WEIGHTS
@@ -26,12 +34,13 @@ from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import CheckpointError, ConversionError, DataError
 from megapipe.files import shown
 from megapipe.layout.parameters import ParameterShard
+from megapipe.optim import OptimizerConfig
 from megapipe.optim.learning_rate import Course
 from megapipe.train.checkpoints import Progress, require_optimizer, saved_course, saved_origin
 from megapipe.train.course_change import course_change
 from megapipe.train.engine import Engine
 
-OPTIMIZER = "optimizer"
+OPTIMIZER: Loaded = "optimizer"
 MEAN_BYTES = 64 * 2**20
 """How much of a table is read at once to average its rows, in float64."""
 
@@ -62,7 +71,9 @@ class LoadFrom:
         """Fill this rank's shards; (progress, data state), or a fresh start and None of what is not
         wanted. Collective: what is damaged is raised on all ranks."""
         path = self._settle(say)
-        source, _ = self._ranks.in_agreement(lambda: self._load(path, engine))
+        (source, changed), _ = self._ranks.in_agreement(lambda: self._load(path, engine))
+        for line in changed:
+            say(line)
         for line in self._ranks.from_first(lambda: self._tokenizer_note(path, source)):
             say(line)
         if WEIGHTS in self._settings.load_state:
@@ -82,14 +93,17 @@ class LoadFrom:
     def _fit(self) -> Fitting:
         """Raises CheckpointError where the two models, or what is wanted of them, don't fit."""
         wanted, load_from = self._settings.load_state, shown(self._path)
-        beyond = [part for part in wanted if part != WEIGHTS]
-        kind = _without_state(self._path) if beyond else None
-        if kind is not None:
+        kind, readable = _parts_at(self._path)
+        beyond = [part for part in wanted if part not in readable]
+        if beyond:
+            rest = [part for part in wanted if part in readable] or readable[:1]
             raise CheckpointError(
                 f"checkpoint.load_state = {show(wanted)} asks for {show(beyond[0])}, and "
-                f'checkpoint.load_from = "{load_from}" is {kind}: no optimizer state, step '
-                'or position in the data is read from it. Set checkpoint.load_state = ["weights"].'
+                f'checkpoint.load_from = "{load_from}" is {kind}, which gives a run '
+                f"{' and '.join(readable)}. Set checkpoint.load_state = {show(rest)}."
             )
+        if OPTIMIZER in wanted and is_megatron(self._path):
+            check_megatron_optimizer(open_megatron(self._path))
         return fit_config(self._config, self._families)
 
     def _foreign_notes(self) -> list[str]:
@@ -132,35 +146,60 @@ class LoadFrom:
             )
         return found.path
 
-    def _load(self, path: Path, engine: Engine) -> WeightSource:
-        """Fill every shard, copies included, then round the master weights into the model's."""
+    def _load(self, path: Path, engine: Engine) -> tuple[WeightSource, list[str]]:
+        """Fill every shard, copies included, then round the master weights into the model's.
+
+        Returns what the weights come from, and lines on settings of its optimizer that differ.
+        """
         wanted, origins = self._settings.load_state, self._fitting.origins
-        source = open_weights(path, self._families, self._settings.load_allow)
+        source, optimizer = self._open(path)
         if isinstance(source, CheckpointWeights):
             shapes = {f"{WEIGHTS}/{one.name}": one.shape for one in origins.values()}
             source.reader.require(shapes)
-        kinds = {WEIGHTS} & set(wanted)
-        if OPTIMIZER in wanted:
-            assert isinstance(source, CheckpointWeights)
+        kinds, changed = {WEIGHTS} & set(wanted), list[str]()
+        if optimizer is not None:
             own = {kind for kind, _, _ in engine.optimizer.state()}
             require_optimizer(
-                source.reader,
+                optimizer,
                 engine.config,
                 own,
                 f'leave "{OPTIMIZER}" out of checkpoint.load_state = {show(wanted)}',
             )
             kinds |= own - {WEIGHTS}
-            engine.optimizer.load_scalars(source.reader.state)
+            engine.optimizer.load_scalars(optimizer.scalars)
+            changed = _changed_settings(optimizer.settings, engine.config.optimizer)
         for kind, shard, values in engine.optimizer.state():
             origin = origins.get(shard.name)
             if kind in kinds and origin is not None and origin.name in source.names:
-                self._fill(values, kind, shard, origin, source)
+                self._fill(values, kind, shard, origin, source, optimizer)
         for buffer in engine.buffers:
             buffer.publish_master()
-        return source
+        return source, changed
+
+    def _open(self, path: Path) -> tuple[WeightSource, OptimizerSource | None]:
+        """The weights, and what the optimizer keeps of them if that is wanted."""
+        allow, optimizer = self._settings.load_allow, OPTIMIZER in self._settings.load_state
+        if is_megatron(path):
+            checkpoint = open_megatron(path)
+            masters = with_master_weights(checkpoint)
+            return (
+                open_megatron_weights(masters, self._families, {}, allow),
+                MegatronOptimizer(checkpoint, self._families, allow) if optimizer else None,
+            )
+        source = open_weights(path, self._families, allow)
+        if not optimizer:
+            return source, None
+        assert isinstance(source, CheckpointWeights)
+        return source, CheckpointOptimizer(source.reader)
 
     def _fill(
-        self, values: Tensor, kind: str, shard: ParameterShard, origin: Origin, source: WeightSource
+        self,
+        values: Tensor,
+        kind: str,
+        shard: ParameterShard,
+        origin: Origin,
+        source: WeightSource,
+        optimizer: OptimizerSource | None,
     ) -> None:
         """Read a shard's rectangle of one kind; rows of new tokens start as the config says."""
         known = min(max(origin.shape[0] - shard.start[0], 0), shard.shape[0])
@@ -169,9 +208,8 @@ class LoadFrom:
             if kind == WEIGHTS:
                 values[:known].copy_(source.read(origin.name, shard.start, shape))
             else:
-                assert isinstance(source, CheckpointWeights)
-                name = f"{kind}/{origin.name}"
-                values[:known].copy_(source.reader.read(name, shard.start, shape))
+                assert optimizer is not None
+                values[:known].copy_(optimizer.read(kind, origin.name, shard.start, shape))
         if known == shard.shape[0] or kind != WEIGHTS:
             return  # what an optimizer keeps of new tokens is zero, as it is at a start
         if self._settings.load_new_tokens == "zeros":
@@ -199,13 +237,29 @@ class LoadFrom:
         ]
 
 
-def _without_state(path: Path) -> str | None:
-    """What lies at `path` in words, where it has no more than weights for us; else None."""
+def _parts_at(path: Path) -> tuple[str, Sequence[Loaded]]:
+    """What lies at `path` in words, and which parts of a run can be taken from it."""
     if is_hugging_face(path):
-        return "a Hugging Face model"
-    if has_manifest(path):
-        return "a checkpoint of weights alone" if read_manifest(path).step is None else None
-    return "a Megatron checkpoint" if is_megatron(path) else None
+        return "a Hugging Face model", ["weights"]
+    if has_manifest(path) and read_manifest(path).step is None:
+        return "a checkpoint of weights alone", ["weights"]
+    if not has_manifest(path) and is_megatron(path):
+        return "a Megatron checkpoint", ["weights", "optimizer"]
+    return "a checkpoint", get_args(Loaded)
+
+
+def _changed_settings(then: Mapping[str, object], now: OptimizerConfig) -> list[str]:
+    """A line on the settings of the update rule that were others when its state was made; the
+    course of the learning rate is not among them."""
+    own = type(now).model_fields.keys() - OptimizerConfig.model_fields.keys()
+    pairs = [
+        (f"optimizer.{key}", show(then[key]), show(getattr(now, key)))
+        for key in sorted({*own, "weight_decay"} & then.keys())
+    ]
+    changed = [f"{key}: {before} -> {after}" for key, before, after in pairs if before != after]
+    if not changed:
+        return []
+    return ["\n  ".join(["Its optimizer had other settings (there -> here):", *changed])]
 
 
 def _origin(path: Path, source: WeightSource, families: Families) -> dict[str, object] | None:

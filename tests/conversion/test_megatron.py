@@ -3,6 +3,7 @@
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,18 +99,30 @@ def test_a_proof_finds_arguments_that_are_misread(
         convert(asked, FAMILIES, lambda line: None, no_bar)
 
 
-def test_optimizer_state_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("state", "then"),
+    [
+        ({}, "a run starts with a new one."),
+        (
+            {"exp_avg": {}},
+            "a run whose checkpoint.load_from is the Megatron checkpoint itself can take it.",
+        ),
+    ],
+)
+def test_optimizer_state_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: Any, then: str
+) -> None:
     checkpoint = from_hugging_face("gpt2", tmp_path)
     to_megatron(checkpoint, tmp_path / "megatron", RankGrid())
     monkeypatch.setattr(
         "megapipe.conversion.incoming.open_megatron",
-        lambda path: replace(open_megatron(path), optimizer="fully_reshardable"),
+        lambda path: replace(open_megatron(path), optimizer="fully_reshardable", state=state),
     )
     said: list[str] = []
     options = ExportOptions(tokenizer=False)
     asked = Conversion(tmp_path / "megatron", tmp_path / "back", options, ProofOptions(False))
     convert(asked, FAMILIES, said.append, no_bar)
-    assert said[1].startswith("Optimizer state (fully_reshardable) is left behind")
+    assert said[1] == f"Optimizer state (fully_reshardable) is left behind: {then}"
 
 
 def test_all_weights_get_the_widest_dtype() -> None:
