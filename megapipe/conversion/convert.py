@@ -17,7 +17,7 @@ from megapipe.checkpoint.save import save_weights
 from megapipe.checkpoint.shard import Shard
 from megapipe.checkpoint.steps import require_free
 from megapipe.config import dump_model
-from megapipe.conversion.hugging_face.config_file import GENERATION, is_hugging_face
+from megapipe.conversion.hugging_face.config_file import GENERATION
 from megapipe.conversion.hugging_face.export import ExportOptions, dtype_of_run, plan_export
 from megapipe.conversion.hugging_face.reference import require_transformers, transformers_logits
 from megapipe.conversion.hugging_face.write import (
@@ -27,7 +27,7 @@ from megapipe.conversion.hugging_face.write import (
     write_export,
 )
 from megapipe.conversion.incoming import open_incoming
-from megapipe.conversion.megatron.directory import is_megatron
+from megapipe.conversion.kind import OTHER_STACKS, kind_of
 from megapipe.conversion.megatron.export import (
     MegatronExport,
     export_bytes_for_megatron,
@@ -94,8 +94,8 @@ def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     require_free(asked.target)
     require_model(asked.source)
     check_target(asked.source, asked.target)
-    from_megatron = is_megatron(asked.source)
-    incoming = from_megatron or is_hugging_face(asked.source)
+    kind = kind_of(asked.source)
+    incoming, from_megatron = kind in OTHER_STACKS, kind == "megatron"
     to_megatron = not incoming and asked.options.architecture == MEGATRON
     _refuse_options(asked, incoming=incoming, from_megatron=from_megatron, to_megatron=to_megatron)
     if asked.proof.wanted:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from megapipe.conversion.hugging_face.companions import check_companions
-from megapipe.conversion.hugging_face.config_file import GENERATION, is_hugging_face, read_json
+from megapipe.conversion.hugging_face.config_file import GENERATION, read_json
 from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
 from megapipe.conversion.hugging_face.export import SPECIAL_TOKENS
 from megapipe.conversion.hugging_face.reference import transformers_logits
+from megapipe.conversion.kind import kind_of
 from megapipe.conversion.megatron.directory import open_megatron
 from megapipe.conversion.megatron.reference import megatron_logits
 from megapipe.conversion.model_at import Families, find_architecture, megatron_architecture
@@ -62,7 +63,7 @@ class Incoming:
                 f"{self.weights.place} holds no tokenizer. Name it: --tokenizer PATH; or convert "
                 "the weights alone: --no-tokenizer."
             )
-        if is_hugging_face(self.tokenizer):
+        if kind_of(self.tokenizer) == "hugging_face":
             check_companions(self.tokenizer)
         try:
             tokenizer = load_tokenizer(self.tokenizer, key=None)
@@ -85,7 +86,7 @@ def open_incoming(
     `arguments` are Megatron's that its checkpoint does not hold. Raises CheckpointError or
     ConversionError for what can't be read or computed.
     """
-    if is_hugging_face(source):
+    if kind_of(source) == "hugging_face":
         return _from_hugging_face(source, tokenizer, families)
     return _from_megatron(source, arguments, tokenizer, families)
 

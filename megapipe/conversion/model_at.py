@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from megapipe.checkpoint.steps import committed, has_manifest
+from megapipe.checkpoint.steps import committed
 from megapipe.checkpoint.storage import read_small
 from megapipe.config import ModelConfig, family_of
 from megapipe.config.paths import HUB
 from megapipe.config.problems import show
 from megapipe.config.source import BEYOND_PYTHON
-from megapipe.conversion.hugging_face.config_file import HuggingFaceConfig, is_hugging_face
+from megapipe.conversion.hugging_face.config_file import HuggingFaceConfig
+from megapipe.conversion.kind import kind_of
 from megapipe.errors import CheckpointError, ConfigError, ConversionError, MegapipeError
 from megapipe.files import reason, shown
 from megapipe.layout.architecture import Architecture, Stack
@@ -63,19 +64,20 @@ def _model_at(path: Path, families: Families) -> ModelConfig:
         )
     if not path.is_dir():
         raise CheckpointError(f"{shown(path)}: there is no such directory")
-    if is_hugging_face(path):
+    kind = kind_of(path)
+    if kind == "hugging_face":
         config = HuggingFaceConfig(path)
         return hugging_face_model(config, find_architecture(config, families)[1])
-    if has_manifest(path):
+    if kind == "checkpoint":
         return _in_checkpoint(path, families)
+    if kind == "megatron":
+        from megapipe.conversion.megatron.directory import open_megatron  # imports torch
+
+        return megatron_model(open_megatron(path), megatron_architecture(families)[1], {})
     for root in (path / "checkpoints", path):
         newest = next(iter(committed(root).values()), None)
         if newest is not None:
             return _in_checkpoint(newest, families)
-    from megapipe.conversion.megatron.directory import is_megatron, open_megatron  # imports torch
-
-    if is_megatron(path):
-        return megatron_model(open_megatron(path), megatron_architecture(families)[1], {})
     raise CheckpointError(
         f"{shown(path)} holds no model: neither a config.json of Hugging Face's, nor a checkpoint "
         "of ours or of Megatron's, nor is it a run with a checkpoint"

@@ -8,13 +8,9 @@ from torch import nn
 from megapipe.checkpoint.find import find_checkpoint
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.config import ModelConfig
-from megapipe.conversion.hugging_face.config_file import is_hugging_face
 from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
-from megapipe.conversion.megatron.directory import (
-    MegatronCheckpoint,
-    is_megatron,
-    open_megatron,
-)
+from megapipe.conversion.kind import kind_of
+from megapipe.conversion.megatron.directory import MegatronCheckpoint, open_megatron
 from megapipe.conversion.model_at import (
     Families,
     described_model,
@@ -37,9 +33,10 @@ def open_weights(path: Path, families: Families, allow: Sequence[str] = ()) -> W
 
     Raises CheckpointError or ConversionError where there are none, or none that we compute.
     """
-    if is_hugging_face(path):
+    kind = kind_of(path)
+    if kind == "hugging_face":
         return open_hugging_face(HuggingFaceDirectory(path), families, allow)
-    if is_megatron(path):
+    if kind == "megatron":
         return open_megatron_weights(open_megatron(path), families, {}, allow)
     reader = open_checkpoint(find_checkpoint(path))
     return CheckpointWeights(reader, model_of(reader, families))

@@ -5,9 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megapipe.checkpoint.find import find_checkpoint
-from megapipe.checkpoint.steps import has_manifest
-from megapipe.conversion.hugging_face.config_file import CONFIG, is_hugging_face
-from megapipe.conversion.megatron.directory import is_megatron
+from megapipe.conversion.kind import HUGGING_FACE_CONFIG as CONFIG
+from megapipe.conversion.kind import kind_of
 from megapipe.errors import ConversionError
 from megapipe.files import shown
 
@@ -28,10 +27,9 @@ def require_model(source: Path) -> None:
             f"{place} is a file. Name the directory of a model: of Hugging Face's, of Megatron's, "
             "or a checkpoint or run of megapipe."
         )
-    if is_hugging_face(source) or is_megatron(source) or (source / "checkpoints").exists():
+    if kind_of(source) is not None:
         return
-    if has_manifest(find_checkpoint(source)):
-        return
+    find_checkpoint(source)  # raises where a link or a name is why none is seen
     files = sorted(path.name for path in source.iterdir() if path.suffix.lower() in WEIGHTS)
     if files and files[0].endswith(".gguf"):
         raise ConversionError(

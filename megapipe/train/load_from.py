@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from megapipe.checkpoint.retention import newest_valid
-from megapipe.checkpoint.steps import committed, has_manifest
+from megapipe.checkpoint.steps import committed
 from megapipe.checkpoint.verify import read_manifest
 from megapipe.config import Config
 from megapipe.config.checkpoint import Loaded
 from megapipe.config.problems import show
 from megapipe.conversion.fitting import Fitting, Origin, fit_config
 from megapipe.conversion.hugging_face.companions import check_companions
-from megapipe.conversion.hugging_face.config_file import is_hugging_face
 from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
-from megapipe.conversion.megatron.directory import is_megatron, open_megatron
+from megapipe.conversion.kind import OTHER_STACKS, kind_of
+from megapipe.conversion.megatron.directory import open_megatron
 from megapipe.conversion.model_at import Families, find_architecture, megatron_architecture
 from megapipe.conversion.open import kept_tokenizer, open_megatron_weights, open_weights
 from megapipe.conversion.optimizer_source import (
@@ -102,7 +102,7 @@ class LoadFrom:
                 f'checkpoint.load_from = "{load_from}" is {kind}, which gives a run '
                 f"{' and '.join(readable)}. Set checkpoint.load_state = {show(rest)}."
             )
-        if OPTIMIZER in wanted and is_megatron(self._path):
+        if OPTIMIZER in wanted and kind_of(self._path) == "megatron":
             check_megatron_optimizer(open_megatron(self._path))
         return fit_config(self._config, self._families)
 
@@ -112,7 +112,7 @@ class LoadFrom:
         Raises ConversionError where that is not allowed, or files are missing: before anything of
         the run is built.
         """
-        if not (is_hugging_face(self._path) or is_megatron(self._path)):
+        if kind_of(self._path) not in OTHER_STACKS:
             return []
         source = open_weights(self._path, self._families, self._settings.load_allow)
         assert isinstance(source, ForeignWeights)
@@ -128,7 +128,7 @@ class LoadFrom:
 
         def find() -> str | None:
             path = self._path
-            if is_hugging_face(path) or has_manifest(path) or is_megatron(path):
+            if kind_of(path) in ("checkpoint", *OTHER_STACKS):
                 return None
             inner = path / "checkpoints"
             return str(inner if committed(inner) else path)
@@ -179,7 +179,7 @@ class LoadFrom:
     def _open(self, path: Path) -> tuple[WeightSource, OptimizerSource | None]:
         """The weights, and what the optimizer keeps of them if that is wanted."""
         allow, optimizer = self._settings.load_allow, OPTIMIZER in self._settings.load_state
-        if is_megatron(path):
+        if kind_of(path) == "megatron":
             checkpoint = open_megatron(path)
             masters = with_master_weights(checkpoint)
             return (
@@ -223,7 +223,7 @@ class LoadFrom:
             if isinstance(source, CheckpointWeights):
                 kept = kept_tokenizer(source.reader)
             else:
-                if is_hugging_face(path):
+                if kind_of(path) == "hugging_face":
                     check_companions(path)
                 kept = load_tokenizer(path, key=None)
         except (DataError, ConversionError):
@@ -239,12 +239,13 @@ class LoadFrom:
 
 def _parts_at(path: Path) -> tuple[str, Sequence[Loaded]]:
     """What lies at `path` in words, and which parts of a run can be taken from it."""
-    if is_hugging_face(path):
+    kind = kind_of(path)
+    if kind == "hugging_face":
         return "a Hugging Face model", ["weights"]
-    if has_manifest(path) and read_manifest(path).step is None:
-        return "a checkpoint of weights alone", ["weights"]
-    if not has_manifest(path) and is_megatron(path):
+    if kind == "megatron":
         return "a Megatron checkpoint", ["weights", "optimizer"]
+    if kind == "checkpoint" and read_manifest(path).step is None:
+        return "a checkpoint of weights alone", ["weights"]
     return "a checkpoint", get_args(Loaded)
 
 
@@ -266,7 +267,7 @@ def _origin(path: Path, source: WeightSource, families: Families) -> dict[str, o
     """The model of another stack that the weights at `path` are of, or came from."""
     if isinstance(source, CheckpointWeights):
         return saved_origin(source.reader)
-    if is_hugging_face(path):
+    if kind_of(path) == "hugging_face":
         _, architecture = find_architecture(HuggingFaceDirectory(path), families)
     else:
         _, architecture = megatron_architecture(families)

@@ -9,16 +9,11 @@ from torch import Tensor
 
 from megapipe.amounts import counted, format_bytes
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
-from megapipe.checkpoint.steps import has_manifest
 from megapipe.checkpoint.summary import CheckpointSummary, TensorSummary
-from megapipe.conversion.hugging_face.config_file import is_hugging_face
 from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
 from megapipe.conversion.inspection.difference import dtype_name
-from megapipe.conversion.megatron.directory import (
-    MegatronCheckpoint,
-    is_megatron,
-    open_megatron,
-)
+from megapipe.conversion.kind import OTHER_STACKS, kind_of
+from megapipe.conversion.megatron.directory import MegatronCheckpoint, open_megatron
 from megapipe.conversion.model_at import Families
 from megapipe.conversion.open import open_weights
 from megapipe.conversion.source import PlainTensorInfo, TensorStore, WeightSource
@@ -53,14 +48,13 @@ def open_pair(first: Path, second: Path, families: Families) -> tuple[TensorStor
     return SourceTensors(one, one.place), SourceTensors(other, other.place)
 
 
-def summarize_other_stack(path: Path) -> CheckpointSummary | None:
-    """All about a directory of another stack; None where it is none that we know.
+def summarize_other_stack(path: Path) -> CheckpointSummary:
+    """All about a directory of another stack.
 
     Raises CheckpointError or ConversionError where it is half there or not to be trusted.
     """
     store = _open_other(path)
-    if store is None:
-        return None
+    assert store is not None, path
     tensors = [
         TensorSummary(name, dtype_name(one), tuple(one.shape), 1)
         for name, one in store.tensors.items()
@@ -100,11 +94,8 @@ def _open_other(path: Path) -> HuggingFaceDirectory | MegatronCheckpoint | None:
 
 def _stack(path: Path) -> str:
     """Whose directory it is; ours where nothing says otherwise."""
-    if has_manifest(path):
-        return "megapipe"
-    return (
-        "hugging_face" if is_hugging_face(path) else "megatron" if is_megatron(path) else "megapipe"
-    )
+    kind = kind_of(path)
+    return kind if kind in OTHER_STACKS else "megapipe"
 
 
 def tensor_bytes(store: TensorStore) -> int:

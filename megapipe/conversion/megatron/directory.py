@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megapipe.checkpoint.storage import read_small
+from megapipe.conversion.kind import MEGATRON_TRACKER as TRACKER
 from megapipe.conversion.megatron.assembly import GlobalTensor
 from megapipe.conversion.megatron.legacy import read_rank_directories
 from megapipe.conversion.megatron.optimizer_format import (
@@ -23,7 +24,6 @@ from megapipe.conversion.megatron.torch_dist import CONFIG, METADATA, NOT_WEIGHT
 from megapipe.errors import CheckpointError
 from megapipe.files import reason, shown
 
-TRACKER = "latest_checkpointed_iteration.txt"
 MAX_TRACKER_BYTES = 100
 ITERATION = re.compile(r"iter_(\d{1,12})")
 
@@ -122,15 +122,6 @@ def with_fused_norms(tensors: Mapping[str, GlobalTensor]) -> dict[str, GlobalTen
             raise CheckpointError(f"tensor {name} is there under two names")
         named[name] = tensor
     return named
-
-
-def is_megatron(path: Path) -> bool:
-    """Whether a directory looks like a Megatron run or one of its checkpoints."""
-    return (
-        _is_file(path / TRACKER)
-        or (_is_file(path / METADATA) and _is_file(path / CONFIG))
-        or any(path.glob("mp_rank_*"))
-    )
 
 
 def _open_distributed(directory: Path) -> MegatronCheckpoint:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megapipe.checkpoint.rectangle import Rectangle
 from megapipe.checkpoint.shard import as_bytes
+from megapipe.conversion.kind import MEGATRON_TRACKER as TRACKER
 from megapipe.conversion.megatron.archive import TorchArchive, open_archive, whole_file
 from megapipe.conversion.megatron.records import StoredTensor
 from megapipe.conversion.megatron.sharing import (
@@ -41,7 +42,6 @@ EMBEDDING = "embedding."
 WORDS = "embedding.word_embeddings.weight"
 CHECKPOINT_VERSION = 3.0
 RELEASE = "release"
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class GlobalTensors(Protocol):
