@@ -65,7 +65,11 @@ def run(argv: Sequence[str]) -> int:
         from megapipe.conversion.fitting import load_notes
         from megapipe.plan.dry_run import dry_run
 
-        notes = load_notes(config, FAMILIES)
+        notes = [*load_notes(config, FAMILIES)]
+        if config.checkpoint.export_every > 0:
+            from megapipe.conversion.exportable import export_notes  # imports numpy
+
+            notes += export_notes(config, FAMILIES)
         family = FAMILIES[config.model.family]
         print(dry_run(config, family, str(arguments.config), arguments.world_size))
         if notes:

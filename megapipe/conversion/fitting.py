@@ -15,6 +15,7 @@ from megapipe.config import CheckpointConfig, Config, ModelConfig, model_differe
 from megapipe.config.checkpoint import LayerSource
 from megapipe.config.problems import show
 from megapipe.conversion.model_at import Families, model_at
+from megapipe.conversion.parts import check_parts
 from megapipe.errors import CheckpointError
 from megapipe.files import shown
 from megapipe.layout.family import ModelFamily
@@ -61,10 +62,12 @@ def fit_config(config: Config, families: Families) -> Fitting:
     """What the model of a config starts as, where checkpoint.load_from names one; nothing where
     neither weights nor what an optimizer keeps of them is wanted of it.
 
-    Raises CheckpointError or ConversionError where it does not fit the model.
+    Raises CheckpointError or ConversionError where it does not fit the model, or lacks a part of
+    checkpoint.load_state.
     """
     settings, model = config.checkpoint, config.model
     assert settings.load_from is not None
+    check_parts(settings)
     if not {"weights", "optimizer"} & set(settings.load_state):
         return Fitting({}, [])
     other = model_at(Path(settings.load_from), families)

@@ -18,6 +18,7 @@ from megapipe.config import Config
 from megapipe.config.optimizer import read_optimizer
 from megapipe.config.problems import show
 from megapipe.conversion.optimizer_source import CheckpointOptimizer, OptimizerSource
+from megapipe.conversion.origin import saved_origin
 from megapipe.data_parallel.optimizer import WEIGHTS
 from megapipe.errors import CheckpointError
 from megapipe.files import shown
@@ -137,7 +138,7 @@ class Checkpoints:
         if path is None:
             return Progress(), None
         (reader, saved, step), _ = self._ranks.in_agreement(lambda: self._load(path))
-        self.origin = saved_origin(reader)
+        self.origin = saved_origin(reader.state)
         self._say(f"Resumed from {path} at step {step}.")
         if change := course_change(saved, self._course, step):
             self._say(change)
@@ -228,13 +229,6 @@ def _refuse_links(skipped: Skipped) -> None:
 
 def _names(state: AbstractSet[str]) -> str:
     return " and ".join(sorted(state)) or "nothing"
-
-
-def saved_origin(reader: CheckpointReader) -> dict[str, object] | None:
-    """What a checkpoint says of the model of another stack that its weights came from: `stack`,
-    `architecture`, and the `name` of its directory; None where it says nothing."""
-    origin = reader.state.get("origin")
-    return origin if isinstance(origin, dict) else None
 
 
 def saved_course(reader: CheckpointReader) -> Course:

@@ -1,32 +1,30 @@
 """Starting a run from another model: checkpoint.load_from, read into this rank's shards."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megapipe.checkpoint.retention import newest_valid
 from megapipe.checkpoint.steps import committed
-from megapipe.checkpoint.verify import read_manifest
 from megapipe.config import Config
 from megapipe.config.checkpoint import Loaded
 from megapipe.config.problems import show
-from megapipe.conversion.fitting import Fitting, Origin, fit_config
+from megapipe.conversion.fitting import Origin, fit_config
 from megapipe.conversion.hugging_face.companions import check_companions
-from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
 from megapipe.conversion.kind import OTHER_STACKS, kind_of
 from megapipe.conversion.megatron.directory import open_megatron
-from megapipe.conversion.model_at import Families, find_architecture, megatron_architecture
+from megapipe.conversion.model_at import Families
 from megapipe.conversion.open import kept_tokenizer, open_megatron_weights, open_weights
 from megapipe.conversion.optimizer_source import (
     CheckpointOptimizer,
     MegatronOptimizer,
     OptimizerSource,
-    check_megatron_optimizer,
     with_master_weights,
 )
+from megapipe.conversion.origin import origin_at
 from megapipe.conversion.source import CheckpointWeights, ForeignWeights, WeightSource
 from megapipe.data.tokenizer import load_tokenizer
 from megapipe.data_parallel.optimizer import WEIGHTS
@@ -36,7 +34,7 @@ from megapipe.files import shown
 from megapipe.layout.parameters import ParameterShard
 from megapipe.optim import OptimizerConfig
 from megapipe.optim.learning_rate import Course
-from megapipe.train.checkpoints import Progress, require_optimizer, saved_course, saved_origin
+from megapipe.train.checkpoints import Progress, require_optimizer, saved_course
 from megapipe.train.course_change import course_change
 from megapipe.train.engine import Engine
 
@@ -59,7 +57,7 @@ class LoadFrom:
         self._config, self._families, self._ranks = config, families, ranks
         self._settings = config.checkpoint
         self._path = Path(config.checkpoint.load_from)
-        self._fitting, _ = ranks.in_agreement(self._fit)
+        self._fitting, _ = ranks.in_agreement(lambda: fit_config(config, families))
         parts = ", ".join(self._settings.load_state)
         self.notes = [f"Starting from {shown(self._path)}: {parts}.", *self._fitting.notes]
         self.notes += ranks.from_first(self._foreign_notes)
@@ -77,7 +75,7 @@ class LoadFrom:
         for line in self._ranks.from_first(lambda: self._tokenizer_note(path, source)):
             say(line)
         if WEIGHTS in self._settings.load_state:
-            self.origin = self._ranks.from_first(lambda: _origin(path, source, self._families))
+            self.origin = self._ranks.from_first(lambda: origin_at(path, self._families))
         progress, data = Progress(), None
         if isinstance(source, CheckpointWeights) and source.reader.step is not None:
             state, step = source.reader.state, source.reader.step
@@ -89,22 +87,6 @@ class LoadFrom:
             if "data" in self._settings.load_state:
                 data = state["data"]
         return progress, data
-
-    def _fit(self) -> Fitting:
-        """Raises CheckpointError where the two models, or what is wanted of them, don't fit."""
-        wanted, load_from = self._settings.load_state, shown(self._path)
-        kind, readable = _parts_at(self._path)
-        beyond = [part for part in wanted if part not in readable]
-        if beyond:
-            rest = [part for part in wanted if part in readable] or readable[:1]
-            raise CheckpointError(
-                f"checkpoint.load_state = {show(wanted)} asks for {show(beyond[0])}, and "
-                f'checkpoint.load_from = "{load_from}" is {kind}, which gives a run '
-                f"{' and '.join(readable)}. Set checkpoint.load_state = {show(rest)}."
-            )
-        if OPTIMIZER in wanted and kind_of(self._path) == "megatron":
-            check_megatron_optimizer(open_megatron(self._path))
-        return fit_config(self._config, self._families)
 
     def _foreign_notes(self) -> list[str]:
         """Lines on tensors that a directory of another stack lacks or has too many.
@@ -237,18 +219,6 @@ class LoadFrom:
         ]
 
 
-def _parts_at(path: Path) -> tuple[str, Sequence[Loaded]]:
-    """What lies at `path` in words, and which parts of a run can be taken from it."""
-    kind = kind_of(path)
-    if kind == "hugging_face":
-        return "a Hugging Face model", ["weights"]
-    if kind == "megatron":
-        return "a Megatron checkpoint", ["weights", "optimizer"]
-    if kind == "checkpoint" and read_manifest(path).step is None:
-        return "a checkpoint of weights alone", ["weights"]
-    return "a checkpoint", get_args(Loaded)
-
-
 def _changed_settings(then: Mapping[str, object], now: OptimizerConfig) -> list[str]:
     """A line on the settings of the update rule that were others when its state was made; the
     course of the learning rate is not among them."""
@@ -261,21 +231,6 @@ def _changed_settings(then: Mapping[str, object], now: OptimizerConfig) -> list[
     if not changed:
         return []
     return ["\n  ".join(["Its optimizer had other settings (there -> here):", *changed])]
-
-
-def _origin(path: Path, source: WeightSource, families: Families) -> dict[str, object] | None:
-    """The model of another stack that the weights at `path` are of, or came from."""
-    if isinstance(source, CheckpointWeights):
-        return saved_origin(source.reader)
-    if kind_of(path) == "hugging_face":
-        _, architecture = find_architecture(HuggingFaceDirectory(path), families)
-    else:
-        _, architecture = megatron_architecture(families)
-    return {
-        "stack": architecture.stack,
-        "architecture": architecture.name,
-        "name": path.absolute().name,
-    }
 
 
 def _mean_row(source: WeightSource, name: str) -> Tensor:

@@ -14,9 +14,7 @@ import transformers
 from megapipe.checkpoint.attempt import Attempt
 from megapipe.checkpoint.load import open_checkpoint
 from megapipe.config import load_config
-from megapipe.data.tokenizer import Tokenizer
 from megapipe.distributed.rank_group import ALONE
-from megapipe.errors import ConversionError
 from megapipe.models import load_pretrained
 from megapipe.models.families import FAMILIES
 from megapipe.tools.cli import main
@@ -127,20 +125,27 @@ def test_an_export_that_fails_says_how_to_make_up_for_it(corpus: Path, tmp_path:
     )
 
 
-@pytest.mark.parametrize("drift", [True, False])
-def test_a_tokenizer_that_can_not_be_exported_is_refused_with_what_a_run_can_do(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drift: bool
+def test_what_was_missed_is_made_up_for(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(tokenizer: Tokenizer, folder: Path, **options: object) -> NoReturn:
-        raise ConversionError("other ids: --allow-tokenizer-drift" if drift else "no such kind")
+    """By whatever start comes next, with what is left half-written cleared away before."""
+    (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000003").mkdir()
+    left = tmp_path / "exports" / ".tmp-step-00000002-0123abcd"
+    left.mkdir(parents=True)
+    said: list[str] = []
 
-    monkeypatch.setattr(module, "export_tokenizer", refuse)
-    with pytest.raises(ConversionError) as caught:
-        make_exports(corpus, tmp_path).check(None)
-    said = str(caught.value)
-    assert said.startswith("checkpoint.export_every = 2: ")
-    assert "checkpoint.export_every = 0" in said
-    assert ("`megapipe convert CHECKPOINT DST --allow-tokenizer-drift`" in said) is drift
+    def note(self: Exports, checkpoint: Path, step: int) -> str:
+        assert not left.exists()
+        return f"Exported {checkpoint.name} at {step}"
+
+    monkeypatch.setattr(Exports, "write", note)
+    make_exports(corpus, tmp_path, "--checkpoint.export_every=0", say=said.append).catch_up(2)
+    assert left.exists()
+    found = make_exports(corpus, tmp_path, say=said.append)
+    found.catch_up(3)
+    found.catch_up(2)
+    assert said == ["Exported step-00000002 at 2"]
 
 
 def test_a_run_from_another_stacks_model_exports_one_of_that_kind(
