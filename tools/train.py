@@ -67,9 +67,9 @@ def run(argv: Sequence[str]) -> int:
 
         notes = [*load_notes(config, FAMILIES)]
         if config.checkpoint.export_every > 0:
-            from megapipe.conversion.exportable import export_notes  # imports numpy
+            from megapipe.conversion.exportable import check_exports  # imports numpy
 
-            notes += export_notes(config, FAMILIES)
+            notes += check_exports(config, FAMILIES, without_tokenizer=True)
         family = FAMILIES[config.model.family]
         print(dry_run(config, family, str(arguments.config), arguments.world_size))
         if notes:

@@ -202,6 +202,8 @@ def _export(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     planned = plan_export(reader, families, asked.options, say, tokenizer)
     export = planned.export
     say(f"{export.source.place}: {export.architecture.name}, {_amounts(export.source)}")
+    for line in planned.notes:
+        say(line)
 
     def accept(folder: Path) -> None:
         logits = partial(transformers_logits, folder)

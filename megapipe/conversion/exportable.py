@@ -5,7 +5,7 @@ from pathlib import Path
 
 from megapipe.checkpoint.steps import committed
 from megapipe.config import Config
-from megapipe.conversion.hugging_face.choice import choose_architecture
+from megapipe.conversion.hugging_face.choice import choose_architecture, unwritten_notes
 from megapipe.conversion.model_at import Families
 from megapipe.conversion.origin import origin_at
 from megapipe.conversion.tokenizer import ALLOW_DRIFT, TokenizerDriftError, export_tokenizer
@@ -20,34 +20,33 @@ LATER = (
 )
 
 
-def check_exports(config: Config, families: Families) -> None:
-    """Raises ConversionError where checkpoint.export_every asks for exports of a model or a
-    tokenizer that can't be exported, DataError where the tokenizer can't be read."""
+def check_exports(
+    config: Config, families: Families, *, without_tokenizer: bool = False
+) -> list[str]:
+    """Lines for people on the exports that checkpoint.export_every asks for.
+
+    Raises ConversionError where the model or the tokenizer can't be exported, DataError where the
+    tokenizer can't be read; with `without_tokenizer`, as in a dry run, that is a line too.
+    """
     every = config.checkpoint.export_every
     if every == 0:
-        return
+        return []
     place = f"checkpoint.export_every = {every}"
     family = families[config.model.family]
     first = _first_architecture(config, families)
     architecture = choose_architecture(family, config.model, first=first, place=place)
+    notes = unwritten_notes(architecture, config.model)
     try:
         _check_tokenizer(config, architecture)
+    except DataError as error:
+        if not without_tokenizer:
+            raise
+        notes.append(f"Whether the tokenizer can be exported is seen at the start: {error}")
     except TokenizerDriftError as error:
         raise ConversionError(f"{place}: {error.advised(LATER)}") from error
     except ConversionError as error:
         raise ConversionError(f"{place}: {error}\n{WITHOUT}") from error
-
-
-def export_notes(config: Config, families: Families) -> list[str]:
-    """What a dry run says of exports, for which the tokenizer need not be there yet.
-
-    Raises ConversionError as `check_exports` does.
-    """
-    try:
-        check_exports(config, families)
-    except DataError as error:
-        return [f"Whether the tokenizer can be exported is seen at the start: {error}"]
-    return []
+    return notes
 
 
 def _check_tokenizer(config: Config, architecture: Architecture) -> None:

@@ -223,8 +223,8 @@ def _start_or_resume(
     ranks = mesh.world.rank_group
     plan = plan_start(start.config, start.families, ranks)
     loads = LoadFrom(start.config, start.families, ranks) if plan.loads else None
-    ranks.from_first(lambda: check_exports(start.config, start.families))
-    notes = [*plan.notes, *(loads.notes if loads else [])]
+    exported = ranks.from_first(lambda: check_exports(start.config, start.families))
+    notes = [*plan.notes, *(loads.notes if loads else []), *exported]
     for line in [*_introduction(start, mesh.device), *notes]:
         lines.say(line)
     channels = make_channels(mesh)

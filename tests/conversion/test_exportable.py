@@ -7,7 +7,7 @@ import pytest
 
 from megapipe.config import Config, load_config
 from megapipe.conversion import exportable as module
-from megapipe.conversion.exportable import check_exports, export_notes
+from megapipe.conversion.exportable import check_exports
 from megapipe.conversion.tokenizer import TokenizerDriftError
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.errors import ConversionError
@@ -21,20 +21,33 @@ def make_config(corpus: Path, run: Path, *words: str) -> Config:
 
 
 def test_what_can_be_exported_passes(corpus: Path, tmp_path: Path) -> None:
-    assert export_notes(make_config(corpus, tmp_path), FAMILIES) == []
+    assert check_exports(make_config(corpus, tmp_path), FAMILIES) == []
+
+
+def test_dropout_that_an_architecture_has_no_place_for_is_named(
+    corpus: Path, tmp_path: Path
+) -> None:
+    both = ("--model.dropout=0.1", "--model.attention_dropout=0.2")
+    (line,) = check_exports(make_config(corpus, tmp_path, *both), FAMILIES)
+    assert line == (
+        "LlamaForCausalLM has no place for model.dropout = 0.1, which the export leaves out: say "
+        "it again where the model is trained on."
+    )
+    known = (*both, "--model.norm=layernorm", "--model.activation=gelu")
+    assert check_exports(make_config(corpus, tmp_path, *known), FAMILIES) == [], "StarCoder 2"
 
 
 def test_a_model_that_no_other_stack_has(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ConversionError) as caught:
-        export_notes(make_config(corpus, tmp_path, "--model.norm=layernorm"), FAMILIES)
+        check_exports(make_config(corpus, tmp_path, "--model.norm=layernorm"), FAMILIES)
     assert "checkpoint.export_every = 2: Hugging Face has no such model" in str(caught.value)
     words = ("--model.norm=layernorm", "--checkpoint.export_every=0")
-    assert export_notes(make_config(corpus, tmp_path, *words), FAMILIES) == []
+    assert check_exports(make_config(corpus, tmp_path, *words), FAMILIES) == []
 
 
 def test_a_tokenizer_that_is_not_there_yet_ends_no_dry_run(corpus: Path, tmp_path: Path) -> None:
     config = make_config(corpus, tmp_path, f"--data.tokenizer={tmp_path}/none.model")
-    (line,) = export_notes(config, FAMILIES)
+    (line,) = check_exports(config, FAMILIES, without_tokenizer=True)
     assert line.startswith("Whether the tokenizer can be exported is seen at the start: ")
     assert f"{tmp_path}/none.model does not exist" in line
 

@@ -23,7 +23,9 @@ from megapipe.train.exports import Exports
 from tests.corpus import VOCABULARY
 
 
-def test_a_run_in_parts_exports_what_others_load(corpus: Path, tmp_path: Path) -> None:
+def test_a_run_in_parts_exports_what_others_load(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     words = [
         f"--train.run_dir={run}",
@@ -31,8 +33,11 @@ def test_a_run_in_parts_exports_what_others_load(corpus: Path, tmp_path: Path) -
         "--checkpoint.every=0",
         "--checkpoint.export_every=2",
         "--parallel.tensor=2",
+        "--model.dropout=0.1",
     ]
     assert main(["train", str(corpus / "run.toml"), *words]) == 0
+    left_out = "LlamaForCausalLM has no place for model.dropout = 0.1, which the export leaves out"
+    assert capfd.readouterr().out.count(left_out) == 1
     exported = run / "exports" / "step-00000002"
     assert [path.name for path in exported.parent.iterdir()] == ["step-00000002"]
     ours = load_pretrained(run / "checkpoints" / "step-00000002")
@@ -48,6 +53,7 @@ def test_a_run_in_parts_exports_what_others_load(corpus: Path, tmp_path: Path) -
     assert str(corpus / "text/*.txt") in card
 
     assert main(["export", str(run)]) == 0  # of the newest, proven
+    assert capfd.readouterr().out.count(left_out) == 1
     assert (run / "exports" / "step-00000003" / "model.safetensors").is_file()
     with_names = [path.name for path in sorted(exported.iterdir())]
     assert with_names == [path.name for path in sorted((run / "exports/step-00000003").iterdir())]

@@ -1,7 +1,7 @@
 """As which of Hugging Face's architectures a model is exported. No torch."""
 
 from megapipe.config import ModelConfig
-from megapipe.config.problems import nearest
+from megapipe.config.problems import nearest, show
 from megapipe.conversion.model_at import named_architectures
 from megapipe.errors import ConversionError
 from megapipe.files import shown
@@ -39,3 +39,20 @@ def choose_architecture(
         else:
             return known[key]
     raise ConversionError("\n".join([f"{place}: Hugging Face has no such model:", *reasons]))
+
+
+def unwritten_notes(architecture: Architecture, model: ModelConfig) -> list[str]:
+    """A line on keys of [model] for which the architecture's config has no place. They say how to
+    train the model, not what it computes: others are refused."""
+    known = architecture.read_config(architecture.write_config(model))
+    lost = [
+        f"model.{key} = {show(getattr(model, key))}"
+        for key in sorted(model.MAY_CHANGE - ModelConfig.MAY_CHANGE)
+        if getattr(known, key) != getattr(model, key)
+    ]
+    if not lost:
+        return []
+    return [
+        f"{architecture.name} has no place for {' and '.join(lost)}, which the export leaves out: "
+        "say it again where the model is trained on."
+    ]

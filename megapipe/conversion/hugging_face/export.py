@@ -1,6 +1,6 @@
 """What a checkpoint becomes as a directory of Hugging Face's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,7 @@ import torch
 
 from megapipe.checkpoint.load import CheckpointReader
 from megapipe.config import ModelConfig
-from megapipe.conversion.hugging_face.choice import choose_architecture
+from megapipe.conversion.hugging_face.choice import choose_architecture, unwritten_notes
 from megapipe.conversion.hugging_face.config_file import GENERATION, read_json
 from megapipe.conversion.hugging_face.model_card import model_card
 from megapipe.conversion.hugging_face.write import FILE_BYTES, Export, as_json
@@ -45,11 +45,13 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class PlannedExport:
-    """An export, with the family of its model and its tokenizer."""
+    """An export, with the family of its model and its tokenizer. `notes` are lines for people on
+    what it leaves out."""
 
     export: Export
     family: ModelFamily
     tokenizer: Tokenizer | None
+    notes: Sequence[str]
 
 
 def plan_export(
@@ -91,7 +93,7 @@ def plan_export(
         parts=parts,
         file_bytes=options.file_bytes,
     )
-    return PlannedExport(export, family, tokenizer)
+    return PlannedExport(export, family, tokenizer, unwritten_notes(architecture, model))
 
 
 def _choose(
