@@ -26,6 +26,7 @@ from megapipe.conversion.optimizer_source import (
 )
 from megapipe.conversion.origin import origin_at
 from megapipe.conversion.source import CheckpointWeights, ForeignWeights, WeightSource
+from megapipe.conversion.tokenizer_difference import tokenizer_difference
 from megapipe.data.tokenizer import load_tokenizer
 from megapipe.data_parallel.optimizer import WEIGHTS
 from megapipe.distributed.rank_group import RankGroup
@@ -211,11 +212,12 @@ class LoadFrom:
         except (DataError, ConversionError):
             return []  # there is none that could be compared
         own = load_tokenizer(self._config.data.tokenizer)
-        if kept is None or kept.sha256 == own.sha256:
+        difference = tokenizer_difference(own, kept) if kept is not None else None
+        if difference is None:
             return []
         return [
             f"Warning: {source.place} is of another tokenizer than data.tokenizer = "
-            f'"{shown(own.path)}": the same ids may stand for other text.'
+            f'"{shown(own.path)}", so that the same ids may stand for other text: {difference}'
         ]
 
 

@@ -231,6 +231,8 @@ def test_another_tokenizer_is_warned_of(begin: Any, first: Path, tmp_path: Path)
     (line,) = begin(f"--data.tokenizer={other}").lines
     assert line.startswith("Warning: ")
     assert f'another tokenizer than data.tokenizer = "{other}"' in line
+    assert " w29': ids" in line
+    assert "here, " in line
 
 
 def test_a_damaged_checkpoint_is_stepped_over(first: Path, tmp_path: Path) -> None:
