@@ -35,10 +35,9 @@ ENDS = ("</s>", "<s>")
     ],
 )
 def test_what_differs_is_named(tmp_path: Path, other: dict[str, Any], said: str) -> None:
+    base: dict[str, Any] = {"special": ENDS, "size": 280}
     here, there = (
-        load_tokenizer(
-            save(tmp_path / name, byte_level(**({"special": ENDS, "size": 280} | settings)))
-        )
+        load_tokenizer(save(tmp_path / name, byte_level(**(base | settings))))
         for name, settings in (("here.json", {}), ("there.json", other))
     )
     difference = tokenizer_difference(here, there)
