@@ -62,7 +62,7 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(f"--world-size {arguments.world_size} must be 1 or more.")
     config = read_config(arguments.config, overrides)
     if arguments.dry_run:
-        from megapipe.conversion.fitting import load_notes
+        from megapipe.conversion.matching import load_notes
         from megapipe.plan.dry_run import dry_run
 
         notes = [*load_notes(config, FAMILIES)]

@@ -95,7 +95,7 @@ def kept_tokenizer(reader: CheckpointReader) -> Tokenizer | None:
     return load_tokenizer(reader.path / name, key=None)
 
 
-def fill(module: nn.Module, source: WeightSource) -> None:
+def load_weights(module: nn.Module, source: WeightSource) -> None:
     """Read every shard of every parameter. Raises CheckpointError where one is missing or has
     another shape."""
     parameters = list(sharded_parameters(module))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from megapipe.config import ModelConfig
-from megapipe.conversion.open import fill
+from megapipe.conversion.open import load_weights
 from megapipe.conversion.source import WeightSource
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.errors import ConversionError
@@ -99,7 +99,7 @@ def our_logits(
     if layers is not None:
         model = model.model_copy(update={"num_layers": min(layers, model.num_layers)})
     module = whole_model(family, model, dtype=torch.float32, device=torch.device("cpu"))
-    fill(module, source)
+    load_weights(module, source)
     if rounded is not None:
         round_weights(module, rounded)
     with torch.no_grad():

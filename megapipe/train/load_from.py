@@ -12,9 +12,9 @@ from megapipe.checkpoint.steps import committed
 from megapipe.config import Config
 from megapipe.config.checkpoint import Loaded
 from megapipe.config.problems import show
-from megapipe.conversion.fitting import Origin, fit_config
 from megapipe.conversion.hugging_face.companions import check_companions
 from megapipe.conversion.kind import OTHER_STACKS, kind_of
+from megapipe.conversion.matching import Origin, match_config
 from megapipe.conversion.megatron.directory import open_megatron
 from megapipe.conversion.model_at import Families
 from megapipe.conversion.open import kept_tokenizer, open_megatron_weights, open_weights
@@ -58,9 +58,9 @@ class LoadFrom:
         self._config, self._families, self._ranks = config, families, ranks
         self._settings = config.checkpoint
         self._path = Path(config.checkpoint.load_from)
-        self._fitting, _ = ranks.in_agreement(lambda: fit_config(config, families))
+        self._match, _ = ranks.in_agreement(lambda: match_config(config, families))
         parts = ", ".join(self._settings.load_state)
-        self.notes = [f"Starting from {shown(self._path)}: {parts}.", *self._fitting.notes]
+        self.notes = [f"Starting from {shown(self._path)}: {parts}.", *self._match.notes]
         self.notes += ranks.from_first(self._foreign_notes)
         self.origin: dict[str, object] | None = None
 
@@ -134,7 +134,7 @@ class LoadFrom:
 
         Returns what the weights come from, and lines on settings of its optimizer that differ.
         """
-        wanted, origins = self._settings.load_state, self._fitting.origins
+        wanted, origins = self._settings.load_state, self._match.origins
         source, optimizer = self._open(path)
         if isinstance(source, CheckpointWeights):
             shapes = {f"{WEIGHTS}/{one.name}": one.shape for one in origins.values()}

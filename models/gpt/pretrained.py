@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from megapipe.checkpoint.find import find_checkpoint
 from megapipe.checkpoint.load import open_checkpoint
-from megapipe.conversion.open import fill, kept_tokenizer, model_of, open_weights
+from megapipe.conversion.open import kept_tokenizer, load_weights, model_of, open_weights
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.errors import CheckpointError
 from megapipe.models.families import FAMILIES
@@ -56,7 +56,7 @@ def load_pretrained(
             f'{source.place} is of model.family = "{model.family}", and only "gpt" can be loaded.'
         )
     module = PretrainedGPT(model, dtype, torch.device(device))
-    fill(module, source)
+    load_weights(module, source)
     return module.eval()
 
 
