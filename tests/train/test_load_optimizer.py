@@ -114,7 +114,12 @@ def differing(config: Config) -> list[str]:
     return wrong if seen == expected.keys() else [f"only {seen}"]
 
 
-@pytest.mark.parametrize("optimizer", [PLAIN, DISTRIBUTED, {0: DISTRIBUTED, 1: DISTRIBUTED}])
+OF_KERNELS = {"param_groups": [group | {"step": STEP.int().view(1)} for group in GROUPS]}
+
+
+@pytest.mark.parametrize(
+    "optimizer", [PLAIN, OF_KERNELS, DISTRIBUTED, {0: DISTRIBUTED, 1: DISTRIBUTED}]
+)
 def test_moments_and_master_weights(tmp_path: Path, optimizer: object) -> None:
     run = save(tmp_path / "megatron", optimizer)
     assert differing(make_config(tmp_path, run, "--parallel.data=1", BOTH)) == []

@@ -67,9 +67,9 @@ def optimizer_groups(found: DistributedContents) -> list[dict[str, object]]:
 
 
 def optimizer_steps(found: DistributedContents) -> int | None:
-    """How many steps the optimizer has taken; None where that isn't said, or not in one voice.
+    """How many steps the optimizer has taken; None where there is no such number, or there are two.
 
-    It stands in its state where it is torch's, and in each group where it is one of kernels.
+    torch's optimizers have it in their state, those of Apex and Transformer Engine in each group.
     """
     states = [state for one in _optimizers(found) if isinstance(state := one.get("state"), dict)]
     said = [state["common_step"] for state in states if "common_step" in state]
@@ -98,8 +98,8 @@ def _groups(found: DistributedContents) -> list[Mapping[object, object]]:
 
 def _number(found: DistributedContents, value: object) -> int | None:
     """A number of steps, which may be a tensor of one element."""
-    if isinstance(value, StoredTensor) and value.shape == () and found.archive is not None:
-        scalar = torch.empty((), dtype=torch.float64)
+    if isinstance(value, StoredTensor) and value.shape in ((), (1,)) and found.archive is not None:
+        scalar = torch.empty(value.shape, dtype=torch.float64)
         found.archive.tensor(value).copy_to(scalar)
         value = scalar.item()
     if isinstance(value, bool) or not isinstance(value, int | float):
