@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from megapipe.checkpoint.steps import committed, has_manifest
+from megapipe.checkpoint.steps import committed, has_manifest, refuse_exports
 from megapipe.checkpoint.storage import read_small
 from megapipe.config import ModelConfig, family_of
 from megapipe.config.paths import HUB
@@ -56,11 +56,7 @@ def model_at(path: Path, families: Families) -> ModelConfig:
 
 
 def _model_at(path: Path, families: Families) -> ModelConfig:
-    if str(path).startswith("hf:/"):
-        raise ConversionError(
-            f"{HUB}{shown(path)[len('hf:/') :]}: models are not downloaded; download it, and name "
-            "its directory"
-        )
+    refuse_hub_name(path)
     if not path.is_dir():
         raise CheckpointError(f"{shown(path)}: there is no such directory")
     if is_hugging_face(path):
@@ -79,6 +75,19 @@ def _model_at(path: Path, families: Families) -> ModelConfig:
     raise CheckpointError(
         f"{shown(path)} holds no model: neither a config.json of Hugging Face's, nor a checkpoint "
         "of ours or of Megatron's, nor is it a run with a checkpoint"
+    )
+
+
+def refuse_hub_name(path: Path) -> None:
+    """Raises ConversionError where a path that does not exist may be the name of a model on the
+    hub: hf://..., or OWNER/NAME where there is no directory OWNER."""
+    marked, name = str(path).startswith("hf:/"), str(path).removeprefix("hf:/")
+    if path.exists() or not (marked or (name.count("/") == 1 and not path.parent.exists())):
+        return
+    raise ConversionError(
+        f"{HUB if marked else ''}{shown(name)} does not exist here. A model of the Hugging Face "
+        f"hub is downloaded first (`hf download {shown(name)} --local-dir DIR`), and then DIR is "
+        "named."
     )
 
 
@@ -143,7 +152,7 @@ def find_architecture(
     raise ConversionError(
         f"{directory.place}/config.json: architectures = "
         f"{shown(str(directory.config.get('architectures')))[:100]} (model_type = "
-        f"{shown(str(kind))[:60]}) is not computed here; there are {', '.join(known)}."
+        f"{shown(str(kind))[:60]}) is not supported; supported are {', '.join(known)}."
     )
 
 
@@ -192,6 +201,8 @@ def megatron_architecture(families: Families) -> tuple[ModelFamily, Architecture
 
 
 def _in_checkpoint(path: Path, families: Families) -> ModelConfig:
+    if not has_manifest(path):
+        refuse_exports(path.parent)
     place = shown(path / "config.toml")
     try:
         text = read_small(path / "config.toml", MAX_CONFIG_BYTES).decode()

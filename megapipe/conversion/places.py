@@ -8,6 +8,7 @@ from megapipe.checkpoint.find import find_checkpoint
 from megapipe.checkpoint.steps import has_manifest
 from megapipe.conversion.hugging_face.config_file import CONFIG, is_hugging_face
 from megapipe.conversion.megatron.directory import is_megatron
+from megapipe.conversion.model_at import refuse_hub_name
 from megapipe.errors import ConversionError
 from megapipe.files import shown
 
@@ -21,6 +22,7 @@ def require_model(source: Path) -> None:
     A run that has saved nothing passes: reading it says so.
     """
     place = shown(source)
+    refuse_hub_name(source)
     if not source.exists():
         raise ConversionError(f"{place} does not exist.")
     if not source.is_dir():

@@ -65,7 +65,7 @@ def test_a_run_goes_on_as_the_model_of_its_own_checkpoints(tmp_path: Path) -> No
         ),
         ({"auto_map": {"AutoModel": "evil.Evil"}}, "auto_map names code of its own"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers = 1000000000000 is not a whole"),
-        ({"architectures": ["GPTJForCausalLM"]}, "model_type = llama) is not computed"),
+        ({"architectures": ["GPTJForCausalLM"]}, "model_type = llama) is not supported; supp"),
     ],
 )
 def test_a_config_that_we_do_not_compute(tmp_path: Path, changes: Any, said: str) -> None:
@@ -89,12 +89,20 @@ def test_a_checkpoint_of_a_model_of_another_version(tmp_path: Path) -> None:
         model_at(path, FAMILIES)
 
 
+def test_a_directory_of_exports(tmp_path: Path) -> None:
+    (tmp_path / "exports").mkdir()
+    export = write_llama(tmp_path / "exports" / "step-00000002")
+    with pytest.raises(MegapipeError, match=rf"Name one of them, such as {export}\.$"):
+        model_at(export.parent, FAMILIES)
+
+
 def test_where_there_is_no_model(tmp_path: Path) -> None:
     for path, said in (
         (tmp_path / "gone", "gone: there is no such directory"),
         (tmp_path / ("a" * 300), "can't be read: File name too long"),
         (tmp_path, f"{tmp_path} holds no model: neither a config.json"),
-        (Path("hf://meta-llama/Llama-3"), "hf://meta-llama/Llama-3: models are not downloaded; "),
+        (Path("hf://meta-llama/Llama-3"), "hf://meta-llama/Llama-3 does not exist here. "),
+        (Path("meta-llama/Llama-3"), "`hf download meta-llama/Llama-3 --local-dir DIR`"),
     ):
         with pytest.raises(MegapipeError, match=said):
             model_at(path, FAMILIES)
