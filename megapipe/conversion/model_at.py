@@ -11,7 +11,7 @@ from megapipe.checkpoint.steps import committed, has_manifest, refuse_exports
 from megapipe.checkpoint.storage import read_small
 from megapipe.config import ModelConfig, family_of
 from megapipe.config.paths import HUB
-from megapipe.config.problems import show
+from megapipe.config.problems import nearest, show
 from megapipe.config.source import BEYOND_PYTHON
 from megapipe.conversion.hugging_face.config_file import HuggingFaceConfig, is_hugging_face
 from megapipe.errors import CheckpointError, ConfigError, ConversionError, MegapipeError
@@ -166,29 +166,56 @@ def named_architectures(
                 yield architecture.name, (family, architecture)
 
 
+class _Watched(Mapping[str, object]):
+    """Values, and the names that somebody has looked up."""
+
+    def __init__(self, values: Mapping[str, object]) -> None:
+        self._values = values
+        self.looked_up: set[str] = set()
+
+    def __getitem__(self, name: str) -> object:
+        self.looked_up.add(name)
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
 def megatron_model(
     checkpoint: "MegatronCheckpoint", architecture: Architecture, arguments: Mapping[str, object]
 ) -> ModelConfig:
     """Our [model] for the arguments of Megatron's that a checkpoint holds, and `arguments`, which
     it does not hold.
 
-    Raises ConversionError where one says something else than the checkpoint, or they ask for what
-    we don't compute.
+    Raises ConversionError where one says something else than the checkpoint or nothing of a model,
+    or they ask for what we don't compute.
     """
     for name, value in arguments.items():
         held = checkpoint.arguments.get(name)
         if held is not None and held != value:
             raise ConversionError(
-                f"--argument {name}={value}: {checkpoint.place} says {name} = {show(held)}. Leave "
-                "it out."
+                f"--argument {name} = {show(value)}: {checkpoint.place} says {name} = "
+                f"{show(held)}. Leave it out."
             )
+    values = _Watched({**checkpoint.arguments, **arguments})
     try:
-        model = architecture.read_config({**checkpoint.arguments, **arguments})
+        model = architecture.read_config(values)
     except ConversionError as error:
         raise ConversionError(
             f"{checkpoint.place}: of Megatron's arguments, {error}\n  What the checkpoint does not "
             "hold is given to `megapipe convert` as --argument NAME=VALUE."
         ) from error
+    known = values.looked_up | architecture.write_config(model).keys()
+    for name in arguments:
+        if name not in known and name not in checkpoint.arguments:
+            close = nearest(name, sorted(known))
+            raise ConversionError(
+                f"--argument {name} says nothing of what a model computes. "
+                + (f"Did you mean {close}?" if close else "Leave it out.")
+            )
     return _consistent(model, f"{checkpoint.place}: what Megatron's arguments say")
 
 
