@@ -45,6 +45,11 @@ def require_model(source: Path) -> None:
             f"{place} has weights ({shown(files[0])}) and no {CONFIG}: download the whole "
             "directory of the model."
         )
+    snapshot = next((source / "snapshots").glob("*/" + CONFIG), None)
+    if snapshot is not None:
+        raise ConversionError(
+            f"{place} is a cache of Hugging Face's. Name a snapshot in it: {shown(snapshot.parent)}"
+        )
     raise ConversionError(
         f"{place} holds no model: neither {CONFIG}, as those of Hugging Face, nor a checkpoint of "
         "Megatron's, nor one of megapipe."

@@ -73,6 +73,11 @@ def half(folder: Path) -> None:
     (folder / "half" / "model-00002-of-00002.safetensors").unlink()
 
 
+def cache(folder: Path) -> None:
+    """Of the library huggingface_hub, which downloads there by default."""
+    shutil.copytree(folder / "hf", folder / "models--org--hf" / "snapshots" / "9f2c")
+
+
 def cut(folder: Path) -> None:
     write_model(folder / "cut")
     os.truncate(folder / "cut" / "model.safetensors", 5000)
@@ -128,6 +133,7 @@ OTHER = {"architectures": ["FalconForCausalLM"], "model_type": "falcon"}
         ),
         (None, "convert hf/config.json out", "hf/config.json is a file. Name the directory of"),
         (lambda home: (home / "empty").mkdir(), "convert empty out", "empty holds no model"),
+        (cache, "convert models--org--hf out", "it: models--org--hf/snapshots/9f2c"),
         (half, "convert half out", "half has 1 of the 2 files of its weights (model-00002-of-"),
         (cut, "convert cut out", "cut/model.safetensors is cut off: it has 5,000 of "),
         (without_config, "convert bare out", "bare has weights (model.safetensors) and no config"),
