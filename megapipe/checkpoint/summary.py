@@ -11,7 +11,7 @@ from typing import Any
 
 from megapipe.amounts import counted, format_bytes
 from megapipe.checkpoint.manifest import Manifest
-from megapipe.checkpoint.steps import check_names, committed, has_manifest
+from megapipe.checkpoint.steps import check_names, committed, has_manifest, refuse_exports
 from megapipe.checkpoint.storage import checksum, read_small
 from megapipe.checkpoint.verify import damage, damage_in_threads, read_manifest
 from megapipe.config import ModelConfig
@@ -73,13 +73,18 @@ class ListedCheckpoint:
 def find_checkpoints(path: Path) -> Path | None:
     """The directory of all checkpoints where `path` is a run's directory, or that one itself; None
     where it can only be a single checkpoint. Raises CheckpointError for names that megapipe would
-    not see."""
+    not see, and for a directory of exports."""
     whole = has_manifest(path)
     places = (path / "checkpoints", path)
     for root in places:
         if root.is_dir() or root.is_symlink():
             check_names(root)
-    return None if whole else next((root for root in places if committed(root)), None)
+    if whole:
+        return None
+    found = next((root for root in places if committed(root)), None)
+    if found is not None:
+        refuse_exports(found)
+    return found
 
 
 def list_checkpoints(root: Path, *, read: bool, bar: Bar = _no_bar) -> list[ListedCheckpoint]:

@@ -107,7 +107,7 @@ def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
             _export_to_megatron(asked, families, say, bar)
         else:
             _export(asked, families, say, bar)
-    say(f"Written: {shown(asked.target)}")
+    say(f"Written: {shown(asked.target)}, {_result(incoming, to_megatron)}")
 
 
 def _refuse_options(

@@ -21,8 +21,9 @@ from megapipe.conversion.model_at import Families, find_architecture, megatron_a
 from megapipe.conversion.open import open_hugging_face, open_megatron_weights
 from megapipe.conversion.proof import Sequences
 from megapipe.conversion.source import WeightSource
-from megapipe.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megapipe.data.tokenizer import Tokenizer, load_tokenizer
 from megapipe.errors import ConversionError, DataError
+from megapipe.files import shown
 from megapipe.layout.architecture import Stack
 from megapipe.layout.family import ModelFamily
 
@@ -67,11 +68,17 @@ class Incoming:
             check_companions(self.tokenizer)
         try:
             tokenizer = load_tokenizer(self.tokenizer, key=None)
-            check_vocabulary(tokenizer, self.weights.model.vocab_size)
         except DataError as error:
             raise ConversionError(
                 f"{error} To convert the weights without a tokenizer: --no-tokenizer."
             ) from error
+        size = self.weights.model.vocab_size
+        if tokenizer.vocab_size > size:
+            raise ConversionError(
+                f"{shown(tokenizer.path)} numbers tokens up to {tokenizer.vocab_size - 1:,}, and "
+                f"the model has only {size:,}, so they don't belong together. Name the model's "
+                "own: --tokenizer PATH; or convert the weights alone: --no-tokenizer."
+            )
         return tokenizer
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from megapipe.checkpoint.find import find_checkpoint
 from megapipe.conversion.kind import HUGGING_FACE_CONFIG as CONFIG
 from megapipe.conversion.kind import kind_of
+from megapipe.conversion.model_at import refuse_hub_name
 from megapipe.errors import ConversionError
 from megapipe.files import shown
 
@@ -20,6 +21,7 @@ def require_model(source: Path) -> None:
     A run that has saved nothing passes: reading it says so.
     """
     place = shown(source)
+    refuse_hub_name(source)
     if not source.exists():
         raise ConversionError(f"{place} does not exist.")
     if not source.is_dir():
@@ -40,6 +42,11 @@ def require_model(source: Path) -> None:
         raise ConversionError(
             f"{place} has weights ({shown(files[0])}) and no {CONFIG}: download the whole "
             "directory of the model."
+        )
+    snapshot = next((source / "snapshots").glob("*/" + CONFIG), None)
+    if snapshot is not None:
+        raise ConversionError(
+            f"{place} is a cache of Hugging Face's. Name a snapshot in it: {shown(snapshot.parent)}"
         )
     raise ConversionError(
         f"{place} holds no model: neither {CONFIG}, as those of Hugging Face, nor a checkpoint of "

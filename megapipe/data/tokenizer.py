@@ -98,7 +98,8 @@ def _find(path: Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{shown(path)} does not exist; train a tokenizer with `megapipe tokenizer train FILES "
-            f"--vocab-size N --out {shown(path.with_suffix('.model'))}`."
+            f"--vocab-size N --out {shown(path.with_suffix('.model'))}`, or name "
+            "a checkpoint, which keeps the tokenizer of its run."
         ) from None
     except OSError as error:
         raise DataError(f"{shown(path)} can't be read: {reason(error)}") from error

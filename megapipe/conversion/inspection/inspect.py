@@ -76,7 +76,10 @@ def _other_stack(path: Path) -> CheckpointSummary:
 
 def _refuse_run(root: Path, option: str) -> None:
     newest = next(iter(committed(root).values()))
-    raise UsageError(f"{option} lists those of one checkpoint, such as {shown(newest)}")
+    raise UsageError(
+        f"{option} is for single checkpoints, and {shown(root)} holds all of a run's. Name one, "
+        f"such as {shown(newest)}."
+    )
 
 
 def _verdict(read: bool) -> str:

@@ -75,10 +75,10 @@ def test_a_run_and_its_damage_as_json(tmp_path: Path) -> None:
     ]
     assert "config.toml is missing" in content["checkpoints"][0]["problems"][0]
     with pytest.raises(
-        UsageError, match=f"--stats lists those of one checkpoint, such as {newest}"
+        UsageError, match=f"--stats is for single checkpoints, .* Name one, such as {newest}"
     ):
         inspect(tmp_path, stats=True)
-    with pytest.raises(UsageError, match="--diff lists those of one checkpoint"):
+    with pytest.raises(UsageError, match=r"--diff is for single checkpoints, and .*/checkp"):
         report_two(newest, tmp_path, FAMILIES, bar)
 
 
