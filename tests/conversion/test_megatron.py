@@ -148,6 +148,20 @@ def test_what_megatron_can_not_hold(tmp_path: Path) -> None:
     assert not (tmp_path / "megatron").exists()
 
 
+@pytest.mark.parametrize(("case", "tensor"), [("gpt2", 8), ("llama", 8), ("llama", 3)])
+def test_sizes_with_which_megatron_would_not_start(case: str, tensor: int, tmp_path: Path) -> None:
+    checkpoint = from_hugging_face(case, tmp_path)
+    with pytest.raises(ConversionError, match=rf"--tensor {tensor}: .* ranks\. Take 1, 2 or 4\."):
+        to_megatron(checkpoint, tmp_path / "megatron", RankGrid(tensor))
+    assert not (tmp_path / "megatron").exists()
+
+
+def test_more_ranks_than_query_groups(tmp_path: Path) -> None:
+    checkpoint = from_hugging_face("llama", tmp_path)
+    assert open_weights(checkpoint, FAMILIES).model.num_kv_heads == 2
+    to_megatron(checkpoint, tmp_path / "megatron", RankGrid(4))
+
+
 def test_ranks_are_for_megatron_alone(tmp_path: Path) -> None:
     checkpoint = from_hugging_face("llama", tmp_path)
     asked = Conversion(checkpoint, tmp_path / "out", grid=RankGrid(2))
