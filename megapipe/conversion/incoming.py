@@ -125,6 +125,12 @@ def _from_megatron(
         megatron_logits, checkpoint.path, arguments, architecture.write_config(weights.model)
     )
     notes = []
+    if {**checkpoint.arguments, **arguments}.get("vocab_size") is None:
+        notes.append(
+            "Neither the checkpoint nor --argument says vocab_size, so the model keeps all "
+            f"{weights.model.vocab_size:,} rows of the padded vocabulary. To leave the padding "
+            "out: --argument vocab_size=N, the number of tokens of its tokenizer."
+        )
     if checkpoint.optimizer is not None:
         taken = "a run starts with a new one"
         if checkpoint.state:

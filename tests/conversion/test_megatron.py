@@ -10,11 +10,12 @@ import torch
 
 from megapipe.conversion.convert import Conversion, ProofOptions, convert
 from megapipe.conversion.hugging_face.export import ExportOptions
+from megapipe.conversion.incoming import open_incoming
 from megapipe.conversion.megatron.directory import open_megatron
 from megapipe.conversion.megatron.export import widest_dtype
 from megapipe.conversion.megatron.reference import megatron_logits
 from megapipe.conversion.megatron.writer import RankGrid
-from megapipe.conversion.open import open_weights
+from megapipe.conversion.open import open_megatron_weights, open_weights
 from megapipe.conversion.proof import TOLERANCE
 from megapipe.errors import CheckpointError, ConversionError
 from megapipe.models import load_pretrained
@@ -123,6 +124,38 @@ def test_optimizer_state_is_named(
     asked = Conversion(tmp_path / "megatron", tmp_path / "back", options, ProofOptions(False))
     convert(asked, FAMILIES, said.append, no_bar)
     assert said[1] == f"Optimizer state (fully_reshardable) is left behind: {then}"
+
+
+def test_what_nobody_has_said_is_named_where_tensors_do_not_fit(tmp_path: Path) -> None:
+    to_megatron(from_hugging_face("llama", tmp_path), tmp_path / "megatron", RankGrid())
+    held = open_megatron(tmp_path / "megatron")
+    few = ("num_layers", "hidden_size", "num_attention_heads", "vocab_size", "seq_length")
+    held = replace(held, arguments={name: held.arguments[name] for name in few})
+    given = {"swiglu": True, "normalization": "RMSNorm"}
+    with pytest.raises(ConversionError) as caught:
+        open_megatron_weights(held, FAMILIES, given)
+    *_, last = str(caught.value).splitlines()
+    assert last == (
+        "Neither the checkpoint nor --argument says these, so they are Megatron's defaults: "
+        "add_bias_linear=true, add_qkv_bias=true, position_embedding_type=learned_absolute, "
+        "untie_embeddings_and_output_weights=false, group_query_attention=false, "
+        "num_query_groups=4, qk_layernorm=false, ffn_hidden_size=256, kv_channels=16. Pass "
+        "the right values of those that differ to `megapipe convert` as --argument NAME=VALUE."
+    )
+
+
+def test_padding_that_is_kept_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    to_megatron(from_hugging_face("llama", tmp_path), tmp_path / "megatron", RankGrid())
+    held = open_megatron(tmp_path / "megatron")
+    held = replace(held, arguments={**held.arguments, "vocab_size": None})
+    monkeypatch.setattr("megapipe.conversion.incoming.open_megatron", lambda path: held)
+    [note] = open_incoming(held.path, {}, None, FAMILIES).notes
+    assert note == (
+        "Neither the checkpoint nor --argument says vocab_size, so the model keeps all 384 rows of "
+        "the padded vocabulary. To leave the padding out: --argument vocab_size=N, the number of "
+        "tokens of its tokenizer."
+    )
+    assert open_incoming(held.path, {"vocab_size": 259}, None, FAMILIES).notes == []
 
 
 def test_all_weights_get_the_widest_dtype() -> None:
