@@ -263,10 +263,26 @@ def test_models_that_no_architecture_holds(tmp_path: Path) -> None:
             tmp_path / "out",
             ExportOptions("LlamaForCausalLM", tokenizer=False),
         )
-    with pytest.raises(ConversionError, match=r"--to Llama is no architecture.*LlamaForCausalLM"):
-        run(tmp_path / "checkpoint", tmp_path / "out", ExportOptions("Llama", tokenizer=False))
     with pytest.raises(ConversionError, match="--to X is for conversions to other stacks"):
         run(source, tmp_path / "out", ExportOptions("X"))
+
+
+def test_architectures_that_do_not_fit_name_those_that_do(tmp_path: Path) -> None:
+    run(save_model("llama", tmp_path / "in"), tmp_path / "checkpoint")
+    for name, said in (
+        (
+            "Qwen2ForCausalLM",
+            "checkpoint: the model can't be exported as Qwen2ForCausalLM:\n  model.",
+        ),
+        ("Qwen2ForCausalLM", "With --to it can become LlamaForCausalLM, MistralForCausalLM, Phi3"),
+        ("Llama", "--to Llama is no architecture of models like this one; did you mean "),
+        ("gptmodel", "did you mean GPTModel? There are LlamaForCausalLM, "),
+        ("X", "--to X is no architecture of models like this one; there are LlamaForCausalLM, "),
+        ("X", ", GPTModel"),
+    ):
+        with pytest.raises(ConversionError) as caught:
+            run(tmp_path / "checkpoint", tmp_path / "out", ExportOptions(name, tokenizer=False))
+        assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(
