@@ -33,6 +33,7 @@ from megapipe.conversion.megatron.sharing import (
     second_of_mlp,
     shared_dim,
 )
+from megapipe.conversion.new_directory import FILE_MODE
 from megapipe.errors import CheckpointError
 from megapipe.files import sync_directory, write_all, write_durably
 
@@ -113,7 +114,7 @@ def write_rank_directories(
         _write_rank(target / "model_optim_rng.pt", model, chunks, saved, dtype, progress)
         sync_directory(target)
     sync_directory(directory / RELEASE)
-    write_durably(directory / TRACKER, [RELEASE.encode()])
+    write_durably(directory / TRACKER, [RELEASE.encode()], FILE_MODE)
 
 
 # --- What a rank holds ---------------------------------------------------------------------------
