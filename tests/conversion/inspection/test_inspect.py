@@ -93,6 +93,13 @@ def test_statistics_stop_at_damage(tmp_path: Path) -> None:
         inspect(path, stats=True, read=False)
 
 
+def test_tensors_are_listed_in_order(tmp_path: Path) -> None:
+    names = ["layers.10.w", "layers.9.w", "output.w", "embedding.w"]
+    path = save_sample_weights(tmp_path / "w", dict.fromkeys(names, torch.zeros(1)))
+    listed = json.loads(inspect(path, tensors=True).json())["tensors"]
+    assert [one["name"] for one in listed] == [f"weights/{names[at]}" for at in (3, 1, 0, 2)]
+
+
 def test_two_checkpoints_that_differ(tmp_path: Path) -> None:
     one = save_sample_weights(tmp_path / "A", {"w": torch.zeros(4), "same": torch.ones(2)})
     two = save_sample_weights(
