@@ -39,7 +39,7 @@ from megapipe.conversion.megatron.writer import RankGrid
 from megapipe.conversion.model_at import Families, megatron_architecture
 from megapipe.conversion.open import checkpoint_weights, kept_tokenizer
 from megapipe.conversion.places import check_target, new_parents_removed, require_model
-from megapipe.conversion.proof import TheirLogits, proof_sequences, prove
+from megapipe.conversion.proof import TheirLogits, check_proof, proof_sequences, prove
 from megapipe.conversion.source import CheckpointWeights, WeightSource
 from megapipe.data.tokenizer import Tokenizer, load_tokenizer
 from megapipe.errors import ConversionError
@@ -144,6 +144,7 @@ def _import(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     options = asked.options
     incoming = open_incoming(asked.source, asked.arguments, asked.tokenizer, families)
     weights = incoming.weights
+    check_proof(weights.model, asked.proof.layers, asked.proof.tokens)
     tokenizer = incoming.load_tokenizer() if options.tokenizer else None
     say(f"{weights.place}: {incoming.architecture}, {_amounts(weights)}")
     for line in incoming.notes:
@@ -179,6 +180,7 @@ def _export_to_megatron(asked: Conversion, families: Families, say: Say, bar: Ba
     """From a checkpoint to Megatron-LM's directories for ranks."""
     reader = open_checkpoint(find_checkpoint(asked.source))
     weights = checkpoint_weights(reader, families)
+    check_proof(weights.model, asked.proof.layers, asked.proof.tokens)
     family, architecture = megatron_architecture(
         {weights.model.family: families[weights.model.family]}
     )
@@ -201,6 +203,7 @@ def _export(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     tokenizer = None if asked.tokenizer is None else load_tokenizer(asked.tokenizer, key=None)
     planned = plan_export(reader, families, asked.options, say, tokenizer)
     export = planned.export
+    check_proof(export.source.model, asked.proof.layers, asked.proof.tokens)
     say(f"{export.source.place}: {export.architecture.name}, {_amounts(export.source)}")
     for line in planned.notes:
         say(line)

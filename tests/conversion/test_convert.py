@@ -233,15 +233,19 @@ def test_without_the_other_implementation(tmp_path: Path, monkeypatch: pytest.Mo
     run(source, tmp_path / "checkpoint", wanted=False)
 
 
-def test_more_layers_than_there_are_means_all(tmp_path: Path) -> None:
-    source = save_model("llama", tmp_path / "in")
-    assert "layers)" not in run(source, tmp_path / "checkpoint", layers=100)[-2]
-
-
-def test_sequences_that_the_model_is_not_made_for(tmp_path: Path) -> None:
-    source = save_model("llama", tmp_path / "in")
-    with pytest.raises(ConversionError, match="--proof-tokens 129: the model is made for 128"):
-        run(source, tmp_path / "checkpoint", tokens=129)
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"layers": 5}, "--proof-layers 5: the model has 4 layers."),
+        ({"tokens": 129}, "--proof-tokens 129: the model is made for 128 tokens at most."),
+    ],
+)
+def test_proofs_for_which_the_model_is_too_small(
+    asked: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megapipe.conversion.convert.save_weights", None)  # nothing is written
+    with pytest.raises(ConversionError, match=said):
+        run(save_model("llama", tmp_path / "in"), tmp_path / "checkpoint", **asked)
 
 
 def test_all_files_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
