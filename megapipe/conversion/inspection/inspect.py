@@ -25,8 +25,11 @@ if TYPE_CHECKING:  # which needs torch
     from megapipe.conversion.model_at import Families
 
 
-def report_one(path: Path, *, read: bool, tensors: bool, stats: bool, bar: Bar) -> Report:
-    """On a checkpoint, all of a run's, or another stack's directory.
+def report_one(
+    path: Path, families: "Families", *, read: bool, tensors: bool, stats: bool, bar: Bar
+) -> Report:
+    """On a checkpoint, all of a run's, or another stack's directory, whose model is one of the
+    `families` if it is known.
 
     With `read`, every byte that has a checksum is verified. `tensors` lists them, `stats` adds what
     their values are like. Raises CheckpointError or ConversionError where there is nothing to read.
@@ -36,7 +39,7 @@ def report_one(path: Path, *, read: bool, tensors: bool, stats: bool, bar: Bar) 
         if tensors or stats:
             _refuse_run(root, "--stats" if stats else "--tensors")
         return report_run(root, list_checkpoints(root, read=read, bar=bar), _verdict(read))
-    other = _other_stack(path) if kind_of(path) in OTHER_STACKS else None
+    other = _other_stack(path, families) if kind_of(path) in OTHER_STACKS else None
     summary = other or summarize_checkpoint(path, read=read, bar=bar)
     verdict = "sizes agree, the format has no checksums" if other else _verdict(read)
     if not stats or summary.problems:
@@ -68,10 +71,10 @@ def report_two(first: Path, second: Path, families: "Families", bar: Bar) -> Rep
         return report_difference(first, second, compare_tensors(one, other, progress))
 
 
-def _other_stack(path: Path) -> CheckpointSummary:
+def _other_stack(path: Path, families: "Families") -> CheckpointSummary:
     from megapipe.conversion.inspection.open import summarize_other_stack
 
-    return summarize_other_stack(path)
+    return summarize_other_stack(path, families)
 
 
 def _refuse_run(root: Path, option: str) -> None:
