@@ -187,7 +187,7 @@ class ReplicaFeed(StepPart):
         config = self._config
         tokenizer = load_tokenizer(config.data.tokenizer)
         assert config.model.vocab_size is not None
-        check_vocabulary(tokenizer, config.model.vocab_size)
+        check_vocabulary(tokenizer, config.model.vocab_size, config.checkpoint.load_from)
         return BatchFeed(
             config.data,
             seed=config.train.seed,

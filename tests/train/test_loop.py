@@ -183,18 +183,10 @@ class Loggers:
 
 
 class Exports:
-    """Notes what is to be exported; says that the export of a step was missed."""
+    """Notes what is to be exported."""
 
-    def __init__(self, missed: int | None = None) -> None:
+    def __init__(self) -> None:
         self.written: list[tuple[Path, int]] = []
-        self.cleared = 0
-        self._missed = missed
-
-    def clear(self) -> None:
-        self.cleared += 1
-
-    def missed(self, step: int) -> Path | None:
-        return Path(f"old-{step}") if step == self._missed else None
 
     def write(self, checkpoint: Path, step: int) -> str:
         self.written.append((checkpoint, step))
@@ -244,23 +236,6 @@ def test_exports_what_it_saves_for_that(tmp_path: Path) -> None:
     assert "NOT SAVED at step 4" in run.loggers.events[3]
     assert "the next attempt is after step 6." in run.loggers.events[3]
     assert run.loggers.events[4] == "NOT EXPORTED at step 4: its checkpoint was not saved."
-
-
-def test_an_export_that_was_missed_comes_first(tmp_path: Path) -> None:
-    """Of a start that was killed after its checkpoint."""
-    config = make_config(tmp_path, "--checkpoint.export_every=4")
-    run = make_run(config, progress=Progress(4, 400), exports=Exports(missed=4))
-    train(run)
-    assert run.exports.cleared == 1
-    assert run.exports.written == [(Path("old-4"), 4)]
-    assert run.loggers.events[0] == "Exported 4"
-    assert run.stop.heard[:3] == ["begin", "save", "saved"]
-    whole = make_run(config, progress=Progress(4, 400))
-    train(whole)
-    assert whole.exports.written == []
-    without = make_run(make_config(tmp_path), progress=Progress(4, 400), exports=Exports(missed=4))
-    train(without)
-    assert (without.exports.cleared, without.exports.written) == (0, [])
 
 
 def test_tells_each_step(tmp_path: Path) -> None:
