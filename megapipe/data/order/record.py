@@ -15,7 +15,7 @@ from megapipe.config import SourceConfig
 from megapipe.config.problems import show
 from megapipe.data.order.keys import ORDER_VERSION
 from megapipe.data.order.timeline import Phase
-from megapipe.data.sources import NO_RECORD, Cohort, Record, Source, recorded_file
+from megapipe.data.sources import NO_RECORD, Cohort, Source, SourceRecord, recorded_file
 from megapipe.errors import DataError
 from megapipe.files import replace_durably, shown
 
@@ -189,7 +189,7 @@ def _readable(value: object) -> str:
 class News:
     """How the files of a source differ from those recorded: paths of new, gone and changed ones."""
 
-    def __init__(self, source: Source, record: Record) -> None:
+    def __init__(self, source: Source, record: SourceRecord) -> None:
         before = {file.key: file for cohort in record.cohorts for file in cohort.files}
         now = {file.key: file for cohort in source.cohorts for file in cohort.files}
         self.new = [str(source.root / key) for key in sorted(now.keys() - before.keys())]
@@ -201,7 +201,7 @@ class News:
         ]
 
 
-def read_record(directory: Path | None, config: SourceConfig) -> Record:
+def read_record(directory: Path | None, config: SourceConfig) -> SourceRecord:
     """What an earlier start found of a source's files; nothing where there is no record, or one
     of files that were read in another way."""
     if directory is None:
@@ -213,7 +213,7 @@ def read_record(directory: Path | None, config: SourceConfig) -> Record:
         cohorts = tuple(
             Cohort(step, tuple(map(recorded_file, files))) for step, files in state["cohorts"]
         )
-        return Record(cohorts)
+        return SourceRecord(cohorts)
     except (OSError, ValueError, KeyError, TypeError):
         return NO_RECORD
 
