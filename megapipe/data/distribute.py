@@ -9,6 +9,7 @@ on every rank at once.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from megapipe.distributed.rank_group import Value
 from megapipe.errors import explained
 from megapipe.layout.layout import Layout
 from megapipe.microbatch import MicroBatch
-from megapipe.step_sums import Given, StepPart, StepSums
+from megapipe.step_sums import Given, StepPart, StepSums, Totals
 from megapipe.transfer import to_device
 
 SOURCE_BYTES, SOURCE_EPOCHS = "source.bytes", "source.epochs"
@@ -32,6 +33,20 @@ SOURCE_BYTES, SOURCE_EPOCHS = "source.bytes", "source.epochs"
 
 BATCH_HASH = "batch.hash"
 HASH_PIECES = 4
+
+WAITED, SLOW_SOURCE, SLOW_FILE = "wait.seconds", "wait.source", "wait.file"
+"""Quantities with a place for each replica: how long it waited for its batch, and the numbers of
+the source and of its file on which its reader spent most time."""
+
+
+class SlowReader(NamedTuple):
+    """The replica that waited longest for the data of a step, and what it was reading."""
+
+    replica: int
+    wait_seconds: float
+    source: str
+    file: str
+
 
 COUNTS = ("skipped_rows", "skipped_bytes", "unreadable_bytes", "empty_rows", "excluded_rows")
 """What a feed gives in each step beside its epoch: fields of a step's metrics."""
@@ -146,6 +161,8 @@ class ReplicaFeed(StepPart):
         for name in (SOURCE_BYTES, SOURCE_EPOCHS):
             sums.register(name, len(self._config.data.sources))
         sums.register(BATCH_HASH, HASH_PIECES)
+        for name in (WAITED, SLOW_SOURCE, SLOW_FILE):
+            sums.register(name, self._layout.replicas)
 
     def given(self) -> dict[str, Given]:
         """What this rank's reader has skipped and how often it has begun anew; {} elsewhere."""
@@ -173,7 +190,32 @@ class ReplicaFeed(StepPart):
             SOURCE_BYTES: {place: bytes_[name] for place, name in enumerate(names)},
             SOURCE_EPOCHS: {place: feed.epochs[name] / streams for place, name in enumerate(names)},
             BATCH_HASH: dict(enumerate(hash_pieces(self._batch.hash))),
+            **self._waiting(feed, self._batch),
         }
+
+    def _waiting(self, feed: BatchFeed, batch: Batch) -> dict[str, Given]:
+        """How long this replica waited for its batch, and on which file its reader spent most."""
+        replica = self._mesh.batch.rank
+        place = next(
+            place for place, one in enumerate(feed.sources) if one.name == batch.slowest.source
+        )
+        keys = file_keys(feed.sources[place])
+        number = keys.index(batch.slowest.file) if batch.slowest.file else 0
+        return {
+            WAITED: {replica: feed.wait_seconds},
+            SLOW_SOURCE: {replica: place},
+            SLOW_FILE: {replica: number},
+        }
+
+    def slowest(self, totals: Totals) -> SlowReader | None:
+        """The replica that waited longest for its data, on a rank that reads; None elsewhere."""
+        if self._feed is None:
+            return None
+        waits = totals.all(WAITED)
+        replica = max(range(len(waits)), key=waits.__getitem__)
+        source = self._feed.sources[int(totals.all(SLOW_SOURCE)[replica])]
+        file = file_keys(source)[int(totals.all(SLOW_FILE)[replica])]
+        return SlowReader(replica, waits[replica], source.name, str(source.root / file))
 
     def close(self) -> None:
         if self._feed:
@@ -263,6 +305,11 @@ class ReplicaFeed(StepPart):
             )
             for start in range(0, count, size)
         ]
+
+
+def file_keys(source: Source) -> list[str]:
+    """The keys of a source's files, in an order that all ranks have."""
+    return [file.key for cohort in source.cohorts for file in cohort.files]
 
 
 def hash_pieces(value: int) -> list[int]:

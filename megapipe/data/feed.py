@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
@@ -43,6 +44,14 @@ from megapipe.errors import DataError
 MASK = (1 << 64) - 1
 
 
+class Reading(NamedTuple):
+    """Time spent on reading a file of a source for one batch."""
+
+    seconds: float
+    source: str
+    file: str
+
+
 @dataclass(frozen=True)
 class Batch:
     """A rank's part of one global batch, n = global_batch_size / D samples in order.
@@ -60,6 +69,7 @@ class Batch:
     sources: Tokens
     stretches: list[list[Stretch]]
     after: dict[int, State]
+    slowest: Reading
 
     @property
     def text_bytes(self) -> Counter[str]:
@@ -283,7 +293,7 @@ class BatchFeed:
             for source in self._sources
         )
         self._store = RowStore(open_parts)
-        orders = [self._order(source) for source in self._sources]
+        orders = self._orders = [self._order(source) for source in self._sources]
         self._streams: dict[int, tuple[DocumentStream, Packer]] = {}
         for stream in self._hosted:
             parts = {order.source.name: self._source_stream(order, stream) for order in orders}
@@ -359,7 +369,14 @@ class BatchFeed:
             np.stack([self._sources_of(sequence) for sequence in sequences]),
             [sequence.stretches for sequence in sequences],
             {stream: self._state(stream) for stream in streams},
+            self._slowest(),
         )
+
+    def _slowest(self) -> Reading:
+        """The file on which most time was spent since the batch before."""
+        spent = [(*order.take_seconds(), order.source.name) for order in self._orders]
+        seconds, key, name = max(spent)
+        return Reading(seconds, name, key)
 
     def _sources_of(self, sequence: Packed) -> Tokens:
         """The number of each target's source."""

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from megapipe.config import Config
-from megapipe.data.distribute import BATCH_HASH, COUNTS, ReplicaFeed, joined_hash
+from megapipe.data.distribute import (
+    BATCH_HASH,
+    COUNTS,
+    ReplicaFeed,
+    SlowReader,
+    joined_hash,
+)
 from megapipe.data.rows import too_many_bad_rows
 from megapipe.errors import CheckpointError
 from megapipe.optim.learning_rate import learning_rate
@@ -31,6 +37,7 @@ from megapipe.train.source_metrics import (
     validation_source_names,
 )
 from megapipe.train.timeline import TimelineWriter
+from megapipe.train.waiting import Waiting
 
 
 @dataclass
@@ -75,6 +82,7 @@ def train(run: Run) -> Progress:
     for part in (StopFlag(run.stop), run.feed, run.bubble):
         run.engine.join(part)
     run.stop.begin()
+    waiting = Waiting()
     while progress.step < config.train.steps:
         began = time.perf_counter()
         rate = learning_rate(progress.step, config.optimizer, config.train.steps)
@@ -93,7 +101,10 @@ def train(run: Run) -> Progress:
         validation = failure = None
         if _due(progress.step, config.train.validation_every, last=config.train.steps):
             validation, failure = validation_totals(run)
-        run.loggers.log(_metrics(run, progress, result, rate, seconds, waited, validation))
+        slowest = run.feed.slowest(result.totals)
+        run.loggers.log(_metrics(run, progress, result, rate, seconds, waited, validation, slowest))
+        if line := waiting.after(progress.step, slowest, seconds):
+            run.loggers.event(line)
         if run.engine.mesh.batch.size > 1:  # one reader alone stops by itself, and names the row
             skipped = int(result.totals["skipped_rows"])
             failure = failure or too_many_bad_rows(skipped, config.data.max_bad_rows)
@@ -193,6 +204,7 @@ def _metrics(
     seconds: float,
     waited: float,
     validation: Totals | None,
+    slowest: SlowReader | None,
 ) -> Metrics:
     mesh, config = run.engine.mesh, run.config
     speed = result.tokens / seconds
@@ -211,6 +223,7 @@ def _metrics(
         step_seconds=seconds,
         mfu=speed * run.flops_per_token / (peak * mesh.world_size) if peak else None,
         data_wait_seconds=waited,
+        slowest_reader=slowest._asdict() if slowest else None,
         memory_bytes=peak_memory_bytes(mesh.device),
         epoch=int(result.totals["epoch"]),
         **{name: int(result.totals[name]) for name in COUNTS},

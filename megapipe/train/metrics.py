@@ -33,6 +33,7 @@ class Metrics:
     unreadable_bytes: int  # of damaged files, as they lie on the disk
     empty_rows: int  # not counted as bad
     excluded_rows: int  # times that an excluded row was passed over
+    slowest_reader: Mapping[str, Any] | None  # the replica that waited longest, and for which file
     batch_hash: str  # of the tokens of the global batch: see Batch.hash
     validation_loss: float | None = None  # None: not measured after this step
     bubble: float | None = None  # idle over busy time of the pipeline; None in a start's first step

@@ -1,5 +1,9 @@
 """The rows of one source in the order of the run, for the streams that one reader hosts."""
 
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from megapipe.data.order.keys import keyed
@@ -49,6 +53,7 @@ class SourceOrder:
         self.window = window(source, streams, open_parts)
         self.in_turns = in_turns(source)
         self._store = store
+        self._seconds: defaultdict[str, float] = defaultdict(float)
         self._parts: dict[Place, tuple[SourceFile, PartOfUnit | None]] = {}
 
     def joined(self, step: int) -> list[FileOrder]:
@@ -64,13 +69,17 @@ class SourceOrder:
         file, part = self._found(place)
         if part is None or self.has_left(file, step):
             return None
-        raw = self._store.row((self.source.name, *place), part, number)
+        with self._measured(file):
+            raw = self._store.row((self.source.name, *place), part, number)
         return None if raw is None else RowPlace(file, part.unit, raw)
 
     def rows(self, place: Place, step: int) -> int | None:
         """How many rows a part has; 0 if its file has left. None where that can't be known."""
         file, part = self._found(place)
-        return 0 if part is None or self.has_left(file, step) else self._store.count(part)
+        if part is None or self.has_left(file, step):
+            return 0
+        with self._measured(file):
+            return self._store.count(part)
 
     def is_gone(self, place: Place, step: int) -> bool:
         """Whether the file of a part has left."""
@@ -90,6 +99,20 @@ class SourceOrder:
     def has_left(self, file: SourceFile, step: int) -> bool:
         """Whether the batch behind step `step` must not read a file."""
         return file.rows is None or self.source.leaves.get(file.key, step + 1) <= step
+
+    def take_seconds(self) -> tuple[float, str]:
+        """The most that was spent on reading one file since this was asked last, and its key."""
+        seconds, key = max(
+            ((spent, key) for key, spent in self._seconds.items()), default=(0.0, "")
+        )
+        self._seconds.clear()
+        return seconds, key
+
+    @contextmanager
+    def _measured(self, file: SourceFile) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds[file.key] += time.perf_counter() - began
 
     def _found(self, place: Place) -> tuple[SourceFile, PartOfUnit | None]:
         """The part at a place, None where its file is gone from the disk."""
