@@ -5,6 +5,7 @@ import math
 import re
 import resource
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 

@@ -30,6 +30,7 @@ def sample(step: int) -> Metrics:
         unreadable_bytes=30,
         empty_rows=7,
         excluded_rows=4,
+        slowest_reader={"replica": 1, "wait_seconds": 0.01, "source": "web", "file": "a.jsonl"},
         batch_hash="0123456789abcdef",
         validation_loss=4.25 if step % 5 == 0 else None,
         bubble=0.4,
