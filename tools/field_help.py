@@ -90,7 +90,7 @@ def table_of(kind: Any) -> type[BaseModel] | None:
 
 
 def value_words(kind: Any) -> str:
-    """What to type for a value: `INTEGER`, `gpipe|1f1b`, `[INTEGER, ...]`."""
+    """What to type for a value: `INTEGER`, `gpipe|1f1b`, `[INTEGER, ...]`, `{NAME = NUMBER, ...}`."""
     kind = _bare(kind)
     if get_origin(kind) in (Union, types.UnionType):
         return "|".join(value_words(part) for part in get_args(kind) if part is not type(None))
@@ -99,4 +99,6 @@ def value_words(kind: Any) -> str:
     if get_origin(kind) is tuple:
         inner = [value_words(part) if part is not ... else "..." for part in get_args(kind)]
         return f"[{', '.join(inner)}]"
+    if get_origin(kind) is dict:
+        return f"{{NAME = {value_words(get_args(kind)[1])}, ...}}"
     return "TABLE" if table_of(kind) is not None else _WORDS[kind]

@@ -28,6 +28,13 @@ def test_keys_of_another_family_follow_those_of_the_default_one(
         assert shown.count(f"  --model.{key} ") == 1
 
 
+def test_tables_with_keys_of_their_own_are_shown() -> None:
+    shown = field_help(GPT_ALONE)
+    assert "  --data.phases.0.weights {NAME = NUMBER, ...}\n" in shown
+    assert "  --data.changes.0.add TEXT\n" in shown
+    assert "  --data.exclude.0.sources [TEXT, ...]\n" in shown
+
+
 def test_help_lists_the_presets_of_each_family(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

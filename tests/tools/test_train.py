@@ -311,7 +311,7 @@ def test_text_that_can_not_be_read_costs_no_step_that_was_taken(
     step = len(read_rows(run_dir))
     assert 1 <= step < 40
     assert f"Saved {run_dir}/checkpoints/step-{step:08d}\n" in said
-    assert len(re.findall("^megapipe: .*row 64: malformed JSON", said, re.MULTILINE)) == 1
+    assert len(re.findall(r"^megapipe: .*byte 10,826: malformed JSON", said, re.MULTILINE)) == 1
 
     last = f"--train.steps={step + 3}"
     said = Command(corpus, *words, last, f"--train.run_dir={run_dir}").finish()
