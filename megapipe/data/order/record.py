@@ -204,7 +204,7 @@ def read_record(directory: Path | None, config: SourceConfig) -> Record:
     if directory is None:
         return NO_RECORD
     try:
-        state = json.loads((directory / f"{config.name}.json").read_bytes())
+        state = json.loads(_record_file(directory, config.name).read_bytes())
         if state["order"] != ORDER_VERSION or state["reading"] != _reading(config):
             return NO_RECORD
         cohorts = tuple(
@@ -225,6 +225,11 @@ def write_record(directory: Path, source: Source) -> None:
             for cohort in source.cohorts
         ],
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(state, separators=(",", ":")).encode()
-    replace_durably(directory / f"{source.name}.json", [content])
+    path = _record_file(directory, source.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_durably(path, [json.dumps(state, separators=(",", ":")).encode()])
+
+
+def _record_file(directory: Path, name: str) -> Path:
+    """In a directory of its own: a source may have any name, such as audit."""
+    return directory / "sources" / f"{name}.json"
