@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from megapipe.config import DataConfig, SourceConfig
+from megapipe.config import DataConfig
 from megapipe.data.exclusions import Exclusions, History, keep, kept, read_exclusions
 from megapipe.data.order.record import News, check_identity, identity, read_record, write_record
 from megapipe.data.order.rows import RowStore
@@ -231,6 +231,11 @@ class BatchFeed:
     def sources(self) -> list[Source]:
         """The sources that are read, in the order of the config."""
         return self._sources
+
+    @property
+    def excluded(self) -> Exclusions | None:
+        """What the config excludes now."""
+        return self._excluded
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -47,7 +47,7 @@ def identity(
 
 def _source_identity(source: Source) -> State:
     return {
-        **_reading(source.config),
+        **reading_of(source.config),
         "cohorts": [
             [
                 cohort.after_step,
@@ -61,7 +61,7 @@ def _source_identity(source: Source) -> State:
     }
 
 
-def _reading(config: SourceConfig) -> State:
+def reading_of(config: SourceConfig) -> State:
     """How files become documents."""
     return {key: getattr(config, key) for key in READING}
 
@@ -205,7 +205,7 @@ def read_record(directory: Path | None, config: SourceConfig) -> Record:
         return NO_RECORD
     try:
         state = json.loads(_record_file(directory, config.name).read_bytes())
-        if state["order"] != ORDER_VERSION or state["reading"] != _reading(config):
+        if state["order"] != ORDER_VERSION or state["reading"] != reading_of(config):
             return NO_RECORD
         cohorts = tuple(
             Cohort(step, tuple(map(recorded_file, files))) for step, files in state["cohorts"]
@@ -219,7 +219,7 @@ def write_record(directory: Path, source: Source) -> None:
     """Keep what was found of a source's files."""
     state = {
         "order": ORDER_VERSION,
-        "reading": _reading(source.config),
+        "reading": reading_of(source.config),
         "cohorts": [
             [cohort.after_step, [file.state() for file in cohort.files]]
             for cohort in source.cohorts
