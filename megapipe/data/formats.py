@@ -56,6 +56,11 @@ class RowFile(Protocol):
         """The rows of a unit, or of the whole file."""
         ...
 
+    def row_count(self, unit: Unit) -> int | None:
+        """How many rows a unit has, None where only reading it tells. Behind damage there are
+        fewer."""
+        ...
+
     def place(self, unit: Unit, address: int) -> str:
         """Where a row is, for messages: "row 12" or "byte 4,096"."""
         ...
@@ -121,6 +126,9 @@ class TextFile:
             ) from error
         except OSError as error:
             raise self._unreadable(error) from error
+
+    def row_count(self, unit: Unit) -> int | None:
+        return None
 
     def place(self, unit: Unit, address: int) -> str:
         if not self._compressed or unit.start == 0:

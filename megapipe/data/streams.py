@@ -1,7 +1,7 @@
 """Logical streams: an endless, blended run of documents whose position is exact and small."""
 
-from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from megapipe.data.pieces import piece_end, piece_tokens, usable_text
 from megapipe.data.rows import Account, BadRowError, BadRows
 from megapipe.data.sources import Keeps
 from megapipe.data.tokenizer import Tokenizer
+from megapipe.data.units import Cumulated
 from megapipe.errors import DataError
 from megapipe.files import shown
 
@@ -33,6 +34,20 @@ State = dict[str, Any]
 
 class SourceEndedError(Exception):
     """A stream has read its share of a source as often as it may."""
+
+
+@dataclass
+class OpenPart:
+    """A part that is being read: its next row, and how many it has; None where that is not known
+    before its end."""
+
+    place: Place
+    next: int
+    rows: int | None
+
+    @property
+    def left(self) -> int | None:
+        return None if self.rows is None else self.rows - self.next
 
 
 class SourceStream:
@@ -61,7 +76,9 @@ class SourceStream:
         self._parts = StreamParts(order.joined(0), key=order.key, stream=stream)
         self._step = 0
         self._exclusions: Exclusions | None = None
-        self._turns: deque[tuple[Place, int]] = deque()
+        self._stream = stream
+        self._open: list[OpenPart] = []
+        self._turn = 0
         self._document: tuple[Place, int] | None = None
         self._piece = self._token = 0
         self._row: RowPlace | None = None
@@ -130,7 +147,8 @@ class SourceStream:
             "epoch": self._parts.epoch,
             "taken": list(self._parts.taken),
             "since": list(self._parts.since),
-            "open": [[*place[1:], row] for place, row in self._turns],
+            "turn": self._turn,
+            "open": [[*part.place[1:], part.next, part.rows] for part in self._open],
             "document": document,
             "tokens": self.tokens,
             "epochs": self._parts.epochs,
@@ -145,7 +163,8 @@ class SourceStream:
         self._parts.epoch = state["epoch"]
         self._parts.taken, self._parts.since = list(state["taken"]), list(state["since"])
         epoch = state["epoch"]
-        self._turns = deque((Place(epoch, *turn[:2]), turn[2]) for turn in state["open"])
+        self._turn = state["turn"]
+        self._open = [OpenPart(Place(epoch, *part[:2]), *part[2:]) for part in state["open"]]
         self._close_document()
         if state["document"] is not None:
             *place, row, self._piece, self._token = state["document"]
@@ -156,40 +175,71 @@ class SourceStream:
     # --- Rows ------------------------------------------------------------------------------------
 
     def _open_document(self) -> None:
-        """Goes to the next usable row. Parts take turns, each giving one row; a new part is opened
-        whenever fewer than the window are. An epoch begins when all parts of the one before have
-        given their rows."""
+        """Goes to the next usable row."""
         hopeless = self._parts.epoch + HOPELESS_EPOCHS * self._order.streams
         while True:
-            turn = self._next_turn()
-            if turn is None:
-                raise SourceEndedError
+            place, number = self._next_turn()
             if self._parts.epoch > hopeless:
                 raise DataError(
                     f"{self._order.source.key}.path: no usable row is left in any of its files."
                 )
-            place, number = turn
             row = self._order.row(place, number, self._step)
-            if row is None:
+            if row is None:  # the end of a part whose rows could not be counted
+                self._open = [part for part in self._open if part.place != place]
                 continue
-            self._turns.append((place, number + 1))
             text = self._usable_text(row, first=place.epoch == self._parts.since[place.cohort])
             if text is not None:
-                self._document, self._row, self._text = turn, row, text
+                self._document, self._row, self._text = (place, number), row, text
                 return
 
-    def _next_turn(self) -> tuple[Place, int] | None:
-        """The part whose turn it is and the number of its next row; None behind the last epoch."""
-        while True:
-            place = self._parts.next() if len(self._turns) < self._order.window else None
-            if place is not None:
-                return place, 0
-            if self._turns:
-                return self._turns.popleft()
+    def _next_turn(self) -> tuple[Place, int]:
+        """The part whose turn it is and the number of its next row. Raises SourceEndedError."""
+        while not (part := self._next_part()):
             most = self._order.max_epochs
             if most is not None and self._parts.epoch + 1 >= most:
-                return None
+                raise SourceEndedError
             self._parts.begin_epoch()
+            self._turn = 0
+        number, part.next = part.next, part.next + 1
+        if part.left != 0:
+            self._open.append(part)
+        return part.place, number
+
+    def _next_part(self) -> OpenPart | None:
+        """Takes a part that has another row out of those that are open, or opens one; None at the
+        end of the epoch."""
+        while True:
+            left = self._parts.left
+            chosen = self._draw(left)
+            if chosen is not None:
+                part = self._open.pop(chosen)
+                if not self._order.is_gone(part.place, self._step):
+                    return part
+                continue
+            place = self._parts.next()
+            if place is None:
+                return None
+            rows = self._order.rows(place, self._step)
+            if rows != 0:
+                return OpenPart(place, 0, rows)
+
+    def _draw(self, left: int) -> int | None:
+        """Which open part is next; None for a new one, of which `left` are there.
+
+        It is drawn as if any row of those left in the epoch could be next, with the mean of the
+        open parts' rows for each new one. As soon as the window is full, open parts take turns.
+        """
+        opened = len(self._open)
+        if opened == 0 or (self._order.in_turns and left and opened < self._order.window):
+            return None
+        if self._order.in_turns or (left and opened >= self._order.window):
+            return 0
+        new = left * sum(part.rows or 0 for part in self._open)
+        weights = Cumulated([new, *(opened * (part.left or 0) for part in self._open)])
+        drawn = self._order.draw_turn(self._stream, self._parts.epoch, self._turn, weights.total)
+        self._turn += 1
+        chosen, _ = weights.find(drawn)
+        return chosen - 1 if chosen else None
 
     def _usable_text(self, place: RowPlace, *, first: bool) -> str | None:
         """The row's text if there is any; accounts for it if not.

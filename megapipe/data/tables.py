@@ -104,6 +104,9 @@ class LocalTable:
             return chain.from_iterable(self.rows(part) for part in self.units())
         return self._unit_rows(unit)
 
+    def row_count(self, unit: Unit) -> int | None:
+        return unit.end - unit.start or None
+
     def place(self, unit: Unit, address: int) -> str:
         return f"row {address + 1:,}"
 
@@ -154,6 +157,9 @@ class HubShard:
     def units(self) -> Units:
         """One, which is read from its beginning: each look at it is a download."""
         return ListedUnits([Unit(0, 0, 0)], whole=True)
+
+    def row_count(self, unit: Unit) -> int | None:
+        return None
 
     def place(self, unit: Unit, address: int) -> str:
         return f"row {address + 1:,}"

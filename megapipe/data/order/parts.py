@@ -17,7 +17,7 @@ PART_BYTES = 32 << 10
 MAX_PARTS = 64
 """Of a unit, which is read once for each of its parts."""
 
-PARTS_PER_STREAM = 4
+PARTS_PER_STREAM = 64
 """Small sources are cut finer, until each stream has this many parts in every epoch."""
 
 
@@ -174,12 +174,20 @@ class StreamParts:
         shares = (cohort.share(self._stream, self.epoch) for cohort in self._cohorts)
         return self.epoch + sum(self.taken) / max(1, sum(shares))
 
-    def next(self) -> Place | None:
-        """The next part of the epoch; None behind its last."""
-        left = [
+    @property
+    def left(self) -> int:
+        """Parts of the epoch that were not given yet."""
+        return sum(self._left())
+
+    def _left(self) -> list[int]:
+        return [
             cohort.share(self._stream, self.epoch) - taken
             for cohort, taken in zip(self._cohorts, self.taken, strict=True)
         ]
+
+    def next(self) -> Place | None:
+        """The next part of the epoch; None behind its last."""
+        left = self._left()
         if not any(left):
             return None
         chosen = self._draw(left)

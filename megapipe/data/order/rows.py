@@ -108,6 +108,15 @@ class RowStore:
         self._held.move_to_end(name)
         return held.rows[place]
 
+    def count(self, part: PartOfUnit) -> int | None:
+        """How many rows a part has; None for one that is read in its own order."""
+        if part.whole:
+            return None
+        rows = self._known_count(part)
+        if rows is None:
+            rows, _ = self._unit(part)
+        return max(0, -(-(rows - part.number) // part.parts))
+
     def close(self) -> None:
         self._open.clear()
         self._held.clear()
@@ -136,12 +145,12 @@ class RowStore:
         if name in self._units:
             self._units.move_to_end(name)
             rows, _ = self._units[name]
-            return len(rows), rows
-        count = self._counts.get(name)
+            return self._known_count(part) or len(rows), rows
+        count = self._known_count(part)
         if count is not None and (part.number >= count or part.unit.size > MOST_OF_UNIT):
             return count, None
-        count, size, read = _read_all(part)
-        self._counts[name] = count
+        read_rows, size, read = _read_all(part)
+        count = self._counts[name] = count or read_rows
         if len(self._counts) > MOST_COUNTS:
             self._counts.popitem(last=False)
         if read is not None and size <= MOST_OF_UNIT:
@@ -151,6 +160,11 @@ class RowStore:
                 _, (_, size) = self._units.popitem(last=False)
                 self._units_size -= size
         return count, read
+
+    def _known_count(self, part: PartOfUnit) -> int | None:
+        """How many rows a unit has, without reading it."""
+        count = part.file.row_count(part.unit)
+        return count if count is not None else self._counts.get((part.file.path, part.unit.start))
 
     def _as_much_as_fits(self, rows: Sequence[Raw]) -> tuple[int, int]:
         room = max(LEAST_HELD, self.budget // max(self.parts, 1))

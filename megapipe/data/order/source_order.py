@@ -49,6 +49,7 @@ class SourceOrder:
             for number, cohort in enumerate(source.cohorts)
         ]
         self.window = window(source, streams, open_parts)
+        self.in_turns = in_turns(source)
         self._store = store
 
     def joined(self, step: int) -> list[FileOrder]:
@@ -71,6 +72,24 @@ class SourceOrder:
         )
         return None if raw is None else RowPlace(file, unit, raw)
 
+    def rows(self, place: Place, step: int) -> int | None:
+        """How many rows a part has; 0 if its file has left. None where that can't be known."""
+        found = self.orders[place.cohort].part(place.epoch, place.place)
+        file = self.source.cohorts[place.cohort].files[found.file]
+        if self.has_left(file, step):
+            return 0
+        part = self._part(place, found, file, file.units[found.unit])
+        return self._store.count(part)
+
+    def is_gone(self, place: Place, step: int) -> bool:
+        """Whether the file of a part has left."""
+        file, _ = self.unit(place)
+        return self.has_left(file, step)
+
+    def draw_turn(self, stream: int, epoch: int, turn: int, count: int) -> int:
+        """A number below `count` for a stream's turn in an epoch."""
+        return keyed("turn", self.key, stream, epoch, turn) % count
+
     def unit(self, place: Place) -> tuple[SourceFile, Unit]:
         """What the part at a place is of."""
         found = self.orders[place.cohort].part(place.epoch, place.place)
@@ -87,9 +106,14 @@ class SourceOrder:
         return PartOfUnit(file.rows, unit, file.units.whole, part.number, part.parts, key)
 
 
+def in_turns(source: Source) -> bool:
+    """Whether parts take turns from the beginning, since some are read in their own order."""
+    return any(file.units.whole for file in source.cohorts[0].files)
+
+
 def window(source: Source, streams: int, open_parts: int) -> int:
     """How many parts of a source a stream has open, so that its rows are mixed."""
     parts = max(-(-open_parts // streams), min(LEAST_OPEN, open_parts))
-    if any(file.units.whole for file in source.cohorts[0].files):
+    if in_turns(source):
         return min(parts, -(-OPEN_ARCHIVES // streams))
     return parts

@@ -8,7 +8,6 @@ import gzip
 import json
 import math
 import os
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,7 +139,7 @@ class Cohort:
             for unit in file_units(path, size)
         ]
         cut = [unit for _, unit, whole_file in units if not whole_file]
-        wanted = streams if all(unit.own_order for unit in cut) else 4 * streams
+        wanted = streams if all(unit.own_order for unit in cut) else 64 * streams
         total = sum(unit.parts for unit in cut)
         factor = max(1, math.ceil(wanted / total)) if total else 1
         parts = []
@@ -188,7 +187,8 @@ class Stream:
     def __init__(self, number: int, sources: list[Source], tokenizer: Any, keeps: Any) -> None:
         self.number, self.tokenizer, self.keeps = number, tokenizer, keeps
         self.sources = {source.name: source for source in sources}
-        self.turns: dict[str, deque[Any]] = {name: deque() for name in self.sources}
+        self.turns: dict[str, list[Any]] = {name: [] for name in self.sources}
+        self.drawn = dict.fromkeys(self.sources, 0)
         self.epoch = dict.fromkeys(self.sources, 0)
         self.taken_parts: dict[str, dict[int, int]] = {name: {} for name in self.sources}
         self.weights: dict[str, float] = {}
@@ -225,42 +225,62 @@ class Stream:
         return max(weights)
 
     def next_row(self, source: Source) -> tuple[str, Unit, tuple[int, str]]:
-        turns, name = self.turns[source.name], source.name
+        name, opened = source.name, self.turns[source.name]
+        own_order = any(unit.own_order for _, unit, _, _ in source.cohorts[0].parts)
         window = max(math.ceil(source.open_parts / source.streams), min(4, source.open_parts))
-        if any(unit.own_order for _, unit, _, _ in source.cohorts[0].parts):
-            window = min(window, math.ceil(64 / source.streams))
+        window = min(window, math.ceil(64 / source.streams)) if own_order else window
         while True:
-            epoch = self.epoch[name]
-            joined = [n for n, cohort in enumerate(source.cohorts) if cohort.step <= self.step]
-            taken = self.taken_parts[name]
-            places = [source.places(self.number, epoch, n) for n in joined]
-            left = [len(places[n]) - taken.get(n, 0) for n in joined]
-            if len(turns) < window and sum(left):
-                base = draw("source", source.seed, name)
-                drawn = 0
-                if len(left) > 1:
-                    drawn = draw("cohort", base, self.number, epoch, sum(taken.values()))
-                    drawn %= sum(left)
-                cohort = 0
-                while drawn >= left[cohort]:
-                    drawn -= left[cohort]
-                    cohort += 1
-                place = places[cohort][taken.get(cohort, 0)]
-                taken[cohort] = taken.get(cohort, 0) + 1
-                turn = (cohort, place, 0)
-            elif turns:
-                turn = turns.popleft()
-            elif source.max_epochs is not None and epoch + 1 >= source.max_epochs:
-                raise Ended
-            else:
+            cohorts, left = self.parts_left(source)
+            if not opened and not left:
+                if source.max_epochs is not None and self.epoch[name] + 1 >= source.max_epochs:
+                    raise Ended
                 self.epoch[name] += 1
-                self.taken_parts[name] = {}
+                self.taken_parts[name], self.drawn[name] = {}, 0
                 continue
-            cohort, place, row = turn
-            key, unit, order = source.part(epoch, cohort, place)
-            if row < len(order) and source.leaves.get(key, self.step + 1) > self.step:
-                turns.append((cohort, place, row + 1))
+            new = not opened or (own_order and left > 0 and len(opened) < window)
+            place = 0
+            if not new and not own_order and not (left and len(opened) >= window):
+                weights = [left * sum(rows for *_, rows in opened)]
+                weights += [len(opened) * (rows - row) for *_, row, rows in opened]
+                parts = (draw("source", source.seed, name), self.number, self.epoch[name])
+                drawn = draw("turn", *parts, self.drawn[name]) % sum(weights)
+                self.drawn[name] += 1
+                while drawn >= weights[place]:
+                    drawn -= weights[place]
+                    place += 1
+                new, place = place == 0, place - 1
+            if new:
+                turn = self.new_part(source, cohorts)
+            else:
+                turn = opened.pop(place)
+            cohort, q, row, _ = turn
+            key, unit, order = source.part(self.epoch[name], cohort, q)
+            gone = source.leaves.get(key, self.step + 1) <= self.step
+            if row < len(order) and not gone:
+                if row + 1 < len(order):
+                    opened.append((cohort, q, row + 1, len(order)))
                 return key, unit, unit.rows[order[row]]
+
+    def parts_left(self, source: Source) -> tuple[list[list[int]], int]:
+        """The places of each cohort that were not taken yet, and how many those are."""
+        epoch, taken = self.epoch[source.name], self.taken_parts[source.name]
+        joined = [n for n, cohort in enumerate(source.cohorts) if cohort.step <= self.step]
+        places = [source.places(self.number, epoch, n)[taken.get(n, 0) :] for n in joined]
+        return places, sum(map(len, places))
+
+    def new_part(self, source: Source, places: list[list[int]]) -> tuple[int, int, int, int]:
+        epoch, taken = self.epoch[source.name], self.taken_parts[source.name]
+        cohort = 0
+        if len(places) > 1:
+            base = draw("source", source.seed, source.name)
+            drawn = draw("cohort", base, self.number, epoch, sum(taken.values()))
+            drawn %= sum(map(len, places))
+            while drawn >= len(places[cohort]):
+                drawn -= len(places[cohort])
+                cohort += 1
+        taken[cohort] = taken.get(cohort, 0) + 1
+        place = places[cohort][0]
+        return cohort, place, 0, len(source.part(epoch, cohort, place)[2])
 
     def document(self) -> None:
         while self.current is None:
