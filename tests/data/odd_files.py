@@ -101,7 +101,7 @@ LINES = {"documents": "line"}
 PARAGRAPHS = {"documents": "blank-line"}
 WHOLE = (PLAIN.decode(),)
 NULS = "NUL characters (binary data, or UTF-16)"
-DAMAGED = "the rest of the file is damaged"
+DAMAGED = "damaged"
 NO_TEXT = "yields no usable row"
 
 ODD_FILES = [

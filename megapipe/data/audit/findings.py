@@ -8,6 +8,7 @@ from typing import Any
 from megapipe.amounts import counted, format_bytes, scaled
 from megapipe.data.audit.audit import Audit, Audited
 from megapipe.data.audit.tally import Side
+from megapipe.data.formats import DAMAGED
 from megapipe.data.order.keys import ORDER_VERSION
 from megapipe.data.order.record import reading_of
 from megapipe.files import shown
@@ -192,18 +193,20 @@ def _order_warnings(one: Audited) -> Iterator[str]:
     large = [size for size in sizes if size > LARGE_UNIT]
     if large:
         yield (
-            f"row groups, record batches or frames of {_name(one)} ({len(large):,} of them) have up "
-            f"to {format_bytes(max(large))} of text, and are read again for each of their "
-            "parts. Write row groups of about 4 MB."
+            f"{len(large):,} row groups, record batches or frames of {_name(one)} have up to "
+            f"{format_bytes(max(large))} of text, and are read again for each of their parts. "
+            "Write row groups of about 4 MB."
         )
 
 
 def _text_warnings(one: Audited) -> Iterator[str]:
     side = one.training
-    if side.account.unreadable_bytes:
+    damaged = side.account.skipped[DAMAGED]
+    if damaged:
         yield (
-            f"{format_bytes(side.account.unreadable_bytes)} of {_name(one)} can't be read: its "
-            "files are damaged. Copy them anew."
+            f"{_name(one)} is damaged in {counted(damaged, 'place')}: "
+            f"{format_bytes(side.account.unreadable_bytes)} of its files can't be read, besides "
+            "what has been cut off. Copy these files anew."
         )
     repeats = one.duplicates[0].repeats
     if repeats > WARN_REPEATS * side.documents:

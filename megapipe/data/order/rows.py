@@ -141,7 +141,7 @@ class RowStore:
 
     def _unit(self, part: PartOfUnit) -> tuple[int, Mapping[int, Raw] | None]:
         """How many rows a unit has, and the rows where they are at hand or were little enough."""
-        name = (part.file.path, part.unit.start)
+        name = _unit_name(part)
         if name in self._units:
             self._units.move_to_end(name)
             rows, _ = self._units[name]
@@ -164,7 +164,7 @@ class RowStore:
     def _known_count(self, part: PartOfUnit) -> int | None:
         """How many rows a unit has, without reading it."""
         count = part.file.row_count(part.unit)
-        return count if count is not None else self._counts.get((part.file.path, part.unit.start))
+        return count if count is not None else self._counts.get(_unit_name(part))
 
     def _as_much_as_fits(self, rows: Sequence[Raw]) -> tuple[int, int]:
         room = max(LEAST_HELD, self.budget // max(self.parts, 1))
@@ -195,6 +195,11 @@ class RowStore:
         if row is None:
             del self._open[name]
         return row
+
+
+def _unit_name(part: PartOfUnit) -> Name:
+    """What a unit is called. A file is more than its path: two sources may cut it in two ways."""
+    return part.file, part.unit.start
 
 
 def _order(part: PartOfUnit, count: int) -> list[int]:
