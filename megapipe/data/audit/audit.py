@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megapipe.config import Config
-from megapipe.data.audit.budget import Budget, FileTokens, Supply, plan_budget
+from megapipe.data.audit.budget import FileTokens, RunUse, Supply, plan_budget
 from megapipe.data.audit.duplicates import Duplicates, HashWriter, find_duplicates
 from megapipe.data.audit.tally import Reading, Side, Tally
 from megapipe.data.audit.workers import Advance, work_in_processes
@@ -72,7 +72,7 @@ class Audit:
     tokenizer: Tokenizer
     exclusions: Exclusions | None
     sources: list[Audited]
-    budget: Budget
+    budget: RunUse
 
 
 class Task(NamedTuple):
@@ -233,7 +233,7 @@ def _audited(
     )
 
 
-def _budget(config: Config, sources: Sequence[Audited]) -> Budget:
+def _budget(config: Config, sources: Sequence[Audited]) -> RunUse:
     train = config.train
     per_step = train.global_batch_size * train.sequence_length
     supplies = {one.source.name: _supply(one) for one in sources if one.trained}

@@ -53,7 +53,7 @@ class Use:
 
 
 @dataclass
-class Budget:
+class RunUse:
     """`uses` by the name of the source; `stops`: the step behind which the run stops, and the
     source whose max_epochs is why."""
 
@@ -68,10 +68,10 @@ class Budget:
 
 def plan_budget(
     supplies: Mapping[str, Supply], phases: Sequence[Phase], steps: int, tokens_per_step: int
-) -> Budget:
+) -> RunUse:
     """Goes through the run from change to change. The streams end a source at about the same step,
     so where max_epochs takes effect is known to about a document of each."""
-    budget = Budget({name: Use() for name in supplies})
+    budget = RunUse({name: Use() for name in supplies})
     ended: set[str] = set()
     borders = {border for border in _borders(supplies, phases) if border < steps}
     for begin, end in pairwise(sorted({0, steps} | borders)):
