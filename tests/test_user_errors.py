@@ -107,7 +107,7 @@ def test_malformed_rows_above_the_limit(folder: Path) -> None:
     (folder / "bad.jsonl").write_text("\n".join(rows))
     words = (PP2, "--data.sources.0.path=bad.jsonl", "--data.max_bad_rows=0")
     said = refused(folder, "train", "run.toml", *words, "--train.run_dir=bad-rows")
-    check_says(said, "bad.jsonl, row 21", "malformed JSON", "data.max_bad_rows = 0")
+    check_says(said, "bad.jsonl, byte 370", "malformed JSON", "data.max_bad_rows = 0")
 
 
 def test_missing_field(folder: Path) -> None:

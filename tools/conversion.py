@@ -74,6 +74,11 @@ def run_conversion(
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} {value} must be 1 or more.")
+        if value is not None and not options.proof:
+            raise UsageError(
+                f"--{name.replace('_', '-')} is for the proof, which --no-proof leaves out: give "
+                "one of the two."
+            )
     if min(grid) < 1:
         raise UsageError("--tensor, --pipeline and --virtual must be 1 or more.")
     if not LEAST_FILE_SIZE <= options.file_size < float("inf"):

@@ -38,7 +38,12 @@ def run(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser("export", _DESCRIPTION)
-    parser.add_argument("run", type=path_argument, metavar="RUN", help="a run's directory")
+    parser.add_argument(
+        "run",
+        type=path_argument,
+        metavar="RUN",
+        help="a run's directory; with --out also a checkpoint",
+    )
     parser.add_argument(
         "--out", type=path_argument, metavar="DIR", help="the directory to write instead; new"
     )

@@ -31,6 +31,7 @@ def run(argv: Sequence[str]) -> int:
     else:
         report = report_one(
             options.path,
+            FAMILIES,
             read=options.verify,
             tensors=options.tensors,
             stats=options.stats,

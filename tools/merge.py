@@ -28,7 +28,7 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--last", type=int, metavar="N", help="the newest N checkpoints of a run")
     parser.add_argument(
-        "--weights",
+        "--shares",
         type=_shares,
         metavar="1,2,1",
         help="how much each counts, in the order given, with --last the oldest first "
@@ -50,7 +50,7 @@ def run(argv: Sequence[str]) -> int:
         options.out,
         lambda reader: model_of(reader, FAMILIES),
         bytes_bar,
-        shares=options.weights,
+        shares=options.shares,
     )
     for path in paths:
         print(shown(path))
@@ -59,9 +59,9 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _check_shares(options: argparse.Namespace, count: int) -> None:
-    if options.weights is not None and len(options.weights) != count:
+    if options.shares is not None and len(options.shares) != count:
         raise UsageError(
-            f"--weights has {counted(len(options.weights), 'number')} for "
+            f"--shares has {counted(len(options.shares), 'number')} for "
             f"{counted(count, 'checkpoint')}: give one for each."
         )
 
@@ -70,7 +70,7 @@ def _shares(text: str) -> list[float]:
     try:
         shares = [float(part) for part in text.split(",")]
     except ValueError:
-        raise UsageError(f"--weights {shown(text)} must be numbers, as in 1,2,1.") from None
+        raise UsageError(f"--shares {shown(text)} must be numbers, as in 1,2,1.") from None
     if not all(0 < share < math.inf for share in shares):
-        raise UsageError(f"--weights {shown(text)} must be more than 0 each.")
+        raise UsageError(f"--shares {shown(text)} must be more than 0 each.")
     return shares

@@ -62,10 +62,14 @@ def run(argv: Sequence[str]) -> int:
         raise UsageError(f"--world-size {arguments.world_size} must be 1 or more.")
     config = read_config(arguments.config, overrides)
     if arguments.dry_run:
-        from megapipe.conversion.fitting import load_notes
+        from megapipe.conversion.matching import load_notes
         from megapipe.plan.dry_run import dry_run
 
-        notes = load_notes(config, FAMILIES)
+        notes = [*load_notes(config, FAMILIES)]
+        if config.checkpoint.export_every > 0:
+            from megapipe.conversion.exportable import check_exports  # imports numpy
+
+            notes += check_exports(config, FAMILIES, without_tokenizer=True)
         family = FAMILIES[config.model.family]
         print(dry_run(config, family, str(arguments.config), arguments.world_size))
         if notes:

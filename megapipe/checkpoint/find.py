@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from megapipe.checkpoint.retention import newest_valid
-from megapipe.checkpoint.steps import check_names, committed, has_manifest
+from megapipe.checkpoint.steps import check_names, committed, has_manifest, refuse_exports
 from megapipe.errors import CheckpointError
 
 
@@ -16,11 +16,12 @@ def find_checkpoint(path: Path) -> Path:
             check_names(root)
         if not committed(root):
             continue
+        refuse_exports(root)
         found = newest_valid(root)
         if found.path is None:
             raise CheckpointError(
                 f"{root} holds no whole checkpoint, of {len(found.skipped)}: "
-                f"{found.skipped[0].problems[0]}. `megapipe inspect {root}` lists them."
+                f"{found.skipped[0].problems[0].rstrip('.')}. `megapipe inspect {root}` lists them."
             )
         return found.path
     return path  # reading it says what it is

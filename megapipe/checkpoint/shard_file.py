@@ -80,8 +80,9 @@ def write_plain_file(
     plan: FilePlan,
     progress: Callable[[int], None] | None = None,
     look: Callable[[int, memoryview], None] | None = None,
+    mode: int = 0o640,
 ) -> None:
-    """Write one file, durably, if it holds anything.
+    """Write one file, durably, if it holds anything, with `mode` as far as the umask lets it.
 
     One shard at a time is loaded, copied to the CPU or made contiguous, and while it is written the
     next one is loaded by another thread if it is small. `look` is given the number of the shard and
@@ -103,7 +104,7 @@ def write_plain_file(
             del tensor, block
 
     if plan.shards:
-        write_durably(folder / plan.name, parts())
+        write_durably(folder / plan.name, parts(), mode)
 
 
 def write_file(

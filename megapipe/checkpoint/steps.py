@@ -64,6 +64,25 @@ def has_manifest(directory: Path) -> bool:
         raise _unreadable(directory, error) from error
 
 
+def other_stack(directory: Path) -> str | None:
+    """Whose model a directory without a manifest seems to be, by the names in it; for messages."""
+    names = {entry.name for entry in _entries(directory)}
+    if "config.json" in names:
+        return "Hugging Face's"
+    return "Megatron's" if "latest_checkpointed_iteration.txt" in names else None
+
+
+def refuse_exports(root: Path) -> None:
+    """Raises CheckpointError where a run's exports lie in `root`, whose names are those of its
+    checkpoints."""
+    newest = latest(root)
+    if newest is not None and not has_manifest(newest) and other_stack(newest):
+        raise CheckpointError(
+            f"{shown(root)} holds exports, not checkpoints. Name one of them, such as "
+            f"{shown(newest)}."
+        )
+
+
 def check_names(root: Path) -> None:
     """Raises CheckpointError for what looks like a checkpoint and can't be used as one.
 

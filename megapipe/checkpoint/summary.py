@@ -11,7 +11,7 @@ from typing import Any
 
 from megapipe.amounts import counted, format_bytes
 from megapipe.checkpoint.manifest import Manifest
-from megapipe.checkpoint.steps import check_names, committed, has_manifest
+from megapipe.checkpoint.steps import check_names, committed, has_manifest, refuse_exports
 from megapipe.checkpoint.storage import checksum, read_small
 from megapipe.checkpoint.verify import damage, damage_in_threads, read_manifest
 from megapipe.config import ModelConfig
@@ -19,7 +19,8 @@ from megapipe.errors import CheckpointError, MegapipeError
 
 MODEL_FIELDS = tuple(ModelConfig.model_fields)
 """The keys of [model] that every family has."""
-
+MOST_MERGED = 16
+"""How many checkpoints of an average are listed."""
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """A progress bar: what is done, and bytes in all -> what is called with each number of bytes."""
@@ -73,13 +74,18 @@ class ListedCheckpoint:
 def find_checkpoints(path: Path) -> Path | None:
     """The directory of all checkpoints where `path` is a run's directory, or that one itself; None
     where it can only be a single checkpoint. Raises CheckpointError for names that megapipe would
-    not see."""
+    not see, and for a directory of exports."""
     whole = has_manifest(path)
     places = (path / "checkpoints", path)
     for root in places:
         if root.is_dir() or root.is_symlink():
             check_names(root)
-    return None if whole else next((root for root in places if committed(root)), None)
+    if whole:
+        return None
+    found = next((root for root in places if committed(root)), None)
+    if found is not None:
+        refuse_exports(found)
+    return found
 
 
 def list_checkpoints(root: Path, *, read: bool, bar: Bar = _no_bar) -> list[ListedCheckpoint]:
@@ -141,9 +147,13 @@ def _problems(
 
 def _facts(manifest: Manifest, config: Mapping[str, Any]) -> list[tuple[str, str]]:
     facts = [("step", "none: weights alone" if manifest.step is None else _number(manifest.step))]
-    facts += [(key, _describe(value)) for key, value in manifest.state.items() if key != "step"]
+    for key, value in manifest.state.items():
+        if key == "merged" and isinstance(value, list):
+            facts += _average(value)
+        elif key != "step":
+            facts.append((key, _describe(value)))
     if "model" in config:
-        facts.append(("model", _fields(config["model"], MODEL_FIELDS)))
+        facts.append(("model", describe_model(config["model"])))
     dtypes = Counter(entry.dtype for entry in manifest.tensors.values())
     facts += [
         ("tensors", ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())),
@@ -179,8 +189,20 @@ def _config(path: Path, manifest: Manifest) -> dict[str, Any]:
         return {}
 
 
-def _fields(section: Mapping[str, Any], names: Sequence[str]) -> str:
-    return ", ".join(f"{name} {section[name]}" for name in names if name in section)
+def describe_model(section: Mapping[str, Any]) -> str:
+    """A section [model] in one line: the keys that every family has."""
+    return ", ".join(f"{key} {section[key]}" for key in MODEL_FIELDS if key in section)
+
+
+def _average(merged: Sequence[object]) -> Iterator[tuple[str, str]]:
+    """What an average is made of: a line for each checkpoint, with its share."""
+    for at, one in enumerate(merged[:MOST_MERGED]):
+        said = one if isinstance(one, dict) else {}
+        share = said.get("share")
+        part = f" ({share:.1%})" if isinstance(share, float) else ""
+        yield "" if at else "average of", f"{said.get('path')}{part}"
+    if len(merged) > MOST_MERGED:
+        yield "", f"and {len(merged) - MOST_MERGED:,} more"
 
 
 def _describe(value: object) -> str:

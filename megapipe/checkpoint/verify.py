@@ -9,7 +9,7 @@ from pathlib import Path
 from threading import Event
 
 from megapipe.checkpoint.manifest import MAX_MANIFEST_BYTES, Manifest, decode
-from megapipe.checkpoint.steps import MANIFEST_NAME
+from megapipe.checkpoint.steps import MANIFEST_NAME, other_stack
 from megapipe.checkpoint.storage import (
     BLOCK_BYTES,
     check_size,
@@ -49,6 +49,12 @@ def read_manifest(directory: Path) -> Manifest:
             hint = "it is a run directory in which nothing was saved yet"
         elif not directory.is_dir():
             hint = "it is a file"
+        elif stack := other_stack(directory):
+            place = shown(directory)
+            raise CheckpointError(
+                f"{place} is not a checkpoint, but a model of {stack}: `megapipe convert {place} "
+                "DIR` makes one of it."
+            )
         raise CheckpointError(
             f"{shown(directory)} is not a checkpoint: {hint}. Name a run directory "
             "(train.run_dir), or a checkpoint such as RUN_DIR/checkpoints/step-00000100."

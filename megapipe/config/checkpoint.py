@@ -56,8 +56,9 @@ class CheckpointConfig(Section):
     load_from: Annotated[GivenPath | None, or_none_word(str)] = Field(
         default=None,
         description="Start a new run from another model: the path of a Hugging Face directory, of "
-        "a checkpoint of any layout, or of a run directory for its newest. Keys of [model] that "
-        "are left out are taken from there. Applies while train.run_dir holds no checkpoint.",
+        "a Megatron checkpoint, of a checkpoint of any layout, or of a run directory for its "
+        "newest. Keys of [model] that are left out are taken from there. Applies while "
+        "train.run_dir holds no checkpoint.",
     )
     load_state: LoadedParts = Field(
         default=("weights",),

@@ -20,6 +20,8 @@ _EXPECTED = {
     "model_attributes_type": "must be a table of keys",
     "finite_number": "must be a finite number",
     "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "must be of letters, digits, dots, dashes and underscores, and "
+    "begin with a letter or a digit",
 }
 
 
@@ -51,9 +53,10 @@ def one_of(values: Sequence[Any]) -> str:
 
 
 def nearest(name: str, names: Sequence[str]) -> str | None:
-    """The name that was probably meant."""
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return close[0] if close else None
+    """The name that was probably meant, whatever the case of its letters."""
+    cases = {one.lower(): one for one in names}
+    close = difflib.get_close_matches(name.lower(), cases, n=1, cutoff=0.6)
+    return cases[close[0]] if close else None
 
 
 def section_problem(

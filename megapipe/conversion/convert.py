@@ -17,7 +17,7 @@ from megapipe.checkpoint.save import save_weights
 from megapipe.checkpoint.shard import Shard
 from megapipe.checkpoint.steps import require_free
 from megapipe.config import dump_model
-from megapipe.conversion.hugging_face.config_file import GENERATION, is_hugging_face
+from megapipe.conversion.hugging_face.config_file import GENERATION
 from megapipe.conversion.hugging_face.export import ExportOptions, dtype_of_run, plan_export
 from megapipe.conversion.hugging_face.reference import require_transformers, transformers_logits
 from megapipe.conversion.hugging_face.write import (
@@ -27,7 +27,7 @@ from megapipe.conversion.hugging_face.write import (
     write_export,
 )
 from megapipe.conversion.incoming import open_incoming
-from megapipe.conversion.megatron.directory import is_megatron
+from megapipe.conversion.kind import OTHER_STACKS, kind_of
 from megapipe.conversion.megatron.export import (
     MegatronExport,
     export_bytes_for_megatron,
@@ -39,7 +39,7 @@ from megapipe.conversion.megatron.writer import RankGrid
 from megapipe.conversion.model_at import Families, megatron_architecture
 from megapipe.conversion.open import checkpoint_weights, kept_tokenizer
 from megapipe.conversion.places import check_target, new_parents_removed, require_model
-from megapipe.conversion.proof import TheirLogits, proof_sequences, prove
+from megapipe.conversion.proof import TheirLogits, check_proof, proof_sequences, prove
 from megapipe.conversion.source import CheckpointWeights, WeightSource
 from megapipe.data.tokenizer import Tokenizer, load_tokenizer
 from megapipe.errors import ConversionError
@@ -94,8 +94,8 @@ def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     require_free(asked.target)
     require_model(asked.source)
     check_target(asked.source, asked.target)
-    from_megatron = is_megatron(asked.source)
-    incoming = from_megatron or is_hugging_face(asked.source)
+    kind = kind_of(asked.source)
+    incoming, from_megatron = kind in OTHER_STACKS, kind == "megatron"
     to_megatron = not incoming and asked.options.architecture == MEGATRON
     _refuse_options(asked, incoming=incoming, from_megatron=from_megatron, to_megatron=to_megatron)
     if asked.proof.wanted:
@@ -107,7 +107,7 @@ def convert(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
             _export_to_megatron(asked, families, say, bar)
         else:
             _export(asked, families, say, bar)
-    say(f"Written: {shown(asked.target)}")
+    say(f"Written: {shown(asked.target)}, {_result(incoming, to_megatron)}")
 
 
 def _refuse_options(
@@ -144,6 +144,7 @@ def _import(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     options = asked.options
     incoming = open_incoming(asked.source, asked.arguments, asked.tokenizer, families)
     weights = incoming.weights
+    check_proof(weights.model, asked.proof.layers, asked.proof.tokens)
     tokenizer = incoming.load_tokenizer() if options.tokenizer else None
     say(f"{weights.place}: {incoming.architecture}, {_amounts(weights)}")
     for line in incoming.notes:
@@ -179,6 +180,7 @@ def _export_to_megatron(asked: Conversion, families: Families, say: Say, bar: Ba
     """From a checkpoint to Megatron-LM's directories for ranks."""
     reader = open_checkpoint(find_checkpoint(asked.source))
     weights = checkpoint_weights(reader, families)
+    check_proof(weights.model, asked.proof.layers, asked.proof.tokens)
     family, architecture = megatron_architecture(
         {weights.model.family: families[weights.model.family]}
     )
@@ -201,7 +203,10 @@ def _export(asked: Conversion, families: Families, say: Say, bar: Bar) -> None:
     tokenizer = None if asked.tokenizer is None else load_tokenizer(asked.tokenizer, key=None)
     planned = plan_export(reader, families, asked.options, say, tokenizer)
     export = planned.export
+    check_proof(export.source.model, asked.proof.layers, asked.proof.tokens)
     say(f"{export.source.place}: {export.architecture.name}, {_amounts(export.source)}")
+    for line in planned.notes:
+        say(line)
 
     def accept(folder: Path) -> None:
         logits = partial(transformers_logits, folder)

@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from megapipe.conversion.hugging_face.companions import check_companions
-from megapipe.conversion.hugging_face.config_file import GENERATION, is_hugging_face, read_json
+from megapipe.conversion.hugging_face.config_file import GENERATION, read_json
 from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
 from megapipe.conversion.hugging_face.export import SPECIAL_TOKENS
 from megapipe.conversion.hugging_face.reference import transformers_logits
+from megapipe.conversion.kind import kind_of
 from megapipe.conversion.megatron.directory import open_megatron
 from megapipe.conversion.megatron.reference import megatron_logits
 from megapipe.conversion.model_at import Families, find_architecture, megatron_architecture
 from megapipe.conversion.open import open_hugging_face, open_megatron_weights
 from megapipe.conversion.proof import Sequences
 from megapipe.conversion.source import WeightSource
-from megapipe.data.tokenizer import Tokenizer, check_vocabulary, load_tokenizer
+from megapipe.data.tokenizer import Tokenizer, load_tokenizer
 from megapipe.errors import ConversionError, DataError
+from megapipe.files import shown
 from megapipe.layout.architecture import Stack
 from megapipe.layout.family import ModelFamily
 
@@ -62,15 +64,21 @@ class Incoming:
                 f"{self.weights.place} holds no tokenizer. Name it: --tokenizer PATH; or convert "
                 "the weights alone: --no-tokenizer."
             )
-        if is_hugging_face(self.tokenizer):
+        if kind_of(self.tokenizer) == "hugging_face":
             check_companions(self.tokenizer)
         try:
             tokenizer = load_tokenizer(self.tokenizer, key=None)
-            check_vocabulary(tokenizer, self.weights.model.vocab_size)
         except DataError as error:
             raise ConversionError(
                 f"{error} To convert the weights without a tokenizer: --no-tokenizer."
             ) from error
+        size = self.weights.model.vocab_size
+        if tokenizer.vocab_size > size:
+            raise ConversionError(
+                f"{shown(tokenizer.path)} numbers tokens up to {tokenizer.vocab_size - 1:,}, and "
+                f"the model has only {size:,}, so they don't belong together. Name the model's "
+                "own: --tokenizer PATH; or convert the weights alone: --no-tokenizer."
+            )
         return tokenizer
 
 
@@ -85,7 +93,7 @@ def open_incoming(
     `arguments` are Megatron's that its checkpoint does not hold. Raises CheckpointError or
     ConversionError for what can't be read or computed.
     """
-    if is_hugging_face(source):
+    if kind_of(source) == "hugging_face":
         return _from_hugging_face(source, tokenizer, families)
     return _from_megatron(source, arguments, tokenizer, families)
 
@@ -117,8 +125,15 @@ def _from_megatron(
         megatron_logits, checkpoint.path, arguments, architecture.write_config(weights.model)
     )
     notes = []
-    if checkpoint.optimizer is not None:
+    if {**checkpoint.arguments, **arguments}.get("vocab_size") is None:
         notes.append(
-            f"Optimizer state ({checkpoint.optimizer}) is left behind: a run starts with a new one."
+            "Neither the checkpoint nor --argument says vocab_size, so the model keeps all "
+            f"{weights.model.vocab_size:,} rows of the padded vocabulary. To leave the padding "
+            "out: --argument vocab_size=N, the number of tokens of its tokenizer."
         )
+    if checkpoint.optimizer is not None:
+        taken = "a run starts with a new one"
+        if checkpoint.state:
+            taken = "a run whose checkpoint.load_from is the Megatron checkpoint itself can take it"
+        notes.append(f"Optimizer state ({checkpoint.optimizer}) is left behind: {taken}.")
     return Incoming("megatron", architecture.name, family, weights, logits, {}, tokenizer, notes)

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from megapipe.checkpoint.steps import committed, has_manifest
+from megapipe.checkpoint.steps import committed, has_manifest, refuse_exports
 from megapipe.checkpoint.storage import read_small
 from megapipe.config import ModelConfig, family_of
 from megapipe.config.paths import HUB
-from megapipe.config.problems import show
+from megapipe.config.problems import nearest, show
 from megapipe.config.source import BEYOND_PYTHON
-from megapipe.conversion.hugging_face.config_file import HuggingFaceConfig, is_hugging_face
+from megapipe.conversion.hugging_face.config_file import HuggingFaceConfig
+from megapipe.conversion.kind import kind_of
 from megapipe.errors import CheckpointError, ConfigError, ConversionError, MegapipeError
 from megapipe.files import reason, shown
 from megapipe.layout.architecture import Architecture, Stack
@@ -56,29 +57,39 @@ def model_at(path: Path, families: Families) -> ModelConfig:
 
 
 def _model_at(path: Path, families: Families) -> ModelConfig:
-    if str(path).startswith("hf:/"):
-        raise ConversionError(
-            f"{HUB}{shown(path)[len('hf:/') :]}: models are not downloaded; download it, and name "
-            "its directory"
-        )
+    refuse_hub_name(path)
     if not path.is_dir():
         raise CheckpointError(f"{shown(path)}: there is no such directory")
-    if is_hugging_face(path):
+    kind = kind_of(path)
+    if kind == "hugging_face":
         config = HuggingFaceConfig(path)
         return hugging_face_model(config, find_architecture(config, families)[1])
-    if has_manifest(path):
+    if kind == "checkpoint":
         return _in_checkpoint(path, families)
+    if kind == "megatron":
+        from megapipe.conversion.megatron.directory import open_megatron  # imports torch
+
+        return megatron_model(open_megatron(path), megatron_architecture(families)[1], {})
     for root in (path / "checkpoints", path):
         newest = next(iter(committed(root).values()), None)
         if newest is not None:
             return _in_checkpoint(newest, families)
-    from megapipe.conversion.megatron.directory import is_megatron, open_megatron  # imports torch
-
-    if is_megatron(path):
-        return megatron_model(open_megatron(path), megatron_architecture(families)[1], {})
     raise CheckpointError(
         f"{shown(path)} holds no model: neither a config.json of Hugging Face's, nor a checkpoint "
         "of ours or of Megatron's, nor is it a run with a checkpoint"
+    )
+
+
+def refuse_hub_name(path: Path) -> None:
+    """Raises ConversionError where a path that does not exist may be the name of a model on the
+    hub: hf://..., or OWNER/NAME where there is no directory OWNER."""
+    marked, name = str(path).startswith("hf:/"), str(path).removeprefix("hf:/")
+    if path.exists() or not (marked or (name.count("/") == 1 and not path.parent.exists())):
+        return
+    raise ConversionError(
+        f"{HUB if marked else ''}{shown(name)} does not exist here. A model of the Hugging Face "
+        f"hub is downloaded first (`hf download {shown(name)} --local-dir DIR`), and then DIR is "
+        "named."
     )
 
 
@@ -143,7 +154,7 @@ def find_architecture(
     raise ConversionError(
         f"{directory.place}/config.json: architectures = "
         f"{shown(str(directory.config.get('architectures')))[:100]} (model_type = "
-        f"{shown(str(kind))[:60]}) is not computed here; there are {', '.join(known)}."
+        f"{shown(str(kind))[:60]}) is not supported; supported are {', '.join(known)}."
     )
 
 
@@ -157,29 +168,56 @@ def named_architectures(
                 yield architecture.name, (family, architecture)
 
 
+class _Watched(Mapping[str, object]):
+    """Values, and the names that somebody has looked up."""
+
+    def __init__(self, values: Mapping[str, object]) -> None:
+        self._values = values
+        self.looked_up: set[str] = set()
+
+    def __getitem__(self, name: str) -> object:
+        self.looked_up.add(name)
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+
 def megatron_model(
     checkpoint: "MegatronCheckpoint", architecture: Architecture, arguments: Mapping[str, object]
 ) -> ModelConfig:
     """Our [model] for the arguments of Megatron's that a checkpoint holds, and `arguments`, which
     it does not hold.
 
-    Raises ConversionError where one says something else than the checkpoint, or they ask for what
-    we don't compute.
+    Raises ConversionError where one says something else than the checkpoint or nothing of a model,
+    or they ask for what we don't compute.
     """
     for name, value in arguments.items():
         held = checkpoint.arguments.get(name)
         if held is not None and held != value:
             raise ConversionError(
-                f"--argument {name}={value}: {checkpoint.place} says {name} = {show(held)}. Leave "
-                "it out."
+                f"--argument {name} = {show(value)}: {checkpoint.place} says {name} = "
+                f"{show(held)}. Leave it out."
             )
+    values = _Watched({**checkpoint.arguments, **arguments})
     try:
-        model = architecture.read_config({**checkpoint.arguments, **arguments})
+        model = architecture.read_config(values)
     except ConversionError as error:
         raise ConversionError(
             f"{checkpoint.place}: of Megatron's arguments, {error}\n  What the checkpoint does not "
             "hold is given to `megapipe convert` as --argument NAME=VALUE."
         ) from error
+    known = values.looked_up | architecture.write_config(model).keys()
+    for name in arguments:
+        if name not in known and name not in checkpoint.arguments:
+            close = nearest(name, sorted(known))
+            raise ConversionError(
+                f"--argument {name} says nothing of what a model computes. "
+                + (f"Did you mean {close}?" if close else "Leave it out.")
+            )
     return _consistent(model, f"{checkpoint.place}: what Megatron's arguments say")
 
 
@@ -192,6 +230,8 @@ def megatron_architecture(families: Families) -> tuple[ModelFamily, Architecture
 
 
 def _in_checkpoint(path: Path, families: Families) -> ModelConfig:
+    if not has_manifest(path):
+        refuse_exports(path.parent)
     place = shown(path / "config.toml")
     try:
         text = read_small(path / "config.toml", MAX_CONFIG_BYTES).decode()

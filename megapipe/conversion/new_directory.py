@@ -14,6 +14,9 @@ from megapipe.checkpoint.storage import (
 from megapipe.distributed.rank_group import ALONE, RankGroup
 from megapipe.files import shown
 
+FILE_MODE = 0o666
+"""Of a file that is for others to read: what the umask leaves of it."""
+
 
 def write_new_directory(
     target: Path,

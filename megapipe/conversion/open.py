@@ -8,13 +8,10 @@ from torch import nn
 from megapipe.checkpoint.find import find_checkpoint
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.config import ModelConfig
-from megapipe.conversion.hugging_face.config_file import is_hugging_face
+from megapipe.config.problems import show
 from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
-from megapipe.conversion.megatron.directory import (
-    MegatronCheckpoint,
-    is_megatron,
-    open_megatron,
-)
+from megapipe.conversion.kind import kind_of
+from megapipe.conversion.megatron.directory import MegatronCheckpoint, open_megatron
 from megapipe.conversion.model_at import (
     Families,
     described_model,
@@ -25,9 +22,24 @@ from megapipe.conversion.model_at import (
 )
 from megapipe.conversion.source import CheckpointWeights, ForeignWeights, WeightSource
 from megapipe.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
-from megapipe.errors import CheckpointError
+from megapipe.errors import CheckpointError, ConversionError
 from megapipe.files import shown
 from megapipe.tensor_parallel.parameter import sharded_parameters
+
+MEGATRON_SHAPE = (
+    "swiglu",
+    "add_bias_linear",
+    "add_qkv_bias",
+    "normalization",
+    "position_embedding_type",
+    "untie_embeddings_and_output_weights",
+    "group_query_attention",
+    "num_query_groups",
+    "qk_layernorm",
+    "ffn_hidden_size",
+    "kv_channels",
+)
+"""Megatron's arguments with defaults that decide which tensors a model has, and their shapes."""
 
 
 def open_weights(path: Path, families: Families, allow: Sequence[str] = ()) -> WeightSource:
@@ -37,9 +49,10 @@ def open_weights(path: Path, families: Families, allow: Sequence[str] = ()) -> W
 
     Raises CheckpointError or ConversionError where there are none, or none that we compute.
     """
-    if is_hugging_face(path):
+    kind = kind_of(path)
+    if kind == "hugging_face":
         return open_hugging_face(HuggingFaceDirectory(path), families, allow)
-    if is_megatron(path):
+    if kind == "megatron":
         return open_megatron_weights(open_megatron(path), families, {}, allow)
     reader = open_checkpoint(find_checkpoint(path))
     return CheckpointWeights(reader, model_of(reader, families))
@@ -72,11 +85,30 @@ def open_megatron_weights(
     """The weights of a Megatron checkpoint under our names. `arguments` are Megatron's that the
     checkpoint does not hold.
 
-    Raises ConversionError where one says something else than the checkpoint.
+    Raises ConversionError where one says something else than the checkpoint, or the tensors are
+    others than the arguments say.
     """
     family, architecture = megatron_architecture(families)
     model = megatron_model(checkpoint, architecture, arguments)
-    return ForeignWeights(checkpoint, architecture, model, family.parameters(model), allow)
+    try:
+        return ForeignWeights(checkpoint, architecture, model, family.parameters(model), allow)
+    except ConversionError as error:
+        held = {**checkpoint.arguments, **arguments}
+        lines = [str(error), *_defaults(held, architecture.write_config(model))]
+        raise ConversionError("\n".join(lines)) from error
+
+
+def _defaults(held: Mapping[str, object], used: Mapping[str, object]) -> list[str]:
+    """A line on Megatron's arguments that decide which tensors there are, and are nowhere."""
+    names = [name for name in MEGATRON_SHAPE if held.get(name) is None]
+    if not names:
+        return []
+    values = [f"{name}={show(used[name])}".replace('"', "") for name in names]
+    return [
+        "Neither the checkpoint nor --argument says these, so they are Megatron's defaults: "
+        f"{', '.join(values)}. Pass the right values of those that differ to "
+        "`megapipe convert` as --argument NAME=VALUE."
+    ]
 
 
 def model_of(reader: CheckpointReader, families: Families) -> ModelConfig:
@@ -98,7 +130,7 @@ def kept_tokenizer(reader: CheckpointReader) -> Tokenizer | None:
     return load_tokenizer(reader.path / name, key=None)
 
 
-def fill(module: nn.Module, source: WeightSource) -> None:
+def load_weights(module: nn.Module, source: WeightSource) -> None:
     """Read every shard of every parameter. Raises CheckpointError where one is missing or has
     another shape."""
     parameters = list(sharded_parameters(module))

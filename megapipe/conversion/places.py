@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megapipe.checkpoint.find import find_checkpoint
-from megapipe.checkpoint.steps import has_manifest
-from megapipe.conversion.hugging_face.config_file import CONFIG, is_hugging_face
-from megapipe.conversion.megatron.directory import is_megatron
+from megapipe.conversion.kind import HUGGING_FACE_CONFIG as CONFIG
+from megapipe.conversion.kind import kind_of
+from megapipe.conversion.model_at import refuse_hub_name
 from megapipe.errors import ConversionError
 from megapipe.files import shown
 
@@ -21,6 +21,7 @@ def require_model(source: Path) -> None:
     A run that has saved nothing passes: reading it says so.
     """
     place = shown(source)
+    refuse_hub_name(source)
     if not source.exists():
         raise ConversionError(f"{place} does not exist.")
     if not source.is_dir():
@@ -28,10 +29,9 @@ def require_model(source: Path) -> None:
             f"{place} is a file. Name the directory of a model: of Hugging Face's, of Megatron's, "
             "or a checkpoint or run of megapipe."
         )
-    if is_hugging_face(source) or is_megatron(source) or (source / "checkpoints").exists():
+    if kind_of(source) is not None:
         return
-    if has_manifest(find_checkpoint(source)):
-        return
+    find_checkpoint(source)  # raises where a link or a name is why none is seen
     files = sorted(path.name for path in source.iterdir() if path.suffix.lower() in WEIGHTS)
     if files and files[0].endswith(".gguf"):
         raise ConversionError(
@@ -42,6 +42,11 @@ def require_model(source: Path) -> None:
         raise ConversionError(
             f"{place} has weights ({shown(files[0])}) and no {CONFIG}: download the whole "
             "directory of the model."
+        )
+    snapshot = next((source / "snapshots").glob("*/" + CONFIG), None)
+    if snapshot is not None:
+        raise ConversionError(
+            f"{place} is a cache of Hugging Face's. Name a snapshot in it: {shown(snapshot.parent)}"
         )
     raise ConversionError(
         f"{place} holds no model: neither {CONFIG}, as those of Hugging Face, nor a checkpoint of "

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from megapipe.amounts import counted
 from megapipe.config import ModelConfig
-from megapipe.conversion.open import fill
+from megapipe.conversion.open import load_weights
 from megapipe.conversion.source import WeightSource
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.errors import ConversionError
@@ -62,16 +63,26 @@ class Proof:
         )
 
 
+def check_proof(model: ModelConfig, layers: int | None, length: int | None) -> None:
+    """Raises ConversionError where a model can't be proven with its first `layers` (None: all) and
+    sequences of `length` tokens."""
+    if layers is not None and layers > model.num_layers:
+        raise ConversionError(
+            f"--proof-layers {layers}: the model has {counted(model.num_layers, 'layer')}. Leave "
+            "it out to prove with all."
+        )
+    if length is not None and length > model.max_sequence_length:
+        raise ConversionError(
+            f"--proof-tokens {length}: the model is made for {model.max_sequence_length:,} tokens "
+            "at most."
+        )
+
+
 def proof_sequences(
     model: ModelConfig, tokenizer: Tokenizer | None, length: int | None
 ) -> dict[str, Tensor]:
     """Random tokens over the whole vocabulary, and those of a real text where there is a
-    tokenizer. Raises ConversionError for a length that the model is not made for."""
-    if length is not None and length > model.max_sequence_length:
-        raise ConversionError(
-            f"--proof-tokens {length}: the model is made for {model.max_sequence_length:,} tokens "
-            "at most"
-        )
+    tokenizer."""
     length = min(length or PROOF_TOKENS, model.max_sequence_length)
     generator = torch.Generator().manual_seed(RANDOM_SEED)
     sequences = {
@@ -99,7 +110,7 @@ def our_logits(
     if layers is not None:
         model = model.model_copy(update={"num_layers": min(layers, model.num_layers)})
     module = whole_model(family, model, dtype=torch.float32, device=torch.device("cpu"))
-    fill(module, source)
+    load_weights(module, source)
     if rounded is not None:
         round_weights(module, rounded)
     with torch.no_grad():

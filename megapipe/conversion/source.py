@@ -225,7 +225,7 @@ def _check_tensors(
     problems, missing, unused = [], dict[str, None](), []
     for name, tensor in expected.items():
         found = store.tensors.get(name)
-        parameters = [piece.parameter for piece in tensor.pieces]
+        parameters = list(dict.fromkeys(piece.parameter for piece in tensor.pieces))
         if found is None and parameters and all(_matches(one, allow) for one in parameters):
             missing |= dict.fromkeys(parameters)
         elif found is None:

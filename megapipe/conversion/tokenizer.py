@@ -1,7 +1,7 @@
 """A tokenizer as a Hugging Face directory, proven to give the same ids."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -20,6 +20,8 @@ LINES = 1000
 """The number of lines of text on which an exported tokenizer has to give the same ids."""
 
 EXAMPLES = 3
+ALLOW_DRIFT = "--allow-tokenizer-drift"
+"""The option of a conversion for that."""
 ENGINE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 COPIED = (ENGINE, *BY_TOKEN, *KEPT)
 FAST = "PreTrainedTokenizerFast"
@@ -79,6 +81,22 @@ class TokenizerReport:
         return "\n".join([f"Tokenizer: {result}", *examples, *self.notes])
 
 
+class TokenizerDriftError(ConversionError):
+    """A tokenizer that would give other ids once it is exported.
+
+    `problem` is what is wrong with it, without what to do.
+    """
+
+    def __init__(self, problem: str, advice: str, examples: Sequence[str] = ()) -> None:
+        self.problem, self._examples = problem, examples
+        super().__init__(self.advised(advice))
+
+    def advised(self, advice: str) -> str:
+        """The text of the error with another advice."""
+        lines = ["The first lines:", *self._examples] if self._examples else []
+        return "\n".join([f"{self.problem} {advice}", *lines])
+
+
 def export_tokenizer(
     tokenizer: Tokenizer,
     folder: Path,
@@ -91,8 +109,8 @@ def export_tokenizer(
 
     max_length: tokens of the longest text that the model takes. model_type: what the config.json
     beside it will say, where there is one. Raises ConversionError for a tokenizer that can't be
-    exported, and, unless `allow_drift`, where the exported one gives other ids or decodes
-    otherwise; then nothing is written.
+    exported, and, unless `allow_drift`, TokenizerDriftError where the exported one gives other ids
+    or decodes otherwise; then nothing is written.
     """
     notes: list[str] = []
     try:
@@ -104,19 +122,11 @@ def export_tokenizer(
             raise ConversionError(
                 f"{type(tokenizer).__name__} is a kind of tokenizer that can't be exported"
             )
-        if model_type == "qwen2" and not allow_drift:
-            _check_qwen2(json.loads(files[ENGINE].decode("utf-8-sig")))
         report = _compare(tokenizer, files, notes)
     except ConversionError as error:
         raise ConversionError(f"tokenizer {shown(tokenizer.path)}: {error}") from error
-    if report.differing and not allow_drift:
-        examples = "\n".join(f"  {example}" for example in report.examples)
-        raise ConversionError(
-            f"tokenizer {shown(tokenizer.path)}: exported, it tokenises {report.differing} of "
-            f"{report.lines:,} lines of text otherwise ({report.rate:.1%}), and the model would be "
-            f"given other tokens than in training. To export it all the same: "
-            f"--allow-tokenizer-drift. The first lines:\n{examples}"
-        )
+    if not allow_drift:
+        _check_drift(f"tokenizer {shown(tokenizer.path)}", report, files, model_type)
     for name, content in files.items():
         _write(folder / name, content)
     return report
@@ -184,19 +194,34 @@ def _copies(tokenizer: HuggingFaceTokenizer, max_length: int, notes: list[str]) 
     return files | {CONFIG: _json(config)}
 
 
-def _check_qwen2(tree: Mapping[str, Any]) -> None:
+def _check_drift(
+    place: str, report: TokenizerReport, files: Mapping[str, bytes], model_type: str | None
+) -> None:
+    if model_type == "qwen2" and _is_not_of_qwen2(json.loads(files[ENGINE].decode("utf-8-sig"))):
+        raise TokenizerDriftError(
+            f"{place}: transformers takes the tokenizer of any Qwen2 model for Qwen2's own, which "
+            "cuts text into other words than this one.",
+            f"Export to another architecture (such as --to Qwen3ForCausalLM or --to "
+            f"LlamaForCausalLM), or with {ALLOW_DRIFT}.",
+        )
+    if report.differing:
+        raise TokenizerDriftError(
+            f"{place}: exported, it tokenises {report.differing} of {report.lines:,} lines of text "
+            f"otherwise ({report.rate:.1%}), and the model would be given other tokens than in "
+            "training.",
+            f"To export it all the same: {ALLOW_DRIFT}.",
+            [f"  {example}" for example in report.examples],
+        )
+
+
+def _is_not_of_qwen2(tree: Mapping[str, Any]) -> bool:
     cuts = (tree.get("pre_tokenizer") or {}).get("pretokenizers") or [{}]
     same_words = cuts[0].get("pattern") == {"Regex": QWEN2_WORDS}
-    if (
+    return (
         tree["model"]["type"] != "BPE"
         or tree.get("normalizer") != {"type": "NFC"}
         or not same_words
-    ):
-        raise ConversionError(
-            "transformers takes the tokenizer of any Qwen2 model for Qwen2's own, which cuts text "
-            "into other words than this one. Export to another architecture (such as --to "
-            "Qwen3ForCausalLM or --to LlamaForCausalLM), or with --allow-tokenizer-drift"
-        )
+    )
 
 
 def _read(path: Path) -> bytes:

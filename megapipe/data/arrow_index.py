@@ -14,6 +14,8 @@ FILE_MAGIC = b"ARROW1"
 CONTINUATION = 0xFFFFFFFF
 RECORD_BATCH = 3
 MAX_METADATA = 1 << 28
+END, OLD_END = b"\xff\xff\xff\xff\0\0\0\0", b"\0\0\0\0"
+PADDING = 64
 SMALL = 4 << 20
 """A file up to this size is one unit whose rows are shuffled, whatever it holds."""
 
@@ -28,7 +30,7 @@ class Message(NamedTuple):
 
 
 def arrow_units(file: BinaryIO) -> ListedUnits:
-    """A unit for each record batch; its offset is where the batch begins.
+    """A unit for each record batch with rows; its offset is where the batch begins.
 
     It is one unit, to be read from the beginning, where a dictionary comes behind a batch or the
     file is damaged.
@@ -44,9 +46,9 @@ def arrow_units(file: BinaryIO) -> ListedUnits:
             row += message.rows
         else:
             whole |= bool(units)
-    if whole or len(units) < 2 or not _ends_well(file):
+    if whole or len(units) < 2 or not _ends_well(file, size):
         return ListedUnits([Unit(0, 0, size)], whole=size > SMALL)
-    return ListedUnits(units)
+    return ListedUnits([unit for unit in units if unit.end > unit.start])
 
 
 def arrow_head(file: BinaryIO) -> bytes:
@@ -93,10 +95,18 @@ def _next_message(file: BinaryIO, size: int) -> Message | None:
     return Message(kind, start, end, rows)
 
 
-def _ends_well(file: BinaryIO) -> bool:
-    """Whether what follows the last message is the mark of the end, or the end of the file."""
+def _ends_well(file: BinaryIO, size: int) -> bool:
+    """Whether behind the last message come the mark of the end and, in the file format, a footer
+    that takes the rest: zeros in the place of a message look like that mark."""
+    last = file.tell()
     rest = file.read(8)
-    return rest in (b"", b"\xff\xff\xff\xff\0\0\0\0") or rest[:4] == b"\0\0\0\0"
+    mark = 8 if rest == END else 4 if rest.startswith(OLD_END) else 0
+    file.seek(0)
+    if file.read(6) != FILE_MAGIC:
+        return mark > 0 or not rest
+    file.seek(max(0, size - 10))
+    footer = _unsigned(file.read(4))
+    return file.read(6) == FILE_MAGIC and 0 <= size - 10 - footer - mark - last < PADDING
 
 
 def _parse(metadata: bytes) -> tuple[int, int, int]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapipe.data.feed import Batch, BatchFeed, State, merge_states
+from megapipe.data.order.record import RECORD
 from megapipe.data.sources import Source
 from megapipe.data.tokenizer import check_vocabulary, load_tokenizer
 from megapipe.distributed.mesh import Mesh
@@ -186,7 +187,7 @@ class ReplicaFeed(StepPart):
         config = self._config
         tokenizer = load_tokenizer(config.data.tokenizer)
         assert config.model.vocab_size is not None
-        check_vocabulary(tokenizer, config.model.vocab_size)
+        check_vocabulary(tokenizer, config.model.vocab_size, config.checkpoint.load_from)
         return BatchFeed(
             config.data,
             seed=config.train.seed,
@@ -197,7 +198,7 @@ class ReplicaFeed(StepPart):
             sequence_length=config.train.sequence_length,
             validation=self._validation,
             opened=opened,
-            record=Path(config.train.run_dir) / "data",
+            record=Path(config.train.run_dir) / RECORD,
             say=say,
         )
 

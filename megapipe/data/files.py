@@ -108,6 +108,7 @@ def files_below(directory: Path, key: str) -> Found:
 def glob_matches(pattern: str, path: str) -> bool:
     """Whether a path matches a pattern as `find_files` understands it, without looking at the
     disk: `*`, `?` and `[]` within a name, `**` for any directories."""
+    pattern, path = os.path.normpath(pattern), os.path.normpath(path)
     parts = [part for part in pattern.split("/") if part]
     names = [name for name in path.split("/") if name]
     return pattern == path or (

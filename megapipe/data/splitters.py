@@ -140,29 +140,34 @@ def split_segments(stream: io.BufferedReader, extent: Extent, size: int) -> Iter
 
     A unit has to begin at a multiple of `size`.
     """
-    head = b""
+    ahead = b""  # read, and not given yet
     position = 0
     if not extent.first:
-        passed, head = _to_border(stream)
+        passed, ahead = _to_border(stream, b"")
         position = len(passed)
     border = size
     while extent.holds(border - size) and (border == size or extent.boundary() != border - size):
-        data = head + _read(stream, border - position - len(head))
-        head = b""
+        ahead += _read(stream, border - position - len(ahead))
+        inside = max(0, border - position)
+        data, ahead = ahead[:inside], ahead[inside:]
         if position + len(data) == border:
-            more, head = _to_border(stream)
+            more, ahead = _to_border(stream, ahead)
             data += more
         if data:
             yield Raw(data, position)
         position += len(data)
-        if not head and not stream.peek(1):
+        if not ahead and not stream.peek(1):
             return
         border += size
 
 
-def _to_border(stream: io.BufferedReader) -> tuple[bytes, bytes]:
-    """What belongs to the segment in front of a border, and what was read of the next one."""
-    line = stream.readline(LINE_SLACK)
+def _to_border(stream: io.BufferedReader, ahead: bytes) -> tuple[bytes, bytes]:
+    """What belongs to the segment in front of a border, and what was read of the next one. `ahead`
+    was read behind the border before."""
+    end = ahead.find(b"\n", 0, LINE_SLACK) + 1
+    if end:
+        return ahead[:end], ahead[end:]
+    line = ahead + stream.readline(LINE_SLACK - len(ahead))
     if line.endswith(b"\n") or len(line) < LINE_SLACK:
         return line, b""
     start = next((place for place in range(4) if line[place] & 0xC0 != 0x80), 0)

@@ -70,16 +70,33 @@ def load_tokenizer(path: str | Path, key: str | None = "data.tokenizer") -> Toke
         raise DataError(f"{key}: {error}" if key else str(error)) from error
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises DataError when the tokenizer has ids that the model's embedding has not."""
-    if tokenizer.vocab_size > vocab_size:
-        gaps = tokenizer.vocab_size - len(tokenizer.ids)
-        numbered = f", numbered up to {tokenizer.vocab_size - 1}" if gaps else ""
-        raise DataError(
-            f"data.tokenizer has {len(tokenizer.ids)} tokens{numbered} ({tokenizer.path}) but "
-            f"model.vocab_size = {vocab_size}; set model.vocab_size to at least "
-            f"{tokenizer.vocab_size}, or use a smaller tokenizer."
-        )
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, load_from: str | None = None) -> None:
+    """Raises DataError when the tokenizer has ids that the model's embedding has not; `load_from`
+    is where the model comes from, if it is not a new one."""
+    if tokenizer.vocab_size <= vocab_size:
+        return
+    gaps = tokenizer.vocab_size - len(tokenizer.ids)
+    numbered = f", numbered up to {tokenizer.vocab_size - 1}" if gaps else ""
+    fix = (
+        f"set model.vocab_size to at least {tokenizer.vocab_size}, or use a smaller tokenizer."
+        if load_from is None
+        else f"use the tokenizer of the model that checkpoint.load_from names"
+        f"{_as_in(load_from, vocab_size)}, or give the model new tokens: set model.vocab_size to "
+        f'at least {tokenizer.vocab_size} and checkpoint.load_new_tokens = "mean".'
+    )
+    raise DataError(
+        f"data.tokenizer has {len(tokenizer.ids)} tokens{numbered} ({tokenizer.path}) but "
+        f"model.vocab_size = {vocab_size}; {fix}"
+    )
+
+
+def _as_in(path: str, vocab_size: int) -> str:
+    """How the tokenizer of a model is named that lies in its directory, if it does."""
+    try:
+        fits = load_tokenizer(path, key=None).vocab_size <= vocab_size
+    except DataError:
+        return ""
+    return f' (data.tokenizer = "{shown(path)}")' if fits else ""
 
 
 def not_used_beside(tokenizer: Tokenizer, path: str | Path) -> list[str]:
@@ -98,7 +115,8 @@ def _find(path: Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{shown(path)} does not exist; train a tokenizer with `megapipe tokenizer train FILES "
-            f"--vocab-size N --out {shown(path.with_suffix('.model'))}`."
+            f"--vocab-size N --out {shown(path.with_suffix('.model'))}`, or name "
+            "a checkpoint, which keeps the tokenizer of its run."
         ) from None
     except OSError as error:
         raise DataError(f"{shown(path)} can't be read: {reason(error)}") from error

@@ -1,6 +1,7 @@
 """The run's checkpoints: what is saved, and how a run goes on from it in any layout."""
 
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from megapipe.checkpoint.storage import require_space
 from megapipe.config import Config
 from megapipe.config.optimizer import read_optimizer
 from megapipe.config.problems import show
+from megapipe.conversion.optimizer_source import CheckpointOptimizer, OptimizerSource
+from megapipe.conversion.origin import saved_origin
 from megapipe.data_parallel.optimizer import WEIGHTS
 from megapipe.errors import CheckpointError
 from megapipe.files import shown
@@ -135,7 +138,7 @@ class Checkpoints:
         if path is None:
             return Progress(), None
         (reader, saved, step), _ = self._ranks.in_agreement(lambda: self._load(path))
-        self.origin = saved_origin(reader)
+        self.origin = saved_origin(reader.state)
         self._say(f"Resumed from {path} at step {step}.")
         if change := course_change(saved, self._course, step):
             self._say(change)
@@ -183,7 +186,8 @@ class Checkpoints:
         reader = open_checkpoint(path)
         step = step_to_resume(path, reader.manifest)
         state = list(self.engine.optimizer.state())
-        require_optimizer(reader, self.config, {kind for kind, _, _ in state}, NEW_RUN)
+        saved = CheckpointOptimizer(reader)
+        require_optimizer(saved, self.config, {kind for kind, _, _ in state}, NEW_RUN)
         course = saved_course(reader)
         reader.require({f"{kind}/{shard.name}": shard.global_shape for kind, shard, _ in state})
         for kind, shard, values in state:
@@ -194,19 +198,17 @@ class Checkpoints:
         return reader, course, step
 
 
-def require_optimizer(reader: CheckpointReader, config: Config, own: set[str], advice: str) -> None:
+def require_optimizer(saved: OptimizerSource, config: Config, own: set[str], advice: str) -> None:
     """Raises CheckpointError where the run that saved it had another optimizer, or one that kept
     other state than this one's, of which this rank has the kinds `own`. `advice` ends the text."""
-    name = reader.config["optimizer"]["name"]
-    saved = {name.partition("/")[0] for name in reader.manifest.tensors} - {WEIGHTS}
     groups = parameter_groups(config.optimizer)
     kept = {one.name for group in groups for one in group.state}
-    same_state = saved <= kept and own <= saved | {WEIGHTS}
-    if name == config.optimizer.name and same_state:
+    same_state = saved.kinds <= kept and own <= saved.kinds | {WEIGHTS}
+    if saved.name == config.optimizer.name and same_state:
         return
     raise CheckpointError(
-        f"{shown(reader.path)} is of a run with optimizer.name = {show(name)}, which kept "
-        f"{_names(saved)} of each parameter; here it is {show(config.optimizer.name)}, "
+        f"{saved.place} is of a run with optimizer.name = {show(saved.name)}, which kept "
+        f"{_names(saved.kinds)} of each parameter; here it is {show(config.optimizer.name)}, "
         f"which keeps {_names(kept)}. Set the keys of [optimizer] as they were there, or {advice}."
     )
 
@@ -225,15 +227,8 @@ def _refuse_links(skipped: Skipped) -> None:
         )
 
 
-def _names(state: set[str]) -> str:
+def _names(state: AbstractSet[str]) -> str:
     return " and ".join(sorted(state)) or "nothing"
-
-
-def saved_origin(reader: CheckpointReader) -> dict[str, object] | None:
-    """What a checkpoint says of the model of another stack that its weights came from: `stack`,
-    `architecture`, and the `name` of its directory; None where it says nothing."""
-    origin = reader.state.get("origin")
-    return origin if isinstance(origin, dict) else None
 
 
 def saved_course(reader: CheckpointReader) -> Course:

@@ -5,7 +5,6 @@ the checkpoint what it writes, tensor by tensor. So no rank ever holds the whole
 """
 
 import shlex
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -13,22 +12,15 @@ from megapipe.checkpoint.load import open_checkpoint
 from megapipe.checkpoint.steps import clear_leftovers, committed, step_name
 from megapipe.checkpoint.storage import checkpoint_errors
 from megapipe.config import Config
-from megapipe.conversion.hugging_face.export import (
-    ExportOptions,
-    choose_architecture,
-    plan_export,
-)
+from megapipe.conversion.hugging_face.export import ExportOptions, plan_export
 from megapipe.conversion.hugging_face.write import write_export
-from megapipe.conversion.tokenizer import export_tokenizer
-from megapipe.data.tokenizer import load_tokenizer
 from megapipe.distributed.rank_group import RankGroup
-from megapipe.errors import CheckpointError, ConversionError, MegapipeError
+from megapipe.errors import CheckpointError, MegapipeError
 from megapipe.files import shown
 from megapipe.layout.family import ModelFamily
 
 EXPORTS = "exports"
 """The folder of a run directory in which exports lie."""
-DRIFT = "--allow-tokenizer-drift"
 
 
 class Exports:
@@ -41,30 +33,16 @@ class Exports:
         self._root = Path(config.train.run_dir) / EXPORTS
         self._checkpoints = Path(config.train.run_dir) / "checkpoints"
 
-    def check(self, origin: Mapping[str, object] | None) -> None:
-        """Raises ConversionError where exports are wanted and can't be made: before the first step.
-        `origin` is what the run's checkpoints say of the model that it started from. Collective.
-        """
-        if self._config.checkpoint.export_every:
-            self._ranks.from_first(lambda: self._check((origin or {}).get("architecture")))
-
-    def _check(self, first: object) -> None:
-        every, model = self._config.checkpoint.export_every, self._config.model
-        place = f"checkpoint.export_every = {every}"
-        preferred = first if isinstance(first, str) else None
-        architecture = choose_architecture(self._family, model, first=preferred, place=place)
-        tokenizer = load_tokenizer(self._config.data.tokenizer)
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                export_tokenizer(
-                    tokenizer,
-                    Path(folder),
-                    allow_drift=False,
-                    max_length=model.max_sequence_length,
-                    model_type=architecture.model_type,
-                )
-        except ConversionError as error:
-            raise ConversionError(f"{place}: {error}\n{_advice(str(error))}") from error
+    def catch_up(self, step: int) -> None:
+        """Remove what killed starts of this run left half-written, and make the export of the step
+        from which the run goes on, where an earlier start was killed between the checkpoint and
+        that. Collective; this process must hold the run's lock."""
+        if self._config.checkpoint.export_every == 0:
+            return
+        self.clear()
+        missed = self.missed(step)
+        if missed is not None:
+            self._say(self.write(missed, step))
 
     def clear(self) -> None:
         """Remove what killed starts of this run left half-written. Collective; this process must
@@ -113,16 +91,6 @@ class Exports:
             reason = str(error).removesuffix(".")
             return f"NOT EXPORTED at step {step}: {reason}. To make up for it: `{command}`"
         return f"Exported {shown(target)}"
-
-
-def _advice(refusal: str) -> str:
-    """What to do in a run, which takes no options of `megapipe convert`."""
-    if DRIFT in refusal:
-        return (
-            "A run can't allow that: set checkpoint.export_every = 0, and export its checkpoints "
-            f"later: `megapipe convert CHECKPOINT DST {DRIFT}`."
-        )
-    return "To train without exports: checkpoint.export_every = 0."
 
 
 def _say_nothing(line: str) -> None:

@@ -1,6 +1,6 @@
 """Starting a run from another model: checkpoint.load_from, read into this rank's shards."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,30 +8,38 @@ import torch
 from torch import Tensor
 
 from megapipe.checkpoint.retention import newest_valid
-from megapipe.checkpoint.steps import committed, has_manifest
-from megapipe.checkpoint.verify import read_manifest
+from megapipe.checkpoint.steps import committed
 from megapipe.config import Config
+from megapipe.config.checkpoint import Loaded
 from megapipe.config.problems import show
-from megapipe.conversion.fitting import Fitting, Origin, fit_config
 from megapipe.conversion.hugging_face.companions import check_companions
-from megapipe.conversion.hugging_face.config_file import is_hugging_face
-from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
-from megapipe.conversion.megatron.directory import is_megatron
-from megapipe.conversion.model_at import Families, find_architecture, megatron_architecture
-from megapipe.conversion.open import kept_tokenizer, open_weights
+from megapipe.conversion.kind import OTHER_STACKS, kind_of
+from megapipe.conversion.matching import Origin, match_config
+from megapipe.conversion.megatron.directory import open_megatron
+from megapipe.conversion.model_at import Families
+from megapipe.conversion.open import kept_tokenizer, open_megatron_weights, open_weights
+from megapipe.conversion.optimizer_source import (
+    CheckpointOptimizer,
+    MegatronOptimizer,
+    OptimizerSource,
+    with_master_weights,
+)
+from megapipe.conversion.origin import origin_at
 from megapipe.conversion.source import CheckpointWeights, ForeignWeights, WeightSource
+from megapipe.conversion.tokenizer_difference import tokenizer_difference
 from megapipe.data.tokenizer import load_tokenizer
 from megapipe.data_parallel.optimizer import WEIGHTS
 from megapipe.distributed.rank_group import RankGroup
 from megapipe.errors import CheckpointError, ConversionError, DataError
 from megapipe.files import shown
 from megapipe.layout.parameters import ParameterShard
+from megapipe.optim import OptimizerConfig
 from megapipe.optim.learning_rate import Course
-from megapipe.train.checkpoints import Progress, require_optimizer, saved_course, saved_origin
+from megapipe.train.checkpoints import Progress, require_optimizer, saved_course
 from megapipe.train.course_change import course_change
 from megapipe.train.engine import Engine
 
-OPTIMIZER = "optimizer"
+OPTIMIZER: Loaded = "optimizer"
 MEAN_BYTES = 64 * 2**20
 """How much of a table is read at once to average its rows, in float64."""
 
@@ -50,9 +58,9 @@ class LoadFrom:
         self._config, self._families, self._ranks = config, families, ranks
         self._settings = config.checkpoint
         self._path = Path(config.checkpoint.load_from)
-        self._fitting, _ = ranks.in_agreement(self._fit)
+        self._match, _ = ranks.in_agreement(lambda: match_config(config, families))
         parts = ", ".join(self._settings.load_state)
-        self.notes = [f"Starting from {shown(self._path)}: {parts}.", *self._fitting.notes]
+        self.notes = [f"Starting from {shown(self._path)}: {parts}.", *self._match.notes]
         self.notes += ranks.from_first(self._foreign_notes)
         self.origin: dict[str, object] | None = None
 
@@ -62,11 +70,13 @@ class LoadFrom:
         """Fill this rank's shards; (progress, data state), or a fresh start and None of what is not
         wanted. Collective: what is damaged is raised on all ranks."""
         path = self._settle(say)
-        source, _ = self._ranks.in_agreement(lambda: self._load(path, engine))
+        (source, changed), _ = self._ranks.in_agreement(lambda: self._load(path, engine))
+        for line in changed:
+            say(line)
         for line in self._ranks.from_first(lambda: self._tokenizer_note(path, source)):
             say(line)
         if WEIGHTS in self._settings.load_state:
-            self.origin = self._ranks.from_first(lambda: _origin(path, source, self._families))
+            self.origin = self._ranks.from_first(lambda: origin_at(path, self._families))
         progress, data = Progress(), None
         if isinstance(source, CheckpointWeights) and source.reader.step is not None:
             state, step = source.reader.state, source.reader.step
@@ -79,26 +89,13 @@ class LoadFrom:
                 data = state["data"]
         return progress, data
 
-    def _fit(self) -> Fitting:
-        """Raises CheckpointError where the two models, or what is wanted of them, don't fit."""
-        wanted, load_from = self._settings.load_state, shown(self._path)
-        beyond = [part for part in wanted if part != WEIGHTS]
-        kind = _without_state(self._path) if beyond else None
-        if kind is not None:
-            raise CheckpointError(
-                f"checkpoint.load_state = {show(wanted)} asks for {show(beyond[0])}, and "
-                f'checkpoint.load_from = "{load_from}" is {kind}: no optimizer state, step '
-                'or position in the data is read from it. Set checkpoint.load_state = ["weights"].'
-            )
-        return fit_config(self._config, self._families)
-
     def _foreign_notes(self) -> list[str]:
         """Lines on tensors that a directory of another stack lacks or has too many.
 
         Raises ConversionError where that is not allowed, or files are missing: before anything of
         the run is built.
         """
-        if not (is_hugging_face(self._path) or is_megatron(self._path)):
+        if kind_of(self._path) not in OTHER_STACKS:
             return []
         source = open_weights(self._path, self._families, self._settings.load_allow)
         assert isinstance(source, ForeignWeights)
@@ -114,7 +111,7 @@ class LoadFrom:
 
         def find() -> str | None:
             path = self._path
-            if is_hugging_face(path) or has_manifest(path) or is_megatron(path):
+            if kind_of(path) in ("checkpoint", *OTHER_STACKS):
                 return None
             inner = path / "checkpoints"
             return str(inner if committed(inner) else path)
@@ -132,35 +129,60 @@ class LoadFrom:
             )
         return found.path
 
-    def _load(self, path: Path, engine: Engine) -> WeightSource:
-        """Fill every shard, copies included, then round the master weights into the model's."""
-        wanted, origins = self._settings.load_state, self._fitting.origins
-        source = open_weights(path, self._families, self._settings.load_allow)
+    def _load(self, path: Path, engine: Engine) -> tuple[WeightSource, list[str]]:
+        """Fill every shard, copies included, then round the master weights into the model's.
+
+        Returns what the weights come from, and lines on settings of its optimizer that differ.
+        """
+        wanted, origins = self._settings.load_state, self._match.origins
+        source, optimizer = self._open(path)
         if isinstance(source, CheckpointWeights):
             shapes = {f"{WEIGHTS}/{one.name}": one.shape for one in origins.values()}
             source.reader.require(shapes)
-        kinds = {WEIGHTS} & set(wanted)
-        if OPTIMIZER in wanted:
-            assert isinstance(source, CheckpointWeights)
+        kinds, changed = {WEIGHTS} & set(wanted), list[str]()
+        if optimizer is not None:
             own = {kind for kind, _, _ in engine.optimizer.state()}
             require_optimizer(
-                source.reader,
+                optimizer,
                 engine.config,
                 own,
                 f'leave "{OPTIMIZER}" out of checkpoint.load_state = {show(wanted)}',
             )
             kinds |= own - {WEIGHTS}
-            engine.optimizer.load_scalars(source.reader.state)
+            engine.optimizer.load_scalars(optimizer.scalars)
+            changed = _changed_settings(optimizer.settings, engine.config.optimizer)
         for kind, shard, values in engine.optimizer.state():
             origin = origins.get(shard.name)
             if kind in kinds and origin is not None and origin.name in source.names:
-                self._fill(values, kind, shard, origin, source)
+                self._fill(values, kind, shard, origin, source, optimizer)
         for buffer in engine.buffers:
             buffer.publish_master()
-        return source
+        return source, changed
+
+    def _open(self, path: Path) -> tuple[WeightSource, OptimizerSource | None]:
+        """The weights, and what the optimizer keeps of them if that is wanted."""
+        allow, optimizer = self._settings.load_allow, OPTIMIZER in self._settings.load_state
+        if kind_of(path) == "megatron":
+            checkpoint = open_megatron(path)
+            masters = with_master_weights(checkpoint)
+            return (
+                open_megatron_weights(masters, self._families, {}, allow),
+                MegatronOptimizer(checkpoint, self._families, allow) if optimizer else None,
+            )
+        source = open_weights(path, self._families, allow)
+        if not optimizer:
+            return source, None
+        assert isinstance(source, CheckpointWeights)
+        return source, CheckpointOptimizer(source.reader)
 
     def _fill(
-        self, values: Tensor, kind: str, shard: ParameterShard, origin: Origin, source: WeightSource
+        self,
+        values: Tensor,
+        kind: str,
+        shard: ParameterShard,
+        origin: Origin,
+        source: WeightSource,
+        optimizer: OptimizerSource | None,
     ) -> None:
         """Read a shard's rectangle of one kind; rows of new tokens start as the config says."""
         known = min(max(origin.shape[0] - shard.start[0], 0), shard.shape[0])
@@ -169,9 +191,8 @@ class LoadFrom:
             if kind == WEIGHTS:
                 values[:known].copy_(source.read(origin.name, shard.start, shape))
             else:
-                assert isinstance(source, CheckpointWeights)
-                name = f"{kind}/{origin.name}"
-                values[:known].copy_(source.reader.read(name, shard.start, shape))
+                assert optimizer is not None
+                values[:known].copy_(optimizer.read(kind, origin.name, shard.start, shape))
         if known == shard.shape[0] or kind != WEIGHTS:
             return  # what an optimizer keeps of new tokens is zero, as it is at a start
         if self._settings.load_new_tokens == "zeros":
@@ -185,42 +206,33 @@ class LoadFrom:
             if isinstance(source, CheckpointWeights):
                 kept = kept_tokenizer(source.reader)
             else:
-                if is_hugging_face(path):
+                if kind_of(path) == "hugging_face":
                     check_companions(path)
                 kept = load_tokenizer(path, key=None)
         except (DataError, ConversionError):
             return []  # there is none that could be compared
         own = load_tokenizer(self._config.data.tokenizer)
-        if kept is None or kept.sha256 == own.sha256:
+        difference = tokenizer_difference(own, kept) if kept is not None else None
+        if difference is None:
             return []
         return [
             f"Warning: {source.place} is of another tokenizer than data.tokenizer = "
-            f'"{shown(own.path)}": the same ids may stand for other text.'
+            f'"{shown(own.path)}", so that the same ids may stand for other text: {difference}'
         ]
 
 
-def _without_state(path: Path) -> str | None:
-    """What lies at `path` in words, where it has no more than weights for us; else None."""
-    if is_hugging_face(path):
-        return "a Hugging Face model"
-    if has_manifest(path):
-        return "a checkpoint of weights alone" if read_manifest(path).step is None else None
-    return "a Megatron checkpoint" if is_megatron(path) else None
-
-
-def _origin(path: Path, source: WeightSource, families: Families) -> dict[str, object] | None:
-    """The model of another stack that the weights at `path` are of, or came from."""
-    if isinstance(source, CheckpointWeights):
-        return saved_origin(source.reader)
-    if is_hugging_face(path):
-        _, architecture = find_architecture(HuggingFaceDirectory(path), families)
-    else:
-        _, architecture = megatron_architecture(families)
-    return {
-        "stack": architecture.stack,
-        "architecture": architecture.name,
-        "name": path.absolute().name,
-    }
+def _changed_settings(then: Mapping[str, object], now: OptimizerConfig) -> list[str]:
+    """A line on the settings of the update rule that were others when its state was made; the
+    course of the learning rate is not among them."""
+    own = type(now).model_fields.keys() - OptimizerConfig.model_fields.keys()
+    pairs = [
+        (f"optimizer.{key}", show(then[key]), show(getattr(now, key)))
+        for key in sorted({*own, "weight_decay"} & then.keys())
+    ]
+    changed = [f"{key}: {before} -> {after}" for key, before, after in pairs if before != after]
+    if not changed:
+        return []
+    return ["\n  ".join(["Its optimizer had other settings (there -> here):", *changed])]
 
 
 def _mean_row(source: WeightSource, name: str) -> Tensor:

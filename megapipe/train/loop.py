@@ -75,8 +75,6 @@ def train(run: Run) -> Progress:
     for part in (StopFlag(run.stop), run.feed, run.bubble):
         run.engine.join(part)
     run.stop.begin()
-    if config.checkpoint.export_every > 0:
-        catch_up(run)
     while progress.step < config.train.steps:
         began = time.perf_counter()
         rate = learning_rate(progress.step, config.optimizer, config.train.steps)
@@ -148,15 +146,6 @@ def _next_save(config: Config, step: int) -> int:
     periods = (config.checkpoint.every, config.checkpoint.export_every)
     due = [(step // every + 1) * every for every in periods if every > 0]
     return min([*due, config.train.steps])
-
-
-def catch_up(run: Run) -> None:
-    """Make the export of the step from which the run goes on, where an earlier start was killed
-    between the checkpoint and that, and remove what it left half-written."""
-    run.exports.clear()
-    missed = run.exports.missed(run.progress.step)
-    if missed is not None:
-        export(run, missed, run.progress.step)
 
 
 def export(run: Run, checkpoint: Path, step: int) -> None:

@@ -4,6 +4,7 @@
     metrics.jsonl            one line for each step
     metrics-replaced.jsonl   lines of steps that a later start took again
     checkpoints/             step-00000100/, ...
+    data-record/             what was found of the files of each source
     run.lock                 held by the run that writes here
     schedule.csv             the program of schedule auto, and why in schedule.txt
 

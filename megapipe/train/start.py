@@ -22,6 +22,7 @@ from megapipe import __version__
 from megapipe.checkpoint.steps import step_name
 from megapipe.config import Config, dump_config
 from megapipe.config.axes import WORLD_SIZE
+from megapipe.conversion.exportable import check_exports
 from megapipe.data.distribute import ReplicaFeed
 from megapipe.data.feed import State
 from megapipe.data.tokenizer import load_tokenizer
@@ -222,7 +223,8 @@ def _start_or_resume(
     ranks = mesh.world.rank_group
     plan = plan_start(start.config, start.families, ranks)
     loads = LoadFrom(start.config, start.families, ranks) if plan.loads else None
-    notes = [*plan.notes, *(loads.notes if loads else [])]
+    exported = ranks.from_first(lambda: check_exports(start.config, start.families))
+    notes = [*plan.notes, *(loads.notes if loads else []), *exported]
     for line in [*_introduction(start, mesh.device), *notes]:
         lines.say(line)
     channels = make_channels(mesh)
@@ -242,21 +244,20 @@ def _start_or_resume(
         checkpoints.origin = loads.origin
     if data_state is not None:
         _go_on_in_text(feed, data_state, loaded=loads is not None)
-    steps = config.train.steps
-    if progress.step >= steps:
+    steps, finished = config.train.steps, progress.step >= config.train.steps
+    if finished:
         lines.say(
             f"Nothing to do: the checkpoint is of step {progress.step}, and train.steps = {steps}. "
             "Raise train.steps to go on."
         )
-        missed = exports.missed(progress.step)
-        if missed is not None:  # the last start was killed before it
-            lock.take()
-            exports.clear()
-            lines.say(exports.write(missed, progress.step))
-        return 0
-    exports.check(checkpoints.origin)
-    lines.say(checkpoints.check_space())
+        if exports.missed(progress.step) is None:
+            return 0
+    else:
+        lines.say(checkpoints.check_space())
     lock.take()
+    exports.catch_up(progress.step)
+    if finished:
+        return 0
     write_config(config, ranks)
     with _open_loggers(config, ranks, progress.step) as loggers, lines.through(loggers.event):
         lines.say(f"Ready after {time.perf_counter() - start.began:.1f} s (imports not counted)")

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from megapipe.checkpoint.find import find_checkpoint
 from megapipe.checkpoint.load import open_checkpoint
-from megapipe.conversion.open import fill, kept_tokenizer, model_of, open_weights
+from megapipe.conversion.open import kept_tokenizer, load_weights, model_of, open_weights
 from megapipe.data.tokenizer import Tokenizer
-from megapipe.errors import CheckpointError
+from megapipe.errors import CheckpointError, DataError
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.attention import KeyValueCache
 from megapipe.models.gpt.config import GPTConfig
@@ -29,8 +29,27 @@ class PretrainedGPT(nn.Module):
 
     @torch.no_grad()
     def forward(self, tokens_BS: Tensor, caches: list[KeyValueCache] | None = None) -> Tensor:
-        """Logits [B, S, V]; with `caches` (one per layer) tokens continue what those hold."""
+        """Logits [B, S, V]; with `caches` (one per layer) tokens continue what those hold.
+
+        Raises DataError for tokens, or learned positions, that the model does not have.
+        """
+        self._check(tokens_BS, caches[0].length if caches else 0)
         return self.stage.logits(tokens_BS, caches).transpose(0, 1)
+
+    def _check(self, tokens_BS: Tensor, offset: int) -> None:
+        model = self.config
+        least, most = map(int, tokens_BS.aminmax())
+        if least < 0 or most >= model.vocab_size:
+            raise DataError(
+                f"token {least if least < 0 else most} is none of the model's, which are 0 to "
+                f"{model.vocab_size - 1} (model.vocab_size)."
+            )
+        length = offset + tokens_BS.shape[1]
+        if model.position == "learned" and length > model.max_sequence_length:
+            raise DataError(
+                f"{length} tokens are more than the model has positions for, "
+                f"{model.max_sequence_length} (model.max_sequence_length)."
+            )
 
     def new_caches(self) -> list[KeyValueCache]:
         """Empty key/value caches, one per layer."""
@@ -56,7 +75,7 @@ def load_pretrained(
             f'{source.place} is of model.family = "{model.family}", and only "gpt" can be loaded.'
         )
     module = PretrainedGPT(model, dtype, torch.device(device))
-    fill(module, source)
+    load_weights(module, source)
     return module.eval()
 
 

@@ -130,8 +130,52 @@ from tests.config.examples import write
             "optimizer.decay_steps = 60 does not fit: optimizer.warmup_steps 50 + decay_steps 60",
         ),
         (
-            '--data.validation_fraction=0.1 --data.validation_sources=[{path="x"}]',
+            '--data.validation_fraction=0.1 --data.validation_sources=[{name="x",path="x"}]',
             "data.validation_fraction = 0.1 and data.validation_sources are both given",
+        ),
+        (
+            '--data.sources=[{name="x",path="x"},{name="x",path="y"}]',
+            'data.sources.1.name = "x" is the name of another source too; give each its own.',
+        ),
+        (
+            '--data.validation_sources=[{name="a",path="y"}]',
+            'data.validation_sources.0.name = "a" is the name of another source too',
+        ),
+        (
+            "--data.sources.0.weight=0",
+            "data.sources.0.weight = 0.0 and all other weights are 0; give one source more.",
+        ),
+        (
+            "--data.phases=[{weights={a=1}}]",
+            "data.phases.0.after_step = none and after_tokens are both missing; give one of them.",
+        ),
+        (
+            "--data.phases=[{after_step=5,after_tokens=5,weights={a=1}}]",
+            "data.phases.0.after_step = 5 and after_tokens are both given; give one of them.",
+        ),
+        (
+            "--data.phases=[{after_step=5,weights={a=1,b=1}}]",
+            'names "b", which is not the name of a source; there are a.',
+        ),
+        (
+            "--data.phases=[{after_step=5,weights={a=0}}]",
+            "are all 0; give one source more.",
+        ),
+        (
+            '--data.changes=[{after_step=5,source="b",add="x"}]',
+            'data.changes.0.source = "b" is not the name of a source; there are a.',
+        ),
+        (
+            '--data.changes=[{after_step=5,source="a"}]',
+            "data.changes.0.add = none and remove are both missing; give one of them or both.",
+        ),
+        (
+            '--data.exclude=[{path="x"}]',
+            'data.exclude.0.by = "id" needs an id_field in a source that the list is about',
+        ),
+        (
+            '--data.exclude=[{path="x",by="sha256",sources=["b"]}]',
+            'names "b", which is not the name of a source; there are a.',
         ),
         (
             "--checkpoint.every=40 --checkpoint.keep_every=100",
@@ -160,6 +204,10 @@ def test_contradictions(tmp_path: Path, overrides: str, said: str) -> None:
         "--parallel.layers_per_stage=[3,5]",
         "--parallel.schedule=interleaved-1f1b --parallel.virtual=4",
         "--parallel.data=4",
+        "--parallel.data=4 --data.streams=12",  # more or fewer than samples of a batch
+        '--data.sources=[{name="a",path="x",weight=0},{name="b",path="y"}]',
+        "--data.phases=[{after_step=5,weights={a=1}},{after_tokens=9000,weights={a=2}}]",
+        '--data.exclude=[{path="x",by="sha256"}]',
         "--train.validation_every=5 --data.validation_fraction=0.1",
         "--train.sequence_length=63",
     ],

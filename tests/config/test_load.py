@@ -61,8 +61,13 @@ def test_values_of_overrides_are_toml_or_else_text(tmp_path: Path) -> None:
         *("--parallel.layers_per_stage", "[3, 5]"),
         *("--logging.wandb_name", '"7"'),
         *("--logging.wandb_project", "2024-01-01"),
-        *("--data.sources", '[{path = "b", weight = 2}]'),
+        *("--data.sources", '[{name = "b", path = "b", weight = 2}]'),
         *("--data.sources.1.path", "c"),
+        *("--data.sources.1.name", "c"),
+        *("--data.phases", "[{after_step = 5, weights = {c = 1}}]"),
+        *("--data.changes.0.after_step", "7"),
+        *("--data.changes.0.source", "b"),
+        *("--data.changes.0.add", "d"),
     )
     assert config.parallel.schedule == "gpipe"
     assert config.train.run_dir == "runs/y"
@@ -73,6 +78,9 @@ def test_values_of_overrides_are_toml_or_else_text(tmp_path: Path) -> None:
     assert config.logging.wandb_name == "7"
     assert config.logging.wandb_project == "2024-01-01"
     assert [(source.path, source.weight) for source in config.data.sources] == [("b", 2), ("c", 1)]
+    (phase,), (change,) = config.data.phases, config.data.changes
+    assert (phase.after_step, phase.after_tokens, phase.weights) == (5, None, {"c": 1.0})
+    assert (change.after_step, change.source, change.add, change.remove) == (7, "b", "d", None)
 
 
 def test_last_override_of_a_key_wins(tmp_path: Path) -> None:
@@ -169,8 +177,21 @@ def test_contradictions_are_found_beside_wrong_types(tmp_path: Path) -> None:
             "command line: data.sources = [] must have at least 1, and has 0.",
         ),
         (
-            '--data.sources=[{path="x", weight=0}]',
-            "command line: data.sources.0.weight = 0 must be more than 0.0.",
+            '--data.sources=[{name="x", path="x", weight=-1}]',
+            "command line: data.sources.0.weight = -1 must be 0.0 or more.",
+        ),
+        (
+            "--data.sources.0.name=a/b",
+            'command line: data.sources.0.name = "a/b" must be of letters, digits, dots, dashes '
+            "and underscores, and begin with a letter or a digit.",
+        ),
+        (
+            "--data.phases=[{after_step=5, weights={}}]",
+            "command line: data.phases.0.weights = {} must have at least 1, and has 0.",
+        ),
+        (
+            "--data.open_parts=0",
+            "command line: data.open_parts = 0 must be more than 0.",
         ),
         (
             "--optimizer.betas=[0.9]",

@@ -37,7 +37,7 @@ def test_keys_of_another_optimizer_have_no_effect(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(tmp_path / "run.toml", ["--optimizer.name=sgd"], FAMILIES)
     first, second = caught.value.problems
-    assert "run.toml:26: " in first
+    assert "run.toml:27: " in first
     assert first.endswith(
         'optimizer.betas = [0.9, 0.99] has no effect with optimizer.name = "sgd"; remove it, or '
         'set optimizer.name = "adamw".'

@@ -68,6 +68,9 @@ KEYS = {
     "data.tokenizer": lambda config: config.data.tokenizer,
     "data.sources.0.path": lambda config: config.data.sources[0].path,
     "data.validation_sources.0.path": lambda config: config.data.validation_sources[0].path,
+    "data.changes.0.add": lambda config: config.data.changes[0].add,
+    "data.changes.0.remove": lambda config: config.data.changes[0].remove,
+    "data.exclude.0.path": lambda config: config.data.exclude[0].path,
     "parallel.schedule_file": lambda config: config.parallel.schedule_file,
     "parallel.stage_costs": lambda config: config.parallel.stage_costs,
 }
@@ -80,7 +83,12 @@ def test_every_key_that_is_a_path(
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.setenv("WHERE", "/mnt/$x")
     monkeypatch.delenv("NOWHERE", raising=False)
+    change = ["--data.changes.0.after_step=5", "--data.changes.0.source=a"]
     more = {
+        "data.validation_sources.0.path": ["--data.validation_sources.0.name=b"],
+        "data.changes.0.add": change,
+        "data.changes.0.remove": change,
+        "data.exclude.0.path": ["--data.exclude.0.by=sha256"],
         "parallel.schedule_file": ["--parallel.schedule=csv"],
         "parallel.stage_costs": ["--parallel.schedule=auto"],
     }

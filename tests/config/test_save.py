@@ -105,9 +105,9 @@ def test_difference_names_keys_of_the_shape(tmp_path: Path) -> None:
 def test_difference_names_the_entry_of_a_list(tmp_path: Path) -> None:
     old = load_config(write(tmp_path), [], FAMILIES)
     (source,) = old.data.sources
-    words = ["--data.sources.0.weight=2", "--data.sources.1.path=more.txt"]
+    words = ["--data.sources.0.weight=2", "--data.sources.1={name='b', path='more.txt'}"]
     new = load_config(write(tmp_path), words, FAMILIES)
-    added = 'path = "more.txt", weight = 1.0, text_field = "text", documents = "file", fo...'
+    added = 'name = "b", path = "more.txt", weight = 1.0, max_epochs = none, after_max_ep...'
     assert difference(old, new, sections=("data",)) == [
         f"data.sources[0].weight: {source.weight} -> 2.0",
         f"data.sources[1]: none -> {{{added}",

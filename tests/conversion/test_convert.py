@@ -1,5 +1,7 @@
 """Models of Hugging Face brought in and taken out again, and what a proof finds."""
 
+import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -231,15 +233,35 @@ def test_without_the_other_implementation(tmp_path: Path, monkeypatch: pytest.Mo
     run(source, tmp_path / "checkpoint", wanted=False)
 
 
-def test_more_layers_than_there_are_means_all(tmp_path: Path) -> None:
-    source = save_model("llama", tmp_path / "in")
-    assert "layers)" not in run(source, tmp_path / "checkpoint", layers=100)[-2]
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"layers": 5}, "--proof-layers 5: the model has 4 layers."),
+        ({"tokens": 129}, "--proof-tokens 129: the model is made for 128 tokens at most."),
+    ],
+)
+def test_proofs_for_which_the_model_is_too_small(
+    asked: dict[str, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megapipe.conversion.convert.save_weights", None)  # nothing is written
+    with pytest.raises(ConversionError, match=said):
+        run(save_model("llama", tmp_path / "in"), tmp_path / "checkpoint", **asked)
 
 
-def test_sequences_that_the_model_is_not_made_for(tmp_path: Path) -> None:
+def test_all_files_can_be_read_by_whom_the_umask_lets(tmp_path: Path) -> None:
     source = save_model("llama", tmp_path / "in")
-    with pytest.raises(ConversionError, match="--proof-tokens 129: the model is made for 128"):
-        run(source, tmp_path / "checkpoint", tokens=129)
+    byte_level(size=259).save(str(source / "tokenizer.json"))
+    run(source, tmp_path / "checkpoint", ExportOptions(), wanted=False)
+    before = os.umask(0o002)
+    try:
+        for name in ("LlamaForCausalLM", "GPTModel"):
+            run(tmp_path / "checkpoint", tmp_path / name, ExportOptions(name), wanted=False)
+    finally:
+        os.umask(before)
+    for name, least in (("LlamaForCausalLM", 5), ("GPTModel", 2)):
+        files = [path for path in (tmp_path / name).rglob("*") if path.is_file()]
+        assert len(files) >= least
+        assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o664}
 
 
 # --- What is in the way --------------------------------------------------------------------------
@@ -263,10 +285,25 @@ def test_models_that_no_architecture_holds(tmp_path: Path) -> None:
             tmp_path / "out",
             ExportOptions("LlamaForCausalLM", tokenizer=False),
         )
-    with pytest.raises(ConversionError, match=r"--to Llama is no architecture.*LlamaForCausalLM"):
-        run(tmp_path / "checkpoint", tmp_path / "out", ExportOptions("Llama", tokenizer=False))
     with pytest.raises(ConversionError, match="--to X is for conversions to other stacks"):
         run(source, tmp_path / "out", ExportOptions("X"))
+
+
+def test_architectures_that_do_not_fit_name_those_that_do(tmp_path: Path) -> None:
+    run(save_model("llama", tmp_path / "in"), tmp_path / "checkpoint")
+    for name, said in (
+        (
+            "Qwen2ForCausalLM",
+            "checkpoint: the model can't be exported as Qwen2ForCausalLM:\n  model.",
+        ),
+        ("Qwen2ForCausalLM", "With --to it can become LlamaForCausalLM, MistralForCausalLM, Phi3"),
+        ("gptmodel", "did you mean GPTModel? There are LlamaForCausalLM, "),
+        ("X", "--to X is no architecture of models like this one; there are LlamaForCausalLM, "),
+        ("X", ", GPTModel"),
+    ):
+        with pytest.raises(ConversionError) as caught:
+            run(tmp_path / "checkpoint", tmp_path / "out", ExportOptions(name, tokenizer=False))
+        assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megapipe.config import Config, load_config
-from megapipe.conversion.open import fill, open_weights
+from megapipe.conversion.open import load_weights, open_weights
 from megapipe.conversion.proof import TOLERANCE
 from megapipe.kernel_choice import choose_kernels
 from megapipe.microbatch import MicroBatch
@@ -48,7 +48,7 @@ def _logits(config: Config, folder: Path) -> Tensor | None:
     stages = build_stages(layout, mesh, choose_kernels(config, CPU))
     source = open_weights(folder, FAMILIES)
     for stage in stages.values():
-        fill(stage.eval(), source)
+        load_weights(stage.eval(), source)
     ids = tokens()
     batch = MicroBatch(ids, None, None, torch.zeros(len(ids), dtype=torch.long))
     x: Tensor | None = None

@@ -2,14 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
-from megapipe.config import dump_model
-from megapipe.conversion.model_at import lend_model, model_at
+from megapipe.config import ModelConfig, dump_model
+from megapipe.conversion.megatron.directory import MegatronCheckpoint
+from megapipe.conversion.model_at import lend_model, megatron_model, model_at
 from megapipe.errors import MegapipeError
 from megapipe.models.families import FAMILIES
+from megapipe.models.gpt.architectures.megatron import MEGATRON
 from megapipe.models.gpt.config import GPTConfig
 from tests.checkpoint.samples import save_sample, save_sample_weights
 
@@ -65,7 +68,7 @@ def test_a_run_goes_on_as_the_model_of_its_own_checkpoints(tmp_path: Path) -> No
         ),
         ({"auto_map": {"AutoModel": "evil.Evil"}}, "auto_map names code of its own"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers = 1000000000000 is not a whole"),
-        ({"architectures": ["GPTJForCausalLM"]}, "model_type = llama) is not computed"),
+        ({"architectures": ["GPTJForCausalLM"]}, "model_type = llama) is not supported; supp"),
     ],
 )
 def test_a_config_that_we_do_not_compute(tmp_path: Path, changes: Any, said: str) -> None:
@@ -89,12 +92,64 @@ def test_a_checkpoint_of_a_model_of_another_version(tmp_path: Path) -> None:
         model_at(path, FAMILIES)
 
 
+def test_a_directory_of_exports(tmp_path: Path) -> None:
+    (tmp_path / "exports").mkdir()
+    export = write_llama(tmp_path / "exports" / "step-00000002")
+    with pytest.raises(MegapipeError, match=rf"Name one of them, such as {export}\.$"):
+        model_at(export.parent, FAMILIES)
+
+
 def test_where_there_is_no_model(tmp_path: Path) -> None:
     for path, said in (
         (tmp_path / "gone", "gone: there is no such directory"),
         (tmp_path / ("a" * 300), "can't be read: File name too long"),
         (tmp_path, f"{tmp_path} holds no model: neither a config.json"),
-        (Path("hf://meta-llama/Llama-3"), "hf://meta-llama/Llama-3: models are not downloaded; "),
+        (Path("hf://meta-llama/Llama-3"), "hf://meta-llama/Llama-3 does not exist here. "),
+        (Path("meta-llama/Llama-3"), "`hf download meta-llama/Llama-3 --local-dir DIR`"),
     ):
         with pytest.raises(MegapipeError, match=said):
             model_at(path, FAMILIES)
+
+
+HELD = {
+    "num_layers": 2,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "padded_vocab_size": 32,
+    "seq_length": 16,
+    "swiglu": True,
+    "tensor_model_parallel_size": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"vocab_siz": 30}, "--argument vocab_siz says nothing of what a model computes. Did you "),
+        ({"vocab_siz": 30}, "Did you mean vocab_size?"),
+        ({"optimizer": "adam"}, "--argument optimizer says nothing of what a model computes. Leav"),
+        ({"swiglu": False}, "--argument swiglu = false: run says swiglu = true. Leave it out."),
+    ],
+)
+def test_arguments_that_megatron_does_not_read(given: dict[str, object], said: str) -> None:
+    with pytest.raises(MegapipeError) as caught:
+        with_arguments(given)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"vocab_size": 30},
+        {"openai_gelu": False},  # read of models without swiglu alone
+        {"rotary_interleaved": False},
+        {"tensor_model_parallel_size": 2},  # as the checkpoint has it
+    ],
+)
+def test_arguments_that_megatron_reads(given: dict[str, object]) -> None:
+    assert with_arguments(given).vocab_size == given.get("vocab_size", 32)
+
+
+def with_arguments(given: dict[str, object]) -> ModelConfig:
+    held = SimpleNamespace(arguments=HELD, place="run")
+    return megatron_model(cast(MegatronCheckpoint, held), MEGATRON, given)

@@ -7,8 +7,10 @@ import shlex
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import transformers
 
 from megapipe.conversion.tokenizer import export_tokenizer
@@ -21,7 +23,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 SMALLER = """
     --train.steps=2 --checkpoint.export_every=1 --train.global_batch_size=4 --data.streams=4
     --train.device=cpu --train.precision=fp32 --logging.wandb=off --optimizer.warmup_steps=1
-    --checkpoint.every=0
+    --checkpoint.every=0 --train.sequence_length=64
 """
 
 
@@ -65,11 +67,15 @@ def test_bring_train_and_take_back(place: Path, monkeypatch: pytest.MonkeyPatch)
         "step-00000001",
         "step-00000002",
     ]
-    (code,) = blocks("conversion.md", "python")
-    printed = io.StringIO()
+    printed, names = io.StringIO(), dict[str, Any]()
     with contextlib.redirect_stdout(printed):
-        exec(code, {})
+        for code in blocks("conversion.md", "python"):
+            exec(code, names)
     assert printed.getvalue().startswith("The quick brown")
+    text, logits = names["text"], names["logits"]
+    with torch.no_grad():
+        theirs = names["model"](text["input_ids"]).logits
+    assert torch.allclose(logits, theirs, atol=1e-4)
 
 
 def test_leaving_megatron_and_going_there(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

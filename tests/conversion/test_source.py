@@ -12,6 +12,7 @@ from megapipe.errors import ConversionError
 from megapipe.layout.architecture import Architecture
 from megapipe.models.gpt.architectures.gpt2 import GPT2
 from megapipe.models.gpt.architectures.llama import LLAMA, PHI3
+from megapipe.models.gpt.architectures.megatron import MEGATRON
 from megapipe.models.gpt.config import GPTConfig
 from megapipe.models.gpt.parameters import parameter_table
 
@@ -27,6 +28,7 @@ MODELS: dict[str, tuple[Architecture, dict[str, Any]]] = {
     "llama": (LLAMA, {"num_kv_heads": 1}),
     "tied": (LLAMA, {"tie_embeddings": True}),
     "phi3": (PHI3, {"num_kv_heads": 1}),
+    "megatron": (MEGATRON, {"qkv_bias": True}),
     "gpt2": (
         GPT2,
         {
@@ -98,6 +100,14 @@ def test_every_parameter_is_read(case: str) -> None:
     name = "layers.1.attention.k.weight"
     part = source.read(name, (1, 2), (3, 5), torch.bfloat16)
     assert torch.equal(part, source.read(name)[1:4, 2:7].bfloat16())
+
+
+def test_a_tensor_of_many_pieces_that_is_missing() -> None:
+    _, _, held = made("megatron")
+    name = "decoder.layers.1.self_attention.linear_qkv.bias"
+    del held[name]
+    parameters = ", ".join(f"layers.1.attention.{one}.bias" for one in "qkv")
+    assert f"{name} is missing ({parameters} here)" in refusal("megatron", held)
 
 
 def test_names_without_the_prefix() -> None:

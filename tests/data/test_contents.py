@@ -46,7 +46,7 @@ def gzipped(content: bytes) -> bytes:
 
 
 def opened(path: Path, form: str = "auto") -> None:
-    open_source(SourceConfig(path=str(path), format=form), "data.sources[0]", 1)  # type: ignore[arg-type]
+    open_source(SourceConfig(name="a", path=str(path), format=form), "data.sources[0]", 1)  # type: ignore[arg-type]
 
 
 KINDS: dict[str, Callable[[], bytes]] = {

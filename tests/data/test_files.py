@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapipe.data.files import Found, file_format, files_below, find_files
+from megapipe.data.files import (
+    Found,
+    file_format,
+    files_below,
+    find_files,
+    fingerprint,
+    fixed_part,
+    glob_matches,
+)
 from megapipe.errors import DataError
 from megapipe.files import shown
 from tests.data.samples import write
@@ -48,6 +56,21 @@ def test_patterns_match_what_glob_matches(
                 assert "is a directory" in found or ("matches no file" in found and not expected)
             else:
                 assert found == expected
+                visible = [path for path in paths if not any(map(hidden, path))]
+                for path in {os.path.join(start, *parts) for parts in visible}:
+                    matches = glob_matches(text, path)
+                    assert matches == (Path(path) in expected) or not Path(path).is_file()
+
+
+def test_a_pattern_matches_paths_that_are_written_in_another_way() -> None:
+    for pattern in ("./a/*.txt", "a//*.txt", "a/./*.txt", "b/../a/*.txt", "**/*.txt"):
+        assert glob_matches(pattern, "a/b.txt")
+        assert not glob_matches(pattern, "/a/b.txt")
+        assert not glob_matches(pattern, "a/b.text")
+
+
+def hidden(name: str) -> bool:
+    return name.startswith(".")
 
 
 def paths_or_error(pattern: str) -> list[Path] | str:
@@ -273,3 +296,29 @@ def test_a_name_with_the_characters_of_globs_is_taken_as_it_is(tmp_path: Path) -
     exact = write(tmp_path / "a[1]*.txt", b"text")
     write(tmp_path / "a1.txt", b"text")
     assert [file.path for file in find_files(str(exact), "k").files] == [exact]
+
+
+def test_the_fixed_part_of_a_pattern(tmp_path: Path) -> None:
+    write(tmp_path / "a" / "b[1].txt", b"x")
+    assert fixed_part(f"{tmp_path}/a/b[1].txt") == tmp_path / "a", "a file is no pattern"
+    assert fixed_part(f"{tmp_path}/a/*.txt") == tmp_path / "a"
+    assert fixed_part(f"{tmp_path}/**/*.txt") == tmp_path
+    assert fixed_part(f"{tmp_path}/a[12]/b/*.txt") == tmp_path
+    assert fixed_part("gone/b.txt") == Path("gone")
+    assert fixed_part("*.txt") == Path()
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 5000, 100_000])
+def test_a_fingerprint_changes_with_head_tail_and_samples(tmp_path: Path, size: int) -> None:
+    content = bytearray(b"x" * size)
+    path = write(tmp_path / "a", bytes(content))
+    marks = {fingerprint(path, size)}
+    places = {0, size - 1, size // 5} if size else set()
+    for place in places:
+        changed = content.copy()
+        changed[place] ^= 1
+        marks.add(fingerprint(write(path, bytes(changed)), size))
+    marks.add(fingerprint(write(path, b"x" * (size + 1)), size + 1))
+    assert len(marks) == 2 + len(places)
+    with pytest.raises(DataError, match=r"has .* now and had"):
+        fingerprint(path, size)

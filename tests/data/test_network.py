@@ -75,7 +75,7 @@ def run(folder: Path, program: str) -> subprocess.CompletedProcess[str]:
 
 def test_training_on_every_local_format_reaches_no_network(tmp_path: Path) -> None:
     write_files(tmp_path)
-    sources = ", ".join(f'{{ path = "{name}" }}' for name in NAMES)
+    sources = ", ".join(f'{{ name = "{n}", path = "{name}" }}' for n, name in enumerate(NAMES))
     (tmp_path / "run.toml").write_text(CONFIG.format(sources=sources), encoding="utf-8")
     train = ["tokenizer", "train", *NAMES, "--vocab-size", "300", "--out", "t.model"]
     program = f"from megapipe.tools.cli import main\nassert main({train!r}) == 0\n"

@@ -13,13 +13,14 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megapipe.config import SourceConfig
+from megapipe.data import formats
 from megapipe.data.feed import BatchFeed
+from megapipe.data.units import UNIT_BYTES
 from megapipe.errors import DataError
 from megapipe.tools.cli import main
 from tests.corpus import write_text, write_tokenizer
 from tests.data.odd_files import ODD_FILES, OddFile
-from tests.data.samples import data_config, open_feed, texts_of
+from tests.data.samples import data_config, open_feed, source, texts_of
 from tests.data.test_compressed import available
 
 NAMES = [odd.name for odd in ODD_FILES]
@@ -69,8 +70,9 @@ def first_pass(feed: BatchFeed, documents: int) -> list[str]:
 
 @pytest.mark.parametrize("odd", ODD_FILES, ids=NAMES)
 def test_the_feed(tmp_path: Path, odd: OddFile) -> None:
-    source = SourceConfig(path=str(made(odd, tmp_path) / odd.path), **odd.source)  # type: ignore[arg-type]
-    config = data_config(source, streams=1, shuffle_block=1)
+    config = data_config(
+        source(made(odd, tmp_path) / odd.path, "odd", **odd.source), streams=1, open_parts=1
+    )
     said: list[str] = []
     if odd.error:
         with pytest.raises(DataError, match=re.escape(odd.error)) as caught:
@@ -117,8 +119,8 @@ def test_training(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     made(odd, tmp_path)
-    source = "".join(f'{key} = "{value}"\n' for key, value in odd.source.items())
-    text = CONFIG.format(tokenizer=tokenizer, path=odd.path, source=source)
+    more = "".join(f'{key} = "{value}"\n' for key, value in odd.source.items())
+    text = CONFIG.format(tokenizer=tokenizer, path=odd.path, source=more)
     Path("run.toml").write_text(text, encoding="utf-8")
     status = main(["train", "run.toml"])
     said = capfd.readouterr()
@@ -161,9 +163,18 @@ LINES = [b"text\n", b"two words\r\n", b"\n", b" \t\n", b"\xe9\n", b"\0\n", "æ¼¢Ã
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("kind", ["file", "line", "blank-line"])
 @settings(deadline=None, max_examples=12)
-@given(lines=st.lists(st.sampled_from(LINES), max_size=20), cut=st.integers(0, 30))
+@given(
+    lines=st.lists(st.sampled_from(LINES), max_size=20),
+    cut=st.integers(0, 30),
+    unit=st.sampled_from([3, 20, UNIT_BYTES]),
+)
 def test_every_byte_of_text_is_accounted_for(
-    tmp_path_factory: pytest.TempPathFactory, kind: str, suffix: str, lines: list[bytes], cut: int
+    tmp_path_factory: pytest.TempPathFactory,
+    kind: str,
+    suffix: str,
+    lines: list[bytes],
+    cut: int,
+    unit: int,
 ) -> None:
     """Documents, what the table of docs/data.md leaves out, and skipped_bytes: all of the file."""
     folder = tmp_path_factory.mktemp("account")
@@ -172,11 +183,12 @@ def test_every_byte_of_text_is_accounted_for(
     content = compressed(text, suffix)[: -cut or None] if suffix else text
     (folder / f"odd.txt{suffix}").write_bytes(content)
     text = available(suffix, content)[0] if suffix else text
-    source = SourceConfig(path=f"{folder}/*.txt*", documents=kind)  # type: ignore[arg-type]
     if suffix and len(content) < 4:
         return  # not even the first bytes of its format
-    config = data_config(source, streams=1, shuffle_block=1)
-    feed = open_feed(config, global_batch_size=1, sequence_length=4)
+    config = data_config(source(f"{folder}/*.txt*", documents=kind), streams=1, open_parts=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "UNIT_BYTES", unit)
+        feed = open_feed(config, global_batch_size=1, sequence_length=4)
     rows = [row for row in pieces(text, kind) if usable(row)]
     found = first_pass(feed, 1 + len(rows))
     delivered = sum(len(document.encode()) for document in found) - len(b"good")

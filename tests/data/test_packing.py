@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megapipe.data.packing import Packer, Tokens
+from megapipe.data.packing import Origin, Packer, Read
 
 Documents = list[list[int]]
 
@@ -15,13 +15,14 @@ class ListReader:
         self.chunk = chunk
         self.at = (0, 0)
 
-    def read(self, limit: int) -> tuple[Tokens, bool]:
+    def read(self, limit: int) -> Read:
         document, token = self.at
         tokens = self.documents[document % len(self.documents)]
         part = tokens[token : token + min(limit, self.chunk)]
         ended = token + len(part) == len(tokens)
         self.at = (document + 1, 0) if ended else (document, token + len(part))
-        return np.array(part, dtype=np.int32), token == 0
+        origin = Origin("source", "file", 0, document, 0)
+        return Read(np.array(part, dtype=np.int32), token == 0, ended, 2 * len(part), origin)
 
 
 documents = st.lists(st.lists(st.integers(1, 1000), max_size=30), min_size=1, max_size=8)
@@ -72,3 +73,27 @@ def test_position_and_last_token_are_the_whole_state(
         one, other = packer.next(), restored.next()
         assert np.array_equal(one.tokens, other.tokens)
         assert np.array_equal(one.documents, other.documents)
+
+
+@given(documents, st.integers(1, 40), st.integers(1, 50), st.integers(1, 6))
+def test_stretches_say_where_each_token_comes_from_once(
+    documents: Documents, length: int, chunk: int, count: int
+) -> None:
+    """All but the overlap with the sequence before; each document begins in one stretch."""
+    packer = Packer(ListReader(documents, chunk), length)
+    found: dict[int, list[int]] = {}
+    begun: list[int] = []
+    for number in range(count):
+        sequence = packer.next()
+        place = 1 if number else 0
+        for stretch in sequence.stretches:
+            assert stretch.start == place
+            assert stretch.text_bytes == 2 * stretch.length
+            place += stretch.length
+            own = found.setdefault(stretch.origin.address, [])
+            own += sequence.tokens[stretch.start : place].tolist()
+            begun += [stretch.origin.address] * stretch.begins
+        assert place == length + 1
+    assert begun == list(range(len(found)))
+    for address, tokens in found.items():
+        assert [*documents[address % len(documents)], 0][: len(tokens)] == tokens

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from megapipe.data.formats import DAMAGED, NoRows, TextFile, Unreadable, split_lines
+from megapipe.data.formats import DAMAGED, NoRows, TextFile
 from megapipe.data.rows import Account, BadRowError, BadRows, row_text
+from megapipe.data.splitters import Unreadable, split_lines
 from megapipe.errors import DataError
 
 JSON = TextFile(Path("a.jsonl"), split_lines, "json")
@@ -78,8 +79,8 @@ def test_the_first_bad_rows_are_reported_one_by_one_then_in_doubling_steps() -> 
     bad = BadRows(1000, said.append)
     for row in range(1, 101):
         reason = "not UTF-8" if row % 2 else "malformed JSON"
-        bad.add("data.sources[0]", "a.jsonl", row, BadRowError(reason))
-    assert said[0] == "a.jsonl, row 1: skipped: not UTF-8"
+        bad.add("data.sources[0]", "a.jsonl", f"byte {row}", BadRowError(reason))
+    assert said[0] == "a.jsonl, byte 1: skipped: not UTF-8"
     assert len(said) == 5 + 4
     assert "80 rows skipped so far: 40 not UTF-8, 40 malformed JSON" in said[-1]
     assert bad.counts == Counter({"not UTF-8": 50, "malformed JSON": 50})
@@ -89,9 +90,9 @@ def test_damage_of_a_file_is_reported_each_time() -> None:
     said: list[str] = []
     bad = BadRows(1000, said.append)
     for file in range(40):
-        bad.add("data.sources[0]", f"{file}.gz", 1, BadRowError(DAMAGED, f"at byte {file}"))
+        bad.add("data.sources[0]", f"{file}.gz", "byte 1", BadRowError(DAMAGED, f"at byte {file}"))
     assert len(said) == 40
-    assert said[30] == f"30.gz, row 1: skipped: {DAMAGED}: at byte 30"
+    assert said[30] == f"30.gz, byte 1: skipped: {DAMAGED}: at byte 30"
     assert bad.counts == Counter({DAMAGED: 40})
 
 
@@ -109,12 +110,16 @@ def test_an_account_survives_json_and_adds_up() -> None:
 
 def test_one_row_above_the_limit_stops_and_names_key_file_row_and_limit() -> None:
     bad = BadRows(2, lambda _: None)
-    bad.add("data.sources[1]", "a.jsonl", 4, BadRowError("not UTF-8"))
-    bad.add("data.sources[1]", "a.jsonl", 7, BadRowError("not UTF-8"))
+    bad.add("data.sources[1]", "a.jsonl", "byte 4", BadRowError("not UTF-8"))
+    bad.add("data.sources[1]", "a.jsonl", "byte 7", BadRowError("not UTF-8"))
     with pytest.raises(DataError) as caught:
-        bad.add("data.sources[1]", "b.jsonl", 9, BadRowError("malformed JSON"))
+        bad.add("data.sources[1]", "b.jsonl", "byte 9", BadRowError("malformed JSON"))
     message = str(caught.value)
-    for part in ("b.jsonl, row 9: malformed JSON", "data.max_bad_rows = 2", "data.sources[1].path"):
+    for part in (
+        "b.jsonl, byte 9: malformed JSON",
+        "data.max_bad_rows = 2",
+        "data.sources[1].path",
+    ):
         assert part in message
 
 
@@ -123,7 +128,7 @@ def test_counts_go_on_from_a_checkpoint() -> None:
     bad = BadRows(20, said.append)
     bad.restore(Counter({"not UTF-8": 20}))
     with pytest.raises(DataError):
-        bad.add("data.sources[0]", "a.jsonl", 1, BadRowError("not UTF-8"))
+        bad.add("data.sources[0]", "a.jsonl", "byte 1", BadRowError("not UTF-8"))
     assert said == []
 
 
@@ -132,6 +137,6 @@ def test_summaries_go_on_from_a_checkpoint() -> None:
     bad = BadRows(None, said.append)
     bad.restore(Counter({"not UTF-8": 20}))
     for row in range(20):
-        bad.add("data.sources[0]", "a.jsonl", row, BadRowError("not UTF-8"))
+        bad.add("data.sources[0]", "a.jsonl", f"byte {row}", BadRowError("not UTF-8"))
     (line,) = said
     assert line.startswith("40 rows skipped so far: 40 not UTF-8")

@@ -20,7 +20,7 @@ TOKENS = sum(len(text.encode()) + 1 for text in TEXTS)
 
 
 def sample(path: Path, **fields: str) -> SourceSample:
-    config = SourceConfig(path=str(path), **fields)  # type: ignore[arg-type]
+    config = SourceConfig(name="a", path=str(path), **fields)  # type: ignore[arg-type]
     (found,) = sample_sources([open_source(config, "data.sources[0]", 4)], ByteTokenizer())
     return found
 

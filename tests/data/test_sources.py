@@ -1,36 +1,49 @@
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megapipe.config import SourceConfig
 from megapipe.data import sources
-from megapipe.data.sources import Source, check_source, open_source, repeated_files
+from megapipe.data.sources import (
+    NO_RECORD,
+    Change,
+    Record,
+    Source,
+    check_source,
+    open_source,
+    repeated_files,
+)
 from megapipe.errors import DataError
-from tests.data.samples import jsonl, write, write_corpus
+from tests.data.samples import jsonl, source, write, write_corpus
 
 
-def opened(path: object, streams: int = 4, **fields: str) -> Source:
-    return open_source(SourceConfig(path=str(path), **fields), "data.sources[0]", streams)  # type: ignore[arg-type]
+def opened(
+    path: object,
+    streams: int = 4,
+    changes: Sequence[Change] = (),
+    record: Record = NO_RECORD,
+    **fields: str,
+) -> Source:
+    config = source(path, **fields)
+    return open_source(config, "data.sources[0]", streams, changes=changes, record=record)
 
 
-def block_rows(source: Source, streams: int = 4, shuffle_block: int = 100, limit: int = 10) -> int:
-    return check_source(
-        source,
-        lambda file, row: True,
-        streams=streams,
-        shuffle_block=shuffle_block,
-        max_bad_rows=limit,
-    )
+def check(source: Source, limit: int = 10) -> None:
+    check_source(source, lambda file, unit, address: True, max_bad_rows=limit)
 
 
 def texts(source: Source) -> list[str | None]:
+    """Of all rows, unit by unit."""
     return [
-        source.text(index, raw)
-        for index, file in enumerate(source.files)
-        for raw, _ in file.rows(0, 0)
+        source.text(file.rows, row.value)
+        for cohort in source.cohorts
+        for file in cohort.files
+        if file.rows is not None
+        for unit in file.units
+        for row in file.rows.rows(unit)
     ]
 
 
@@ -92,46 +105,153 @@ def test_a_source_without_text_is_an_error_that_names_its_key(tmp_path: Path) ->
     with pytest.raises(
         DataError, match=r"data\.sources\[0\]\.path = .* no usable row.*0 row.*1 file"
     ):
-        block_rows(source)
+        check(source)
     source = opened(write(tmp_path / "a.jsonl", jsonl(["", "", ""])))
     with pytest.raises(DataError, match=r"no usable row in 1 file.*3 row.*3 empty"):
-        block_rows(source)
+        check(source)
     source = opened(write(tmp_path / "b.jsonl", b"\n\n"))
     with pytest.raises(DataError, match="no usable row"):
-        block_rows(source)
+        check(source)
 
 
 def test_a_table_without_rows_is_an_error(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"1 file with 0 rows: 1 file without rows\."):
-        block_rows(opened(tmp_path / "a.parquet"))
+        check(opened(tmp_path / "a.parquet"))
 
 
 def test_a_source_with_more_bad_rows_than_allowed_before_the_first_good_one(tmp_path: Path) -> None:
     source = opened(write(tmp_path / "a.jsonl", b"{\n" * 5 + jsonl(["good"])))
-    assert block_rows(source, limit=5) == 1
-    with pytest.raises(DataError, match=r"a\.jsonl, row 5: malformed JSON.*max_bad_rows = 4"):
-        block_rows(source, limit=4)
+    check(source, limit=5)
+    with pytest.raises(DataError, match=r"a\.jsonl, byte 8: malformed JSON.*max_bad_rows = 4"):
+        check(source, limit=4)
 
 
-def test_small_sources_get_smaller_blocks(
-    tmp_path: Path,
-) -> None:
-    write_corpus(tmp_path, files=2, rows=50)
-    source = opened(tmp_path / "*.jsonl")
-    assert block_rows(source, streams=4, shuffle_block=25) == 25
-    assert block_rows(source, streams=4, shuffle_block=26) == 25
-    assert block_rows(source, streams=16, shuffle_block=100) == 6
-    assert block_rows(source, streams=1000, shuffle_block=100) == 1
+def digests(source: Source) -> list[str]:
+    return [cohort.digest for cohort in source.cohorts]
 
 
-def test_the_fingerprint_changes_with_the_files(tmp_path: Path) -> None:
+def test_the_digest_changes_with_the_files(tmp_path: Path) -> None:
     write_corpus(tmp_path, files=2, rows=5)
-    before = opened(tmp_path / "*.jsonl").fingerprint
-    assert opened(tmp_path / "*.jsonl").fingerprint == before
-    assert opened(tmp_path / "*.jsonl", text_field="body").fingerprint != before
+    before = digests(opened(tmp_path / "*.jsonl"))
+    assert digests(opened(tmp_path / "*.jsonl")) == before
+    content = bytearray((tmp_path / "1.jsonl").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "1.jsonl").write_bytes(content)  # of the same size
+    edited = digests(opened(tmp_path / "*.jsonl"))
+    assert edited != before
+    (tmp_path / "1.jsonl").rename(tmp_path / "3.jsonl")
+    renamed = digests(opened(tmp_path / "*.jsonl"))
+    assert renamed not in (before, edited)
     write(tmp_path / "2.jsonl", jsonl(["x"]))
-    assert opened(tmp_path / "*.jsonl").fingerprint != before
+    assert digests(opened(tmp_path / "*.jsonl")) not in (before, edited, renamed)
+
+
+def test_files_are_known_by_their_paths_within_the_source(tmp_path: Path) -> None:
+    """So a corpus can move as a whole."""
+    found = []
+    for place in ("here", "there/too"):
+        write_corpus(tmp_path / place / "a", files=2, rows=5)
+        write_corpus(tmp_path / place / "b", files=1, rows=5)
+        opened_here = opened(tmp_path / place / "**" / "*.jsonl")
+        found.append(([file.key for file in opened_here.cohorts[0].files], digests(opened_here)))
+    assert found[0] == found[1]
+    assert found[0][0] == ["a/0.jsonl", "a/1.jsonl", "b/0.jsonl"]
+    alone = opened(tmp_path / "here" / "a" / "1.jsonl")
+    assert [file.key for file in alone.cohorts[0].files] == ["1.jsonl"]
+
+
+# --- Files that join and leave -------------------------------------------------------------------
+
+
+def keys(source: Source) -> list[tuple[int, list[str]]]:
+    return [(cohort.after_step, [file.key for file in cohort.files]) for cohort in source.cohorts]
+
+
+def test_files_that_join_are_cohorts_of_their_own(tmp_path: Path) -> None:
+    """Though the source's own pattern matches them too, and in the order of their steps."""
+    write_corpus(tmp_path, files=5, rows=5)
+    later = [
+        Change(0, 70, str(tmp_path / "1.jsonl"), None),
+        Change(1, 50, str(tmp_path / "[34].jsonl"), None),
+    ]
+    found = opened(tmp_path / "*.jsonl", changes=later)
+    assert keys(found) == [
+        (0, ["0.jsonl", "2.jsonl"]),
+        (50, ["3.jsonl", "4.jsonl"]),
+        (70, ["1.jsonl"]),
+    ]
+    assert len(texts(found)) == 25
+    alone = opened(tmp_path / "*.jsonl")
+    assert not found.leaves
+    assert digests(found)[0] != digests(alone)[0]
+
+
+def test_files_that_leave_are_named_with_their_step(tmp_path: Path) -> None:
+    write_corpus(tmp_path, files=4, rows=5)
+    changes = [
+        Change(0, 50, str(tmp_path / "3.jsonl"), None),
+        Change(1, 90, None, str(tmp_path / "[03].jsonl")),
+        Change(2, 60, None, str(tmp_path / "0.jsonl")),
+    ]
+    found = opened(tmp_path / "*.jsonl", changes=changes)
+    assert found.leaves == {"0.jsonl": 60, "3.jsonl": 90}, "the first step at which it leaves"
+
+
+@pytest.mark.parametrize("remove", ["9.jsonl", "3.jsonl"])
+def test_a_change_that_takes_nothing_away_is_an_error(tmp_path: Path, remove: str) -> None:
+    """No such file; or one that joins only later."""
+    write_corpus(tmp_path, files=4, rows=5)
+    changes = [
+        Change(0, 50, str(tmp_path / "3.jsonl"), None),
+        Change(1, 20, None, str(tmp_path / remove)),
+    ]
+    said = rf'data\.changes\[1\]\.remove = ".*{remove}" matches no file of the source "source"'
+    with pytest.raises(DataError, match=said):
+        opened(tmp_path / "*.jsonl", changes=changes)
+
+
+def test_a_change_that_adds_nothing_is_an_error(tmp_path: Path) -> None:
+    write_corpus(tmp_path, files=1, rows=5)
+    change = Change(2, 50, str(tmp_path / "new*.jsonl"), None)
+    with pytest.raises(DataError, match=r'data\.changes\[2\]\.add = ".*" matches no file'):
+        opened(tmp_path / "*.jsonl", changes=[change])
+
+
+def test_a_file_that_has_left_may_be_gone_where_it_is_on_record(tmp_path: Path) -> None:
+    write_corpus(tmp_path, files=3, rows=5)
+    before = opened(tmp_path / "*.jsonl")
+    (tmp_path / "1.jsonl").unlink()
+    change = Change(0, 50, None, str(tmp_path / "1.jsonl"))
+    record = Record(before.cohorts)
+    found = opened(tmp_path / "*.jsonl", changes=[change], record=record)
+    assert digests(found) == digests(before)
+    assert found.leaves == {"1.jsonl": 50}
+    assert [file.rows is None for file in found.cohorts[0].files] == [False, True, False]
+    assert len(texts(found)) == 10
+    with pytest.raises(DataError, match=r"data\.changes\[0\]\.remove = .* matches no file"):
+        opened(tmp_path / "*.jsonl", changes=[change])
+
+
+def test_what_is_on_record_is_not_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless the file is another; nothing else depends on the record."""
+    write_corpus(tmp_path, files=3, rows=5)
+    before = opened(tmp_path / "*.jsonl")
+    record = Record(before.cohorts)
+    write(tmp_path / "1.jsonl", (tmp_path / "1.jsonl").read_bytes()[:-1] + b" ")
+    looked: list[str] = []
+    units = sources.TextFile.units
+
+    def look(self: sources.TextFile) -> object:
+        looked.append(self.path.name)
+        return units(self)
+
+    monkeypatch.setattr(sources.TextFile, "units", look)
+    again = opened(tmp_path / "*.jsonl", record=record)
+    assert looked == ["1.jsonl"]
+    assert digests(again) == digests(opened(tmp_path / "*.jsonl"))
 
 
 def test_hub_names_are_streamed_shard_by_shard(
@@ -154,8 +274,9 @@ def test_hub_names_are_streamed_shard_by_shard(
     source = opened("hf://org/name/subset:validation")
     assert asked == [("org/name", "subset", "validation", True)]
     assert texts(source) == [f"{part} {n}" for part in range(3) for n in range(10)]
-    assert [raw for raw, _ in source.files[1].rows(7, 0)] == [b"1 7", b"1 8", b"1 9"]
-    assert block_rows(source, streams=5) == 6
+    assert [row.address for row in source.files[1].rows()] == list(range(10))
+    assert all(file.units.whole for cohort in source.cohorts for file in cohort.files)
+    check(source)
     with pytest.raises(DataError, match=r'text_field = "body" is not a column.*text, id'):
         opened("hf://org/name", text_field="body")
     with pytest.raises(DataError, match="is not of the form"):
@@ -204,7 +325,7 @@ def test_files_with_several_names_and_in_several_sources_are_told(tmp_path: Path
     path = write(tmp_path / "b.jsonl", jsonl(["text"]))
     (tmp_path / "c.jsonl").symlink_to("b.jsonl")
     sources = [
-        open_source(SourceConfig(path=str(place)), f"data.sources[{index}]", 4)
+        open_source(source(place), f"data.sources[{index}]", 4)
         for index, place in enumerate((tmp_path / "*.jsonl", path))
     ]
     assert list(repeated_files(sources)) == [

@@ -1,4 +1,4 @@
-"""Tables are read from the very file, from any row on, and what is odd is reported by name."""
+"""Tables are read from the very file, unit by unit, and what is odd is reported by name."""
 
 import gzip
 import subprocess
@@ -13,18 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megapipe.config import SourceConfig
-from megapipe.data.formats import DAMAGED, NoRows, RowFile, Unreadable
+from megapipe.data.formats import DAMAGED, NoRows, RowFile
 from megapipe.data.sources import open_source
+from megapipe.data.splitters import Raw, Unreadable
 from megapipe.data.tables import HubShard
 from megapipe.errors import DataError
+from tests.data.samples import source as source_config
 
 NAMES = ["a.parquet", "a.arrow", "a.stream.arrow"]
 TEXTS = [f"row {n}" for n in range(1000)]
 
 
-def raws(file: RowFile, row: int = 0) -> list[object]:
-    return [raw for raw, _ in file.rows(row, 0)]
+def raws(file: RowFile) -> list[object]:
+    return [row.value for row in file.rows()]
 
 
 def write_table(path: Path, table: pa.Table, rows: int = 100) -> Path:
@@ -39,25 +40,47 @@ def write_table(path: Path, table: pa.Table, rows: int = 100) -> Path:
 
 
 def opened(path: Path, field: str = "text") -> RowFile:
-    source = open_source(SourceConfig(path=str(path), text_field=field), "data.sources[0]", 1)
+    source = open_source(source_config(path, text_field=field), "data.sources[0]", 1)
     return source.files[0]
 
 
 def texts(path: Path) -> list[str | None]:
-    source = open_source(SourceConfig(path=str(path)), "data.sources[0]", 1)
-    return [source.text(0, raw) for raw in raws(source.files[0])]
+    source = open_source(source_config(path), "data.sources[0]", 1)
+    return [source.text(source.files[0], raw) for raw in raws(source.files[0])]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("group", [100, 300, 1000])
-def test_tables_are_read_from_any_row_on(tmp_path: Path, name: str, group: int) -> None:
+def test_every_row_of_a_table_belongs_to_one_unit(tmp_path: Path, name: str, group: int) -> None:
     table = pa.table({"id": range(1000), "text": TEXTS, "text.more": ["no"] * 1000})
     file = opened(write_table(tmp_path / name, table, group))
-    expected = [text.encode() for text in TEXTS]
-    assert raws(file) == expected
-    for row in (1, 99, 100, 101, 255, 256, 350, 900, 999):
-        assert raws(file, row) == expected[row:]
-    assert raws(file, 1000) == []
+    expected = [Raw(text.encode(), row) for row, text in enumerate(TEXTS)]
+    assert list(file.rows()) == expected
+    units = file.units()
+    assert not units.whole
+    assert len(units) == -(-1000 // group)
+    for unit in reversed(units):
+        start, end = (unit.start, unit.end) if len(units) > 1 else (0, 1000)
+        assert list(file.rows(unit)) == expected[start:end]
+    assert file.place(units[0], 999) == "row 1,000"
+
+
+def test_row_groups_without_rows_are_no_units(tmp_path: Path) -> None:
+    some, none = pa.table({"text": ["one", "two"]}), pa.table({"text": pa.array([], pa.string())})
+    with pq.ParquetWriter(tmp_path / "a.parquet", some.schema) as writer:
+        for part in (none, some, none, some):
+            writer.write_table(part)
+    file = opened(tmp_path / "a.parquet")
+    assert [(unit.start, unit.end) for unit in file.units()] == [(0, 2), (2, 4)]
+    assert raws(file) == [b"one", b"two"] * 2
+
+
+def test_the_size_of_a_unit_is_that_of_its_text(tmp_path: Path) -> None:
+    table = pa.table({"text": [f"{n} " * 100 for n in range(1000)], "id": range(1000)})
+    size = sum(len(text) for text in table["text"].to_pylist())
+    for name in NAMES:
+        units = opened(write_table(tmp_path / name, table, 500)).units()
+        assert sum(unit.size for unit in units) == pytest.approx(size, rel=0.1)
 
 
 COLUMNS: dict[str, Any] = {
@@ -136,32 +159,40 @@ def test_a_damaged_table_says_what_is_lost(tmp_path: Path) -> None:
         assert row.file_bytes == len(content)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_rows_in_front_of_damage_are_kept(tmp_path: Path, name: str) -> None:
-    path = write_table(tmp_path / name, pa.table({"text": [text * 40 for text in TEXTS]}), 250)
+LONG = [(text * 40).encode() for text in TEXTS]
+
+
+def test_a_damaged_row_group_loses_no_other(tmp_path: Path) -> None:
+    path = write_table(tmp_path / "a.parquet", pa.table({"text": LONG}), 250)
     content = bytearray(path.read_bytes())
-    middle = len(content) // 2
-    content[middle:] = (
-        content[middle : 2 * middle] if name == "a.stream.arrow" else content[middle:]
-    )
-    if name == "a.parquet":
-        start = pq.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
-        content[start : start + 400] = bytes(400)
-    elif name == "a.stream.arrow":
-        del content[middle:]
+    start = pq.ParquetFile(path).metadata.row_group(2).column(0).data_page_offset
+    content[start : start + 400] = bytes(400)
+    path.write_bytes(content)
+    found = raws(opened(path))
+    damage = found[500]
+    assert found == [*LONG[:500], damage, *LONG[750:]]
+    assert isinstance(damage, Unreadable)
+    assert damage.detail.startswith("its rows 501 to 750 can't be read (")
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "a.stream.arrow"])
+def test_rows_in_front_of_damage_are_kept(tmp_path: Path, name: str) -> None:
+    """Where nobody knows any more where record batches begin, the rest of the file is lost."""
+    path = write_table(tmp_path / name, pa.table({"text": LONG}), 250)
+    content = bytearray(path.read_bytes())
+    if name == "a.stream.arrow":
+        del content[len(content) // 2 :]
     else:  # the header of the third record batch, by the length that each begins with
         places = list(find_all(bytes(content), b"\xff\xff\xff\xff"))
         content[places[3] + 4 : places[3] + 400] = bytes(396)
     path.write_bytes(content)
+    assert len(opened(path).units()) == 1
     *before, last = raws(opened(path))
-    assert before == [(text * 40).encode() for text in TEXTS[:500]]
+    assert before == LONG[:500] if name == "a.arrow" else LONG[:250]
     assert isinstance(last, Unreadable)
-    said = "rows from 501 on" if name.endswith(".arrow") else "500 of its 1,000 rows"
-    assert said in last.detail
-    if name.endswith(".arrow"):
-        assert f"{last.file_bytes:,} bytes with its rows" in last.detail
-        assert 0 < last.file_bytes < 0.55 * len(content)
-    assert raws(opened(path), 300) == [*before, last][300:]
+    assert f"bytes with its rows from {len(before) + 1} on can't be read (" in last.detail
+    assert f"{last.file_bytes:,} bytes" in last.detail
+    assert 0 < last.file_bytes < 0.55 * len(content)
 
 
 @pytest.mark.parametrize("name", ["a.arrow", "a.stream.arrow"])
@@ -192,7 +223,7 @@ for seed in range(250):
     table = LocalTable(odd, "arrow", chance.choice(["text", "word"]), len(content))
     try:
         table.check()
-        rows = [row for row, _ in table.rows(0, 0)]
+        rows = [row.value for row in table.rows()]
         assert rows, seed
         outcomes.add(type(rows[-1]).__name__)
     except DataError:
@@ -217,7 +248,7 @@ def test_no_flipped_bit_of_an_arrow_file_ends_the_process(tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("name", ["a.arrow", "a.stream.arrow"])
-def test_offsets_that_point_outside_are_damage_and_the_rows_before_are_kept(
+def test_offsets_that_point_outside_are_damage_of_one_record_batch(
     tmp_path: Path, name: str
 ) -> None:
     path = write_table(tmp_path / name, pa.table({"text": TEXTS}), 100)
@@ -226,10 +257,13 @@ def test_offsets_that_point_outside_are_damage_and_the_rows_before_are_kept(
     place = content.rfind(offsets, 0, content.find(b"row 700"))
     content[place + 40 : place + 44] = (1 << 30).to_bytes(4, "little")
     path.write_bytes(content)
-    *before, last = raws(opened(path))
-    assert before == [text.encode() for text in TEXTS[:700]]
-    assert isinstance(last, Unreadable)
-    assert "rows from 701 on can't be read" in last.detail
+    found = raws(opened(path))
+    damage = found[700]
+    kept = [text.encode() for text in TEXTS]
+    assert found == [*kept[:700], damage, *kept[800:]]
+    assert isinstance(damage, Unreadable)
+    assert damage.detail.startswith("its rows 701 to 800 can't be read (")
+    assert 100 * len("row 700") < damage.file_bytes < len(content) / 5, "that of the batch"
 
 
 @pytest.mark.parametrize("name", ["a.arrow", "a.stream.arrow"])
@@ -256,7 +290,7 @@ def test_what_is_not_the_files_fault_stops_the_run(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(pa.ipc, "open_file", fail)
+    monkeypatch.setattr(pa.ipc, "open_stream", fail)
     with pytest.raises(DataError, match=rf"a\.arrow: .*{said}"):
         raws(file)
 
@@ -331,7 +365,7 @@ def test_names_of_tables_are_no_patterns(
 def test_a_name_that_is_not_utf8_is_read(tmp_path: Path) -> None:
     path = tmp_path / "caf\udce9.parquet"
     write_table(tmp_path / "a.parquet", pa.table({"text": ["one"]})).rename(path)
-    source = open_source(SourceConfig(path=str(tmp_path / "caf*")), "data.sources[0]", 1)
+    source = open_source(source_config(tmp_path / "caf*"), "data.sources[0]", 1)
     assert raws(source.files[0]) == [b"one"]
     assert source.files[0].name.endswith(r"/caf\xe9.parquet")
 
@@ -343,7 +377,7 @@ def test_a_file_that_changes_while_it_is_read_is_no_damage(
 ) -> None:
     """Its rows would be passed over, and a later start with the whole file would see others."""
     path = write_table(tmp_path / name, pa.table({"text": [f"{n} " * 200 for n in range(1000)]}))
-    rows = opened(path).rows(0, 0)
+    rows = opened(path).rows()
     next(rows)
     with path.open("r+b") as file:
         file.truncate(int(path.stat().st_size * share))

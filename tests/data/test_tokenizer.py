@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -255,6 +256,23 @@ def test_gaps_between_ids_are_no_tokens(tmp_path: Path) -> None:
     assert 4999 not in tokenizer.ids
     with pytest.raises(DataError, match=r"numbered up to 5000.*vocab_size to at least 5001"):
         check_vocabulary(tokenizer, 512)
+
+
+def test_a_tokenizer_larger_than_the_model_that_is_loaded(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    large = tmp_path / "large.json"
+    byte_level(size=300).save(str(large))
+    fix = "use the tokenizer of the model that checkpoint.load_from names{}, or give the model new "
+    with pytest.raises(DataError, match=re.escape(fix.format(""))):
+        check_vocabulary(load_tokenizer(large), 259, str(model))
+    byte_level(size=259).save(str(model / "tokenizer.json"))
+    own = f' (data.tokenizer = "{model}")'
+    with pytest.raises(DataError, match=re.escape(fix.format(own))) as caught:
+        check_vocabulary(load_tokenizer(large), 259, str(model))
+    assert 'set model.vocab_size to at least 299 and checkpoint.load_new_tokens = "mean".' in str(
+        caught.value
+    )
 
 
 def test_an_added_token_that_the_library_numbers_anew_is_an_error(tmp_path: Path) -> None:

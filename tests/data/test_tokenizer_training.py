@@ -89,7 +89,7 @@ def test_bad_rows_are_left_out_and_told(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     out = tmp_path / "t.model"
     assert train(tmp_path / "a.jsonl", "--vocab-size", 290, "--out", out) == 0
-    assert "a.jsonl, row 4: skipped: malformed JSON" in capsys.readouterr().out
+    assert "a.jsonl, byte 135: skipped: malformed JSON" in capsys.readouterr().out
     assert out.is_file()
 
 
@@ -115,7 +115,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.model").write_bytes(b"not a model")
     with pytest.raises(DataError, match=r"t\.model.*is not a sentencepiece model"):
         load_tokenizer(tmp_path / "t.model")
-    with pytest.raises(DataError, match="does not exist; train a tokenizer with"):
+    with pytest.raises(DataError, match=r"does not exist; train a tokenizer with .*, or name a ch"):
         load_tokenizer(tmp_path / "none.model")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="has no tokenizer in it"):
@@ -174,7 +174,7 @@ def test_files_without_usable_text_are_refused_with_the_reason(
     (tmp_path / "a.jsonl").write_text('{"other": 1}\n' * 8)
     with pytest.raises(DataError, match="there is no usable text in any of the files"):
         train(tmp_path / "a.jsonl", "--vocab-size", 280, "--out", tmp_path / "t.model")
-    assert "row 1: skipped: missing field 'text'" in capsys.readouterr().out
+    assert "a.jsonl, byte 0: skipped: missing field 'text'" in capsys.readouterr().out
 
 
 def test_damage_is_reported_with_its_bytes_behind_many_bad_rows(
@@ -187,7 +187,7 @@ def test_damage_is_reported_with_its_bytes_behind_many_bad_rows(
     (tmp_path / "b.jsonl.gz").write_bytes(whole[:half] + b"\xff" * 500 + whole[half + 500 :])
     assert train(tmp_path, "--vocab-size", 280, "--out", tmp_path / "t.model") == 0
     out = capsys.readouterr().out
-    assert "b.jsonl.gz, row " in out
+    assert "b.jsonl.gz, byte " in out
     assert f": skipped: {DAMAGED}" in out
     assert out.count(": skipped: malformed JSON") == 5, "the others are counted"
     (line,) = (line for line in out.splitlines() if line.startswith("  left out    9"))
@@ -227,7 +227,7 @@ def test_what_ends_the_reading_is_raised_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
 ) -> None:
     def rows(*_: object) -> Iterator[Raw]:
-        yield b"some text to learn from\n" * 40, 0
+        yield Raw(b"some text to learn from\n" * 40, 0)
         raise failure
 
     (tmp_path / "a.txt").write_text("some text to learn from\n" * 40)

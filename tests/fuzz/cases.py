@@ -6,7 +6,16 @@ from random import Random
 from typing import Any
 
 from tests.fuzz.case import Command
-from tests.fuzz.configs import NASTY, Table, as_toml, as_words, small_config, spoil, vary
+from tests.fuzz.configs import (
+    NASTY,
+    Table,
+    as_toml,
+    as_words,
+    small_config,
+    spoil,
+    vary,
+    vary_data,
+)
 from tests.fuzz.files import make_corpus
 from tests.fuzz.run_directories import go_on, run_or_damaged
 from tests.fuzz.stock import VOCABULARY
@@ -253,11 +262,13 @@ def _config_on_files(world: World, odd: float) -> Table:
     for number in range(random.choice((1, 1, 1, 2))):
         path = make_corpus(world.folder / f"data{number}", random, odd=odd)
         source = {
-            "path": path if random.random() > odd / 4 else random.choice(("none", ".", "~/x", "/"))
+            "name": f"data{number}",
+            "path": path if random.random() > odd / 4 else random.choice(("none", ".", "~/x", "/")),
         }
         if random.random() < 0.3:
             source["documents"] = random.choice(("file", "line", "blank-line"))
         config["data"]["sources"].append(source)
+    config["data"] |= vary_data(config["data"]["sources"], random, odd)
     if random.random() < odd / 2:
         config["train"]["run_dir"] = random.choice(
             (*NAMES, "text.txt", "/dev/null/x", "a/b/c", ".")
@@ -272,7 +283,7 @@ def _config_words(world: World, command: str, *, rarely_odd: bool = False) -> tu
     odd = 0.0 if rarely_odd and random.random() < 0.6 else _oddness(random)
     world.stock.lend(world.folder, "tokenizer.model", "text.txt")
     config = small_config(VOCABULARY, 2)
-    config["data"]["sources"] = [{"path": "text.txt"}]
+    config["data"]["sources"] = [{"name": "text", "path": "text.txt"}]
     if random.random() < 0.6:
         config["parallel"] = dict(random.choice(LAYOUTS))
     config = vary(config, world.stock.keys, random, wrong=odd)

@@ -24,6 +24,9 @@ LONG_OR_LARGE = {
 }  # fmt: skip
 """Keys that make a valid run so large that it says nothing about the program."""
 
+MADE_ELSEWHERE = ("sources", "tokenizer", "phases", "changes", "exclude")
+"""Keys that need the names of files and of each other; see `vary_data`."""
+
 SIZES: tuple[object, ...] = (0, -1, 1, 2, 3, 4, 5, 8, 16, True, "x", 2.5, [], "")
 
 
@@ -73,7 +76,7 @@ def vary(config: Table, keys: list[Key], random: Random, *, wrong: float) -> Tab
     """The config with some keys set at random, each to a wrong value with chance `wrong`."""
     config = copy.deepcopy(config)
     for _ in range(random.choice((0, 1, 2, 2, 4))):
-        key = random.choice([key for key in keys if key.name not in ("sources", "tokenizer")])
+        key = random.choice([key for key in keys if key.name not in MADE_ELSEWHERE])
         config.setdefault(key.section, {})[key.name] = value_for(key, random, wrong)
     if random.random() < wrong / 3:
         section = random.choice(list(config))
@@ -87,6 +90,27 @@ def vary(config: Table, keys: list[Key], random: Random, *, wrong: float) -> Tab
             case 3:
                 config["tran"] = {"steps": 1}
     return config
+
+
+def vary_data(sources: list[Table], random: Random, wrong: float) -> Table:
+    """Phases, changes and excluded rows, at times; each value a wrong one with chance `wrong`."""
+
+    def value(right: object) -> object:
+        return random.choice(NASTY) if random.random() < wrong / 2 else right
+
+    names = [source["name"] for source in sources]
+    data: Table = {}
+    if random.random() < 0.2:
+        start = random.choice(("after_step", "after_tokens"))
+        weights = {str(value(name)): value(random.choice((1, 0.5, 3))) for name in names}
+        data["phases"] = [{start: value(random.choice((1, 2, 100))), "weights": value(weights)}]
+    if random.random() < 0.2:
+        kind = random.choice(("add", "remove"))
+        change = {"after_step": value(random.choice((1, 5))), "source": value(names[0])}
+        data["changes"] = [change | {kind: value(sources[-1]["path"])}]
+    if random.random() < 0.1:
+        data["exclude"] = [{"path": value("text.txt"), "by": value("sha256")}]
+    return data
 
 
 def value_for(key: Key, random: Random, wrong: float) -> object:
@@ -150,7 +174,7 @@ def as_words(config: Table, keys: list[Key], random: Random, wrong: float) -> li
     """Some keys as words of the command line."""
     words: list[str] = []
     for _ in range(random.choice((0, 0, 1, 2))):
-        key = random.choice([key for key in keys if key.name not in ("sources", "tokenizer")])
+        key = random.choice([key for key in keys if key.name not in MADE_ELSEWHERE])
         value = str(value_for(key, random, wrong)).replace("\x00", "0")
         name = f"--{key.section}.{key.name}"
         words += [f"{name}={value}"] if random.random() < 0.5 else [name, value]

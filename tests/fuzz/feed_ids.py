@@ -29,7 +29,7 @@ def read(path: str, passes: int, most: int) -> dict[str, Any]:
 
     said: list[str] = []
     config = load_config(path, [], FAMILIES)
-    streams = config.data.streams
+    streams = config.streams
     ids: dict[int, list[int]] = {stream: [] for stream in range(streams)}
     try:
         feed = BatchFeed(

@@ -40,7 +40,7 @@ def make_stock(folder: Path, runner: Runner) -> Stock:
     _sentencepiece(folder / "tokenizer.model", text)
     _tokenizers(folder / "hf", text)
     config = small_config(VOCABULARY, steps=2)
-    config["data"]["sources"] = [{"path": "text.txt"}]
+    config["data"]["sources"] = [{"name": "text", "path": "text.txt"}]
     config["checkpoint"] = {"every": 1}
     (folder / "run.toml").write_bytes(as_toml(config))
     done = runner.run(Command(("train", "run.toml")), folder, System())

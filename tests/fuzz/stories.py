@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.fuzz.account import Decoder, balance
 from tests.fuzz.case import Command
-from tests.fuzz.configs import as_toml, small_config
+from tests.fuzz.configs import Table, as_toml, small_config
 from tests.fuzz.oracle import File, read_file
 from tests.fuzz.stock import VOCABULARY
 from tests.fuzz.text import bad_json_line, compress, document, json_line, table
@@ -115,12 +115,33 @@ def _write_account_config(
     config = small_config(VOCABULARY, 1)
     config["data"] |= {
         "streams": streams,
-        "shuffle_block": world.random.choice((1, 7, 4096)),
+        "open_parts": world.random.choice((1, 7, 4096)),
         "max_bad_rows": UNLIMITED,
-        "sources": [{"path": pattern, "documents": documents}],
+        "sources": [{"name": "files", "path": pattern, "documents": documents}],
     }
     config["train"]["sequence_length"] = length
     (world.folder / "run.toml").write_bytes(as_toml(config))
+
+
+def _text_of_stages(world: World, steps: int) -> Table:
+    """Lines of a file; at times with another that joins or leaves, and with other weights, from
+    some step on."""
+    random = world.random
+    lines = {"name": "text", "path": "text.txt", "documents": "line"}
+    data: Table = {"sources": [lines], "streams": random.choice((4, 4, 8))}
+    if random.random() < 0.5:
+        return data
+    more = "\n".join(document(random, number, 300) for number in range(40))
+    (world.folder / "more.txt").write_text(more, encoding="utf-8")
+    step = random.randrange(1, steps)
+    if random.random() < 0.5:
+        lines["path"] = "[mt]*.txt"
+        change = random.choice(({"add": "more.txt"}, {"remove": "./text.txt"}))
+        data["changes"] = [{"after_step": step, "source": "text", **change}]
+    else:
+        data["sources"] += [{"name": "more", "path": "more.txt", "documents": "line"}]
+        data["phases"] = [{"after_step": step, "weights": {"more": random.choice((1.0, 9.0))}}]
+    return data
 
 
 def _of_one_pass(delivered: list[str], files: list[File]) -> list[str]:
@@ -159,7 +180,7 @@ def killed(world: World) -> None:
     world.stock.lend(world.folder, "tokenizer.model", "text.txt")
     steps = random.choice((4, 6, 8))
     config = small_config(VOCABULARY, steps)
-    config["data"] |= {"sources": [{"path": "text.txt", "documents": "line"}], "streams": 4}
+    config["data"] |= _text_of_stages(world, steps)
     config["model"]["dropout"] = random.choice((0.0, 0.1))
     config["checkpoint"] = {"every": random.choice((1, 2, 3)), "keep": random.choice((1, 3))}
     config["train"]["validation_every"] = random.choice((0, 0, 2))

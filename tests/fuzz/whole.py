@@ -17,7 +17,7 @@ RUN_FILES = re.compile(
     r"^(metrics|metrics-replaced)\.jsonl$|^resolved-config\.toml$|^run\.lock$|"
     r"^schedule\.(csv|txt)$|^timeline\.(png|json|txt)$"
 )
-RUN_FOLDERS = {"checkpoints", "wandb", "tensorboard", "tmp"}
+RUN_FOLDERS = {"checkpoints", "data-record", "wandb", "tensorboard", "tmp"}
 """What a run writes, and may write again, also through a link of that name. Whatever else was there
 stays as it was."""
 

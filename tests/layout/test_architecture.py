@@ -12,12 +12,12 @@ from megapipe.layout.architecture import (
     ForeignTensor,
     Piece,
     stacked,
-    table_problems,
     whole,
 )
 from megapipe.models.gpt.architectures import ARCHITECTURES
 from megapipe.models.gpt.config import GPTConfig
 from megapipe.models.gpt.parameters import parameter_table
+from tests.layout.tables import table_problems
 
 SHAPE: dict[str, Any] = {
     "num_layers": 2,

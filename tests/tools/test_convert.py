@@ -20,6 +20,7 @@ from megapipe.config import dump_model
 from megapipe.models.gpt.config import GPTConfig
 from megapipe.tools.cli import INTERRUPTED, main
 from tests.conversion.hugging_face.files import tensors, write_model, write_split
+from tests.corpus import VOCABULARY
 
 PLAIN = ("--no-proof", "--no-tokenizer")
 
@@ -72,6 +73,11 @@ def half(folder: Path) -> None:
     (folder / "half" / "model-00002-of-00002.safetensors").unlink()
 
 
+def cache(folder: Path) -> None:
+    """Of the library huggingface_hub, which downloads there by default."""
+    shutil.copytree(folder / "hf", folder / "models--org--hf" / "snapshots" / "9f2c")
+
+
 def cut(folder: Path) -> None:
     write_model(folder / "cut")
     os.truncate(folder / "cut" / "model.safetensors", 5000)
@@ -99,6 +105,11 @@ def run_without_checkpoints(folder: Path) -> None:
     (folder / "run" / "checkpoints").mkdir(parents=True)
 
 
+def exports(folder: Path) -> None:
+    for step in (1, 2):
+        shutil.copytree(folder / "hf", folder / "run" / "exports" / f"step-{step:08d}")
+
+
 def slow_tokenizer(folder: Path) -> None:
     (folder / "hf" / "vocab.json").write_text("{}")
 
@@ -115,8 +126,14 @@ OTHER = {"architectures": ["FalconForCausalLM"], "model_type": "falcon"}
     [
         # What is to be converted
         (None, "convert nowhere out", "nowhere does not exist."),
+        (
+            None,
+            "convert owner/name out",
+            "is downloaded first (`hf download owner/name --local-dir DIR`)",
+        ),
         (None, "convert hf/config.json out", "hf/config.json is a file. Name the directory of"),
         (lambda home: (home / "empty").mkdir(), "convert empty out", "empty holds no model"),
+        (cache, "convert models--org--hf out", "it: models--org--hf/snapshots/9f2c"),
         (half, "convert half out", "half has 1 of the 2 files of its weights (model-00002-of-"),
         (cut, "convert cut out", "cut/model.safetensors is cut off: it has 5,000 of "),
         (without_config, "convert bare out", "bare has weights (model.safetensors) and no config"),
@@ -124,7 +141,7 @@ OTHER = {"architectures": ["FalconForCausalLM"], "model_type": "falcon"}
         (
             lambda home: write_model(home / "falcon", tensors(), **OTHER),
             "convert falcon out",
-            "architectures = ['FalconForCausalLM'] (model_type = falcon) is not computed here; th",
+            "architectures = ['FalconForCausalLM'] (model_type = falcon) is not supported; supp",
         ),
         (
             lambda home: write_model(home / "gelu", tensors(), hidden_act="gelu"),
@@ -144,7 +161,8 @@ OTHER = {"architectures": ["FalconForCausalLM"], "model_type": "falcon"}
         (run_without_checkpoints, "convert run out", "in which nothing was saved yet"),
         (run_without_checkpoints, "export run", "in which nothing was saved yet"),
         (None, "export own", "own is not a run's directory. Name --out DIR as well."),
-        (None, "export hf --out out", "hf is not a checkpoint"),
+        (None, "export hf --out out", "hf is not a checkpoint, but a model of Hugging Face's"),
+        (exports, "convert run/exports out", "such as run/exports/step-00000002."),
         (damaged, "convert damaged out", "is damaged: bytes"),
         (damaged, "convert damaged new/parents/out", "is damaged: bytes"),
         # Where it is to go
@@ -190,6 +208,32 @@ def test_wrong_commands(
     if step is not None:
         step(home)
     assert said in refused(*argv.split(), *PLAIN)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("generate hf", "`megapipe convert hf DIR` makes one of it."),
+        ("generate megatron", "megatron is not a checkpoint, but a model of Megatron's: "),
+        ("inspect run/exports", "run/exports holds exports, not checkpoints. Name one of them"),
+        ("generate run/exports", "such as run/exports/step-00000002."),
+        ("convert hf out --no-proof --proof-tokens 8", "--proof-tokens is for the proof"),
+    ],
+)
+def test_directories_and_options_of_something_else(
+    argv: str, said: str, home: Path, refused: Callable[..., str]
+) -> None:
+    exports(home)
+    (home / "megatron").mkdir()
+    (home / "megatron" / "latest_checkpointed_iteration.txt").write_text("7")
+    assert said in refused(*argv.split())
+
+
+def test_a_tokenizer_of_another_model(corpus: Path, refused: Callable[..., str]) -> None:
+    tokenizer = corpus / "tokenizer.model"
+    message = refused("convert", "hf", "out", "--no-proof", f"--tokenizer={tokenizer}")
+    assert f"{tokenizer} numbers tokens up to {VOCABULARY - 1:,}, and the model has only" in message
+    assert "data.tokenizer" not in message
 
 
 @pytest.mark.parametrize(

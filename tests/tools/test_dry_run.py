@@ -59,12 +59,42 @@ LLAMA = {
 def test_imports_no_torch(tmp_path: Path) -> None:
     """Nor does it to read which model is loaded."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
-    words = ["train", str(CONFIGS / "megatron-1t.toml"), "--dry-run"]
+    words = ["train", str(CONFIGS / "llama3-70b.toml"), "--dry-run"]
     words += ["--checkpoint.load_from", str(tmp_path), "--train.run_dir", f"{tmp_path}/run"]
-    words += ["--checkpoint.load_state", "['step']"]
     program = (
         "import sys; from megapipe.tools.cli import main; "
         f"status = main({words!r}); "
         "sys.exit(status or 'torch' in sys.modules or 'numpy' in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["--checkpoint.export_every=2", "--model.norm=layernorm"],
+            "checkpoint.export_every = 2: Hugging Face has no such model",
+        ),
+        (
+            ["--checkpoint.load_from=MODEL", '--checkpoint.load_state=["weights", "step"]'],
+            'asks for "step", and checkpoint.load_from = "MODEL" is a Hugging Face model, which '
+            'gives a run weights. Set checkpoint.load_state = ["weights"].',
+        ),
+    ],
+)
+def test_what_a_start_would_refuse(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    model = str(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    words = [f"--train.run_dir={tmp_path}/run", *(word.replace("MODEL", model) for word in words)]
+    assert main(["train", str(CONFIGS / "llama3-70b.toml"), "--dry-run", *words]) == 1
+    assert said.replace("MODEL", model) in capsys.readouterr().err
+
+
+def test_a_tokenizer_need_not_be_there(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--dry-run", "--checkpoint.export_every=2"]
+    assert main(["train", str(CONFIGS / "llama3-70b.toml"), *words]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("Whether the tokenizer can be exported is seen at the start: ")

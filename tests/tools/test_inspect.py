@@ -97,7 +97,7 @@ def test_what_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_tensors_are_those_of_one_checkpoint(tmp_path: Path) -> None:
     path = save_sample(tmp_path, 3)
-    with pytest.raises(UsageError, match=f"--tensors lists .*{path}$"):
+    with pytest.raises(UsageError, match=rf"--tensors is for single checkpoints, .*{path}\.$"):
         run([str(tmp_path), "--tensors"])
 
 

@@ -22,7 +22,7 @@ def test_two_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         for name, value in (("a", 1.0), ("b", 5.0))
     ]
     out = tmp_path / "mean"
-    assert run([*paths, "--weights", "3,1", "--out", str(out)]) == 0
+    assert run([*paths, "--shares", "3,1", "--out", str(out)]) == 0
     assert open_checkpoint(out).read("weights/w").tolist() == [2.0, 2.0]
     assert capsys.readouterr().out.splitlines() == [
         *paths,
@@ -35,11 +35,11 @@ def test_two_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     [
         (["a", "b"], "the following arguments are required: --out"),
         (
-            ["a", "b", "--out=c", "--weights=1"],
-            "--weights has 1 number for 2 checkpoints: give one",
+            ["a", "b", "--out=c", "--shares=1"],
+            "--shares has 1 number for 2 checkpoints: give one",
         ),
-        (["a", "b", "--out=c", "--weights=1,x"], "--weights 1,x must be numbers, as in 1,2,1."),
-        (["a", "b", "--out=c", "--weights=1,0"], "--weights 1,0 must be more than 0 each."),
+        (["a", "b", "--out=c", "--shares=1,x"], "--shares 1,x must be numbers, as in 1,2,1."),
+        (["a", "b", "--out=c", "--shares=1,0"], "--shares 1,0 must be more than 0 each."),
         (["a", "b", "--out=c", "--last=2"], "--last 2 takes 1 or more, of one run."),
         (["a", "--out=c", "--last=0"], "--last 0 takes 1 or more, of one run."),
     ],

@@ -29,6 +29,8 @@ def sample(step: int) -> Metrics:
         skipped_bytes=100,
         unreadable_bytes=30,
         empty_rows=7,
+        excluded_rows=4,
+        batch_hash="0123456789abcdef",
         validation_loss=4.25 if step % 5 == 0 else None,
         bubble=0.4,
         bubble_planned=0.375,

@@ -173,7 +173,9 @@ def test_bfloat16_gradients_are_those_of_float64(layout: str) -> None:
 
 # --- Losses by source ----------------------------------------------------------------------------
 
-THREE_SOURCES = [f"--data.sources.{number}.path=more.txt" for number in (1, 2)]
+THREE_SOURCES = [
+    f"--data.sources.{number}={{name='more{number}', path='more.txt'}}" for number in (1, 2)
+]
 Z_LOSS = "--train.z_loss=1e-2"
 FUSED = "--train.linear_cross_entropy=true"
 

@@ -14,9 +14,7 @@ import transformers
 from megapipe.checkpoint.attempt import Attempt
 from megapipe.checkpoint.load import open_checkpoint
 from megapipe.config import load_config
-from megapipe.data.tokenizer import Tokenizer
 from megapipe.distributed.rank_group import ALONE
-from megapipe.errors import ConversionError
 from megapipe.models import load_pretrained
 from megapipe.models.families import FAMILIES
 from megapipe.tools.cli import main
@@ -25,7 +23,9 @@ from megapipe.train.exports import Exports
 from tests.corpus import VOCABULARY
 
 
-def test_a_run_in_parts_exports_what_others_load(corpus: Path, tmp_path: Path) -> None:
+def test_a_run_in_parts_exports_what_others_load(
+    corpus: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     run = tmp_path / "run"
     words = [
         f"--train.run_dir={run}",
@@ -33,8 +33,11 @@ def test_a_run_in_parts_exports_what_others_load(corpus: Path, tmp_path: Path) -
         "--checkpoint.every=0",
         "--checkpoint.export_every=2",
         "--parallel.tensor=2",
+        "--model.dropout=0.1",
     ]
     assert main(["train", str(corpus / "run.toml"), *words]) == 0
+    left_out = "LlamaForCausalLM has no place for model.dropout = 0.1, which the export leaves out"
+    assert capfd.readouterr().out.count(left_out) == 1
     exported = run / "exports" / "step-00000002"
     assert [path.name for path in exported.parent.iterdir()] == ["step-00000002"]
     ours = load_pretrained(run / "checkpoints" / "step-00000002")
@@ -50,6 +53,7 @@ def test_a_run_in_parts_exports_what_others_load(corpus: Path, tmp_path: Path) -
     assert str(corpus / "text/*.txt") in card
 
     assert main(["export", str(run)]) == 0  # of the newest, proven
+    assert capfd.readouterr().out.count(left_out) == 1
     assert (run / "exports" / "step-00000003" / "model.safetensors").is_file()
     with_names = [path.name for path in sorted(exported.iterdir())]
     assert with_names == [path.name for path in sorted((run / "exports/step-00000003").iterdir())]
@@ -127,20 +131,27 @@ def test_an_export_that_fails_says_how_to_make_up_for_it(corpus: Path, tmp_path:
     )
 
 
-@pytest.mark.parametrize("drift", [True, False])
-def test_a_tokenizer_that_can_not_be_exported_is_refused_with_what_a_run_can_do(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, drift: bool
+def test_what_was_missed_is_made_up_for(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(tokenizer: Tokenizer, folder: Path, **options: object) -> NoReturn:
-        raise ConversionError("other ids: --allow-tokenizer-drift" if drift else "no such kind")
+    """By whatever start comes next, with what is left half-written cleared away before."""
+    (tmp_path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000003").mkdir()
+    left = tmp_path / "exports" / ".tmp-step-00000002-0123abcd"
+    left.mkdir(parents=True)
+    said: list[str] = []
 
-    monkeypatch.setattr(module, "export_tokenizer", refuse)
-    with pytest.raises(ConversionError) as caught:
-        make_exports(corpus, tmp_path).check(None)
-    said = str(caught.value)
-    assert said.startswith("checkpoint.export_every = 2: ")
-    assert "checkpoint.export_every = 0" in said
-    assert ("`megapipe convert CHECKPOINT DST --allow-tokenizer-drift`" in said) is drift
+    def note(self: Exports, checkpoint: Path, step: int) -> str:
+        assert not left.exists()
+        return f"Exported {checkpoint.name} at {step}"
+
+    monkeypatch.setattr(Exports, "write", note)
+    make_exports(corpus, tmp_path, "--checkpoint.export_every=0", say=said.append).catch_up(2)
+    assert left.exists()
+    found = make_exports(corpus, tmp_path, say=said.append)
+    found.catch_up(3)
+    found.catch_up(2)
+    assert said == ["Exported step-00000002 at 2"]
 
 
 def test_a_run_from_another_stacks_model_exports_one_of_that_kind(

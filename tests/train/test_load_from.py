@@ -131,7 +131,9 @@ def test_all_parts_together_are_a_resume(begin: Any, saved: Mapping[str, Tensor]
     assert all(torch.equal(values, saved[name]) for name, values in found.values.items())
     assert (found.progress, found.data) == (Progress(2, 128), {"step": 2})
     assert found.optimizer_steps == 2
-    assert not found.lines
+    assert found.lines == [
+        "Its optimizer had other settings (there -> here):\n  optimizer.weight_decay: 0.2 -> 0.1"
+    ]
 
 
 def test_the_course_of_the_learning_rate_goes_on(begin: Any) -> None:
@@ -204,21 +206,8 @@ def test_master_weights_have_all_digits(begin: Any, saved: Mapping[str, Tensor])
 
 
 def test_a_megatron_checkpoint(tmp_path: Path) -> None:
-    whole = {name: one for name, one in megatron.weights().items() if not name.endswith(".bias")}
-    arguments = {
-        "hidden_size": megatron.HIDDEN,
-        "num_attention_heads": 2,
-        "ffn_hidden_size": megatron.FFN,
-        "padded_vocab_size": megatron.VOCABULARY,
-        "max_position_embeddings": 32,
-        "normalization": "RMSNorm",
-        "position_embedding_type": "rope",
-        "swiglu": True,
-        "add_bias_linear": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-    }
-    run = megatron.save_ranks(tmp_path / "megatron", whole, 2, 2, **arguments)
+    whole = megatron.llama_weights()
+    run = megatron.save_ranks(tmp_path / "megatron", whole, 2, 2, **megatron.LLAMA)
     found = start(make_config(tmp_path, run, "--parallel.data=1"))
     for name, theirs in (
         ("embedding.weight", "embedding.word_embeddings.weight"),
@@ -242,6 +231,8 @@ def test_another_tokenizer_is_warned_of(begin: Any, first: Path, tmp_path: Path)
     (line,) = begin(f"--data.tokenizer={other}").lines
     assert line.startswith("Warning: ")
     assert f'another tokenizer than data.tokenizer = "{other}"' in line
+    assert " w29': ids" in line
+    assert "here, " in line
 
 
 def test_a_damaged_checkpoint_is_stepped_over(first: Path, tmp_path: Path) -> None:

@@ -106,6 +106,7 @@ def test_what_is_written_offline(tmp_path: Path) -> None:
         "data/skipped_bytes": 100,
         "data/unreadable_bytes": 30,
         "data/empty_rows": 7,
+        "data/excluded_rows": 4,
         "sources/web/tokens": 750,
         "sources/web/share": 0.75,
         "sources/web/loss": 4.0,

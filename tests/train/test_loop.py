@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megapipe.config import Config, load_config
+from megapipe.data.distribute import BATCH_HASH, SOURCE_BYTES, SOURCE_EPOCHS
 from megapipe.distributed.mesh import Mesh
 from megapipe.errors import CheckpointError, DataError
 from megapipe.models.families import FAMILIES
@@ -49,7 +50,7 @@ class Feed:
 
     def given(self) -> dict[str, float]:
         counts = {"skipped_rows": 3, "skipped_bytes": 40, "unreadable_bytes": 50, "empty_rows": 6}
-        return {**counts, "epoch": 1}
+        return {**counts, "excluded_rows": 7, "epoch": 1}
 
     def restart(self) -> None:
         self.taken = 0
@@ -105,8 +106,16 @@ class Engine:
 
 
 def of_source(loss: float, tokens: int) -> dict[str, list[float]]:
-    """Sums of a batch in which all tokens are those of one source."""
-    return {"loss": [loss], "tokens": [tokens], SOURCE_LOSSES: [loss], SOURCE_TOKENS: [tokens]}
+    """Sums of a batch in which all tokens are those of one source, four bytes of text each."""
+    return {
+        "loss": [loss],
+        "tokens": [tokens],
+        SOURCE_LOSSES: [loss],
+        SOURCE_TOKENS: [tokens],
+        SOURCE_BYTES: [4 * tokens],
+        SOURCE_EPOCHS: [1.25],
+        BATCH_HASH: [0xCDEF, 0x89AB, 0x14567, 0x0122],
+    }
 
 
 class Stop:
@@ -174,18 +183,10 @@ class Loggers:
 
 
 class Exports:
-    """Notes what is to be exported; says that the export of a step was missed."""
+    """Notes what is to be exported."""
 
-    def __init__(self, missed: int | None = None) -> None:
+    def __init__(self) -> None:
         self.written: list[tuple[Path, int]] = []
-        self.cleared = 0
-        self._missed = missed
-
-    def clear(self) -> None:
-        self.cleared += 1
-
-    def missed(self, step: int) -> Path | None:
-        return Path(f"old-{step}") if step == self._missed else None
 
     def write(self, checkpoint: Path, step: int) -> str:
         self.written.append((checkpoint, step))
@@ -237,23 +238,6 @@ def test_exports_what_it_saves_for_that(tmp_path: Path) -> None:
     assert run.loggers.events[4] == "NOT EXPORTED at step 4: its checkpoint was not saved."
 
 
-def test_an_export_that_was_missed_comes_first(tmp_path: Path) -> None:
-    """Of a start that was killed after its checkpoint."""
-    config = make_config(tmp_path, "--checkpoint.export_every=4")
-    run = make_run(config, progress=Progress(4, 400), exports=Exports(missed=4))
-    train(run)
-    assert run.exports.cleared == 1
-    assert run.exports.written == [(Path("old-4"), 4)]
-    assert run.loggers.events[0] == "Exported 4"
-    assert run.stop.heard[:3] == ["begin", "save", "saved"]
-    whole = make_run(config, progress=Progress(4, 400))
-    train(whole)
-    assert whole.exports.written == []
-    without = make_run(make_config(tmp_path), progress=Progress(4, 400), exports=Exports(missed=4))
-    train(without)
-    assert (without.exports.cleared, without.exports.written) == (0, [])
-
-
 def test_tells_each_step(tmp_path: Path) -> None:
     run = make_run(make_config(tmp_path))
     train(run)
@@ -265,9 +249,12 @@ def test_tells_each_step(tmp_path: Path) -> None:
     assert 0 <= row.data_wait_seconds <= row.step_seconds
     assert (row.epoch, row.mfu, row.validation_loss) == (1, None, None)
     assert (row.skipped_rows, row.skipped_bytes, row.unreadable_bytes) == (3, 40, 50)
-    assert row.empty_rows == 6
+    assert (row.empty_rows, row.excluded_rows) == (6, 7)
     assert (row.bubble, row.bubble_planned) == (0.25, 0.2)
-    assert row.sources == {"sources[0]": {"tokens": 100, "share": 1.0, "loss": 0.5}}
+    assert row.batch_hash == "0123456789abcdef"
+    bits = 0.5 / math.log(2) / 4
+    measured = {"tokens": 100, "share": 1.0, "loss": 0.5, "epochs": 1.25, "bits_per_byte": bits}
+    assert row.sources == {"a": pytest.approx(measured)}
     assert row.validation_sources is None
     assert row.memory_bytes > 2**20
 
@@ -312,7 +299,7 @@ def test_validates_when_due_and_last_on_the_same_batches(tmp_path: Path) -> None
     losses = {row.step: row.validation_loss for row in run.loggers.rows}
     assert losses == {step: expected if step in (2, 4, 6, 7) else None for step in range(1, 8)}
     assert run.loggers.rows[1].validation_sources == {
-        "sources[0]": {"tokens": 36, "share": 1.0, "loss": expected}
+        "a": {"tokens": 36, "share": 1.0, "loss": expected}
     }
 
 

@@ -41,9 +41,9 @@ def test_a_token_that_is_not_counted_once_is_found(tokens: list[float]) -> None:
 
 
 def test_validation_has_its_own_sources_or_those_of_training(tmp_path: Path) -> None:
-    own = "--data.validation_sources.0.path=b.txt"
+    own = "--data.validation_sources=[{name='held-out', path='b.txt'}]"
     path = write(tmp_path)
-    for words, expected in (([own], ["validation_sources[0]"]), ([], ["sources[0]"])):
+    for words, expected in (([own], ["held-out"]), ([], ["a"])):
         config = load_config(path, words, FAMILIES)
-        assert source_names(config) == ["sources[0]"]
+        assert source_names(config) == ["a"]
         assert validation_source_names(config) == expected

@@ -50,15 +50,15 @@ def lines(tokenizer: Path, *sources: SourceConfig, **fields: Any) -> list[str]:
     return found
 
 
-def source(path: Path, weight: float = 1.0) -> SourceConfig:
-    return SourceConfig(path=str(path), weight=weight)
+def source(path: Path, weight: float = 1.0, name: str = "a") -> SourceConfig:
+    return SourceConfig(name=name, path=str(path), weight=weight)
 
 
 def test_files_bytes_tokens_and_epochs_of_each_source(tmp_path: Path) -> None:
     for name in "ab":
         write(tmp_path / f"{name}.jsonl", jsonl(ENGLISH))
     write(tmp_path / "c.txt", "\n".join(ENGLISH).encode())
-    one, other = source(tmp_path / "?.jsonl", 3.0), source(tmp_path / "c.txt")
+    one, other = source(tmp_path / "?.jsonl", 3.0), source(tmp_path / "c.txt", name="c")
     tokenizer = save(tmp_path / "t.json", byte_level())
     loaded = load_tokenizer(tokenizer)
     per_text = len(loaded.encode(ENGLISH[0])) + 1
@@ -80,7 +80,9 @@ def test_files_bytes_tokens_and_epochs_of_each_source(tmp_path: Path) -> None:
 
 def test_many_sources_are_summed_up(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", jsonl(ENGLISH))
-    found = lines(save(tmp_path / "t.json", byte_level()), *[source(path)] * 11)
+    found = lines(
+        save(tmp_path / "t.json", byte_level()), *[source(path, name=f"s{n}") for n in range(11)]
+    )
     per_text = len(load_tokenizer(tmp_path / "t.json").encode(ENGLISH[0])) + 1
     size = format_bytes(3 * path.stat().st_size)
     tokens = scaled(3 * 400 * per_text)
@@ -89,10 +91,11 @@ def test_many_sources_are_summed_up(tmp_path: Path) -> None:
 
 def test_validation_sources_get_their_lines(tmp_path: Path) -> None:
     training = source(write(tmp_path / "a.jsonl", jsonl(ENGLISH)))
-    held_out = source(write(tmp_path / "b.jsonl", jsonl(ENGLISH[:100])))
+    path = write(tmp_path / "b.jsonl", jsonl(ENGLISH[:100]))
+    held_out = tuple(source(path, name=f"b{n}") for n in range(10))
     tokenizer = save(tmp_path / "t.json", byte_level())
     per_text = len(load_tokenizer(tokenizer).encode(ENGLISH[0])) + 1
-    found = lines(tokenizer, training, validation_sources=(held_out,) * 10)
+    found = lines(tokenizer, training, validation_sources=held_out)
     size, tokens = format_bytes((tmp_path / "b.jsonl").stat().st_size), scaled(100 * per_text)
     assert found[2] == "Validation data:"
     assert found[3] == f"  {tmp_path}/b.jsonl: 1 file, {size}, about {tokens} tokens"
@@ -118,7 +121,7 @@ def test_text_that_is_split_is_sampled_once(
 
 def test_a_source_of_which_too_much_would_be_lost_stops_the_start(tmp_path: Path) -> None:
     english = source(write(tmp_path / "english.jsonl", jsonl(ENGLISH)), 50.0)
-    russian = source(write(tmp_path / "russian.jsonl", jsonl(RUSSIAN)))
+    russian = source(write(tmp_path / "russian.jsonl", jsonl(RUSSIAN)), name="russian")
     model = sentencepiece_model(tmp_path / "t.model", size=40, byte_fallback=False)
     said = r'data\.sources\[1\]\.path = ".*russian\.jsonl": .* unknown to the tokenizer .*t\.model'
     with pytest.raises(DataError, match=said):

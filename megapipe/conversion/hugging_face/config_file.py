@@ -4,21 +4,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megapipe.checkpoint.steps import has_manifest
 from megapipe.checkpoint.storage import read_small
 from megapipe.conversion.foreign_json import MAX_BYTES, parse_json
+from megapipe.conversion.kind import HUGGING_FACE_CONFIG as CONFIG
 from megapipe.errors import CheckpointError, ConversionError
 from megapipe.files import shown
 
-CONFIG = "config.json"
 GENERATION = "generation_config.json"
 ADAPTER = "adapter_config.json"
-
-
-def is_hugging_face(path: Path) -> bool:
-    """Whether a directory looks like one of Hugging Face's. A checkpoint of ours may keep a
-    config.json as a part of its tokenizer."""
-    return (path / CONFIG).is_file() and not has_manifest(path)
 
 
 class HuggingFaceConfig:

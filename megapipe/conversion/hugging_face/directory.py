@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megapipe.checkpoint.storage import open_regular
@@ -18,7 +19,7 @@ from megapipe.conversion.hugging_face.config_file import (
 )
 from megapipe.conversion.hugging_face.header import TensorRange, read_header
 from megapipe.conversion.source import PlainTensorInfo
-from megapipe.conversion.strided import read_rectangle
+from megapipe.conversion.strided import StridedTensor
 from megapipe.errors import CheckpointError, ConversionError
 from megapipe.files import shown
 
@@ -64,16 +65,12 @@ class HuggingFaceDirectory(HuggingFaceConfig):
 
     def read(self, name: str, start: Sequence[int], shape: Sequence[int]) -> Tensor:
         place = self._places[name]
+        found = place.range
+        whole = StridedTensor.row_major(place.file, found.offset, found.dtype, found.shape)
+        result = torch.empty(tuple(shape), dtype=found.dtype)
         with _opened(self.path, place.file) as descriptor:
-            return read_rectangle(
-                descriptor,
-                place.file,
-                offset=place.range.offset,
-                whole=place.range.shape,
-                dtype=place.range.dtype,
-                start=start,
-                shape=shape,
-            )
+            whole.part(start, shape).read_from(descriptor, result)
+        return result
 
     @cached_property
     def _places(self) -> Mapping[str, _Place]:

@@ -1,6 +1,6 @@
 """What a checkpoint becomes as a directory of Hugging Face's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,12 +8,13 @@ import torch
 
 from megapipe.checkpoint.load import CheckpointReader
 from megapipe.config import ModelConfig
-from megapipe.config.problems import nearest
+from megapipe.conversion.hugging_face.choice import choose_architecture, unwritten_notes
 from megapipe.conversion.hugging_face.config_file import GENERATION, read_json
 from megapipe.conversion.hugging_face.model_card import model_card
 from megapipe.conversion.hugging_face.write import FILE_BYTES, Export, as_json
-from megapipe.conversion.model_at import Families, named_architectures
+from megapipe.conversion.model_at import Families
 from megapipe.conversion.open import checkpoint_weights, kept_tokenizer
+from megapipe.conversion.origin import saved_origin
 from megapipe.conversion.tokenizer import export_tokenizer
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.errors import ConversionError
@@ -44,11 +45,13 @@ class ExportOptions:
 
 @dataclass(frozen=True)
 class PlannedExport:
-    """An export, with the family of its model and its tokenizer."""
+    """An export, with the family of its model and its tokenizer. `notes` are lines for people on
+    what it leaves out."""
 
     export: Export
     family: ModelFamily
     tokenizer: Tokenizer | None
+    notes: Sequence[str]
 
 
 def plan_export(
@@ -90,7 +93,7 @@ def plan_export(
         parts=parts,
         file_bytes=options.file_bytes,
     )
-    return PlannedExport(export, family, tokenizer)
+    return PlannedExport(export, family, tokenizer, unwritten_notes(architecture, model))
 
 
 def _choose(
@@ -98,41 +101,8 @@ def _choose(
 ) -> Architecture:
     """The architecture of that name, or else the one that the weights came from if the model is
     still one, or else the first that can hold it. Raises ConversionError that says why none can."""
-    origin = reader.state.get("origin")
-    first = origin.get("architecture") if isinstance(origin, dict) else None
+    first = (saved_origin(reader.state) or {}).get("architecture")
     return choose_architecture(family, model, name, first, place=shown(reader.path))
-
-
-def choose_architecture(
-    family: ModelFamily,
-    model: ModelConfig,
-    name: str | None = None,
-    first: str | None = None,
-    *,
-    place: str,
-) -> Architecture:
-    """The architecture `name`, or else `first` if it can hold the model, or else the first that
-    can. Raises ConversionError that says why none can; `place` is where the model lies."""
-    known = {
-        key: architecture
-        for key, (_, architecture) in named_architectures({family.name: family}, "hugging_face")
-    }
-    if name is not None and name not in known:
-        close = nearest(name, list(known))
-        raise ConversionError(
-            f"--to {shown(name)} is no architecture of models like this one; "
-            + (f"did you mean {close}? There are " if close else "there are ")
-            + (", ".join(known) or "none")
-        )
-    reasons = []
-    for key in [name] if name else sorted(known, key=lambda other: other != first):
-        try:
-            known[key].write_config(model)
-        except ConversionError as error:
-            reasons.append(str(error))
-        else:
-            return known[key]
-    raise ConversionError("\n".join([f"{place}: Hugging Face has no such model:", *reasons]))
 
 
 def _tokenizer_writer(

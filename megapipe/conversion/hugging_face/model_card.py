@@ -20,7 +20,7 @@ def _lines(
 ) -> Iterator[str]:
     yield from ("---", "library_name: transformers", "pipeline_tag: text-generation", "---", "")
     yield from ("# Model", "")
-    yield f"A {architecture.name}, written by megapipe {__version__} from a checkpoint of "
+    yield f"A {architecture.name}, written by megapipe {__version__} from a checkpoint of"
     yield f"megapipe {reader.manifest.megapipe}."
     tokens = reader.state.get("tokens")
     if reader.step is not None and isinstance(tokens, int):

@@ -16,7 +16,7 @@ from megapipe.checkpoint.shard import Shard
 from megapipe.checkpoint.shard_file import FilePlan, plan_file, write_plain_file
 from megapipe.conversion.hugging_face.config_file import CONFIG
 from megapipe.conversion.hugging_face.directory import INDEX, SINGLE
-from megapipe.conversion.new_directory import write_new_directory
+from megapipe.conversion.new_directory import FILE_MODE, write_new_directory
 from megapipe.conversion.source import WeightSource
 from megapipe.conversion.view import TensorView
 from megapipe.distributed.rank_group import ALONE, RankGroup
@@ -89,7 +89,7 @@ def write_export(
 
     def write(folder: Path) -> None:
         for plan in plans[ranks.rank :: ranks.size]:
-            write_plain_file(folder, plan, progress)
+            write_plain_file(folder, plan, progress, mode=FILE_MODE)
 
     def finish(folder: Path) -> None:
         _write_small_files(export, plans, folder)
@@ -146,7 +146,7 @@ def _write_small_files(export: Export, plans: Sequence[FilePlan], folder: Path) 
             }
         )
     for name, content in contents.items():
-        write_durably(folder / name, [content])
+        write_durably(folder / name, [content], FILE_MODE)
 
 
 def as_json(value: object) -> bytes:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from megapipe.checkpoint.slices import in_threads, slices
+from megapipe.conversion.inspection.order import listing_order
 from megapipe.conversion.source import TensorInfo, TensorStore
 
 
@@ -36,7 +37,8 @@ class TensorDifference:
 
 @dataclass(frozen=True)
 class StoreDifference:
-    """How the tensors of two directories differ: `tensors` are those that both have."""
+    """How the tensors of two directories differ: `tensors` are those that both have. All are in
+    the order of `listing_order`."""
 
     only_first: Sequence[str]
     only_second: Sequence[str]
@@ -55,10 +57,11 @@ def compare_tensors(
 
     Raises CheckpointError or ConversionError where some can't be read or are damaged.
     """
-    common = [name for name in first.tensors if name in second.tensors]
+    ours, theirs = (sorted(store.tensors, key=listing_order) for store in (first, second))
+    common = [name for name in ours if name in second.tensors]
     return StoreDifference(
-        [name for name in first.tensors if name not in second.tensors],
-        [name for name in second.tensors if name not in first.tensors],
+        [name for name in ours if name not in second.tensors],
+        [name for name in theirs if name not in first.tensors],
         in_threads(lambda name: _compare(first, second, name, progress), common),
     )
 

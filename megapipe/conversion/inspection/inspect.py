@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megapipe.checkpoint.steps import committed, has_manifest
+from megapipe.checkpoint.steps import committed
 from megapipe.checkpoint.summary import (
     Bar,
     CheckpointSummary,
@@ -17,6 +17,7 @@ from megapipe.conversion.inspection.report import (
     report_run,
     report_tensors,
 )
+from megapipe.conversion.kind import OTHER_STACKS, kind_of
 from megapipe.errors import UsageError
 from megapipe.files import shown
 
@@ -24,8 +25,11 @@ if TYPE_CHECKING:  # which needs torch
     from megapipe.conversion.model_at import Families
 
 
-def report_one(path: Path, *, read: bool, tensors: bool, stats: bool, bar: Bar) -> Report:
-    """On a checkpoint, all of a run's, or another stack's directory.
+def report_one(
+    path: Path, families: "Families", *, read: bool, tensors: bool, stats: bool, bar: Bar
+) -> Report:
+    """On a checkpoint, all of a run's, or another stack's directory, whose model is one of the
+    `families` if it is known.
 
     With `read`, every byte that has a checksum is verified. `tensors` lists them, `stats` adds what
     their values are like. Raises CheckpointError or ConversionError where there is nothing to read.
@@ -35,7 +39,7 @@ def report_one(path: Path, *, read: bool, tensors: bool, stats: bool, bar: Bar) 
         if tensors or stats:
             _refuse_run(root, "--stats" if stats else "--tensors")
         return report_run(root, list_checkpoints(root, read=read, bar=bar), _verdict(read))
-    other = None if has_manifest(path) else _other_stack(path)
+    other = _other_stack(path, families) if kind_of(path) in OTHER_STACKS else None
     summary = other or summarize_checkpoint(path, read=read, bar=bar)
     verdict = "sizes agree, the format has no checksums" if other else _verdict(read)
     if not stats or summary.problems:
@@ -67,15 +71,18 @@ def report_two(first: Path, second: Path, families: "Families", bar: Bar) -> Rep
         return report_difference(first, second, compare_tensors(one, other, progress))
 
 
-def _other_stack(path: Path) -> CheckpointSummary | None:
+def _other_stack(path: Path, families: "Families") -> CheckpointSummary:
     from megapipe.conversion.inspection.open import summarize_other_stack
 
-    return summarize_other_stack(path)
+    return summarize_other_stack(path, families)
 
 
 def _refuse_run(root: Path, option: str) -> None:
     newest = next(iter(committed(root).values()))
-    raise UsageError(f"{option} lists those of one checkpoint, such as {shown(newest)}")
+    raise UsageError(
+        f"{option} is for single checkpoints, and {shown(root)} holds all of a run's. Name one, "
+        f"such as {shown(newest)}."
+    )
 
 
 def _verdict(read: bool) -> str:

@@ -9,19 +9,16 @@ from torch import Tensor
 
 from megapipe.amounts import counted, format_bytes
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
-from megapipe.checkpoint.steps import has_manifest
-from megapipe.checkpoint.summary import CheckpointSummary, TensorSummary
-from megapipe.conversion.hugging_face.config_file import is_hugging_face
+from megapipe.checkpoint.summary import CheckpointSummary, TensorSummary, describe_model
 from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
 from megapipe.conversion.inspection.difference import dtype_name
-from megapipe.conversion.megatron.directory import (
-    MegatronCheckpoint,
-    is_megatron,
-    open_megatron,
-)
-from megapipe.conversion.model_at import Families
+from megapipe.conversion.kind import OTHER_STACKS, kind_of
+from megapipe.conversion.megatron.directory import MegatronCheckpoint, open_megatron
+from megapipe.conversion.model_at import Families, model_at
 from megapipe.conversion.open import open_weights
 from megapipe.conversion.source import PlainTensorInfo, TensorStore, WeightSource
+from megapipe.data.tokenizer import load_tokenizer
+from megapipe.errors import DataError, MegapipeError
 from megapipe.files import shown
 
 
@@ -53,14 +50,14 @@ def open_pair(first: Path, second: Path, families: Families) -> tuple[TensorStor
     return SourceTensors(one, one.place), SourceTensors(other, other.place)
 
 
-def summarize_other_stack(path: Path) -> CheckpointSummary | None:
-    """All about a directory of another stack; None where it is none that we know.
+def summarize_other_stack(path: Path, families: Families) -> CheckpointSummary:
+    """All about a directory of another stack, and of its model where the `families` have such a
+    one.
 
     Raises CheckpointError or ConversionError where it is half there or not to be trusted.
     """
     store = _open_other(path)
-    if store is None:
-        return None
+    assert store is not None, path
     tensors = [
         TensorSummary(name, dtype_name(one), tuple(one.shape), 1)
         for name, one in store.tensors.items()
@@ -68,14 +65,22 @@ def summarize_other_stack(path: Path) -> CheckpointSummary | None:
     dtypes = Counter(one.dtype for one in tensors)
     amounts = [f"{count} {dtype}" for dtype, count in dtypes.most_common()]
     values = sum(math.prod(one.shape) for one in tensors)
-    known = _known(store)
+    known, model = _known(store), _model(path, families)
     facts = [
         *((key.replace("_", " "), str(value or "-")) for key, value in known.items()),
+        ("model", model if isinstance(model, str) else describe_model(model)),
+        *([("tokenizer", _tokenizer(path))] if kind_of(path) == "hugging_face" else []),
         ("tensors", ", ".join(amounts)),
         ("  values", counted(values, "value")),
         ("bytes", format_bytes(tensor_bytes(store))),
     ]
-    content = {"path": str(path), "kind": _stack(path), **known, "bytes": tensor_bytes(store)}
+    content = {
+        "path": str(path),
+        "kind": _stack(path),
+        **known,
+        "model": {} if isinstance(model, str) else model,
+        "bytes": tensor_bytes(store),
+    }
     return CheckpointSummary(path, facts, tensors, [], content)
 
 
@@ -91,6 +96,29 @@ def _known(store: HuggingFaceDirectory | MegatronCheckpoint) -> dict[str, object
     }
 
 
+def _model(path: Path, families: Families) -> Mapping[str, object] | str:
+    """Our [model], or why there is none."""
+    try:
+        return model_at(path, families).model_dump(mode="json", exclude_none=True)
+    except MegapipeError as error:
+        return _unusable(error)
+
+
+def _tokenizer(path: Path) -> str:
+    if not (path / "tokenizer.json").exists() and not any(path.glob("*.model")):
+        return "none: neither a tokenizer.json nor a .model file"
+    try:
+        tokenizer = load_tokenizer(path, key=None)
+    except DataError as error:
+        return _unusable(error)
+    return f"{tokenizer.path.name}, {counted(len(tokenizer.ids), 'token')}"
+
+
+def _unusable(error: MegapipeError) -> str:
+    """An error on one line."""
+    return " ".join(f"can't be used: {error}".split())
+
+
 def _open_other(path: Path) -> HuggingFaceDirectory | MegatronCheckpoint | None:
     stack = _stack(path)
     if stack == "hugging_face":
@@ -100,11 +128,8 @@ def _open_other(path: Path) -> HuggingFaceDirectory | MegatronCheckpoint | None:
 
 def _stack(path: Path) -> str:
     """Whose directory it is; ours where nothing says otherwise."""
-    if has_manifest(path):
-        return "megapipe"
-    return (
-        "hugging_face" if is_hugging_face(path) else "megatron" if is_megatron(path) else "megapipe"
-    )
+    kind = kind_of(path)
+    return kind if kind in OTHER_STACKS else "megapipe"
 
 
 def tensor_bytes(store: TensorStore) -> int:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from megapipe.amounts import counted
 from megapipe.checkpoint.summary import CheckpointSummary, ListedCheckpoint, TensorSummary
+from megapipe.conversion.inspection.order import listing_order
 
 if TYPE_CHECKING:  # both need torch
     from megapipe.conversion.inspection.difference import StoreDifference
@@ -73,10 +74,10 @@ def report_tensors(
     facts.add_row("whole", "NO" if found.problems else verdict)
     parts: list[RenderableType] = [_text(str(found.path)), facts, *_red(found.problems)]
     if listed:
-        parts.append(_tensor_table(found.tensors, statistics))
+        tensors = sorted(found.tensors, key=lambda one: listing_order(one.name))
+        parts.append(_tensor_table(tensors, statistics))
         content["tensors"] = [
-            asdict(one) | (asdict(statistics[one.name]) if statistics else {})
-            for one in found.tensors
+            asdict(one) | (asdict(statistics[one.name]) if statistics else {}) for one in tensors
         ]
     return Report(parts, content, status=1 if found.problems else 0)
 

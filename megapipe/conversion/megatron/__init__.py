@@ -4,7 +4,6 @@ records.py      what stands for the objects of a pickle
 interpreter.py  the machine that a pickle is a program for
 unpickler.py    pickle to records: `unpickle`
 archive.py      the zip files that torch.save writes
-strided.py      tensors as ranges of files
 assembly.py     global tensors out of the parts that files hold
 metadata.py     where the chunks of a distributed checkpoint lie
 torch_dist.py   core's distributed checkpoints

@@ -14,8 +14,8 @@ from pathlib import Path
 from megapipe.amounts import counted
 from megapipe.checkpoint.storage import open_regular, read_into
 from megapipe.conversion.megatron.records import StoredTensor
-from megapipe.conversion.megatron.strided import ITEM_BYTES, StridedTensor
 from megapipe.conversion.megatron.unpickler import MAX_PICKLE_BYTES, unpickle
+from megapipe.conversion.strided import ITEM_BYTES, StridedTensor
 from megapipe.errors import CheckpointError
 from megapipe.files import shown
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from megapipe.checkpoint.rectangle import Rectangle, covers, first_gap, first_overlap
-from megapipe.conversion.megatron.strided import DTYPES, StridedTensor
+from megapipe.conversion.strided import DTYPES, StridedTensor
 from megapipe.errors import CheckpointError
 
 MAX_PARTS = 4096

@@ -9,16 +9,21 @@ import torch
 from torch import Tensor
 
 from megapipe.checkpoint.storage import read_small
+from megapipe.conversion.kind import MEGATRON_TRACKER as TRACKER
 from megapipe.conversion.megatron.assembly import GlobalTensor
 from megapipe.conversion.megatron.legacy import read_rank_directories
-from megapipe.conversion.megatron.optimizer_format import optimizer_format, optimizer_state
+from megapipe.conversion.megatron.optimizer_format import (
+    optimizer_format,
+    optimizer_groups,
+    optimizer_state,
+    optimizer_steps,
+)
 from megapipe.conversion.megatron.plain import plain_arguments
 from megapipe.conversion.megatron.sharing import OWN_NORMS
 from megapipe.conversion.megatron.torch_dist import CONFIG, METADATA, NOT_WEIGHTS, read_distributed
 from megapipe.errors import CheckpointError
 from megapipe.files import reason, shown
 
-TRACKER = "latest_checkpointed_iteration.txt"
 MAX_TRACKER_BYTES = 100
 ITERATION = re.compile(r"iter_(\d{1,12})")
 
@@ -42,6 +47,10 @@ class MegatronCheckpoint:
     state: Mapping[str, Mapping[str, GlobalTensor]]
     """The optimizer's state by kind ("exp_avg", "exp_avg_sq", "param" or "fp32_param" for master
     weights), each under the names of the weights. Empty for formats that are not read."""
+    steps: int | None = None
+    """How many the optimizer has taken; None where its state is not read, or that isn't said."""
+    groups: Sequence[Mapping[str, object]] = ()
+    """The settings of each of its groups of parameters, in plain values."""
 
     @property
     def place(self) -> str:
@@ -115,20 +124,12 @@ def with_fused_norms(tensors: Mapping[str, GlobalTensor]) -> dict[str, GlobalTen
     return named
 
 
-def is_megatron(path: Path) -> bool:
-    """Whether a directory looks like a Megatron run or one of its checkpoints."""
-    return (
-        _is_file(path / TRACKER)
-        or (_is_file(path / METADATA) and _is_file(path / CONFIG))
-        or any(path.glob("mp_rank_*"))
-    )
-
-
 def _open_distributed(directory: Path) -> MegatronCheckpoint:
     found = read_distributed(directory)
     named = with_fused_norms(found.tensors)
     weights = {name: tensor for name, tensor in named.items() if not name.startswith(NOT_WEIGHTS)}
     found = replace(found, tensors=named)
+    state = optimizer_state(found, weights)
     return MegatronCheckpoint(
         directory,
         "torch_dist",
@@ -136,7 +137,9 @@ def _open_distributed(directory: Path) -> MegatronCheckpoint:
         plain_arguments(found.common.get("args")),
         weights,
         optimizer_format(found),
-        optimizer_state(found, weights),
+        state,
+        optimizer_steps(found) if state else None,
+        optimizer_groups(found) if state else (),
     )
 
 

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import torch
 
+from megapipe.amounts import counted
 from megapipe.conversion.megatron.writer import RankGrid, write_rank_directories
 from megapipe.conversion.new_directory import write_new_directory
 from megapipe.conversion.source import WeightSource
 from megapipe.conversion.view import TensorView
+from megapipe.errors import ConversionError
 from megapipe.layout.architecture import Architecture
+from megapipe.layout.foreign_config import ForeignConfig
 
 VOCABULARY_MULTIPLE = 128
 """Megatron pads the vocabulary to a multiple of this for each tensor-parallel rank."""
@@ -71,7 +74,8 @@ def write_megatron(
     progress: Callable[[int], None] | None = None,
 ) -> Path:
     """Write the directory `target`; `accept` and errors are as in `write_new_directory`, and
-    CheckpointError where the model can't be cut for those ranks."""
+    ConversionError or CheckpointError where the model can't be cut for those ranks."""
+    _check_tensor_size(export)
     tensors = export.tensors
 
     def write(folder: Path) -> None:
@@ -81,3 +85,25 @@ def write_megatron(
 
     needed = export_bytes_for_megatron(export) + export.grid.ranks * ALLOWANCE
     return write_new_directory(target, needed, write, accept=accept)
+
+
+def _check_tensor_size(export: MegatronExport) -> None:
+    """Raises ConversionError for a number of tensor-parallel ranks with which Megatron would not
+    start, although the tensors can be cut."""
+    config = ForeignConfig(export.arguments)
+    heads, groups = config.count("num_attention_heads"), config.count("num_query_groups")
+    width, inner = config.count("kv_channels"), config.count("ffn_hidden_size")
+    usable = [
+        ranks
+        for ranks in range(1, heads + 1)
+        if heads % ranks == inner % ranks == (heads + 2 * groups) * width % ranks == 0
+        and (groups % ranks == 0 or ranks % groups == 0)
+    ]
+    if export.grid.tensor not in usable:
+        *others, last = map(str, usable)
+        raise ConversionError(
+            f"--tensor {export.grid.tensor}: Megatron can't share "
+            f"{counted(heads, 'attention head')} ({counted(groups, 'query group')}) and an MLP of "
+            f"{inner:,} among that many ranks. Take "
+            + (f"{', '.join(others)} or {last}." if others else f"{last}.")
+        )

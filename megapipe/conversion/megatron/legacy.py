@@ -26,7 +26,7 @@ from megapipe.conversion.megatron.sharing import (
     second_of_mlp,
     shared_dim,
 )
-from megapipe.conversion.megatron.strided import StridedTensor
+from megapipe.conversion.strided import StridedTensor
 from megapipe.errors import CheckpointError
 
 OPTIMIZER_FILE = "distrib_optim.pt"

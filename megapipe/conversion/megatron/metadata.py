@@ -21,8 +21,8 @@ from megapipe.conversion.megatron.records import (
     is_name,
     is_size,
 )
-from megapipe.conversion.megatron.strided import StridedTensor
 from megapipe.conversion.megatron.unpickler import MAX_PICKLE_BYTES, unpickle
+from megapipe.conversion.strided import StridedTensor
 from megapipe.errors import CheckpointError
 from megapipe.files import shown
 

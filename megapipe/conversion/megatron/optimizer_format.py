@@ -1,9 +1,13 @@
-"""What kind of optimizer state a distributed checkpoint holds."""
+"""What a distributed checkpoint holds of its optimizer: format, state, steps and settings."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+
+import torch
 
 from megapipe.conversion.megatron.assembly import GlobalTensor
+from megapipe.conversion.megatron.plain import plain_arguments
+from megapipe.conversion.megatron.records import StoredTensor
 from megapipe.conversion.megatron.torch_dist import DistributedContents
 from megapipe.files import shown
 
@@ -14,6 +18,9 @@ CONTENT_TYPE = "distrib_optim_sharding_type"
 PREFIXES = ("optimizer.", "chained_")
 STATE = re.compile(r"optimizer\.state\.(\w+)\.(.+)")
 """A tensor for a whole parameter: what it is, and the parameter's name."""
+MAX_GROUPS = 100
+"""Groups of parameters, and optimizers, that are looked at."""
+MAX_STEPS = 2**53
 
 
 def optimizer_format(found: DistributedContents) -> str | None:
@@ -52,6 +59,52 @@ def optimizer_state(
     shapes = {name: tensor.shape for name, tensor in weights.items()}
     same = all({n: t.shape for n, t in kind.items()} == shapes for kind in state.values())
     return state if same else {}
+
+
+def optimizer_groups(found: DistributedContents) -> list[dict[str, object]]:
+    """The settings of each of the optimizer's groups of parameters, in plain values."""
+    return [plain_arguments(group) for group in _groups(found)]
+
+
+def optimizer_steps(found: DistributedContents) -> int | None:
+    """How many steps the optimizer has taken; None where there is no such number, or there are two.
+
+    torch's optimizers have it in their state, those of Apex and Transformer Engine in each group.
+    """
+    states = [state for one in _optimizers(found) if isinstance(state := one.get("state"), dict)]
+    said = [state["common_step"] for state in states if "common_step" in state]
+    said += [group["step"] for group in _groups(found) if group.get("step") is not None]
+    numbers = {_number(found, value) for value in said}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
+def _optimizers(found: DistributedContents) -> Iterator[Mapping[object, object]]:
+    """What all ranks share of each optimizer, and of the one inside it, if it wraps one."""
+    fields = found.common.get("optimizer")
+    if not isinstance(fields, dict):
+        return
+    several = [fields[number] for number in range(MAX_GROUPS) if number in fields]
+    for one in several or [fields]:
+        for part in (one, one.get("optimizer")) if isinstance(one, dict) else ():
+            if isinstance(part, dict):
+                yield part
+
+
+def _groups(found: DistributedContents) -> list[Mapping[object, object]]:
+    lists = [one.get("param_groups") for one in _optimizers(found)]
+    groups = [group for one in lists if isinstance(one, list) for group in one[:MAX_GROUPS]]
+    return [group for group in groups[:MAX_GROUPS] if isinstance(group, dict)]
+
+
+def _number(found: DistributedContents, value: object) -> int | None:
+    """A number of steps, which may be a tensor of one element."""
+    if isinstance(value, StoredTensor) and value.shape in ((), (1,)) and found.archive is not None:
+        scalar = torch.empty(value.shape, dtype=torch.float64)
+        found.archive.tensor(value).copy_to(scalar)
+        value = scalar.item()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return int(value) if 0 <= value <= MAX_STEPS and value == int(value) else None
 
 
 def _named(fields: object, key: str) -> list[object]:

@@ -9,7 +9,7 @@ from megapipe.amounts import counted
 from megapipe.conversion.megatron.archive import TorchArchive, open_archive, whole_file
 from megapipe.conversion.megatron.plain import plain_arguments
 from megapipe.conversion.megatron.records import StoredTensor, is_name
-from megapipe.conversion.megatron.strided import StridedTensor
+from megapipe.conversion.strided import StridedTensor
 from megapipe.errors import CheckpointError
 
 RANK_DIRECTORY = re.compile(r"mp_rank_(\d{2,4})(?:_(\d{3,5}))?")

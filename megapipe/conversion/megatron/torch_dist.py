@@ -12,11 +12,11 @@ over the layers. Here each layer has tensors of its own, as if its number stood 
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from megapipe.checkpoint.storage import read_small
-from megapipe.conversion.megatron.archive import ByteSpan, open_archive, whole_file
+from megapipe.conversion.megatron.archive import ByteSpan, TorchArchive, open_archive, whole_file
 from megapipe.conversion.megatron.assembly import GlobalTensor, joined, unstacked
 from megapipe.conversion.megatron.metadata import METADATA, read_metadata
 from megapipe.errors import CheckpointError
@@ -51,11 +51,12 @@ class DistributedContents:
     """What was saved as bytes: states of random generators, of some optimizers."""
     unread: tuple[str, ...] = ()
     """Tensors of an optimizer in a format that is not read."""
+    archive: TorchArchive | None = None
+    """Where the tensors of `common` lie."""
 
     def object(self, name: str) -> object:
-        """One of `objects`, without the list of one that Megatron puts it in."""
-        listed = open_archive(self.objects[name]).content
-        return listed[0] if isinstance(listed, list) and len(listed) == 1 else listed
+        """One of `objects`."""
+        return _unlisted(open_archive(self.objects[name]).content)
 
 
 def read_distributed(directory: Path) -> DistributedContents:
@@ -79,14 +80,17 @@ def read_distributed(directory: Path) -> DistributedContents:
         if layers.keys() & tensors.keys() or held > MAX_PARTS:
             raise CheckpointError(f"{directory / METADATA} has {name} twice, or too many parts")
         tensors |= layers
-    contents = DistributedContents(_with_joined_halves(tensors), {}, objects, tuple(unread))
-    if COMMON_OBJECT in objects:
-        common = contents.object(COMMON_OBJECT)
-    else:
-        common = open_archive(whole_file(directory / COMMON)).content
+    archive = open_archive(objects.get(COMMON_OBJECT) or whole_file(directory / COMMON))
+    common = _unlisted(archive.content)
     if not isinstance(common, dict):
         raise CheckpointError(f"{directory}: {COMMON} or its place among the chunks holds no dict")
-    return replace(contents, common=common)
+    whole = _with_joined_halves(tensors)
+    return DistributedContents(whole, common, objects, tuple(unread), archive)
+
+
+def _unlisted(content: object) -> object:
+    """An object without the list of one that Megatron puts it in."""
+    return content[0] if isinstance(content, list) and len(content) == 1 else content
 
 
 def _check_format(directory: Path) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megapipe.checkpoint.rectangle import Rectangle
 from megapipe.checkpoint.shard import as_bytes
+from megapipe.conversion.kind import MEGATRON_TRACKER as TRACKER
 from megapipe.conversion.megatron.archive import TorchArchive, open_archive, whole_file
 from megapipe.conversion.megatron.records import StoredTensor
 from megapipe.conversion.megatron.sharing import (
@@ -32,6 +33,7 @@ from megapipe.conversion.megatron.sharing import (
     second_of_mlp,
     shared_dim,
 )
+from megapipe.conversion.new_directory import FILE_MODE
 from megapipe.errors import CheckpointError
 from megapipe.files import sync_directory, write_all, write_durably
 
@@ -41,7 +43,6 @@ EMBEDDING = "embedding."
 WORDS = "embedding.word_embeddings.weight"
 CHECKPOINT_VERSION = 3.0
 RELEASE = "release"
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 class GlobalTensors(Protocol):
@@ -113,7 +114,7 @@ def write_rank_directories(
         _write_rank(target / "model_optim_rng.pt", model, chunks, saved, dtype, progress)
         sync_directory(target)
     sync_directory(directory / RELEASE)
-    write_durably(directory / TRACKER, [RELEASE.encode()])
+    write_durably(directory / TRACKER, [RELEASE.encode()], FILE_MODE)
 
 
 # --- What a rank holds ---------------------------------------------------------------------------

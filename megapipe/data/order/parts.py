@@ -5,6 +5,7 @@ rows of each unit are shuffled and cut into parts, and the parts of all units ar
 """
 
 from collections.abc import Sequence
+from math import ceil
 from typing import NamedTuple
 
 from megapipe.data.order.keys import Shuffle, keyed
@@ -35,8 +36,7 @@ class FileParts:
 
     def __init__(self, units: Units, row_bytes: int, factor: int) -> None:
         self.units = units
-        self._row_bytes = row_bytes
-        self._factor = 1 if row_bytes else factor  # a part is a row already
+        self._row_bytes, self._factor = row_bytes, factor
         self._equal = self._cumulated = None
         if isinstance(units, EqualUnits):
             self._equal = self._parts_of(units[0])
@@ -64,16 +64,14 @@ class FileParts:
         return unit * self._equal
 
     def _parts_of(self, unit: Unit) -> int:
-        return parts_of(unit, self._row_bytes, whole=self.units.whole) * self._factor
+        if self._row_bytes:
+            return max(1, -(-unit.size // self._row_bytes))  # a part is a row
+        return max(1, ceil(self._factor * size_in_parts(unit, whole=self.units.whole)))
 
 
-def parts_of(unit: Unit, row_bytes: int, *, whole: bool) -> int:
-    """How many parts a unit has in a large source."""
-    if whole:
-        return 1
-    if row_bytes:
-        return max(1, -(-unit.size // row_bytes))
-    return min(MAX_PARTS, max(1, -(-unit.size // PART_BYTES)))
+def size_in_parts(unit: Unit, *, whole: bool) -> float:
+    """How many parts a unit has in a large source, fractions included; exact in binary."""
+    return 1.0 if whole else min(MAX_PARTS, unit.size / PART_BYTES)
 
 
 class FileOrder:
@@ -130,12 +128,22 @@ class FileOrder:
 
 
 def finer(files: Sequence[SourceFile], streams: int) -> int:
-    """By how much the number of parts of each unit is multiplied in a small source."""
+    """By how much finer the units of a small source are cut."""
     cut = [file.units for file in files if not file.row_bytes]
-    total = sum(FileParts(units, 0, 1).total for units in cut)
+    total = sum(map(_total_size, cut))
     only_whole = all(units.whole for units in cut)
     wanted = streams if only_whole else PARTS_PER_STREAM * streams
-    return -(-wanted // total) if 0 < total < wanted else 1
+    return ceil(wanted / total) if 0 < total < wanted else 1
+
+
+def _total_size(units: Units) -> float:
+    """In parts of a large source."""
+    if isinstance(units, EqualUnits):
+        first, last = units[0], units[len(units) - 1]
+        return (len(units) - 1) * size_in_parts(first, whole=False) + size_in_parts(
+            last, whole=False
+        )
+    return sum(size_in_parts(unit, whole=units.whole) for unit in units)
 
 
 class Place(NamedTuple):

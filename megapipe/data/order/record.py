@@ -23,6 +23,9 @@ State = dict[str, Any]
 NAMED = 3
 """Files that a message names."""
 
+RECORD = "data-record"
+"""The folder in a run directory that holds it. (People may have a folder `data` of their own.)"""
+
 READING = ("text_field", "documents", "format")
 LEAVES = "leaves"
 PHASES = "phases"

@@ -6,6 +6,7 @@ What is held never changes which row comes when: a row that is not held is read 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
 
@@ -34,6 +35,9 @@ OPEN_ARCHIVES = 64
 
 MOST_COUNTS = 1 << 16
 """Units of which a reader remembers how many rows they have."""
+
+SHORT = 1 << 12
+"""The orders of units of up to this many rows are remembered."""
 
 ROW_COST = 250
 """Bytes that Python takes for a row beside its text."""
@@ -126,10 +130,11 @@ class RowStore:
     def _load(self, name: Name, part: PartOfUnit, first: int) -> _Held:
         """Reads rows of a part from `first` on, as many as may be held."""
         count, rows = self._unit(part)
-        wanted = _order(part, count)[first:]
+        wanted = _order(part, count)
         if rows is None and wanted:
             rows = _read_some(part, set(wanted))
-        found = [rows[index] for index in wanted if index in rows] if rows else []
+        # A damaged unit has fewer rows than were counted; the others are numbered without those.
+        found = [rows[index] for index in wanted if index in rows][first:] if rows else []
         kept, size = self._as_much_as_fits(found)
         held = _Held(first, found[:kept], kept == len(found), size)
         self._drop(name)
@@ -198,7 +203,7 @@ class RowStore:
 
 
 def _unit_name(part: PartOfUnit) -> Name:
-    """What a unit is called. A file is more than its path: two sources may cut it in two ways."""
+    """What a reader calls a unit by: also by the way in which its file is read."""
     return part.file, part.unit.start
 
 
@@ -206,7 +211,14 @@ def _order(part: PartOfUnit, count: int) -> list[int]:
     """The rows of a part, by their numbers in the unit."""
     if part.number >= count:
         return []
-    return permutation(count, part.key)[part.number :: part.parts]
+    drawn = _permutation(count, part.key) if count <= SHORT else permutation(count, part.key)
+    return drawn[part.number :: part.parts]
+
+
+@lru_cache(maxsize=256)
+def _permutation(count: int, key: int) -> list[int]:
+    """Of a unit whose parts are likely to be wanted one after the other."""
+    return permutation(count, key)
 
 
 def _read_all(part: PartOfUnit) -> tuple[int, int, dict[int, Raw] | None]:

@@ -3,11 +3,14 @@
 from typing import NamedTuple
 
 from megapipe.data.order.keys import keyed
-from megapipe.data.order.parts import FileOrder, Part, Place
+from megapipe.data.order.parts import FileOrder, Place
 from megapipe.data.order.rows import OPEN_ARCHIVES, PartOfUnit, RowStore, row_key
 from megapipe.data.sources import Source, SourceFile
 from megapipe.data.splitters import Raw
 from megapipe.data.units import Unit
+
+MOST_FOUND = 1 << 14
+"""Places of which a reader remembers what stands there."""
 
 LEAST_OPEN = 4
 """Parts that a stream has open at least, unless data.open_parts is less."""
@@ -40,17 +43,13 @@ class SourceOrder:
         self.streams = streams
         self.key = keyed("source", seed, source.name)
         self.orders = [
-            FileOrder(
-                cohort.files,
-                key=self.key,
-                number=number,
-                streams=streams,
-            )
+            FileOrder(cohort.files, key=self.key, number=number, streams=streams)
             for number, cohort in enumerate(source.cohorts)
         ]
         self.window = window(source, streams, open_parts)
         self.in_turns = in_turns(source)
         self._store = store
+        self._parts: dict[Place, tuple[SourceFile, PartOfUnit | None]] = {}
 
     def joined(self, step: int) -> list[FileOrder]:
         """The cohorts that the batch behind step `step` may read."""
@@ -62,28 +61,20 @@ class SourceOrder:
 
     def row(self, place: Place, number: int, step: int) -> RowPlace | None:
         """Row `number` of the part at a place; None behind its last, or if its file has left."""
-        found = self.orders[place.cohort].part(place.epoch, place.place)
-        file = self.source.cohorts[place.cohort].files[found.file]
-        if self.has_left(file, step):
+        file, part = self._found(place)
+        if part is None or self.has_left(file, step):
             return None
-        unit = file.units[found.unit]
-        raw = self._store.row(
-            (self.source.name, *place), self._part(place, found, file, unit), number
-        )
-        return None if raw is None else RowPlace(file, unit, raw)
+        raw = self._store.row((self.source.name, *place), part, number)
+        return None if raw is None else RowPlace(file, part.unit, raw)
 
     def rows(self, place: Place, step: int) -> int | None:
         """How many rows a part has; 0 if its file has left. None where that can't be known."""
-        found = self.orders[place.cohort].part(place.epoch, place.place)
-        file = self.source.cohorts[place.cohort].files[found.file]
-        if self.has_left(file, step):
-            return 0
-        part = self._part(place, found, file, file.units[found.unit])
-        return self._store.count(part)
+        file, part = self._found(place)
+        return 0 if part is None or self.has_left(file, step) else self._store.count(part)
 
     def is_gone(self, place: Place, step: int) -> bool:
         """Whether the file of a part has left."""
-        file, _ = self.unit(place)
+        file, _ = self._found(place)
         return self.has_left(file, step)
 
     def draw_turn(self, stream: int, epoch: int, turn: int, count: int) -> int:
@@ -100,10 +91,24 @@ class SourceOrder:
         """Whether the batch behind step `step` must not read a file."""
         return file.rows is None or self.source.leaves.get(file.key, step + 1) <= step
 
-    def _part(self, place: Place, part: Part, file: SourceFile, unit: Unit) -> PartOfUnit:
-        assert file.rows is not None, f"{file.key} is read and was not found"
+    def _found(self, place: Place) -> tuple[SourceFile, PartOfUnit | None]:
+        """The part at a place, None where its file is gone from the disk."""
+        found = self._parts.get(place)
+        if found is None:
+            if len(self._parts) >= MOST_FOUND:
+                self._parts.clear()
+            found = self._parts[place] = self._find(place)
+        return found
+
+    def _find(self, place: Place) -> tuple[SourceFile, PartOfUnit | None]:
+        part = self.orders[place.cohort].part(place.epoch, place.place)
+        file = self.source.cohorts[place.cohort].files[part.file]
+        if file.rows is None:
+            return file, None
+        unit = file.units[part.unit]
         key = row_key(self.seed, self.source.name, file.key, unit, place.epoch)
-        return PartOfUnit(file.rows, unit, file.units.whole, part.number, part.parts, key)
+        whole = file.units.whole
+        return file, PartOfUnit(file.rows, unit, whole, part.number, part.parts, key)
 
 
 def in_turns(source: Source) -> bool:

@@ -57,7 +57,7 @@ def check_fits(model: GPTConfig, name: str, needed: Mapping[str, object]) -> Non
         if getattr(model, key) != value
     ]
     if problems:
-        raise ConversionError("\n  ".join([f"the model is no {name}:", *problems]))
+        raise ConversionError("\n  ".join([f"the model can't be exported as {name}:", *problems]))
 
 
 def renamed(

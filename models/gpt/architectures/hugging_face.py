@@ -168,7 +168,27 @@ def _read_llama3(table: ForeignConfig) -> RopeScaling | None:
     )
 
 
-def write_rope(model: GPTConfig) -> dict[str, object]:
+def write_shape(model: GPTConfig, name: str, model_type: str) -> dict[str, object]:
+    """The keys that are called alike wherever positions are rotary."""
+    return {
+        "architectures": [name],
+        "model_type": model_type,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "max_position_embeddings": model.max_sequence_length,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": model.tie_embeddings,
+        "attention_dropout": model.attention_dropout,
+        **_write_rope(model),
+    }
+
+
+def _write_rope(model: GPTConfig) -> dict[str, object]:
     """Rotary positions in the words of version 5 and of version 4 of transformers."""
     scaling: dict[str, object] | None = None
     if model.rope_scaling is not None:

@@ -12,7 +12,7 @@ from megapipe.models.gpt.architectures.hugging_face import (
     read_common,
     read_heads,
     read_rope,
-    write_rope,
+    write_shape,
 )
 from megapipe.models.gpt.config import GPTConfig
 
@@ -133,22 +133,9 @@ class LlamaLike(GPTArchitecture):
             needed["sliding_window"] = None
         check_fits(model, self.name, needed)
         config: dict[str, object] = {
-            "architectures": [self.name],
-            "model_type": self.model_type,
-            "vocab_size": model.vocab_size,
-            "hidden_size": model.hidden_size,
-            "intermediate_size": model.ffn_hidden_size,
-            "num_hidden_layers": model.num_layers,
-            "num_attention_heads": model.num_heads,
-            "num_key_value_heads": model.num_kv_heads,
-            "head_dim": model.head_dim,
+            **write_shape(model, self.name, self.model_type),
             "hidden_act": "silu",
-            "max_position_embeddings": model.max_sequence_length,
-            "initializer_range": model.init_std,
             "rms_norm_eps": model.norm_epsilon,
-            "tie_word_embeddings": model.tie_embeddings,
-            "attention_dropout": model.attention_dropout,
-            **write_rope(model),
             **self._window_keys(model),
         }
         if self.biases != "none":

@@ -12,7 +12,7 @@ from megapipe.models.gpt.architectures.hugging_face import (
     read_dropout,
     read_heads,
     read_rope,
-    write_rope,
+    write_shape,
 )
 from megapipe.models.gpt.config import GPTConfig
 
@@ -77,26 +77,13 @@ class StarCoder2Architecture(GPTArchitecture):
         }
         check_fits(model, self.name, needed)
         return {
-            "architectures": [self.name],
-            "model_type": self.model_type,
-            "vocab_size": model.vocab_size,
-            "hidden_size": model.hidden_size,
-            "intermediate_size": model.ffn_hidden_size,
-            "num_hidden_layers": model.num_layers,
-            "num_attention_heads": model.num_heads,
-            "num_key_value_heads": model.num_kv_heads,
-            "head_dim": model.head_dim,
+            **write_shape(model, self.name, self.model_type),
             "hidden_act": "gelu" if model.activation == "gelu" else "gelu_pytorch_tanh",
-            "max_position_embeddings": model.max_sequence_length,
-            "initializer_range": model.init_std,
             "norm_epsilon": model.norm_epsilon,
             "sliding_window": model.sliding_window,
             "use_bias": model.bias,
             "residual_dropout": model.dropout,
             "embedding_dropout": model.dropout,
-            "attention_dropout": model.attention_dropout,
-            "tie_word_embeddings": model.tie_embeddings,
-            **write_rope(model),
         }
 
     def tensors_of(

@@ -33,12 +33,12 @@ def test_all_that_can_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     floats = ("float32", "float32")
     both = ((3, 4), (3, 4))
     assert found.tensors == [
-        TensorDifference("same", both, floats, 12),
-        TensorDifference("values", both, floats, 12, 2, largest=22.0, relative=2.0),
-        TensorDifference("shape", ((3, 4), (4, 3)), floats),
         TensorDifference("dtype", both, ("float32", "bfloat16"), 12),
+        TensorDifference("same", both, floats, 12),
+        TensorDifference("shape", ((3, 4), (4, 3)), floats),
+        TensorDifference("values", both, floats, 12, 2, largest=22.0, relative=2.0),
     ]
-    assert [one.differs for one in found.tensors] == [False, True, True, True]
+    assert [one.differs for one in found.tensors] == [True, False, True, True]
     assert sum(done) == common_bytes(Tensors(first), Tensors(second)) == 48 * 4 + 48 + 24
     assert not compare_tensors(Tensors(first), Tensors(first)).differs
 
@@ -54,3 +54,17 @@ def test_bits_decide_within_a_dtype_and_numbers_between_two() -> None:
         Tensors({"w": torch.tensor([True, False])}), Tensors({"w": torch.tensor([True, True])})
     ).tensors
     assert (one.differing, one.largest) == (1, 1.0)
+
+
+def test_layers_by_their_numbers_and_weights_first() -> None:
+    names = [
+        "exp_avg/layers.0.w",
+        "weights/layers.10.w",
+        "weights/output.weight",
+        "weights/layers.2.w",
+        "weights/embedding.weight",
+    ]
+    stored = Tensors(dict.fromkeys(names, torch.zeros(1)))
+    found = compare_tensors(stored, stored)
+    assert [one.name for one in found.tensors] == [names[at] for at in (4, 3, 1, 2, 0)]
+    assert compare_tensors(stored, Tensors({})).only_first == [names[at] for at in (4, 3, 1, 2, 0)]

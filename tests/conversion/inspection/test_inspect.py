@@ -15,8 +15,10 @@ from megapipe.conversion.inspection.inspect import report_one, report_two
 from megapipe.conversion.inspection.report import Report
 from megapipe.errors import CheckpointError, UsageError
 from megapipe.models.families import FAMILIES
-from tests.checkpoint.samples import save_sample, save_sample_weights
+from tests.checkpoint.samples import edit_manifest, save_sample, save_sample_weights
 from tests.conversion.megatron.samples import save_ranks, weights
+from tests.conversion.models import save_model
+from tests.data.tokenizer_samples import byte_level
 
 
 def bar(what: str, total: int) -> Any:
@@ -31,7 +33,8 @@ def lines(report: Report) -> set[str]:
 
 
 def inspect(path: Path, **options: bool) -> Report:
-    return report_one(path, **{"read": True, "tensors": False, "stats": False, **options}, bar=bar)
+    given = {"read": True, "tensors": False, "stats": False, **options}
+    return report_one(path, FAMILIES, **given, bar=bar)
 
 
 def test_statistics_of_a_checkpoint(tmp_path: Path) -> None:
@@ -75,10 +78,10 @@ def test_a_run_and_its_damage_as_json(tmp_path: Path) -> None:
     ]
     assert "config.toml is missing" in content["checkpoints"][0]["problems"][0]
     with pytest.raises(
-        UsageError, match=f"--stats lists those of one checkpoint, such as {newest}"
+        UsageError, match=f"--stats is for single checkpoints, .* Name one, such as {newest}"
     ):
         inspect(tmp_path, stats=True)
-    with pytest.raises(UsageError, match="--diff lists those of one checkpoint"):
+    with pytest.raises(UsageError, match=r"--diff is for single checkpoints, and .*/checkp"):
         report_two(newest, tmp_path, FAMILIES, bar)
 
 
@@ -91,6 +94,13 @@ def test_statistics_stop_at_damage(tmp_path: Path) -> None:
     assert any("is damaged: bytes" in line for line in lines(report))
     with pytest.raises(CheckpointError, match="is damaged: bytes"):
         inspect(path, stats=True, read=False)
+
+
+def test_tensors_are_listed_in_order(tmp_path: Path) -> None:
+    names = ["layers.10.w", "layers.9.w", "output.w", "embedding.w"]
+    path = save_sample_weights(tmp_path / "w", dict.fromkeys(names, torch.zeros(1)))
+    listed = json.loads(inspect(path, tensors=True).json())["tensors"]
+    assert [one["name"] for one in listed] == [f"weights/{names[at]}" for at in (3, 1, 0, 2)]
 
 
 def test_two_checkpoints_that_differ(tmp_path: Path) -> None:
@@ -125,6 +135,37 @@ def test_a_hugging_face_directory(tmp_path: Path) -> None:
     assert "model.norm.weight │ float32 │ [4] │ 1 │ 2 │ 1 │ 1 │ 0" in said
     assert json.loads(report.json())["kind"] == "hugging_face"
     assert report_two(tmp_path, tmp_path, FAMILIES, bar).status == 0
+
+
+def test_the_model_and_the_tokenizer_of_another_stack(tmp_path: Path) -> None:
+    path = save_model("llama", tmp_path / "llama")
+    report = inspect(path)
+    model = "model family gpt, num_layers 4, hidden_size 64, vocab_size 259, max_sequence_length "
+    said = lines(report)
+    assert {
+        "architecture LlamaForCausalLM",
+        f"{model}128",
+        "tokenizer none: neither a tokenizer.json nor a .model file",
+    } <= said
+    assert json.loads(report.json())["model"]["num_heads"] == 4
+    byte_level(size=259).save(str(path / "tokenizer.json"))
+    assert "tokenizer tokenizer.json, 259 tokens" in lines(inspect(path))
+    (path / "tokenizer.json").write_text("{")
+    config = json.loads((path / "config.json").read_text()) | {"hidden_act": "relu"}
+    (path / "config.json").write_text(json.dumps(config))
+    said = lines(inspect(path))
+    assert any(line.startswith("tokenizer can't be used: ") for line in said)
+    assert any(line.startswith("model can't be used: ") and "hidden_act" in line for line in said)
+
+
+def test_what_an_average_is_of(tmp_path: Path) -> None:
+    path = save_sample_weights(tmp_path / "w", {"a": torch.zeros(1)})
+    merged: list[object] = [{"path": "/runs/a", "share": 2 / 3}, {"path": "/b", "share": 1 / 3}]
+    edit_manifest(path, lambda document: document.update(state={"merged": merged}))
+    assert {"average of /runs/a (66.7%)", "/b (33.3%)"} <= lines(inspect(path))
+    hostile = [7, *merged * 9]
+    edit_manifest(path, lambda document: document.update(state={"merged": hostile}))
+    assert {"average of None", "and 3 more"} <= lines(inspect(path))
 
 
 def test_two_layouts_of_a_megatron_checkpoint(tmp_path: Path) -> None:

@@ -76,6 +76,27 @@ def arguments(tensor: int = 1, pipeline: int = 1, **others: Any) -> argparse.Nam
     return argparse.Namespace(**(fields | others))
 
 
+LLAMA: Arguments = {
+    "hidden_size": HIDDEN,
+    "num_attention_heads": 2,
+    "ffn_hidden_size": FFN,
+    "padded_vocab_size": VOCABULARY,
+    "max_position_embeddings": 32,
+    "normalization": "RMSNorm",
+    "position_embedding_type": "rope",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+"""Arguments of the model of `llama_weights`."""
+
+
+def llama_weights(seed: int = 0) -> Weights:
+    """`weights` without biases."""
+    return {n: tensor for n, tensor in weights(seed=seed).items() if not n.endswith(".bias")}
+
+
 # --- A directory for each rank -------------------------------------------------------------------
 
 
@@ -147,15 +168,20 @@ def save_distributed(
     tensor: int = 1,
     common_in_file: bool = True,
     change: Callable[[Metadata], object] = id,
+    optimizer: object = None,
+    **others: Any,
 ) -> Path:
     """`iter_0000010` as megatron-core's "torch_dist" writes it: layers stacked, cut over `tensor`
-    ranks, each with a file of its own. `change` is made to the metadata before they are saved."""
+    ranks, each with a file of its own. `change` is made to the metadata before they are saved;
+    `optimizer` is what is the same of it on all ranks, `others` are arguments."""
     directory.mkdir(parents=True)
     files = [io.BytesIO() for _ in range(tensor)]
     metadata = Metadata({}, None, {})
     for name, stacked in _stacked(whole).items():
         _add_tensor(metadata, files, name, stacked)
-    common = {"args": arguments(tensor), "iteration": 10}
+    common: dict[str, object] = {"args": arguments(tensor, **others), "iteration": 10}
+    if optimizer is not None:
+        common["optimizer"] = optimizer
     if common_in_file:
         torch.save(common, directory / "common.pt")
     else:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megapipe.conversion.megatron import archive, strided
+from megapipe.conversion import strided
+from megapipe.conversion.megatron import archive
 from megapipe.conversion.megatron.archive import ByteSpan, TorchArchive, open_archive, whole_file
 from megapipe.conversion.megatron.records import StoredTensor
 from megapipe.errors import CheckpointError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megapipe.conversion.megatron import assembly, ranks, torch_dist
-from megapipe.conversion.megatron.directory import is_megatron, open_megatron
+from megapipe.conversion.megatron.directory import open_megatron
 from megapipe.errors import CheckpointError
 from tests.conversion.megatron.samples import (
     Weights,
@@ -114,8 +114,6 @@ def test_arguments_are_plain_values(tmp_path: Path) -> None:
 def test_the_tracker_of_a_run_names_the_newest(tmp_path: Path, tracker: str, name: str) -> None:
     save_ranks(tmp_path / name, weights(2))
     (tmp_path / "latest_checkpointed_iteration.txt").write_text(tracker)
-    assert is_megatron(tmp_path)
-    assert is_megatron(tmp_path / name)
     assert open_megatron(tmp_path).path == tmp_path / name
 
 

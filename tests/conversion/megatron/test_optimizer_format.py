@@ -8,7 +8,12 @@ import torch
 
 from megapipe.conversion.megatron.archive import whole_file
 from megapipe.conversion.megatron.assembly import GlobalTensor
-from megapipe.conversion.megatron.optimizer_format import optimizer_format, optimizer_state
+from megapipe.conversion.megatron.optimizer_format import (
+    optimizer_format,
+    optimizer_groups,
+    optimizer_state,
+    optimizer_steps,
+)
 from megapipe.conversion.megatron.torch_dist import DistributedContents
 
 MOMENT = "optimizer.state.exp_avg.decoder.final_layernorm.weight"
@@ -68,6 +73,32 @@ def test_state_is_read_where_it_has_the_weights_shapes() -> None:
     }
     flat = moments | {"optimizer.state.exp_avg.a.weight": GlobalTensor((6,), "float32", ())}
     assert optimizer_state(DistributedContents(weights | flat, {}, {}), weights) == {}
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        5,
+        {"param_groups": 3, "state": []},
+        {0: None, 1: {"optimizer": [1]}},
+        {"param_groups": [None, {"step": "7"}]},
+        {"param_groups": [{"step": True}], "state": {"common_step": True}},
+        {"param_groups": [{"step": float("inf")}]},
+        {"param_groups": [{"step": float("nan")}]},
+        {"param_groups": [{"step": 1.5}]},
+        {"param_groups": [{"step": -1}]},
+        {"param_groups": [{"step": 3}], "state": {"common_step": 4}},
+    ],
+)
+def test_steps_that_are_not_said_or_no_number(optimizer: object) -> None:
+    found = DistributedContents({}, {"optimizer": optimizer}, {})
+    assert optimizer_steps(found) is None
+    assert len(optimizer_groups(found)) <= 1
+
+
+def test_of_very_many_groups_the_first_are_read() -> None:
+    found = DistributedContents({}, {"optimizer": {"param_groups": [{"eps": 1.0}] * 10**5}}, {})
+    assert optimizer_groups(found) == [{"eps": 1.0}] * 100
 
 
 SHAPES = {"a.weight": (2, 3), "decoder.layers.0.b.bias": (4,)}

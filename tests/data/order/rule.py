@@ -55,11 +55,11 @@ def shuffle(n: int, k: int) -> list[int]:
 
 @dataclass
 class Unit:
-    """`rows` are (address, raw text) pairs; `parts` before the factor of small sources."""
+    """`rows` are (address, raw text) pairs; `parts` before small sources are cut finer."""
 
     start: int
     rows: list[tuple[int, str]]
-    parts: int
+    parts: float
     own_order: bool = False
 
 
@@ -73,7 +73,7 @@ def line_units(data: bytes, jsonl: bool) -> Iterator[Unit]:
             for a, b in zip(begins, ends, strict=True)
             if (start < a <= end) or (start == a == 0)
         ]
-        yield Unit(start, rows, min(64, max(1, math.ceil((end - start) / (32 * KIB)))))
+        yield Unit(start, rows, min(64, (end - start) / (32 * KIB)))
 
 
 def text_of(line: str, jsonl: bool) -> str:
@@ -91,12 +91,12 @@ def file_units(path: Path, size: int) -> list[Unit]:
             texts = table.read_row_group(group, ["text"])["text"].to_pylist()
             stored = table.metadata.row_group(group).column(0).total_uncompressed_size
             rows = [(row + i, text or "") for i, text in enumerate(texts)]
-            units.append(Unit(row, rows, min(64, max(1, math.ceil(stored / (32 * KIB))))))
+            units.append(Unit(row, rows, min(64, stored / (32 * KIB))))
             row += len(texts)
         return units
     if path.suffix == ".gz":
         (unit,) = line_units(gzip.decompress(data), jsonl=True)  # small enough to be one here
-        parts = min(64, max(1, math.ceil(4 * len(data) / (32 * KIB))))
+        parts = min(64, 4 * len(data) / (32 * KIB))
         own = len(data) > 1024 * KIB
         return [Unit(0, unit.rows, 1 if own else parts, own)]
     if path.suffix == ".jsonl":
@@ -141,10 +141,10 @@ class Cohort:
         cut = [unit for _, unit, whole_file in units if not whole_file]
         wanted = streams if all(unit.own_order for unit in cut) else 64 * streams
         total = sum(unit.parts for unit in cut)
-        factor = max(1, math.ceil(wanted / total)) if total else 1
+        finer = max(1, math.ceil(wanted / total)) if total else 1
         parts = []
         for key, unit, whole_file in units:
-            count = unit.parts * (1 if whole_file else factor)
+            count = max(1, math.ceil(unit.parts * (1 if whole_file else finer)))
             parts += [(key, unit, part, count) for part in range(count)]
         return Cohort(step, parts)
 

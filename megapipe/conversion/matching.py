@@ -15,6 +15,7 @@ from megapipe.config import CheckpointConfig, Config, ModelConfig, model_differe
 from megapipe.config.checkpoint import LayerSource
 from megapipe.config.problems import show
 from megapipe.conversion.model_at import Families, model_at
+from megapipe.conversion.parts import check_parts
 from megapipe.errors import CheckpointError
 from megapipe.files import shown
 from megapipe.layout.family import ModelFamily
@@ -38,7 +39,7 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class Fitting:
+class Match:
     """`origins` has each parameter that starts as one of the other model, the rest keeps its
     initial values; `notes` are lines for people."""
 
@@ -54,26 +55,28 @@ def load_notes(config: Config, families: Families) -> Sequence[str]:
     load_from = config.checkpoint.load_from
     if load_from is None or committed(Path(config.train.run_dir) / "checkpoints"):
         return []
-    return fit_config(config, families).notes
+    return match_config(config, families).notes
 
 
-def fit_config(config: Config, families: Families) -> Fitting:
+def match_config(config: Config, families: Families) -> Match:
     """What the model of a config starts as, where checkpoint.load_from names one; nothing where
     neither weights nor what an optimizer keeps of them is wanted of it.
 
-    Raises CheckpointError or ConversionError where it does not fit the model.
+    Raises CheckpointError or ConversionError where it does not fit the model, or lacks a part of
+    checkpoint.load_state.
     """
     settings, model = config.checkpoint, config.model
     assert settings.load_from is not None
+    check_parts(settings)
     if not {"weights", "optimizer"} & set(settings.load_state):
-        return Fitting({}, [])
+        return Match({}, [])
     other = model_at(Path(settings.load_from), families)
-    return fit(model, other, families[model.family], settings)
+    return match_models(model, other, families[model.family], settings)
 
 
-def fit(
+def match_models(
     model: ModelConfig, other: ModelConfig, family: ModelFamily, settings: CheckpointConfig
-) -> Fitting:
+) -> Match:
     """What each parameter of `model`, of a `family`, starts as, where `other` is loaded.
 
     Raises CheckpointError that lists all that does not fit and is not allowed.
@@ -85,7 +88,7 @@ def fit(
         )
     found = _Comparison(model, other, family, settings)
     found.check()
-    return Fitting(found.origins, found.notes)
+    return Match(found.origins, found.notes)
 
 
 class _Comparison:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from megapipe.config import CheckpointConfig
-from megapipe.conversion.fitting import Fitting, fit
+from megapipe.conversion.matching import Match, match_models
 from megapipe.errors import CheckpointError
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.config import GPTConfig
@@ -19,24 +19,24 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def fit_models(there: dict[str, Any], here: dict[str, Any], **settings: Any) -> Fitting:
-    """The fitting of two models that differ from SHAPE in some keys."""
+def match(there: dict[str, Any], here: dict[str, Any], **settings: Any) -> Match:
+    """The match of two models that differ from SHAPE in some keys."""
     theirs, ours = (GPTConfig(**{**SHAPE, **changes}) for changes in (there, here))
     asked = CheckpointConfig(load_from="other", **settings)
-    return fit(ours, theirs, FAMILIES["gpt"], asked)
+    return match_models(ours, theirs, FAMILIES["gpt"], asked)
 
 
 def refusal(there: dict[str, Any], here: dict[str, Any], **settings: Any) -> list[str]:
     """The lines of the error, the first of which names the key."""
     with pytest.raises(CheckpointError) as caught:
-        fit_models(there, here, **settings)
+        match(there, here, **settings)
     head, *lines = str(caught.value).split("\n  ")
     assert head == 'checkpoint.load_from = "other" does not fit:'
     return lines
 
 
 def test_the_same_model_starts_as_itself_with_nothing_to_say() -> None:
-    found = fit_models({}, {"dropout": 0.1, "init_std": 0.5})
+    found = match({}, {"dropout": 0.1, "init_std": 0.5})
     assert all(origin.name == name for name, origin in found.origins.items())
     assert found.origins.keys() == {
         spec.name for spec in FAMILIES["gpt"].parameters(GPTConfig(**SHAPE))
@@ -45,7 +45,7 @@ def test_the_same_model_starts_as_itself_with_nothing_to_say() -> None:
 
 
 def test_keys_that_change_no_shape_are_told() -> None:
-    (note,) = fit_models({}, {"rope_theta": 5e5, "sliding_window": 4}).notes
+    (note,) = match({}, {"rope_theta": 5e5, "sliding_window": 4}).notes
     assert note.splitlines()[1:] == [
         "  model.rope_theta: 10000.0 -> 500000.0",
         "  model.sliding_window: none -> 4",
@@ -53,7 +53,7 @@ def test_keys_that_change_no_shape_are_told() -> None:
 
 
 def test_layers_come_from_those_of_the_map() -> None:
-    found = fit_models({}, {"num_layers": 4}, load_layers=(2, "new", 0, 0))
+    found = match({}, {"num_layers": 4}, load_layers=(2, "new", 0, 0))
     origins = {name: origin.name for name, origin in found.origins.items()}
     assert origins["layers.0.attention.q.weight"] == "layers.2.attention.q.weight"
     assert origins["layers.2.mlp_norm.weight"] == "layers.0.mlp_norm.weight"
@@ -85,10 +85,10 @@ def test_a_larger_vocabulary_has_to_be_asked_for() -> None:
     assert line.startswith(
         "model.vocab_size = 13, and there it is 11: say with checkpoint.load_new"
     )
-    found = fit_models({}, {"vocab_size": 13}, load_new_tokens="mean")
+    found = match({}, {"vocab_size": 13}, load_new_tokens="mean")
     assert found.origins["embedding.weight"].shape == (11, 8)
     assert "Tokens 11 to 12 are new and start as the mean of the others." in found.notes
-    allowed = fit_models({}, {"vocab_size": 13}, load_allow=("embedding.*", "output.*"))
+    allowed = match({}, {"vocab_size": 13}, load_allow=("embedding.*", "output.*"))
     assert "embedding.weight" not in allowed.origins
 
 
@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_listed_at_once_and_allowed_by_name() -> None:
         '"layers.*.attention.k_norm.weight", "output.weight"]',
     ]
     allow = ("position_embedding.weight", "layers.*.attention.?_norm.weight", "output.weight")
-    found = fit_models(there, here, load_allow=allow)
+    found = match(there, here, load_allow=allow)
     assert "embedding.weight" in found.origins
     assert not found.origins.keys() & {"position_embedding.weight", "output.weight"}
     assert found.notes[1:] == [
