@@ -13,7 +13,7 @@ from megapipe.config import Config
 from megapipe.data.audit.budget import FileTokens, RunUse, Supply, plan_budget
 from megapipe.data.audit.duplicates import Duplicates, HashWriter, find_duplicates
 from megapipe.data.audit.tally import Reading, Side, Tally
-from megapipe.data.audit.workers import Advance, work_in_processes
+from megapipe.data.audit.workers import Advance, worker_processes
 from megapipe.data.exclusions import Exclusions, read_exclusions
 from megapipe.data.order.keys import keyed
 from megapipe.data.order.parts import FileOrder
@@ -119,8 +119,8 @@ def audit(
     files = [one.files for one in opened]
     work = partial(_count, [one.reading for one in opened], files, scratch)
     total = sum(unit.size for some in files for file in some for unit in file.units)
-    with bar("Audit", total) as advance:
-        for task, tally in work_in_processes(work, list(_tasks(files)), workers, advance):
+    with worker_processes(work, workers) as results, bar("Audit", total) as advance:
+        for task, tally in results(_tasks(files), advance):
             tallies[task.source].update(tally)
             key = files[task.source][task.file].key
             more = tally.sides[TRAINING].tokens

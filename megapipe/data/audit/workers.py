@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from typing import Any, Generic, TypeVar
 
@@ -40,15 +42,20 @@ class _Worker(Generic[Task, Result]):
             self._done.value += count
 
 
-def work_in_processes(
-    work: Callable[[Task, Advance], Result], tasks: Iterable[Task], workers: int, advance: Advance
-) -> Iterator[Result]:
-    """The results of all tasks, in no order. `advance` gets what `work` says it has done.
+Results = Callable[[Iterable[Task], Advance], Iterator[Result]]
 
-    One worker is this process. Raises what `work` raises, and MegapipeError where a process dies.
+
+@contextmanager
+def worker_processes(
+    work: Callable[[Task, Advance], Result], workers: int
+) -> Iterator[Results[Task, Result]]:
+    """Gives what makes results of tasks, in no order; it calls `advance` with what `work` says it
+    has done. One worker is this process; several are forked at once, before threads are started.
+
+    Raises what `work` raises, and MegapipeError where a process dies.
     """
     if workers == 1:
-        yield from (work(task, advance) for task in tasks)
+        yield lambda tasks, advance: (work(task, advance) for task in tasks)
         return
     context = multiprocessing.get_context("fork")
     done = context.Value("q", 0)
@@ -56,7 +63,8 @@ def work_in_processes(
         workers, context, initializer=_begin, initargs=(_Worker(work, done), os.getpid())
     )
     try:
-        yield from _results(pool, iter(tasks), workers * AHEAD, _difference(done, advance))
+        pool.submit(os.getpid).result()
+        yield partial(_results, pool, workers * AHEAD, done)
     except BrokenProcessPool as error:
         raise MegapipeError(
             "a worker process was ended from outside, most often for lack of memory: take fewer "
@@ -70,30 +78,20 @@ def work_in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-def _difference(done: Any, advance: Advance) -> Callable[[], None]:
-    """Reports how much more is done than at the last call."""
-    reported = 0
-
-    def report() -> None:
-        nonlocal reported
-        now = done.value
-        advance(now - reported)
-        reported = now
-
-    return report
-
-
 def _results(
-    pool: ProcessPoolExecutor, tasks: Iterator[Any], most: int, report: Callable[[], None]
+    pool: ProcessPoolExecutor, most: int, done: Any, tasks: Iterable[Any], advance: Advance
 ) -> Iterator[Any]:
     """Hands out a limited number of tasks at a time, since there may be very many."""
     waiting: set[Future[Any]] = set()
+    left, reported = iter(tasks), 0
     while True:
-        waiting |= {pool.submit(_do, task) for task in islice(tasks, most - len(waiting))}
+        waiting |= {pool.submit(_do, task) for task in islice(left, most - len(waiting))}
         if not waiting:
             return
         ready, waiting = wait(waiting, POLL_SECONDS, FIRST_COMPLETED)
-        report()
+        now = done.value
+        advance(now - reported)
+        reported = now
         yield from (future.result() for future in ready)
 
 
