@@ -54,7 +54,9 @@ class LayoutCase:
             "sequence_parallel": str(self.sequence_parallel).lower(),
         }
         words = [w for key, value in keys.items() for w in (f"--parallel.{key}", str(value))]
-        words += [f"--data.sources.{number}.path=more.txt" for number in (1, 2)]
+        for number in (1, 2):
+            words += [f"--data.sources.{number}.path=more.txt"]
+            words += [f"--data.sources.{number}.name=more{number}"]
         path = CONFIGS / f"{shape}_shape.toml"
         return load_config(path, [*words, *self.overrides, *more], FAMILIES)
 

@@ -85,7 +85,7 @@ def test_files_of_each_format_are_read_without_a_network(
     write_rows(tmp_path / f"rows.{form}")
     stock.lend(tmp_path, "tokenizer.model")
     config = small_config(VOCABULARY, steps=1)
-    config["data"]["sources"] = [{"path": f"rows.{form}"}]
+    config["data"]["sources"] = [{"name": "rows", "path": f"rows.{form}"}]
     (tmp_path / "run.toml").write_bytes(as_toml(config))
     check_silent(runner.run(Command(("train", "run.toml")), tmp_path, GUARDED))
     words = ("tokenizer", "train", f"rows.{form}", "--vocab-size", "300", "--out", "new.model")

@@ -103,7 +103,7 @@ model = { preset = "llama-micro", vocab_size = 400 }
 logging = { wandb = "off" }
 train = { run_dir = "run", steps = 2, global_batch_size = 2, sequence_length = 16, \
 precision = "fp32", device = "cpu" }
-data = { tokenizer = "t.model", sources = [{ path = "*.txt" }] }
+data = { tokenizer = "t.model", sources = [{ name = "text", path = "*.txt" }] }
 """
 
 

@@ -83,7 +83,7 @@ def _check_with_bug(config: Config, plant: Plant | None) -> Difference | None:
         (norm_not_reduced, "gradient", "layers.2.mlp_norm.weight"),
         (tied_gradient_not_summed, "gradient", "embedding.weight"),
         (microbatches_scaled_wrongly, "gradient", "position_embedding.weight"),
-        (sources_numbered_from_one, "source loss", "loss of sources[0]"),
+        (sources_numbered_from_one, "source loss", "loss of text"),
     ],
 )
 def test_a_planted_bug_is_found_and_named(plant: Plant, kind: str, name: str) -> None:

@@ -47,7 +47,7 @@ def _parser() -> Parser:
         "checkpoint",
         type=path_argument,
         metavar="CHECKPOINT",
-        help="a checkpoint directory, or a run directory",
+        help="a checkpoint, a run directory, or a Hugging Face directory with its tokenizer",
     )
     parser.add_argument(
         "--prompt", type=text_argument, default="", help="the text to continue (default: none)"

@@ -27,6 +27,8 @@ from megapipe.files import shown
 from megapipe.layout.architecture import Stack
 from megapipe.layout.family import ModelFamily
 
+WITHOUT_TOKENIZER = ", or name it: --tokenizer PATH; or convert the weights alone: --no-tokenizer"
+
 
 class ReferenceLogits(Protocol):
     """Logits by the other stack, of weights rounded to a dtype first."""
@@ -65,7 +67,7 @@ class Incoming:
                 "the weights alone: --no-tokenizer."
             )
         if kind_of(self.tokenizer) == "hugging_face":
-            check_companions(self.tokenizer)
+            check_companions(self.tokenizer, WITHOUT_TOKENIZER)
         try:
             tokenizer = load_tokenizer(self.tokenizer, key=None)
         except DataError as error:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 Tokens = NDArray[np.int32]
 
 
-class Origin(NamedTuple):
+class RowOrigin(NamedTuple):
     """The row that tokens come from: its source, the key of its file, the beginning of its unit
     there, its address, and the pass over the source."""
 
@@ -32,7 +32,7 @@ class Read(NamedTuple):
     begins: bool
     ends: bool
     text_bytes: int
-    origin: Origin
+    origin: RowOrigin
 
 
 class Reader(Protocol):
@@ -49,7 +49,7 @@ class Stretch(NamedTuple):
     length: int
     begins: bool
     text_bytes: int
-    origin: Origin
+    origin: RowOrigin
 
 
 class Packed(NamedTuple):

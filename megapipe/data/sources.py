@@ -147,7 +147,7 @@ def changes_of(configs: Sequence[ChangeConfig], source: str) -> list[Change]:
 
 
 @dataclass(frozen=True)
-class Record:
+class SourceRecord:
     """What an earlier start found of a source. Nothing about the order depends on it; it saves
     looking for units again, and knows files that have left and may be gone."""
 
@@ -161,7 +161,7 @@ class Record:
         return {file.key: file for cohort in self.cohorts for file in cohort.files}
 
 
-NO_RECORD = Record()
+NO_RECORD = SourceRecord()
 
 
 def open_source(
@@ -170,7 +170,7 @@ def open_source(
     streams: int,
     *,
     changes: Sequence[Change] = (),
-    record: Record = NO_RECORD,
+    record: SourceRecord = NO_RECORD,
     refuse: Refuse | None = None,
 ) -> Source:
     """Finds the files of data.sources[i] (`key`) and how each is read; looks into each.
@@ -237,7 +237,7 @@ def open_found(
     streams: int,
     *,
     steps: Sequence[int] = (0,),
-    record: Record = NO_RECORD,
+    record: SourceRecord = NO_RECORD,
     gone: Sequence[str] = (),
     refuse: Refuse | None = None,
 ) -> Source:
@@ -272,7 +272,7 @@ def open_found(
 
 
 def _not_here(
-    record: Record,
+    record: SourceRecord,
     number: int,
     root: Path,
     gone: Sequence[str],
@@ -311,7 +311,7 @@ def _in_parallel(look: Look, files: Sequence[Named]) -> Iterator[SourceFile | No
 
 
 def _source_file(
-    config: SourceConfig, key: str, row_bytes: int, record: Record, name: str, file: FoundFile
+    config: SourceConfig, key: str, row_bytes: int, record: SourceRecord, name: str, file: FoundFile
 ) -> SourceFile:
     rows = _row_file(config, key, row_bytes, file)
     mark = fingerprint(file.path, file.size)

@@ -11,7 +11,7 @@ from megapipe.data.blend import Blend
 from megapipe.data.exclusions import Exclusions, is_excluded
 from megapipe.data.order.parts import Place, StreamParts
 from megapipe.data.order.source_order import RowPlace, SourceOrder
-from megapipe.data.packing import Origin, Read, Tokens
+from megapipe.data.packing import Read, RowOrigin, Tokens
 from megapipe.data.pieces import piece_end, piece_tokens, usable_text
 from megapipe.data.rows import Account, BadRowError, BadRows
 from megapipe.data.sources import Keeps
@@ -82,7 +82,7 @@ class SourceStream:
         self._document: tuple[Place, int] | None = None
         self._piece = self._token = 0
         self._row: RowPlace | None = None
-        self._origin: Origin | None = None
+        self._origin: RowOrigin | None = None
         self._text: str | None = None
         self._tokens: Tokens | None = None
         self._piece_end = self._piece_bytes = 0
@@ -334,7 +334,7 @@ class SourceStream:
         """Only the end-of-document token is left of the document under way."""
         self._piece, self._token, self._tokens, self._text = ENDING, 0, None, None
 
-    def _where(self) -> Origin:
+    def _where(self) -> RowOrigin:
         """Where the document under way is from."""
         if self._origin is None:
             assert self._document is not None
@@ -342,7 +342,7 @@ class SourceStream:
             file, unit = self._order.unit(place)
             address = self._row.raw.address if self._row else UNKNOWN
             name = self._order.source.name
-            self._origin = Origin(name, file.key, unit.start, address, place.epoch)
+            self._origin = RowOrigin(name, file.key, unit.start, address, place.epoch)
         return self._origin
 
 

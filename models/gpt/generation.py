@@ -7,6 +7,7 @@ import torch
 
 from megapipe.amounts import counted
 from megapipe.checkpoint.find import find_checkpoint
+from megapipe.conversion.kind import kind_of
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.errors import DataError
 from megapipe.models.gpt.pretrained import (
@@ -30,11 +31,13 @@ def continue_text(
 ) -> Iterator[str]:
     """The text and its continuation, in parts as they come, on one process.
 
-    `path` is a checkpoint or a run's directory; the other arguments are those of `sample`. `warn`
-    is told which characters the tokenizer does not know. Raises CheckpointError for what can't be
-    loaded, DataError for a text that can't be continued.
+    `path` is a checkpoint, a run's directory or one of Hugging Face's; the other arguments are
+    those of `sample`. `warn` is told which characters the tokenizer does not know. Raises
+    CheckpointError or ConversionError for what can't be loaded, DataError for a text that can't be
+    continued.
     """
-    path = find_checkpoint(path)
+    if kind_of(path) != "hugging_face":
+        path = find_checkpoint(path)
     tokenizer = load_kept_tokenizer(path)
     check_kept_vocabulary(path, tokenizer)
     model = load_pretrained(path, device=device)

@@ -8,8 +8,11 @@ from torch import Tensor, nn
 
 from megapipe.checkpoint.find import find_checkpoint
 from megapipe.checkpoint.load import open_checkpoint
+from megapipe.conversion.hugging_face.companions import check_companions
+from megapipe.conversion.kind import kind_of
+from megapipe.conversion.model_at import model_at
 from megapipe.conversion.open import kept_tokenizer, load_weights, model_of, open_weights
-from megapipe.data.tokenizer import Tokenizer
+from megapipe.data.tokenizer import Tokenizer, load_tokenizer
 from megapipe.errors import CheckpointError, DataError
 from megapipe.models.families import FAMILIES
 from megapipe.models.gpt.attention import KeyValueCache
@@ -80,10 +83,15 @@ def load_pretrained(
 
 
 def load_kept_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer that a checkpoint keeps, wherever the run's own has gone; `path` as above.
+    """The tokenizer in a directory of Hugging Face's, or that a checkpoint keeps, wherever the
+    run's own has gone; `path` as above.
 
-    Raises CheckpointError if it keeps none, or a byte of it is damaged.
+    Raises CheckpointError if it keeps none, or a byte of it is damaged; DataError or
+    ConversionError for a directory of Hugging Face's with none that is read.
     """
+    if kind_of(Path(path)) == "hugging_face":
+        check_companions(Path(path))
+        return load_tokenizer(path, key=None)
     reader = open_checkpoint(find_checkpoint(Path(path)))
     tokenizer = kept_tokenizer(reader)
     if tokenizer is None:
@@ -94,12 +102,16 @@ def load_kept_tokenizer(path: str | Path) -> Tokenizer:
 def check_kept_vocabulary(path: str | Path, tokenizer: Tokenizer) -> None:
     """Raises CheckpointError if the tokenizer has ids that the model's embedding has not; reads
     no weights. `path` as above."""
-    reader = open_checkpoint(find_checkpoint(Path(path)))
-    size = model_of(reader, FAMILIES).vocab_size
+    if kind_of(Path(path)) == "hugging_face":
+        place, config, instead = Path(path), "config.json", "Download both again, from one place."
+        size = model_at(place, FAMILIES).vocab_size
+    else:
+        reader = open_checkpoint(find_checkpoint(Path(path)))
+        place, config, instead = reader.path, "config.toml", "Take another checkpoint of the run."
+        size = model_of(reader, FAMILIES).vocab_size
     if tokenizer.vocab_size > size:
         raise CheckpointError(
-            f"{reader.path}: its tokenizer {tokenizer.path.name} numbers tokens up to "
-            f"{tokenizer.vocab_size - 1:,}, and its model has only {size:,} "
-            "(model.vocab_size in its config.toml), so they don't belong together. Take another "
-            "checkpoint of the run."
+            f"{place}: its tokenizer {tokenizer.path.name} numbers tokens up to "
+            f"{tokenizer.vocab_size - 1:,}, and its model has only {size:,} (vocab_size in its "
+            f"{config}), so they don't belong together. {instead}"
         )

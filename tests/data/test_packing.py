@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megapipe.data.packing import Origin, Packer, Read
+from megapipe.data.packing import Packer, Read, RowOrigin
 
 Documents = list[list[int]]
 
@@ -21,7 +21,7 @@ class ListReader:
         part = tokens[token : token + min(limit, self.chunk)]
         ended = token + len(part) == len(tokens)
         self.at = (document + 1, 0) if ended else (document, token + len(part))
-        origin = Origin("source", "file", 0, document, 0)
+        origin = RowOrigin("source", "file", 0, document, 0)
         return Read(np.array(part, dtype=np.int32), token == 0, ended, 2 * len(part), origin)
 
 

@@ -10,8 +10,8 @@ from megapipe.data import sources
 from megapipe.data.sources import (
     NO_RECORD,
     Change,
-    Record,
     Source,
+    SourceRecord,
     check_source,
     open_source,
     repeated_files,
@@ -24,7 +24,7 @@ def opened(
     path: object,
     streams: int = 4,
     changes: Sequence[Change] = (),
-    record: Record = NO_RECORD,
+    record: SourceRecord = NO_RECORD,
     **fields: str,
 ) -> Source:
     config = source(path, **fields)
@@ -223,7 +223,7 @@ def test_a_file_that_has_left_may_be_gone_where_it_is_on_record(tmp_path: Path) 
     before = opened(tmp_path / "*.jsonl")
     (tmp_path / "1.jsonl").unlink()
     change = Change(0, 50, None, str(tmp_path / "1.jsonl"))
-    record = Record(before.cohorts)
+    record = SourceRecord(before.cohorts)
     found = opened(tmp_path / "*.jsonl", changes=[change], record=record)
     assert digests(found) == digests(before)
     assert found.leaves == {"1.jsonl": 50}
@@ -239,7 +239,7 @@ def test_what_is_on_record_is_not_looked_for_again(
     """Unless the file is another; nothing else depends on the record."""
     write_corpus(tmp_path, files=3, rows=5)
     before = opened(tmp_path / "*.jsonl")
-    record = Record(before.cohorts)
+    record = SourceRecord(before.cohorts)
     write(tmp_path / "1.jsonl", (tmp_path / "1.jsonl").read_bytes()[:-1] + b" ")
     looked: list[str] = []
     units = sources.TextFile.units

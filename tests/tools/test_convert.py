@@ -213,7 +213,7 @@ def test_wrong_commands(
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        ("generate hf", "`megapipe convert hf DIR` makes one of it."),
+        ("merge hf hf --out out", "`megapipe convert hf DIR` makes one of it."),
         ("generate megatron", "megatron is not a checkpoint, but a model of Megatron's: "),
         ("inspect run/exports", "run/exports holds exports, not checkpoints. Name one of them"),
         ("generate run/exports", "such as run/exports/step-00000002."),

@@ -17,6 +17,7 @@ from megapipe.models.gpt.pretrained import load_kept_tokenizer
 from megapipe.models.gpt.sampling import sample
 from megapipe.tools.cli import main
 from megapipe.tools.generate import run
+from tests.conversion.models import save_model
 from tests.corpus import VOCABULARY
 from tests.data.tokenizer_samples import byte_level, save
 from tests.data.tokenizer_samples import trained as trained_engine
@@ -206,3 +207,29 @@ def test_a_tokenizer_too_large_for_the_model_is_found_before_weights_are_read(
     said = f"{newest}: its tokenizer large.json numbers tokens up to 4,999, and its model has only"
     with pytest.raises(CheckpointError, match=re.escape(said)):
         run([str(trained)])
+
+
+def test_a_hugging_face_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = save_model("llama", tmp_path / "llama")
+    assert main(["generate", str(path)]) == 1
+    assert "holds no tokenizer.json and no tokenizer.model: download it too.\n" in (
+        capsys.readouterr().err
+    )
+    save(path / "tokenizer.json", byte_level(size=259))
+    text = generate(capsys, path, "--temperature", "0")
+    tokenizer, model = load_tokenizer(path), load_pretrained(path)
+    tokens = tokenizer.encode(PROMPT)
+    added = sample(
+        model,
+        tokens,
+        ids=tokenizer.ids,
+        max_tokens=20,
+        temperature=0,
+        stop_token=tokenizer.end_of_document,
+    )
+    assert text == tokenizer.decode(tokens + list(added)) + "\n"
+    save(path / "tokenizer.json", byte_level(size=300))
+    assert main(["generate", str(path)]) == 1
+    assert f"{path}: its tokenizer tokenizer.json numbers tokens up to 298" in (
+        capsys.readouterr().err
+    )

@@ -21,7 +21,7 @@ of an epoch, by the run's own tokenizer; rows that are bad, empty, excluded or s
 repeats; bytes lost in damaged files; files whose rows can't be shuffled; share and epochs of each
 source in the whole run.
 
-The result is kept in RUN/data/audit.json (RUN is train.run_dir), and a start says what has changed
+The result is kept in RUN/data-audit.json (RUN is train.run_dir), and a start says what has changed
 since. Nothing about the order of the data depends on it. Exit status 1 where something would stop
 the run."""
 
@@ -49,11 +49,12 @@ def run(argv: Sequence[str]) -> int:
     from megapipe.data.audit.audit import audit, keep_records
     from megapipe.data.audit.findings import AUDIT_FILE, content_of
     from megapipe.data.audit.report import audit_tables
+    from megapipe.data.order.record import RECORD
     from megapipe.data.tokenizer import check_vocabulary, load_tokenizer
 
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(tokenizer, config.model.vocab_size)
-    kept = Path(config.train.run_dir) / AUDIT_FILE
+    run_dir = Path(config.train.run_dir)
     with scratch_directory() as scratch:
         found = audit(
             config,
@@ -61,17 +62,17 @@ def run(argv: Sequence[str]) -> int:
             scratch=scratch,
             workers=workers,
             bar=bytes_bar,
-            record=kept.parent,
+            record=run_dir / RECORD,
         )
     content = content_of(found)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    for path in filter(None, [kept, options.json]):
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for path in filter(None, [run_dir / AUDIT_FILE, options.json]):
         write_text(json.dumps(content, indent=1) + "\n", path)
-    if not committed(Path(config.train.run_dir) / "checkpoints"):
-        keep_records(found, kept.parent)  # a run that goes on compares itself with its own
+    if not committed(run_dir / "checkpoints"):
+        keep_records(found, run_dir / RECORD)  # a run that goes on compares itself with its own
     width = None if sys.stdout.isatty() else PIPE_COLUMNS
     Console(highlight=False, soft_wrap=True, width=width).print(*audit_tables(found), sep="\n")
-    print(f"Kept in {kept}")
+    print(f"Kept in {run_dir / AUDIT_FILE}")
     return 1 if content["problems"] else 0
 
 

@@ -21,20 +21,20 @@ MAX_EMPTY_PIECES = 10_000
 """Entries of a sentencepiece model that hold nothing: 2 bytes that would take a hundred."""
 
 
-def check_companions(folder: Path) -> None:
+def check_companions(folder: Path, otherwise: str = "") -> None:
     """Raises ConversionError where there is no tokenizer, or one of its files is a link out of its
-    directory, or can't be what it seems to be and would take a lot of memory."""
+    directory, or can't be what it seems to be and would take a lot of memory. `otherwise` is what
+    else a user can do without one, behind a comma or semicolon."""
     names = {path.name for path in folder.iterdir()}
     if "tokenizer.json" not in names and not any(name.endswith(".model") for name in names):
-        advice = "download it too, or name it: --tokenizer PATH"
+        advice = "download it too"
         if "vocab.json" in names or "vocab.txt" in names:
             advice = (
                 "write one of the files that it has with transformers: "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
             )
         raise ConversionError(
-            f"{shown(folder)} holds no tokenizer.json and no tokenizer.model: {advice}; or convert "
-            "the weights alone: --no-tokenizer."
+            f"{shown(folder)} holds no tokenizer.json and no tokenizer.model: {advice}{otherwise}."
         )
     for path in sorted(folder.iterdir()):
         suffix = path.suffix.lower()

@@ -10,6 +10,7 @@ from torch import Tensor
 from megapipe.amounts import counted, format_bytes
 from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.checkpoint.summary import CheckpointSummary, TensorSummary, describe_model
+from megapipe.conversion.hugging_face.companions import check_companions
 from megapipe.conversion.hugging_face.directory import HuggingFaceDirectory
 from megapipe.conversion.inspection.difference import dtype_name
 from megapipe.conversion.kind import OTHER_STACKS, kind_of
@@ -18,7 +19,7 @@ from megapipe.conversion.model_at import Families, model_at
 from megapipe.conversion.open import open_weights
 from megapipe.conversion.source import PlainTensorInfo, TensorStore, WeightSource
 from megapipe.data.tokenizer import load_tokenizer
-from megapipe.errors import DataError, MegapipeError
+from megapipe.errors import ConversionError, DataError, MegapipeError
 from megapipe.files import shown
 
 
@@ -108,8 +109,9 @@ def _tokenizer(path: Path) -> str:
     if not (path / "tokenizer.json").exists() and not any(path.glob("*.model")):
         return "none: neither a tokenizer.json nor a .model file"
     try:
+        check_companions(path)
         tokenizer = load_tokenizer(path, key=None)
-    except DataError as error:
+    except (ConversionError, DataError) as error:
         return _unusable(error)
     return f"{tokenizer.path.name}, {counted(len(tokenizer.ids), 'token')}"
 

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from megapipe.amounts import counted, format_bytes, scaled
@@ -13,8 +12,8 @@ from megapipe.data.order.keys import ORDER_VERSION
 from megapipe.data.order.record import reading_of
 from megapipe.files import shown
 
-AUDIT_FILE = Path("data", "audit.json")
-"""Where a run directory has its audit."""
+AUDIT_FILE = "data-audit.json"
+"""In a run directory."""
 
 NAMED = 3
 WARN_REPEATS = 0.01

@@ -22,8 +22,8 @@ PARTS_PER_STREAM = 64
 """Small sources are cut finer, until each stream has this many parts in every epoch."""
 
 
-class Part(NamedTuple):
-    """Part `number` of the `parts` parts of a file's unit."""
+class SourcePart(NamedTuple):
+    """SourcePart `number` of the `parts` parts of a file's unit."""
 
     file: int
     unit: int
@@ -102,13 +102,13 @@ class FileOrder:
         """The place of a stream's part number `index` of an epoch."""
         return self._first(stream, epoch) + index * self._streams
 
-    def part(self, epoch: int, place: int) -> Part:
+    def part(self, epoch: int, place: int) -> SourcePart:
         """What stands at a place."""
         file, number = self._cumulated.find(self._shuffled(epoch)[place])
         unit, part, count = self.files[file].find(number)
-        return Part(file, unit, part, count)
+        return SourcePart(file, unit, part, count)
 
-    def place_of(self, epoch: int, part: Part) -> int:
+    def place_of(self, epoch: int, part: SourcePart) -> int:
         """Where a part stands in an epoch."""
         number = self._cumulated.begin(part.file) + self.files[part.file].first_of(part.unit)
         return self._shuffled(epoch).place_of(number + part.number)

@@ -15,7 +15,7 @@ from megapipe.config import SourceConfig
 from megapipe.config.problems import show
 from megapipe.data.order.keys import ORDER_VERSION
 from megapipe.data.order.timeline import Phase
-from megapipe.data.sources import NO_RECORD, Cohort, Record, Source, recorded_file
+from megapipe.data.sources import NO_RECORD, Cohort, Source, SourceRecord, recorded_file
 from megapipe.errors import DataError
 from megapipe.files import replace_durably, shown
 
@@ -189,7 +189,7 @@ def _readable(value: object) -> str:
 class News:
     """How the files of a source differ from those recorded: paths of new, gone and changed ones."""
 
-    def __init__(self, source: Source, record: Record) -> None:
+    def __init__(self, source: Source, record: SourceRecord) -> None:
         before = {file.key: file for cohort in record.cohorts for file in cohort.files}
         now = {file.key: file for cohort in source.cohorts for file in cohort.files}
         self.new = [str(source.root / key) for key in sorted(now.keys() - before.keys())]
@@ -201,19 +201,19 @@ class News:
         ]
 
 
-def read_record(directory: Path | None, config: SourceConfig) -> Record:
+def read_record(directory: Path | None, config: SourceConfig) -> SourceRecord:
     """What an earlier start found of a source's files; nothing where there is no record, or one
     of files that were read in another way."""
     if directory is None:
         return NO_RECORD
     try:
-        state = json.loads(_record_file(directory, config.name).read_bytes())
+        state = json.loads((directory / f"{config.name}.json").read_bytes())
         if state["order"] != ORDER_VERSION or state["reading"] != reading_of(config):
             return NO_RECORD
         cohorts = tuple(
             Cohort(step, tuple(map(recorded_file, files))) for step, files in state["cohorts"]
         )
-        return Record(cohorts)
+        return SourceRecord(cohorts)
     except (OSError, ValueError, KeyError, TypeError):
         return NO_RECORD
 
@@ -228,11 +228,6 @@ def write_record(directory: Path, source: Source) -> None:
             for cohort in source.cohorts
         ],
     }
-    path = _record_file(directory, source.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_durably(path, [json.dumps(state, separators=(",", ":")).encode()])
-
-
-def _record_file(directory: Path, name: str) -> Path:
-    """In a directory of its own: a source may have any name, such as audit."""
-    return directory / "sources" / f"{name}.json"
+    directory.mkdir(parents=True, exist_ok=True)
+    content = json.dumps(state, separators=(",", ":")).encode()
+    replace_durably(directory / f"{source.name}.json", [content])

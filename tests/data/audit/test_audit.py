@@ -105,7 +105,7 @@ def write_every_kind(folder: Path) -> list[SourceConfig]:
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "UNIT_BYTES", 4 << 10)
+    monkeypatch.setattr(formats, "UNIT_BYTES", 2 << 10)
     monkeypatch.setattr(formats, "SMALL_ARCHIVE", 1000)
     monkeypatch.setattr(frames, "FRAME_BYTES", 800)
     monkeypatch.setattr(pieces, "PIECE", 64)
@@ -248,9 +248,9 @@ def test_repeats_are_found_within_and_between_sources(tmp_path: Path) -> None:
 def test_the_records_save_the_first_start_a_look(tmp_path: Path) -> None:
     data = data_config(*write_every_kind(tmp_path))
     found = audited(tmp_path, data)
-    keep_records(found, tmp_path / "run" / "data")
+    keep_records(found, tmp_path / "record")
     for one in found.sources:
-        record = read_record(tmp_path / "run" / "data", one.source.config)
+        record = read_record(tmp_path / "record", one.source.config)
         assert [cohort.digest for cohort in record.cohorts] == [
             cohort.digest for cohort in one.source.cohorts
         ]

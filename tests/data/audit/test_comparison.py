@@ -20,7 +20,7 @@ def found(tmp_path: Path) -> Audit:
         write(tmp_path / f"{name}.jsonl", jsonl([name * 9]))
     found = audited(tmp_path, data_config(source(tmp_path / "*.jsonl", "web")))
     kept = tmp_path / "run" / AUDIT_FILE
-    kept.parent.mkdir(parents=True)
+    kept.parent.mkdir()
     kept.write_text(json.dumps(content_of(found)), encoding="utf-8")
     return found
 

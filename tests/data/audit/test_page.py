@@ -79,4 +79,4 @@ def test_the_page_from_raw_files_to_the_first_steps(
 
 def kept() -> Any:
     """The audit beside the run."""
-    return json.loads(Path("runs/big/data/audit.json").read_bytes())
+    return json.loads(Path("runs/big/data-audit.json").read_bytes())

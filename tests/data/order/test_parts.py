@@ -13,8 +13,8 @@ from megapipe.data.order.parts import (
     PARTS_PER_STREAM,
     FileOrder,
     FileParts,
-    Part,
     Place,
+    SourcePart,
     StreamParts,
 )
 from megapipe.data.sources import SourceFile
@@ -47,14 +47,14 @@ one_file = st.one_of(
 some_files = st.lists(one_file, min_size=1, max_size=4)
 
 
-def every_part(files: Sequence[Units], order: FileOrder) -> list[Part]:
+def every_part(files: Sequence[Units], order: FileOrder) -> list[SourcePart]:
     """By its definition: all parts of all units of all files, in their order."""
     found = []
     for file, units in enumerate(files):
         for unit in range(len(units)):
             count = 1 if units.whole else max(1, -(-units[unit].size // PART))
             count = min(count, parts.MAX_PARTS) * order.files[file].total // base_total(units)
-            found += [Part(file, unit, number, count) for number in range(count)]
+            found += [SourcePart(file, unit, number, count) for number in range(count)]
     return found
 
 
@@ -116,7 +116,9 @@ def test_rows_of_their_own_are_not_cut() -> None:
     files = [found(EqualUnits(950, 100), 100), found(listed([0]))]
     alone = FileOrder(files[:1], key=1, number=0, streams=64)
     assert alone.places == 10
-    assert {alone.part(0, place) for place in range(10)} == {Part(0, n, 0, 1) for n in range(10)}
+    assert {alone.part(0, place) for place in range(10)} == {
+        SourcePart(0, n, 0, 1) for n in range(10)
+    }
     both = FileOrder(files, key=1, number=0, streams=64)
     assert both.places == 10 + PARTS_PER_STREAM * 64, "another file of the source may be"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megapipe.data.order.record import RECORD
 from megapipe.errors import UsageError
 from megapipe.tools.cli import main
 from megapipe.tools.data import run
@@ -30,13 +31,14 @@ def test_an_audit_and_the_start_behind_it(
     words = ["data", "audit", str(config), "--workers", "2", "--json", str(tmp_path / "out.json")]
     assert main(words) == 0
     printed = capsys.readouterr().out
-    kept = tmp_path / "run" / "data" / "audit.json"
+    kept = tmp_path / "run" / "data-audit.json"
+    record = tmp_path / "run" / RECORD / "text.json"
     assert printed.endswith(f"Kept in {kept}\n")
     content = json.loads(kept.read_bytes())
     assert content == json.loads((tmp_path / "out.json").read_bytes())
     (source,) = content["sources"]
     assert re.search(rf"│ text +│ +1 │.*│ +50 │.*│ +{source['tokens']:,} │ 100.0% │", printed)
-    assert [path.name for path in (kept.parent / "sources").iterdir()] == ["text.json"]
+    before = record.read_bytes()
 
     assert main(["train", str(config)]) == 0
     assert (
@@ -44,15 +46,14 @@ def test_an_audit_and_the_start_behind_it(
     )
     write(tmp_path / "text" / "b.jsonl", jsonl(["more"]))
     (tmp_path / "run" / "checkpoints").rename(tmp_path / "elsewhere")
-    record = (kept.parent / "sources" / "text.json").read_bytes()
     assert main(["train", str(config)]) == 0
     assert '1 file of "text" is new, such as b.jsonl' in capsys.readouterr().out
-    assert (kept.parent / "sources" / "text.json").read_bytes() != record
+    assert record.read_bytes() != before
 
 
 def test_the_record_of_a_run_that_goes_on_is_its_own(config: Path, tmp_path: Path) -> None:
     assert main(["train", str(config)]) == 0
-    record = tmp_path / "run" / "data" / "sources" / "text.json"
+    record = tmp_path / "run" / RECORD / "text.json"
     before = record.read_bytes()
     write(tmp_path / "text" / "b.jsonl", jsonl(["more"]))
     assert main(["data", "audit", str(config), "--workers", "1"]) == 0
