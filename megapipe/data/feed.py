@@ -12,16 +12,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import xxhash
 
-from megapipe.config import DataConfig, SourceConfig
+from megapipe.config import DataConfig
 from megapipe.data.exclusions import Exclusions, History, keep, kept, read_exclusions
-from megapipe.data.order.keys import keyed
 from megapipe.data.order.record import News, check_identity, identity, read_record, write_record
 from megapipe.data.order.rows import RowStore
 from megapipe.data.order.source_order import SourceOrder, window
@@ -29,9 +27,9 @@ from megapipe.data.order.timeline import phase_at, phases_of
 from megapipe.data.packing import Packed, Packer, Stretch, Tokens
 from megapipe.data.rows import Account, BadRows
 from megapipe.data.sources import (
-    Change,
     Keeps,
     Source,
+    changes_of,
     check_source,
     open_source,
     repeated_files,
@@ -39,6 +37,7 @@ from megapipe.data.sources import (
 from megapipe.data.streams import DocumentStream, SourceStream
 from megapipe.data.taken import State, Taken
 from megapipe.data.tokenizer import Tokenizer
+from megapipe.data.validation_split import rows_of_side
 from megapipe.errors import DataError
 
 MASK = (1 << 64) - 1
@@ -244,6 +243,11 @@ class BatchFeed:
         return self._sources
 
     @property
+    def excluded(self) -> Exclusions | None:
+        """What the config excludes now."""
+        return self._excluded
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
 
@@ -265,24 +269,15 @@ class BatchFeed:
                 source,
                 f"data.{section}[{index}]",
                 self.streams,
-                changes=self._changes(source),
+                changes=changes_of(self._config.changes, source.name),
                 record=self._records[source.name],
             )
             for index, source in enumerate(self._source_configs)
         ]
 
-    def _changes(self, source: SourceConfig) -> list[Change]:
-        return [
-            Change(index, change.after_step, change.add, change.remove)
-            for index, change in enumerate(self._config.changes)
-            if change.source == source.name
-        ]
-
     def _keeps(self, source: Source) -> Keeps:
         """Which rows of a source are read: those of one side of the split."""
-        if not self._split:
-            return _every_row
-        return partial(_in_split, self._seed, source.name, self._split, self._validation)
+        return rows_of_side(self._split, self._seed, source.name, validation=self._validation)
 
     def _build_streams(self) -> None:
         """Every hosted stream at its start, over rows that they share."""
@@ -426,18 +421,6 @@ def merge_states(states: Sequence[State]) -> State:
     streams = {stream: part for state in states for stream, part in state["streams"].items()}
     assert len(streams) == first["identity"]["settings"]["data.streams"], sorted(streams)
     return first | {"streams": dict(sorted(streams.items(), key=lambda item: int(item[0])))}
-
-
-def _every_row(file: str, unit: int, address: int) -> bool:
-    return True
-
-
-def _in_split(
-    seed: int, source: str, fraction: float, validation: bool, file: str, unit: int, address: int
-) -> bool:
-    """Rows are set aside for validation by a hash of the seed and of where they are."""
-    drawn = keyed("validation", seed, source, file, unit, address) / 2**64
-    return (drawn < fraction) is validation
 
 
 class _Worker:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megapipe.config import SourceConfig
-from megapipe.data import streams
+from megapipe.data import pieces, streams
 from megapipe.data.order.rows import RowStore
 from megapipe.data.order.source_order import SourceOrder
 from megapipe.data.rows import Account, BadRows
@@ -125,7 +125,7 @@ def test_pieces_go_on_with_the_same_document(
 ) -> None:
     text = "".join(f"line {n} é\n" for n in range(200)) + "x" * 100
     path = write(tmp_path / "a.jsonl", jsonl([text]))
-    monkeypatch.setattr(streams, "PIECE", 64)
+    monkeypatch.setattr(pieces, "PIECE", 64)
     stream = build(path, streams=1)
     tokens, begins, ends, text_bytes = [], [], [], 0
     while not tokens or tokens[-1] != 0:
@@ -166,7 +166,7 @@ def test_pieces_get_no_space_of_their_own(tmp_path: Path, monkeypatch: pytest.Mo
             remove_extra_whitespaces=False,
         )
     )
-    monkeypatch.setattr(streams, "PIECE", 64)
+    monkeypatch.setattr(pieces, "PIECE", 64)
     fields: dict[str, Any] = {"tokenizer": tokenizer, "streams": 1}
     whole = take(build(path, **fields), 600)
     end = whole.index(tokenizer.end_of_document)
@@ -190,7 +190,7 @@ def test_the_state_is_exact_at_every_position(
         write(tmp_path / "b.jsonl", jsonl([document(n) * 9 for n in range(100, 107)] + [""]))
     paths = (tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "PIECE", 100)
+        patch.setattr(pieces, "PIECE", 100)
         one = build(*paths, stream=index, open_parts=open_parts)
         take(one, before, limit)
         other = resumed(one.state(), *paths, stream=index, open_parts=open_parts)

@@ -286,9 +286,9 @@ def test_long_commands_and_a_large_command_line_are_found(tmp_path: Path) -> Non
     }
     long = "tools/long.py: more than 120 lines"
     assert commands.violations(plant(tmp_path / "small", files)) == [long]
-    files["tools/more.py"] = "x = 1\n" * 1200
+    files["tools/more.py"] = "x = 1\n" * commands.MOST_LINES
     found = commands.violations(plant(tmp_path / "large", files))
-    assert found == [long, "tools/: more than 1500 lines"]
+    assert found == [long, f"tools/: more than {commands.MOST_LINES} lines"]
 
 
 # --- Public names --------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def identity(
 
 def _source_identity(source: Source) -> State:
     return {
-        **_reading(source.config),
+        **reading_of(source.config),
         "cohorts": [
             [
                 cohort.after_step,
@@ -64,7 +64,7 @@ def _source_identity(source: Source) -> State:
     }
 
 
-def _reading(config: SourceConfig) -> State:
+def reading_of(config: SourceConfig) -> State:
     """How files become documents."""
     return {key: getattr(config, key) for key in READING}
 
@@ -208,7 +208,7 @@ def read_record(directory: Path | None, config: SourceConfig) -> SourceRecord:
         return NO_RECORD
     try:
         state = json.loads((directory / f"{config.name}.json").read_bytes())
-        if state["order"] != ORDER_VERSION or state["reading"] != _reading(config):
+        if state["order"] != ORDER_VERSION or state["reading"] != reading_of(config):
             return NO_RECORD
         cohorts = tuple(
             Cohort(step, tuple(map(recorded_file, files))) for step, files in state["cohorts"]
@@ -222,7 +222,7 @@ def write_record(directory: Path, source: Source) -> None:
     """Keep what was found of a source's files."""
     state = {
         "order": ORDER_VERSION,
-        "reading": _reading(source.config),
+        "reading": reading_of(source.config),
         "cohorts": [
             [cohort.after_step, [file.state() for file in cohort.files]]
             for cohort in source.cohorts
