@@ -12,10 +12,11 @@ from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.checkpoint.retention import Skipped, newest_valid, prune
 from megapipe.checkpoint.save import MANIFEST_ALLOWANCE, save_checkpoint
 from megapipe.checkpoint.shard import Shard
-from megapipe.checkpoint.storage import require_space
+from megapipe.checkpoint.storage import checkpoint_errors, require_space
 from megapipe.config import Config
 from megapipe.config.optimizer import read_optimizer
 from megapipe.config.problems import show
+from megapipe.data.positions import begin_positions, write_position
 from megapipe.data_parallel.optimizer import WEIGHTS
 from megapipe.errors import CheckpointError
 from megapipe.files import shown
@@ -25,6 +26,7 @@ from megapipe.train.course_change import course_change
 from megapipe.train.engine import Engine
 from megapipe.train.run_directory import step_to_resume
 
+KEEP_POSITION = "cannot keep the position in the data"
 NEW_RUN = 'start a new run: checkpoint.resume = "never" and another train.run_dir'
 
 
@@ -53,6 +55,7 @@ class Checkpoints:
         checkpoint, by name."""
         self.engine, self.config = engine, engine.config
         self.root = Path(self.config.train.run_dir) / "checkpoints"
+        self._data = self.root.parent / "data"
         self._resume = resume
         self._files = files
         self._say = say
@@ -88,8 +91,17 @@ class Checkpoints:
 
         return str(self._ranks.from_first(look))
 
+    def begin(self, progress: Progress, data_state: dict[str, Any]) -> None:
+        """Keep where the data stands as the run goes on behind `progress`, and remove what an
+        earlier start has kept of later steps; collective. Raises CheckpointError."""
+        begin = checkpoint_errors()(lambda: begin_positions(self._data, progress.step, data_state))
+        self._ranks.from_first(begin, KEEP_POSITION)
+
     def save(self, progress: Progress, data_state: dict[str, Any]) -> Path:
-        """Write a checkpoint and remove the ones beyond checkpoint.keep; collective."""
+        """Write a checkpoint and remove the ones beyond checkpoint.keep; collective. The position
+        in the data is written too, in a file that stays."""
+        write = checkpoint_errors()(lambda: write_position(self._data, progress.step, data_state))
+        self._ranks.from_first(lambda: str(write()), KEEP_POSITION)
         parallel = self.config.parallel
         path = save_checkpoint(
             self.root,
