@@ -12,15 +12,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from megapipe.config import DataConfig, SourceConfig
+from megapipe.config import DataConfig
 from megapipe.data.exclusions import Exclusions, History, keep, kept, read_exclusions
-from megapipe.data.order.keys import keyed
 from megapipe.data.order.record import News, check_identity, identity, read_record, write_record
 from megapipe.data.order.rows import RowStore
 from megapipe.data.order.source_order import SourceOrder, window
@@ -28,9 +26,9 @@ from megapipe.data.order.timeline import phase_at, phases_of
 from megapipe.data.packing import Packed, Packer, Stretch, Tokens
 from megapipe.data.rows import Account, BadRows
 from megapipe.data.sources import (
-    Change,
     Keeps,
     Source,
+    changes_of,
     check_source,
     open_source,
     repeated_files,
@@ -38,6 +36,7 @@ from megapipe.data.sources import (
 from megapipe.data.streams import DocumentStream, SourceStream
 from megapipe.data.taken import State, Taken
 from megapipe.data.tokenizer import Tokenizer
+from megapipe.data.validation_split import rows_of_side
 from megapipe.errors import DataError
 
 MASK = (1 << 64) - 1
@@ -261,6 +260,11 @@ class BatchFeed:
         return self._sources
 
     @property
+    def excluded(self) -> Exclusions | None:
+        """What the config excludes now."""
+        return self._excluded
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self._tokenizer
 
@@ -282,24 +286,15 @@ class BatchFeed:
                 source,
                 f"data.{section}[{index}]",
                 self.streams,
-                changes=self._changes(source),
+                changes=changes_of(self._config.changes, source.name),
                 record=self._records[source.name],
             )
             for index, source in enumerate(self._source_configs)
         ]
 
-    def _changes(self, source: SourceConfig) -> list[Change]:
-        return [
-            Change(index, change.after_step, change.add, change.remove)
-            for index, change in enumerate(self._config.changes)
-            if change.source == source.name
-        ]
-
     def _keeps(self, source: Source) -> Keeps:
         """Which rows of a source are read: those of one side of the split."""
-        if not self._split:
-            return _every_row
-        return partial(_in_split, self._seed, source.name, self._split, self._validation)
+        return rows_of_side(self._split, self._seed, source.name, validation=self._validation)
 
     def _build_streams(self) -> None:
         """Every hosted stream at its start, over rows that they share."""
@@ -442,18 +437,6 @@ def merge_states(states: Sequence[State]) -> State:
 def _stacked(rows: Sequence[Tokens], width: int) -> Tokens:
     """The rows [n, width]; n may be 0."""
     return np.array(rows, dtype=np.int32).reshape(len(rows), width)
-
-
-def _every_row(file: str, unit: int, address: int) -> bool:
-    return True
-
-
-def _in_split(
-    seed: int, source: str, fraction: float, validation: bool, file: str, unit: int, address: int
-) -> bool:
-    """Rows are set aside for validation by a hash of the seed and of where they are."""
-    drawn = keyed("validation", seed, source, file, unit, address) / 2**64
-    return (drawn < fraction) is validation
 
 
 class _Worker:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from megapipe.amounts import counted
-from megapipe.config import SourceConfig
+from megapipe.config import ChangeConfig, SourceConfig
 from megapipe.data.contents import check_content
 from megapipe.data.files import (
     COMPRESSED,
@@ -50,6 +50,10 @@ Keeps = Callable[[str, int, int], bool]
 """Whether a row (key of its file, start of its unit, its address) is one of those that are read."""
 
 
+Refuse = Callable[[DataError], None]
+"""Takes the error of a file that can't be read."""
+
+
 @dataclass(frozen=True)
 class SourceFile:
     """A file as the order of the data knows it.
@@ -69,6 +73,9 @@ class SourceFile:
     def state(self) -> list[Any]:
         """JSON."""
         return [self.key, self.size, self.mark, self.units.state(), self.row_bytes]
+
+
+Look = Callable[[str, FoundFile], SourceFile | None]
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,15 @@ class Change(NamedTuple):
     remove: str | None
 
 
+def changes_of(configs: Sequence[ChangeConfig], source: str) -> list[Change]:
+    """What data.changes declares for a source."""
+    return [
+        Change(index, config.after_step, config.add, config.remove)
+        for index, config in enumerate(configs)
+        if config.source == source
+    ]
+
+
 @dataclass(frozen=True)
 class Record:
     """What an earlier start found of a source. Nothing about the order depends on it; it saves
@@ -155,11 +171,13 @@ def open_source(
     *,
     changes: Sequence[Change] = (),
     record: Record = NO_RECORD,
+    refuse: Refuse | None = None,
 ) -> Source:
     """Finds the files of data.sources[i] (`key`) and how each is read; looks into each.
 
     Raises DataError for what can't be read: a path that matches nothing, an unknown format, a file
-    that is not what its name says, a table without the column.
+    that is not what its name says, a table without the column. With `refuse` a file of which that
+    is so is left out, and the error goes there.
     """
     if config.path.startswith(HUB):
         return _hub_source(config, key)
@@ -178,6 +196,7 @@ def open_source(
         steps=[0, *(change.after_step for change in joining)],
         record=record,
         gone=[change.remove for change in changes if change.remove is not None],
+        refuse=refuse,
     )
     return replace(source, leaves=dict(_leaves(source, changes)))
 
@@ -220,6 +239,7 @@ def open_found(
     steps: Sequence[int] = (0,),
     record: Record = NO_RECORD,
     gone: Sequence[str] = (),
+    refuse: Refuse | None = None,
 ) -> Source:
     """The source of these files, cohort by cohort, read as `config` says; raises as `open_source`.
 
@@ -236,10 +256,13 @@ def open_found(
     # Few large text files are cut finer, so that every stream has something to read.
     share = unfolded // (streams * SEGMENTS_PER_STREAM)
     row_bytes = min(BLOCK_BYTES, max(MIN_SEGMENT_BYTES, share))
-    look = partial(_source_file, config, key, row_bytes, record)
+    look: Look = partial(_source_file, config, key, row_bytes, record)
+    if refuse is not None:
+        look = partial(_look_or_refuse, look, refuse)
     cohorts = []
     for step, files, others in zip(steps, here, left, strict=True):
-        seen = [*_in_parallel(look, list(files.items())), *others]
+        looked_at = _in_parallel(look, list(files.items()))
+        seen = [*(file for file in looked_at if file is not None), *others]
         cohorts.append(Cohort(step, tuple(sorted(seen, key=lambda file: file.key))))
     everything = Found(
         tuple(file for part in found for file in part.files),
@@ -269,9 +292,15 @@ def _not_here(
 Named = tuple[str, FoundFile]
 
 
-def _in_parallel(
-    look: Callable[[str, FoundFile], SourceFile], files: Sequence[Named]
-) -> Iterator[SourceFile]:
+def _look_or_refuse(look: Look, refuse: Refuse, name: str, file: FoundFile) -> SourceFile | None:
+    try:
+        return look(name, file)
+    except DataError as error:
+        refuse(error)
+        return None
+
+
+def _in_parallel(look: Look, files: Sequence[Named]) -> Iterator[SourceFile | None]:
     """Looks into several files at a time, since a network disk may take long for each. Of several
     errors it raises that of the first file."""
     share = 1 + len(files) // (4 * LOOKERS)

@@ -12,17 +12,13 @@ from megapipe.data.exclusions import Exclusions, is_excluded, row_id
 from megapipe.data.order.parts import Place, StreamParts
 from megapipe.data.order.source_order import RowPlace, SourceOrder
 from megapipe.data.packing import Origin, Read, Tokens, Within
+from megapipe.data.pieces import piece_end, piece_tokens, usable_text
 from megapipe.data.rows import Account, BadRowError, BadRows
 from megapipe.data.sources import Keeps
-from megapipe.data.splitters import Unreadable
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.data.units import Cumulated
 from megapipe.errors import DataError
 from megapipe.files import shown
-
-PIECE = 1 << 15
-"""Characters that are tokenised at once. Sentencepiece encodes 4.4 MB/s in pieces of this size and
-1.9 MB/s in pieces of a million; and no more than this is tokenised again on resume."""
 
 HOPELESS_EPOCHS = 64
 """Times `streams`: a stream that has gone through so many epochs without a usable row stops."""
@@ -256,24 +252,26 @@ class SourceStream:
         """
         source = self._order.source
         file, unit, raw = place
-        assert file.rows is not None
-        damage = isinstance(raw.value, Unreadable)  # told by who trains and by who validates
-        if not damage and not self._keeps(file.key, unit.start, raw.address):
-            return None
+        met = Account()
         try:
-            text = source.text(file.rows, raw.value)
+            text = usable_text(
+                source,
+                file,
+                unit,
+                raw,
+                keeps=self._keeps,
+                exclusions=self._exclusions,
+                account=met,
+            )
         except BadRowError as error:
             if first:
+                assert file.rows is not None
                 self.account.add_bad(raw.value, error.reason)
                 where = file.rows.place(unit, raw.address)
                 self._bad_rows.add(source.key, file.rows.name, where, error)
             return None
-        self.account.empty_rows += first and text == ""
-        if not text or self._exclusions is None:
-            return text or None
-        if is_excluded(self._exclusions, file.rows, raw, source.config, text):
-            self.account.excluded_rows += 1
-            return None
+        self.account.empty_rows += first and met.empty_rows
+        self.account.excluded_rows += met.excluded_rows
         return text
 
     def _is_excluded(self) -> bool:
@@ -291,14 +289,14 @@ class SourceStream:
     def _piece_tokens(self) -> Tokens:
         """The tokens of the current piece; the last one of a document ends with its end token."""
         if self._tokens is None:
-            tokens, self._piece_bytes = [], 0
+            self._piece_bytes = 0
             if self._piece != ENDING:
                 text = self._text = self._text or self._reopened_text()
-                self._piece_end = _piece_end(text, self._piece)
-                tokens = self._tokenizer.encode_part(text, self._piece, self._piece_end)
+                self._piece_end = piece_end(text, self._piece)
+                tokens = piece_tokens(self._tokenizer, text, self._piece, self._piece_end)
                 self._piece_bytes = len(text[self._piece : self._piece_end].encode())
-            if self._ends_document():
-                tokens.append(self._tokenizer.end_of_document)
+            else:
+                tokens = [self._tokenizer.end_of_document]
             self._tokens = np.array(tokens, dtype=np.int32)
         return self._tokens
 
@@ -353,15 +351,6 @@ class SourceStream:
                 id_ = row_id(row.file.rows, row.raw, source.config)
             self._origin = Origin(source.name, file.key, unit.start, address, place.epoch, id_)
         return self._origin
-
-
-def _piece_end(text: str, start: int) -> int:
-    """Pieces end behind a line end where there is one: tokens then hardly depend on the cut."""
-    end = min(start + PIECE, len(text))
-    if end == len(text):
-        return end
-    newline = text.rfind("\n", start, end)
-    return end if newline < 0 else newline + 1
 
 
 class DocumentStream:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from megapipe.amounts import counted, format_bytes, scaled
 from megapipe.config import Config
+from megapipe.data.audit.comparison import audit_line
 from megapipe.data.feed import BatchFeed
 from megapipe.data.sample import SourceSample, sample_sources
 from megapipe.data.text_check import TextCheck, name_characters, share
@@ -28,6 +29,9 @@ def text_lines(config: Config, feeds: Sequence[BatchFeed]) -> list[str]:
     own = feeds if config.data.validation_sources else feeds[:1]
     training, *others = [sample_sources(feed.sources, tokenizer) for feed in own]
     lines = [*_source_lines(config, training)]
+    audited = audit_line(config, tokenizer, feeds[0].sources, feeds[0].excluded)
+    if audited is not None:
+        lines.append(audited)
     for validation in others:
         lines += ["Validation data:", *_each_or_sum(config, validation, None)]
     samples = [*training, *(sample for more in others for sample in more)]

@@ -47,7 +47,7 @@ def identity(
 
 def _source_identity(source: Source) -> State:
     return {
-        **_reading(source.config),
+        **reading_of(source.config),
         "cohorts": [
             [
                 cohort.after_step,
@@ -61,7 +61,7 @@ def _source_identity(source: Source) -> State:
     }
 
 
-def _reading(config: SourceConfig) -> State:
+def reading_of(config: SourceConfig) -> State:
     """How files become documents."""
     return {key: getattr(config, key) for key in READING}
 
@@ -204,8 +204,8 @@ def read_record(directory: Path | None, config: SourceConfig) -> Record:
     if directory is None:
         return NO_RECORD
     try:
-        state = json.loads((directory / f"{config.name}.json").read_bytes())
-        if state["order"] != ORDER_VERSION or state["reading"] != _reading(config):
+        state = json.loads(_record_file(directory, config.name).read_bytes())
+        if state["order"] != ORDER_VERSION or state["reading"] != reading_of(config):
             return NO_RECORD
         cohorts = tuple(
             Cohort(step, tuple(map(recorded_file, files))) for step, files in state["cohorts"]
@@ -219,12 +219,17 @@ def write_record(directory: Path, source: Source) -> None:
     """Keep what was found of a source's files."""
     state = {
         "order": ORDER_VERSION,
-        "reading": _reading(source.config),
+        "reading": reading_of(source.config),
         "cohorts": [
             [cohort.after_step, [file.state() for file in cohort.files]]
             for cohort in source.cohorts
         ],
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(state, separators=(",", ":")).encode()
-    replace_durably(directory / f"{source.name}.json", [content])
+    path = _record_file(directory, source.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_durably(path, [json.dumps(state, separators=(",", ":")).encode()])
+
+
+def _record_file(directory: Path, name: str) -> Path:
+    """In a directory of its own: a source may have any name, such as audit."""
+    return directory / "sources" / f"{name}.json"
