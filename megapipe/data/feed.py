@@ -217,11 +217,14 @@ class BatchFeed:
         """Which rows were excluded when, up to a state and at the start that went on from it."""
         return History.recorded(state["identity"]["excluded"], self._kept_exclusions)
 
-    def replay(self, state: State, exclusions: History, stream: int | None = None) -> None:
-        """Goes on behind a state that `check` has passed, as a run did that had these exclusions;
-        if there is a `stream`, with its samples alone."""
+    def replay(
+        self, state: State, exclusions: History, global_batch_size: int, stream: int | None = None
+    ) -> None:
+        """Goes on behind a state that `check` has passed, as a run did that had these exclusions
+        and steps of so many samples; if there is a `stream`, with its samples alone."""
         self._hosted = range(self.streams) if stream is None else range(stream, stream + 1)
         self._exclusions = exclusions
+        self._global_batch_size = global_batch_size
         self._go_on(state)
 
     def _go_on(self, state: State) -> None:
@@ -418,10 +421,14 @@ class BatchFeed:
                 "data.streams": self.streams,
                 "data.open_parts": config.open_parts,
                 "data.validation_fraction": config.validation_fraction,
-                "data.tokenizer": f"{self._tokenizer.vocab_size:,} tokens "
-                f"({self._tokenizer.sha256})",
+                "data.tokenizer": tokenizer_identity(self._tokenizer),
             },
         )
+
+
+def tokenizer_identity(tokenizer: Tokenizer) -> str:
+    """What states say of a tokenizer."""
+    return f"{tokenizer.vocab_size:,} tokens ({tokenizer.sha256})"
 
 
 def merge_states(states: Sequence[State]) -> State:
