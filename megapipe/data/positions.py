@@ -35,15 +35,15 @@ def write_position(directory: Path, step: int, state: State) -> Path:
 def begin_positions(directory: Path, step: int, state: State) -> None:
     """Prepare `directory` for a run that goes on behind step `step`, where the feed has `state`.
 
-    Positions behind that step go: the steps in front of them are trained again. Raises OSError.
+    Positions behind that step go: the steps in front of them are trained again. That of the step
+    itself is replaced: it says which rows are excluded from here on. Raises OSError.
     """
     later = [path for at, path in positions_in(directory).items() if at > step]
     for path in later:
         path.unlink()
     if later:
         sync_directory(directory / FOLDER)
-    if step not in positions_in(directory):
-        write_position(directory, step, state)
+    write_position(directory, step, state)
 
 
 def positions_in(directory: Path) -> dict[int, Path]:

@@ -42,8 +42,8 @@ class Wanted:
         numbers = tuple(int(found.replace(",", "")) for found in NUMBER.findall(place))
         if not file or not 1 <= len(numbers) <= 2:
             raise UsageError(
-                f"--row {shown(row)} names no row: write FILE:PLACE, where PLACE is a byte or, in a "
-                "table, a row, as in data/a.jsonl:4096."
+                f"--row {shown(row)} names no row: write FILE:PLACE, where PLACE is a byte or, in "
+                "a table, a row, as in data/a.jsonl:4096."
             )
         return cls(None, file, numbers)
 
@@ -183,8 +183,8 @@ def _at_place(orders: Sequence[SourceOrder], wanted: Wanted) -> Iterator[FoundRo
                     return
     if not known:
         raise DataError(
-            f"{shown(wanted.file)} is no file of data.sources that can be read. Name it as `megapipe "
-            "data trace --steps` does."
+            f"{shown(wanted.file)} is no file of data.sources that can be read. Name it as "
+            "`megapipe data trace --steps` does."
         )
     hint = f" The nearest row before it is {nearest[-1]}." if nearest else ""
     raise DataError(f"{shown(wanted.file)} has no row at {wanted.place[0]:,}.{hint}")

@@ -10,10 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megapipe.config import Config, dump_config, load_config
+from megapipe.config import Config, dump_config, load_config, parse_config
 from megapipe.config.data import ChangeConfig, DataConfig, ExcludeConfig, PhaseConfig
 from megapipe.data import Batch, BatchFeed, merge_states
 from megapipe.data.positions import begin_positions, write_position
+from megapipe.data.trace.replay import Replay
 from megapipe.models.families import FAMILIES
 from tests.config.examples import write as write_config
 from tests.data.samples import ByteTokenizer, data_config, document, source, write
@@ -158,7 +159,9 @@ def _exclude(path: Path) -> ExcludeConfig:
     return ExcludeConfig(path=str(path))
 
 
-@pytest.fixture
-def byte_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs of these tests have a tokenizer of bytes."""
-    monkeypatch.setattr("megapipe.data.trace.replay.load_tokenizer", lambda place: Tokens())
+def open_replay(run: Simulated) -> Replay:
+    """What the run has read, by its directory alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megapipe.data.trace.replay.load_tokenizer", lambda place: Tokens())
+        text = (run.directory / "resolved-config.toml").read_text(encoding="utf-8")
+        return Replay(parse_config(text, FAMILIES), run.directory)
