@@ -19,7 +19,7 @@ COMMANDS = {
     "verify": "check that a config's layout computes what one process computes",
     "plan": "draw a config's pipeline schedule, or compare all schedules, without running",
     "tokenizer": "train a tokenizer on text files, or look into one",
-    "data": "read the data of a config once, and say what it holds",
+    "data": "what the data of a config holds; which rows a step saw or will see",
     "convert": "bring a model in from Hugging Face, or take one out",
     "export": "write the newest checkpoint of a run as a Hugging Face directory",
     "merge": "average checkpoints",

@@ -82,6 +82,11 @@ class History:
             entries.append((step, now))
         return cls(entries)
 
+    @classmethod
+    def recorded(cls, state: Sequence[Any], find: Callable[[str], Exclusions]) -> "History":
+        """As `state` has it."""
+        return cls([(begin, find(digest) if digest else None) for begin, digest, _ in state])
+
     def at(self, step: int) -> Exclusions | None:
         """Those of the batch behind a step."""
         return next((one for begin, one in reversed(self._entries) if begin <= step), None)

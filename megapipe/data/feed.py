@@ -101,7 +101,9 @@ class BatchFeed:
     sets aside, always those of the files that the run began with. `opened` are sources of the same
     config that another feed has opened; those that this feed reads too are not opened again.
     `record` is the directory in which the run keeps what was found of its files; only the first
-    replica writes there. Raises DataError for text that can't be read.
+    replica writes there. With `reads_back` it reads again what the run of that record has read:
+    nothing is written, and the origins of tokens have the ids of their rows. Raises DataError for
+    text that can't be read.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class BatchFeed:
         validation: bool = False,
         opened: Sequence[Source] = (),
         record: Path | None = None,
+        reads_back: bool = False,
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.streams = config.streams or global_batch_size
@@ -132,6 +135,7 @@ class BatchFeed:
         self._sequence_length = sequence_length
         self._validation = validation
         self._record = record
+        self._reads_back = reads_back
         self._say = say or logging.getLogger("megapipe.data").warning
         own = validation and bool(config.validation_sources)
         self._split = config.validation_fraction if not config.validation_sources else 0.0
@@ -160,6 +164,9 @@ class BatchFeed:
         self._step = self._sample = 0
         self._closed = False
         self._before: tuple[int, dict[int, State]] | None = None
+        self._store = RowStore(0)
+        self.orders = [self._order(source) for source in self._sources]
+        """Of the sources: which row comes when."""
         self._build_streams()
 
     def __iter__(self) -> "BatchFeed":
@@ -202,13 +209,36 @@ class BatchFeed:
 
         Raises DataError when the data is not that of the checkpoint.
         """
+        self.check(state)
+        step, saved = state["step"], state["identity"]["excluded"]
+        self._exclusions = History.going_on(saved, self._excluded, step, self._kept_exclusions)
+        self._go_on(state)
+
+    def check(self, state: State) -> None:
+        """Raises DataError when the data is not that of a state."""
+        check_identity(state["identity"], self._identity(), state["step"], self.news)
+
+    @property
+    def news(self) -> dict[str, News]:
+        """How the files of each source differ from those on record."""
+        return {source.name: News(source, self._records[source.name]) for source in self._sources}
+
+    def history(self, state: State) -> History:
+        """Which rows were excluded when, up to a state and at the start that went on from it."""
+        return History.recorded(state["identity"]["excluded"], self._kept_exclusions)
+
+    def replay(
+        self, state: State, exclusions: History, global_batch_size: int, stream: int | None = None
+    ) -> None:
+        """Goes on behind a state that `check` has passed, as a run did that had these exclusions
+        and steps of so many samples; if there is a `stream`, with its samples alone."""
+        self._hosted = range(self.streams) if stream is None else range(stream, stream + 1)
+        self._exclusions = exclusions
+        self._global_batch_size = global_batch_size
+        self._go_on(state)
+
+    def _go_on(self, state: State) -> None:
         step = state["step"]
-        news = {source.name: News(source, self._records[source.name]) for source in self._sources}
-        saved = state["identity"]
-        check_identity(saved, self._identity(), step, news)
-        self._exclusions = History.going_on(
-            saved["excluded"], self._excluded, step, self._kept_exclusions
-        )
         self.close()
         self._build_streams()
         self._closed = False
@@ -287,11 +317,10 @@ class BatchFeed:
             window(source, self.streams, config.open_parts) * len(self._hosted)
             for source in self._sources
         )
-        self._store = RowStore(open_parts)
-        orders = self._orders = [self._order(source) for source in self._sources]
+        self._store.parts = open_parts
         self._streams: dict[int, tuple[DocumentStream, Packer]] = {}
         for stream in self._hosted:
-            parts = {order.source.name: self._source_stream(order, stream) for order in orders}
+            parts = {order.source.name: self._source_stream(order, stream) for order in self.orders}
             documents = DocumentStream(parts, stream)
             documents.begin(0, self._phases[0].weights, self._exclusions.at(0))
             self._streams[stream] = documents, Packer(documents, self._sequence_length)
@@ -314,6 +343,7 @@ class BatchFeed:
             tokenizer=self._tokenizer,
             keeps=self._keeps(order.source),
             bad_rows=self._bad_rows,
+            with_ids=self._reads_back,
         )
 
     def _state(self, stream: int) -> State:
@@ -352,16 +382,17 @@ class BatchFeed:
         numbers = [
             sample
             for sample in range(first, first + self._global_batch_size)
-            if sample % self.streams % self._replicas == self._replica
+            if sample % self.streams in self._hosted
         ]
         streams = [sample % self.streams for sample in numbers]
         sequences = [self._streams[stream][1].next() for stream in streams]
+        length = self._sequence_length
         return Batch(
             step,
             numbers,
-            np.stack([sequence.tokens for sequence in sequences]),
-            np.stack([sequence.documents for sequence in sequences]),
-            np.stack([self._sources_of(sequence) for sequence in sequences]),
+            _stacked([sequence.tokens for sequence in sequences], length + 1),
+            _stacked([sequence.documents for sequence in sequences], length),
+            _stacked([self._sources_of(sequence) for sequence in sequences], length),
             [sequence.stretches for sequence in sequences],
             {stream: self._state(stream) for stream in streams},
             self._slowest(),
@@ -369,7 +400,7 @@ class BatchFeed:
 
     def _slowest(self) -> Reading:
         """The file on which most time was spent since the batch before."""
-        spent = [(*order.take_seconds(), order.source.name) for order in self._orders]
+        spent = [(*order.take_seconds(), order.source.name) for order in self.orders]
         seconds, key, name = max(spent)
         return Reading(seconds, name, key)
 
@@ -382,7 +413,7 @@ class BatchFeed:
         return found
 
     def _keep_record(self) -> None:
-        if self._record is None or self._replica or self._validation:
+        if self._record is None or self._replica or self._validation or self._reads_back:
             return
         for source in self._sources:
             if source.found is not None:
@@ -407,10 +438,14 @@ class BatchFeed:
                 "data.streams": self.streams,
                 "data.open_parts": config.open_parts,
                 "data.validation_fraction": config.validation_fraction,
-                "data.tokenizer": f"{self._tokenizer.vocab_size:,} tokens "
-                f"({self._tokenizer.sha256})",
+                "data.tokenizer": tokenizer_identity(self._tokenizer),
             },
         )
+
+
+def tokenizer_identity(tokenizer: Tokenizer) -> str:
+    """What states say of a tokenizer."""
+    return f"{tokenizer.vocab_size:,} tokens ({tokenizer.sha256})"
 
 
 def merge_states(states: Sequence[State]) -> State:
@@ -421,6 +456,11 @@ def merge_states(states: Sequence[State]) -> State:
     streams = {stream: part for state in states for stream, part in state["streams"].items()}
     assert len(streams) == first["identity"]["settings"]["data.streams"], sorted(streams)
     return first | {"streams": dict(sorted(streams.items(), key=lambda item: int(item[0])))}
+
+
+def _stacked(rows: Sequence[Tokens], width: int) -> Tokens:
+    """The rows [n, width]; n may be 0."""
+    return np.array(rows, dtype=np.int32).reshape(len(rows), width)
 
 
 class _Worker:

@@ -13,13 +13,22 @@ Tokens = NDArray[np.int32]
 
 class RowOrigin(NamedTuple):
     """The row that tokens come from: its source, the key of its file, the beginning of its unit
-    there, its address, and the pass over the source."""
+    there, its address, the pass over the source, and its id where that is asked for."""
 
     source: str
     file: str
     unit: int
     address: int
     epoch: int
+    id: str | None = None
+
+
+class Within(NamedTuple):
+    """Where in a document tokens begin: the character at which the piece begins that is tokenised
+    at once, -1 where a document was cut short, and how many tokens of the piece come before."""
+
+    character: int
+    token: int
 
 
 class Read(NamedTuple):
@@ -33,6 +42,7 @@ class Read(NamedTuple):
     ends: bool
     text_bytes: int
     origin: RowOrigin
+    within: Within
 
 
 class Reader(Protocol):
@@ -43,13 +53,16 @@ class Reader(Protocol):
 
 
 class Stretch(NamedTuple):
-    """Tokens [start, start + length) of a sequence, which come from one row."""
+    """Tokens [start, start + length) of a sequence, which come from one row; `begins` and `ends`
+    say which borders of the document are among them."""
 
     start: int
     length: int
     begins: bool
+    ends: bool
     text_bytes: int
     origin: RowOrigin
+    within: Within
 
 
 class Packed(NamedTuple):
@@ -88,7 +101,7 @@ class Packer:
             count = len(part.tokens)
             tokens[filled : filled + count] = part.tokens
             begins[filled] = part.begins
-            stretches.append(Stretch(filled, count, part.begins, part.text_bytes, part.origin))
+            stretches.append(Stretch(filled, count, *part[1:]))
             filled += count
         self.last = int(tokens[-1])
         documents = np.cumsum(begins[:-1], dtype=np.int32) - begins[0]

@@ -8,10 +8,10 @@ import numpy as np
 
 from megapipe.config import SourceConfig
 from megapipe.data.blend import Blend
-from megapipe.data.exclusions import Exclusions, is_excluded
+from megapipe.data.exclusions import Exclusions, is_excluded, row_id
 from megapipe.data.order.parts import Place, StreamParts
 from megapipe.data.order.source_order import RowPlace, SourceOrder
-from megapipe.data.packing import Read, RowOrigin, Tokens
+from megapipe.data.packing import Read, RowOrigin, Tokens, Within
 from megapipe.data.pieces import piece_end, piece_tokens, usable_text
 from megapipe.data.rows import Account, BadRowError, BadRows
 from megapipe.data.sources import Keeps
@@ -55,6 +55,7 @@ class SourceStream:
 
     Its position: the parts that are open in turn, each with its next row; and of the document under
     way the part and row, where in its text the piece begins, and the token in the piece.
+    `with_ids`: the origins of tokens have the ids of their rows.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class SourceStream:
         tokenizer: Tokenizer,
         keeps: Keeps,
         bad_rows: BadRows,
+        with_ids: bool = False,
     ) -> None:
         self.account = Account()
         self.tokens = 0
@@ -73,6 +75,7 @@ class SourceStream:
         self._tokenizer = tokenizer
         self._keeps = keeps
         self._bad_rows = bad_rows
+        self._with_ids = with_ids
         self._parts = StreamParts(order.joined(0), key=order.key, stream=stream)
         self._step = 0
         self._exclusions: Exclusions | None = None
@@ -122,6 +125,7 @@ class SourceStream:
             self._next_piece()
             tokens = self._piece_tokens()
         origin, start = self._where(), self._token
+        within = Within(self._piece, start)
         part = tokens[start : start + limit]
         self._token += len(part)
         self.tokens += len(part)
@@ -129,7 +133,7 @@ class SourceStream:
         ends = self._token == len(tokens) and self._ends_document()
         if self._token == len(tokens):
             self._next_piece()
-        return Read(part, begins, ends, text_bytes, origin)
+        return Read(part, begins, ends, text_bytes, origin, within)
 
     def state(self) -> State:
         """JSON, from which `load` goes on; short, since there may be thousands of streams. The
@@ -340,9 +344,12 @@ class SourceStream:
             assert self._document is not None
             place, _ = self._document
             file, unit = self._order.unit(place)
-            address = self._row.raw.address if self._row else UNKNOWN
-            name = self._order.source.name
-            self._origin = RowOrigin(name, file.key, unit.start, address, place.epoch)
+            row, source = self._row, self._order.source
+            address = row.raw.address if row else UNKNOWN
+            id_ = None
+            if self._with_ids and row and row.file.rows:
+                id_ = row_id(row.file.rows, row.raw, source.config)
+            self._origin = RowOrigin(source.name, file.key, unit.start, address, place.epoch, id_)
         return self._origin
 
 

@@ -13,12 +13,13 @@ from megapipe.checkpoint.load import CheckpointReader, open_checkpoint
 from megapipe.checkpoint.retention import Skipped, newest_valid, prune
 from megapipe.checkpoint.save import MANIFEST_ALLOWANCE, save_checkpoint
 from megapipe.checkpoint.shard import Shard
-from megapipe.checkpoint.storage import require_space
+from megapipe.checkpoint.storage import checkpoint_errors, require_space
 from megapipe.config import Config
 from megapipe.config.optimizer import read_optimizer
 from megapipe.config.problems import show
 from megapipe.conversion.optimizer_source import CheckpointOptimizer, OptimizerSource
 from megapipe.conversion.origin import saved_origin
+from megapipe.data.positions import begin_positions, write_position
 from megapipe.data_parallel.optimizer import WEIGHTS
 from megapipe.errors import CheckpointError
 from megapipe.files import shown
@@ -28,6 +29,7 @@ from megapipe.train.course_change import course_change
 from megapipe.train.engine import Engine
 from megapipe.train.run_directory import step_to_resume
 
+KEEP_POSITION = "cannot keep the position in the data"
 NEW_RUN = 'start a new run: checkpoint.resume = "never" and another train.run_dir'
 
 
@@ -56,6 +58,7 @@ class Checkpoints:
         checkpoint, by name."""
         self.engine, self.config = engine, engine.config
         self.root = Path(self.config.train.run_dir) / "checkpoints"
+        self._data = self.root.parent / "data"
         self._resume = resume
         self._files = files
         self._say = say
@@ -91,8 +94,17 @@ class Checkpoints:
 
         return str(self._ranks.from_first(look))
 
+    def begin(self, progress: Progress, data_state: dict[str, Any]) -> None:
+        """Keep where the data stands as the run goes on behind `progress`, and remove what an
+        earlier start has kept of later steps; collective. Raises CheckpointError."""
+        begin = checkpoint_errors()(lambda: begin_positions(self._data, progress.step, data_state))
+        self._ranks.from_first(begin, KEEP_POSITION)
+
     def save(self, progress: Progress, data_state: dict[str, Any]) -> Path:
-        """Write a checkpoint and remove the ones beyond checkpoint.keep; collective."""
+        """Write a checkpoint and remove the ones beyond checkpoint.keep; collective. The position
+        in the data is written too, in a file that stays."""
+        write = checkpoint_errors()(lambda: write_position(self._data, progress.step, data_state))
+        self._ranks.from_first(lambda: str(write()), KEEP_POSITION)
         parallel = self.config.parallel
         path = save_checkpoint(
             self.root,

@@ -259,6 +259,7 @@ def _start_or_resume(
     if finished:
         return 0
     write_config(config, ranks)
+    checkpoints.begin(progress, feed.state())
     with _open_loggers(config, ranks, progress.step) as loggers, lines.through(loggers.event):
         lines.say(f"Ready after {time.perf_counter() - start.began:.1f} s (imports not counted)")
         flops = flops_per_token(layout)

@@ -396,7 +396,7 @@ def test_stretches_say_which_row_each_token_is_of(config: DataConfig) -> None:
         batch = next(feed)
         for tokens, stretches in zip(batch.tokens, batch.stretches, strict=True):
             assert sum(stretch.length for stretch in stretches) in (32, 33)
-            for start, length, begins, _, origin in stretches:
+            for start, length, begins, _, _, origin, _ in stretches:
                 content = (folder[origin.source] / origin.file).read_bytes()
                 row = content[origin.address : content.index(b"\n", origin.address)]
                 text = [*ByteTokenizer().encode(json.loads(row)["text"]), 0]

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megapipe.data.packing import Packer, Read, RowOrigin
+from megapipe.data.packing import Packer, Read, RowOrigin, Within
 
 Documents = list[list[int]]
 
@@ -22,7 +22,9 @@ class ListReader:
         ended = token + len(part) == len(tokens)
         self.at = (document + 1, 0) if ended else (document, token + len(part))
         origin = RowOrigin("source", "file", 0, document, 0)
-        return Read(np.array(part, dtype=np.int32), token == 0, ended, 2 * len(part), origin)
+        within = Within(0, token)
+        tokens = np.array(part, dtype=np.int32)
+        return Read(tokens, token == 0, ended, 2 * len(part), origin, within)
 
 
 documents = st.lists(st.lists(st.integers(1, 1000), max_size=30), min_size=1, max_size=8)

@@ -12,6 +12,7 @@ from megapipe import __version__
 from megapipe.checkpoint.load import CheckpointReader
 from megapipe.checkpoint.steps import committed
 from megapipe.config import Config, dump_config, load_config
+from megapipe.data.positions import positions_in
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import CheckpointError
 from megapipe.layout.axes import Axes
@@ -66,6 +67,23 @@ def test_checkpoints_of_keep_every_are_kept_beside_the_newest(tmp_path: Path) ->
     for step in range(1, 6):
         checkpoints.save(Progress(step), {})
     assert list(committed(checkpoints.root)) == [5, 3]
+
+
+def test_a_position_that_can_not_be_kept_is_an_error_of_the_save(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path), [f"--train.run_dir={tmp_path}/run"], FAMILIES)
+    optimizer = SimpleNamespace(state=list, scalars=dict)
+    mesh = Mesh.single(torch.device("cpu"))
+    engine: Any = SimpleNamespace(config=config, mesh=mesh, optimizer=optimizer)
+    checkpoints = Checkpoints(engine, "auto", {}, print)
+    checkpoints.save(Progress(5), {"at": 5})
+    checkpoints.begin(Progress(3), {"at": 3})
+    assert list(positions_in(tmp_path / "run" / "data")) == [3]
+    (tmp_path / "run" / "data").rename(tmp_path / "moved")
+    (tmp_path / "run" / "data").write_text("in the way")
+    for action in (checkpoints.save, checkpoints.begin):
+        with pytest.raises(CheckpointError, match="cannot keep the position in the data: "):
+            action(Progress(6), {})
+    assert list(committed(checkpoints.root)) == [5]
 
 
 def restore_where_a_rank_can_not_read(config: Config) -> str:

@@ -8,6 +8,8 @@ from megapipe.tools.arguments import unknown_command
 
 ACTIONS = {
     "audit": "read all data of a config once: tokens, duplicates, damage, epochs, shuffle",
+    "look": "show what a step of a config will see: samples with token borders and documents",
+    "trace": "say which rows steps of a run were made of, or when a row was trained",
 }
 
 

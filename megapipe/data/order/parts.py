@@ -63,6 +63,10 @@ class FileParts:
         assert self._equal is not None
         return unit * self._equal
 
+    def parts_of(self, unit: int) -> int:
+        """How many parts a unit has."""
+        return self._parts_of(self.units[unit])
+
     def _parts_of(self, unit: Unit) -> int:
         if self._row_bytes:
             return max(1, -(-unit.size // self._row_bytes))  # a part is a row
@@ -82,7 +86,7 @@ class FileOrder:
     """
 
     def __init__(self, files: Sequence[SourceFile], *, key: int, number: int, streams: int) -> None:
-        self._key, self._number, self._streams = key, number, streams
+        self._key, self._number, self.streams = key, number, streams
         factor = finer(files, streams)
         self.files = [FileParts(file.units, file.row_bytes, factor) for file in files]
         self._cumulated = Cumulated([parts.total for parts in self.files])
@@ -96,17 +100,21 @@ class FileOrder:
     def share(self, stream: int, epoch: int) -> int:
         """How many parts a stream has in an epoch."""
         first = self._first(stream, epoch)
-        return max(0, -(-(self.places - first) // self._streams))
+        return max(0, -(-(self.places - first) // self.streams))
 
     def place(self, stream: int, epoch: int, index: int) -> int:
         """The place of a stream's part number `index` of an epoch."""
-        return self._first(stream, epoch) + index * self._streams
+        return self._first(stream, epoch) + index * self.streams
 
     def part(self, epoch: int, place: int) -> SourcePart:
         """What stands at a place."""
         file, number = self._cumulated.find(self._shuffled(epoch)[place])
         unit, part, count = self.files[file].find(number)
         return SourcePart(file, unit, part, count)
+
+    def parts_of(self, file: int, unit: int) -> int:
+        """How many parts a unit has."""
+        return self.files[file].parts_of(unit)
 
     def place_of(self, epoch: int, part: SourcePart) -> int:
         """Where a part stands in an epoch."""
@@ -115,10 +123,10 @@ class FileOrder:
 
     def stream_of(self, epoch: int, place: int) -> int:
         """Whose part it is."""
-        return (place + epoch * self.places) % self._streams
+        return (place + epoch * self.places) % self.streams
 
     def _first(self, stream: int, epoch: int) -> int:
-        return (stream - epoch * self.places) % self._streams
+        return (stream - epoch * self.places) % self.streams
 
     def _shuffled(self, epoch: int) -> Shuffle:
         if epoch != self._epoch:

@@ -1,0 +1,91 @@
+"""Whether steps that were read again are those that were trained, and why not."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from itertools import groupby
+
+from megapipe.data.trace.replay import Replay, Step
+from megapipe.data.trace.rows import Describer, files_of
+from megapipe.files import shown
+
+NAMED = 5
+"""Files that a message names."""
+
+
+class Verdict(Enum):
+    """Of a step."""
+
+    EQUAL = "equal to what was trained"
+    DIFFERS = "DIFFERS from what was trained"
+    MISSING = "not in metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A step, its hash, and that of what was trained, None where metrics.jsonl lacks the step."""
+
+    step: int
+    hash: str
+    trained: str | None
+    files: frozenset[tuple[str, str]]
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.trained is None:
+            return Verdict.MISSING
+        return Verdict.EQUAL if self.hash == self.trained else Verdict.DIFFERS
+
+
+def check(step: Step, trained: Mapping[int, str]) -> Checked:
+    """Compare a step with the hashes of those that were trained."""
+    files = frozenset(files_of(step))
+    return Checked(step.number, f"{step.batch.hash:016x}", trained.get(step.number), files)
+
+
+def verdict_lines(checked: Sequence[Checked]) -> list[str]:
+    """A line for each run of steps of the same verdict."""
+    lines = []
+    for verdict, group in groupby(checked, key=lambda one: one.verdict):
+        steps = list(group)
+        line = f"{_range(steps[0].step, steps[-1].step)}: {verdict.value}"
+        if verdict is Verdict.DIFFERS:
+            line += f" (hash {steps[0].hash}, trained {steps[0].trained})"
+        lines.append(line)
+    return lines
+
+
+def cause(differs: Checked, replay: Replay, describer: Describer) -> str:
+    """Why a step, the first that differs, may do so: files that it read and that were written
+    since; where there are none, all that it read."""
+    trained_at = replay.kept_at(differs.step)
+    paths = [describer.path(*file) for file in sorted(differs.files)]
+    written = [path for path in paths if _written(path) > trained_at]
+    if written:
+        when = time.strftime("%Y-%m-%d %H:%M", time.localtime(_written(written[0])))
+        return (
+            f"Step {differs.step} is the first that differs. Of the files that it read, "
+            f"{_some(written)} changed after it was trained ({when}). Restore what was there."
+        )
+    return (
+        f"Step {differs.step} is the first that differs. It read {_some(paths)}: compare them with "
+        "a copy, since one of them may have other content than it had."
+    )
+
+
+def _written(path: str) -> float:
+    try:
+        return os.stat(path).st_mtime
+    except OSError:  # on the hub, or gone
+        return 0.0
+
+
+def _range(first: int, last: int) -> str:
+    return f"step {first}" if first == last else f"steps {first}-{last}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(map(shown, names[:NAMED])) + more
