@@ -1,6 +1,7 @@
 """Tokens are bitwise the same in every layout, on every rank that needs them; errors reach all."""
 
 import hashlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,14 +11,18 @@ import torch.distributed as dist
 
 from megapipe.config import Config, load_config
 from megapipe.data import distribute
-from megapipe.data.distribute import ReplicaFeed
+from megapipe.data.distribute import ReplicaFeed, SlowReader
 from megapipe.data.feed import Batch, BatchFeed
+from megapipe.data.order.rows import Name, PartOfUnit, RowStore
+from megapipe.data.splitters import Raw
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import DataError
 from megapipe.layout.axes import Axes
 from megapipe.layout.layout import resolve
 from megapipe.microbatch import MicroBatch
 from megapipe.models.families import FAMILIES
+from megapipe.step_sums import StepSums
+from megapipe.train.waiting import Waiting
 from tests.ranks import run_ranks
 
 STEPS = 50
@@ -239,3 +244,38 @@ def test_validation_rows_of_the_same_files_open_them_once(corpus: Path) -> None:
     assert [hashes(validation.next()) for _ in range(2)] == alone
     feed.close()
     validation.close()
+
+
+def _one_disk_is_slow(config: Config) -> tuple[list[SlowReader | None], list[str]]:
+    """On two replicas, of which the second reads one source slowly."""
+    read = RowStore.row
+
+    def slow(self: RowStore, name: Name, part: PartOfUnit, number: int) -> Raw | None:
+        if dist.get_rank() == 1 and name[0] == "far":
+            time.sleep(0.02)
+        return read(self, name, part, number)
+
+    RowStore.row = slow  # type: ignore[method-assign]  # in a process of its own
+    mesh = _mesh((1, 2, 1))
+    feed = open_feed(config, mesh)
+    sums = StepSums(torch.device("cpu"), mesh.world)
+    feed.register(sums)
+    waiting, slowest, lines = Waiting(), [], []
+    for step in range(20):
+        began = time.perf_counter()
+        feed.next()
+        slowest.append(feed.slowest(sums.reduce(feed.given())))
+        line = waiting.after(step + 1, slowest[-1], time.perf_counter() - began)
+        lines += [line] if line else []
+    feed.close()
+    return slowest, lines
+
+
+def test_the_reader_that_others_wait_for_is_named_within_20_steps(corpus: Path) -> None:
+    words = ["--data.prefetch=1", "--data.sources.1.name=far", "--data.sources.1.documents=line"]
+    config = configured(corpus, *words, f"--data.sources.1.path={corpus}/text/*.txt")
+    found = run_ranks(_one_disk_is_slow, 2, config)
+    for slowest, (line,) in found:
+        worst = max((slow for slow in slowest if slow), key=lambda slow: slow.wait_seconds)
+        assert (worst.replica, worst.source) == (1, "far"), slowest
+        assert all(part in line for part in ("replica 1", '"far"', "/text/"))
