@@ -13,7 +13,7 @@ from typing import Any
 from megapipe.data.exclusions import Exclusions, is_excluded
 from megapipe.data.feed import State
 from megapipe.data.order.keys import permutation
-from megapipe.data.order.parts import FileOrder, SourcePart, Place
+from megapipe.data.order.parts import FileOrder, Place, SourcePart
 from megapipe.data.order.rows import row_key
 from megapipe.data.order.source_order import SourceOrder
 from megapipe.data.packing import Stretch
