@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from megapipe.errors import DataError
 from megapipe.tools.cli import main
 from tests.corpus import CONFIG, VOCABULARY
 from tests.data.samples import write
