@@ -9,10 +9,10 @@ import pytest
 
 from megapipe.data.order.record import RECORD
 from megapipe.data.positions import positions_in
+from megapipe.data.trace.agreement import Checked, agreement_lines, cause, check
 from megapipe.data.trace.replay import Replay
 from megapipe.data.trace.rows import Describer
 from megapipe.data.trace.trained import read_trained
-from megapipe.data.trace.verdicts import Checked, cause, check, verdict_lines
 from megapipe.errors import DataError
 from tests.bars import no_bar
 from tests.data.samples import data_config, document, jsonl, source, write
@@ -38,7 +38,7 @@ def test_any_step_of_a_run_is_read_again_bitwise(run: Simulated) -> None:
         }
         assert list(batch.samples) == sorted(tokens) == list(range(8 * number - 8, 8 * number))
         assert np.array_equal(batch.tokens, [tokens[sample] for sample in batch.samples])
-        assert verdict_lines([check(steps[-1], trained.hashes)]) == [
+        assert agreement_lines([check(steps[-1], trained.hashes)]) == [
             f"step {number}: equal to what was trained"
         ]
     replay.feed.close()
@@ -116,7 +116,7 @@ def test_steps_that_a_run_has_not_are_named(run: Simulated, tmp_path: Path) -> N
         Checked(2, "x", None, none),
         Checked(3, "x", "y", none),
     ]
-    assert verdict_lines(checked) == [
+    assert agreement_lines(checked) == [
         "step 1: equal to what was trained",
         "step 2: not in metrics.jsonl",
         "step 3: DIFFERS from what was trained (hash x, trained y)",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
 
-from megapipe.data.trace.replay import Replay, Step
+from megapipe.data.trace.replay import ReadStep, Replay
 from megapipe.data.trace.rows import Describer, files_of
 from megapipe.files import shown
 
@@ -15,7 +15,7 @@ NAMED = 5
 """Files that a message names."""
 
 
-class Verdict(Enum):
+class Agreement(Enum):
     """Of a step."""
 
     EQUAL = "equal to what was trained"
@@ -33,25 +33,25 @@ class Checked:
     files: frozenset[tuple[str, str]]
 
     @property
-    def verdict(self) -> Verdict:
+    def agreement(self) -> Agreement:
         if self.trained is None:
-            return Verdict.MISSING
-        return Verdict.EQUAL if self.hash == self.trained else Verdict.DIFFERS
+            return Agreement.MISSING
+        return Agreement.EQUAL if self.hash == self.trained else Agreement.DIFFERS
 
 
-def check(step: Step, trained: Mapping[int, str]) -> Checked:
+def check(step: ReadStep, trained: Mapping[int, str]) -> Checked:
     """Compare a step with the hashes of those that were trained."""
     files = frozenset(files_of(step))
     return Checked(step.number, f"{step.batch.hash:016x}", trained.get(step.number), files)
 
 
-def verdict_lines(checked: Sequence[Checked]) -> list[str]:
-    """A line for each run of steps of the same verdict."""
+def agreement_lines(checked: Sequence[Checked]) -> list[str]:
+    """A line for each run of steps of the same agreement."""
     lines = []
-    for verdict, group in groupby(checked, key=lambda one: one.verdict):
+    for agreement, group in groupby(checked, key=lambda one: one.agreement):
         steps = list(group)
-        line = f"{_range(steps[0].step, steps[-1].step)}: {verdict.value}"
-        if verdict is Verdict.DIFFERS:
+        line = f"{_range(steps[0].step, steps[-1].step)}: {agreement.value}"
+        if agreement is Agreement.DIFFERS:
             line += f" (hash {steps[0].hash}, trained {steps[0].trained})"
         lines.append(line)
     return lines
