@@ -7,7 +7,7 @@ from tests.structure.modules import parsed
 
 BENCHES = "tools/bench/"
 MOST_LINES_OF_A_COMMAND = 120
-MOST_LINES = 1800
+MOST_LINES = 2100
 
 
 def violations(root: Path) -> list[str]:

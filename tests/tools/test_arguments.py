@@ -19,6 +19,7 @@ from megapipe.tools.arguments import (
 )
 from megapipe.tools.bench import BENCHES
 from megapipe.tools.cli import COMMANDS, main
+from megapipe.tools.data import ACTIONS
 
 
 def test_paths_mean_what_they_mean_in_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,8 +113,12 @@ WRONG_OPTIONS = {
     "bench kernels --rooflin": "did you mean --roofline?",
     "bench pipeline --jsno x": "did you mean --json?",
     "bench train --repeat=3": "did you mean --repeats?",
+    "data audit a.toml --wokers 2": "did you mean --workers?",
+    "data look a.toml --stpe 2": "did you mean --step?",
+    "data trace run --stpes 2": "did you mean --steps?",
     "schema --out x": "type `megapipe schema --help`.",
 }
+GROUPS = {"bench": BENCHES, "data": ACTIONS}
 OPERANDS = ("a.toml", "run", "x")
 
 
@@ -134,7 +139,9 @@ def test_a_wrong_option_of_any_command_names_the_nearest(
 def test_a_wrong_option_of_every_command_is_tried() -> None:
     tried = {line.split()[0] for line in WRONG_OPTIONS}
     assert tried == set(COMMANDS)
-    assert {line.split()[1] for line in WRONG_OPTIONS if line.startswith("bench ")} == set(BENCHES)
+    for group, members in GROUPS.items():
+        named = {line.split()[1] for line in WRONG_OPTIONS if line.startswith(f"{group} ")}
+        assert named == set(members)
 
 
 @pytest.mark.parametrize(
@@ -220,10 +227,10 @@ def parsers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Parser]:
     def found(parser: Parser, argv: Sequence[str]) -> NoReturn:
         raise ParserFound(parser)
 
-    commands = [f"megapipe.tools.{name}" for name in COMMANDS if name != "bench"]
-    benches = [f"megapipe.tools.bench.{name}" for name in BENCHES]
-    for name in (*commands, *benches):
-        module = importlib.import_module(name)
+    commands = [name for name in COMMANDS if name not in GROUPS]
+    members = [f"{group}.{name}" for group, names in GROUPS.items() for name in names]
+    for name in (*commands, *members):
+        module = importlib.import_module(f"megapipe.tools.{name}")
         with monkeypatch.context() as patch:
             patch.setattr(Parser, "parse", found)
             with pytest.raises(ParserFound) as caught:

@@ -1,10 +1,8 @@
 """`megapipe data NAME`: what a run's data holds."""
 
-import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from megapipe.errors import UsageError
-from megapipe.tools.arguments import unknown_command
+from megapipe.tools.groups import run_member
 
 ACTIONS = {
     "audit": "read all data of a config once: tokens, duplicates, damage, epochs, shuffle",
@@ -14,18 +12,5 @@ ACTIONS = {
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run what the first word names: a file of this folder, with a function `run`."""
-    name, *words = argv or ("",)
-    if name in ("--help", "-h"):
-        width = max(map(len, ACTIONS)) + 2
-        print("usage: megapipe data NAME [options]\n")
-        print("\n".join(f"  {one:<{width}}{summary}" for one, summary in ACTIONS.items()))
-        return 0
-    if not name:
-        raise UsageError(f"name one of {', '.join(ACTIONS)}. Type `megapipe data --help`.")
-    if name not in ACTIONS:
-        raise UsageError(unknown_command(name, "a subcommand", "megapipe data", ACTIONS))
-    action: Callable[[Sequence[str]], int] = importlib.import_module(
-        f"megapipe.tools.data.{name}"
-    ).run
-    return action(words)
+    """Run the action that the first word names."""
+    return run_member(argv, "data", "a subcommand", ACTIONS, __name__)

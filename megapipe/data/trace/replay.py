@@ -1,7 +1,7 @@
 """Reads steps of a run again: the same batches, on one process, whatever its layout was."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -108,7 +108,7 @@ class Replay:
                 if step.number >= last:
                     return
 
-    def read_on(self, begin: int, stream: int | None = None) -> Iterator[Step]:
+    def read_on(self, begin: int, stream: int | None = None) -> Generator[Step, None, None]:
         """All steps behind that of a position; if there is a `stream`, only its samples."""
         state = self.position(begin)
         size = self._batch_size(begin)
@@ -133,8 +133,9 @@ class Replay:
 def _tokenizer(config: Config, run_dir: Path, state: State) -> Tokenizer:
     """The run's: what the config names, or the copy in a checkpoint."""
     wanted = state["identity"]["settings"]["data.tokenizer"]
-    copies = sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
-    for place in (config.data.tokenizer, *copies):
+    places = [Path(config.data.tokenizer)]
+    places += sorted((run_dir / "checkpoints").glob("step-*"), reverse=True)
+    for place in places:
         try:
             found = load_tokenizer(place)
         except DataError:

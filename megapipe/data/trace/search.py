@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from megapipe.amounts import counted
-from megapipe.data.audit.workers import Advance, work_in_processes
+from megapipe.data.audit.workers import Advance, worker_processes
 from megapipe.data.exclusions import as_key, row_id
 from megapipe.data.order.source_order import SourceOrder
 from megapipe.data.sources import Source, SourceFile
@@ -54,15 +54,15 @@ class Wanted:
 
 
 class FoundRow(NamedTuple):
-    """Row `index` of a unit that has `count` rows by which parts are cut, of which `readable` can
+    """Row `number` of a unit that has `rows` rows by which parts are cut, of which `readable` can
     be read. `cohort` and `file` are numbers; all but the source count from 0."""
 
     source: str
     cohort: int
     file: int
     unit: int
-    index: int
-    count: int
+    number: int
+    rows: int
     readable: int
 
 
@@ -89,17 +89,19 @@ def find_rows(
             "no source has an id_field, by which rows have ids. Name the row by its place: --row "
             "FILE:PLACE."
         )
-    tasks = [task for number in named for task in _tasks(number, orders[number].source)]
-    total = sum(file.size for n in named for file, *_ in _files(orders[n].source))
+    total = sum(
+        unit.size for n in named for file, *_ in _files(orders[n].source) for unit in file.units
+    )
     id_ = wanted.id
     found: list[FoundRow] = []
-    with bar("Looking for the id", total) as advance:
 
-        def look(task: _Task, advance: Advance) -> list[FoundRow]:
-            return list(_with_id(orders[task.order].source, task, id_, advance))
+    def look(task: _Task, advance: Advance) -> list[FoundRow]:
+        return list(_with_id(orders[task.order].source, task, id_, advance))
 
-        for rows in work_in_processes(look, tasks, workers, advance):
-            found += [FoundRow(*row) for row in rows]
+    tasks = (task for number in named for task in _tasks(number, orders[number].source))
+    with worker_processes(look, workers) as results, bar("Looking for the id", total) as advance:
+        for rows in results(tasks, advance):
+            found += rows
     places = {order.source.name: number for number, order in enumerate(orders)}
     return sorted(found, key=lambda row: (places[row.source], *row[1:]))
 
@@ -126,7 +128,7 @@ def _with_id(source: Source, task: _Task, id_: str, advance: Advance) -> Iterato
         found = [index for index, one in _ids(source, file, unit, id_) if one == id_]
         if found:
             yield from _rows(source, task.cohort, task.file, number, found)
-        advance(unit.end - unit.start if not isinstance(file.rows, LocalTable) else unit.size)
+        advance(unit.size)
 
 
 def _ids(
@@ -218,9 +220,9 @@ def raw_of(source: Source, row: FoundRow) -> tuple[SourceFile, Unit, Raw]:
     assert file.rows is not None
     unit = file.units[row.unit]
     for index, raw in enumerate(file.rows.rows(unit)):
-        if index == row.index:
+        if index == row.number:
             return file, unit, raw
     raise DataError(
-        f"{file.rows.name}: {counted(row.index, 'row')} are left where it had more. It must not "
+        f"{file.rows.name}: {counted(row.number, 'row')} are left where it had more. It must not "
         "change while it is read."
     )

@@ -13,7 +13,7 @@ from typing import Any
 from megapipe.data.exclusions import Exclusions, is_excluded
 from megapipe.data.feed import State
 from megapipe.data.order.keys import permutation
-from megapipe.data.order.parts import FileOrder, SourcePart, Place
+from megapipe.data.order.parts import FileOrder, Place, SourcePart
 from megapipe.data.order.rows import row_key
 from megapipe.data.order.source_order import SourceOrder
 from megapipe.data.packing import Stretch
@@ -247,12 +247,12 @@ def _turn(order: SourceOrder, row: FoundRow, epoch: int) -> _Turn:
     cohort = order.orders[row.cohort]
     parts = cohort.parts_of(row.file, row.unit)
     if file.units.whole:
-        number, part = divmod(row.index, parts)
+        number, part = divmod(row.number, parts)
     else:
         key = row_key(order.seed, order.source.name, file.key, file.units[row.unit], epoch)
-        rows = permutation(row.count, key)
-        part = rows.index(row.index) % parts
+        rows = permutation(row.rows, key)
+        part = rows.index(row.number) % parts
         # Rows that can't be read are numbered nowhere.
-        number = [one for one in rows[part::parts] if one < row.readable].index(row.index)
+        number = [one for one in rows[part::parts] if one < row.readable].index(row.number)
     place = cohort.place_of(epoch, SourcePart(row.file, row.unit, part, parts))
     return _Turn(cohort, Place(epoch, row.cohort, place), number)

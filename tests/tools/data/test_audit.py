@@ -74,7 +74,7 @@ def test_a_problem_ends_with_status_1(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ([], "name one of audit"),
+        ([], "a subcommand is missing: name one"),
         (["audti"], "did you mean `megapipe data audit`"),
         (["audit", "run.toml", "--workers", "0"], "--workers 0 must be 1 or more"),
         (["audit", "run.toml", "--worker", "1"], "did you mean --workers"),
