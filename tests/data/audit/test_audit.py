@@ -41,10 +41,10 @@ def first_epoch(feed: BatchFeed) -> dict[str, Seen]:
     while not all(_is_over(state) for state in _states(feed)):
         for stretches in next(feed).stretches:
             for stretch in stretches:
-                name, *row, epoch = stretch.origin
-                if epoch == 0:
-                    seen[name].tokens += stretch.length
-                    seen[name].documents.add(tuple(row))  # type: ignore[arg-type]
+                origin = stretch.origin
+                if origin.epoch == 0:
+                    seen[origin.source].tokens += stretch.length
+                    seen[origin.source].documents.add(origin[1:4])
     for stream in feed.state_dict()["streams"].values():
         for name, state in stream["sources"].items():
             seen[name].account.update(Account(**state.get("account", {})))
