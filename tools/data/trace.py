@@ -10,7 +10,7 @@ from typing import Any
 from megapipe.config import Config, parse_config
 from megapipe.config.save import write_text
 from megapipe.data.trace.replay import Replay
-from megapipe.data.trace.rows import Describer, SampleUse
+from megapipe.data.trace.rows import Describer, RowUse, SampleUse
 from megapipe.data.trace.search import Wanted
 from megapipe.data.trace.trained import read_trained
 from megapipe.data.trace.verdicts import Checked, Verdict, cause, check, verdict_lines
@@ -136,19 +136,24 @@ def sample_lines(sample: SampleUse) -> list[str]:
     """The rows of a sample, a line each, and their texts where they were asked for."""
     lines = [f"  sample {sample.place} (number {sample.number:,} of the run)"]
     for row in sample.rows:
-        name = "" if row.id is None else f", id {shown(row.id)}"
-        part = row.part
-        if row.part in ("middle", "end"):
-            behind = f", character {row.character:,}" if row.character else ""
-            part = f"{row.part} of it, from token {row.token:,}{behind} on"
-        tokens = f"{row.start}-{row.end - 1}"
-        lines.append(
-            f"    tokens {tokens:<11} {row.source}: {shown(row.file)}, {row.place}{name}, "
-            f"epoch {row.epoch}: {part}"
-        )
+        lines.append(row_line(row))
         if row.text is not None:
             lines.append(f"      {json.dumps(row.text, ensure_ascii=False)}")
     return lines
+
+
+def row_line(row: RowUse) -> str:
+    """What a sample has of a row, in a line."""
+    part = row.part
+    if part in ("middle", "end"):
+        behind = f", character {row.character:,}" if row.character else ""
+        part = f"{part} of it, from token {row.token:,}{behind} on"
+    name = "" if row.id is None else f", id {shown(row.id)}"
+    tokens = f"{row.start}-{row.end - 1}"
+    return (
+        f"    tokens {tokens:<11} {row.source}: {shown(row.file)}, {row.place}{name}, "
+        f"epoch {row.epoch}: {part}"
+    )
 
 
 def _table(checked: Checked, samples: Sequence[SampleUse], *, rows: bool) -> dict[str, Any]:

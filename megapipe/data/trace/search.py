@@ -89,7 +89,9 @@ def find_rows(
             "no source has an id_field, by which rows have ids. Name the row by its place: --row "
             "FILE:PLACE."
         )
-    total = sum(file.size for n in named for file, *_ in _files(orders[n].source))
+    total = sum(
+        unit.size for n in named for file, *_ in _files(orders[n].source) for unit in file.units
+    )
     id_ = wanted.id
     found: list[FoundRow] = []
 
@@ -126,7 +128,7 @@ def _with_id(source: Source, task: _Task, id_: str, advance: Advance) -> Iterato
         found = [index for index, one in _ids(source, file, unit, id_) if one == id_]
         if found:
             yield from _rows(source, task.cohort, task.file, number, found)
-        advance(unit.end - unit.start if not isinstance(file.rows, LocalTable) else unit.size)
+        advance(unit.size)
 
 
 def _ids(
