@@ -78,8 +78,9 @@ def documents_line(documents: Tokens, *, masked: bool) -> str:
     """Where documents begin, and whether attention knows that."""
     ranges = document_ranges(documents)
     shown = ", ".join(f"{first}-{last}" for first, last in ranges)
-    crosses = "does not cross their borders" if masked else "crosses their borders"
-    return f"{counted(len(ranges), 'document')} (inputs {shown}); attention {crosses}"
+    crosses = "does not cross" if masked else "crosses"
+    attention = f"; attention {crosses} their borders" if len(ranges) > 1 else ""
+    return f"{counted(len(ranges), 'document')} (inputs {shown}){attention}"
 
 
 def _text_lines(preview: Preview, stretch: Stretch, tokens: Tokens, most: int) -> Iterator[str]:

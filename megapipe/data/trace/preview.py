@@ -9,6 +9,7 @@ import numpy as np
 
 from megapipe.config import Config
 from megapipe.data.feed import BatchFeed
+from megapipe.data.order.record import RECORD
 from megapipe.data.packing import Tokens
 from megapipe.data.positions import positions_in, read_position
 from megapipe.data.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ class Preview:
 def read_ahead(config: Config, tokenizer: Tokenizer, number: int, bar: Bar) -> Preview:
     """Step `number` as training would read it. Raises DataError where it can't be read, or where
     the run of the config has read other data so far."""
-    record = Path(config.train.run_dir) / "data"
+    record = Path(config.train.run_dir) / RECORD
     feed = BatchFeed(
         config.data,
         seed=config.train.seed,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megapipe.config import Config
 from megapipe.data.feed import Batch, BatchFeed, State, tokenizer_identity
+from megapipe.data.order.record import RECORD
 from megapipe.data.positions import positions_in, read_position
 from megapipe.data.tokenizer import Tokenizer, load_tokenizer
 from megapipe.errors import DataError
@@ -41,12 +42,12 @@ class Replay:
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self.config = config
-        data = run_dir / "data"
-        self._positions = positions_in(data)
+        record = run_dir / RECORD
+        self._positions = positions_in(record)
         if not self._positions:
             raise DataError(
-                f"{shown(data)} has no position in the data, which a run writes there at its start "
-                "and with each checkpoint. Name the directory of a run (its train.run_dir)."
+                f"{shown(record)} has no position in the data, which a run writes there at its "
+                "start and with each checkpoint. Name the directory of a run (its train.run_dir)."
             )
         self._read = lru_cache(READ_AT_ONCE)(read_position)
         newest = self.position(self.newest)
@@ -59,7 +60,7 @@ class Replay:
             replicas=1,
             global_batch_size=config.train.global_batch_size,
             sequence_length=config.train.sequence_length,
-            record=data,
+            record=record,
             reads_back=True,
             say=lambda line: None,
         )

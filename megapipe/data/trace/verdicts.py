@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
@@ -58,8 +58,14 @@ def verdict_lines(checked: Sequence[Checked]) -> list[str]:
 
 
 def cause(differs: Checked, replay: Replay, describer: Describer) -> str:
-    """Why a step, the first that differs, may do so: files that it read and that were written
-    since; where there are none, all that it read."""
+    """Why a step, the first that differs, may do so: files that are gone, or that it read and that
+    were written since; where there are none, all that it read."""
+    gone = list(_gone(replay, describer, differs.step))
+    if gone:
+        return (
+            f"Step {differs.step} is the first that differs. {_some(gone)} had not left by then, "
+            "and can't be read any more: put a copy back."
+        )
     trained_at = replay.kept_at(differs.step)
     paths = [describer.path(*file) for file in sorted(differs.files)]
     written = [path for path in paths if _written(path) > trained_at]
@@ -73,6 +79,17 @@ def cause(differs: Checked, replay: Replay, describer: Describer) -> str:
         f"Step {differs.step} is the first that differs. It read {_some(paths)}: compare them with "
         "a copy, since one of them may have other content than it had."
     )
+
+
+def _gone(replay: Replay, describer: Describer, step: int) -> Iterator[str]:
+    """Files that a step may have read and that are not on the disk."""
+    for source in replay.feed.sources:
+        for cohort in source.cohorts:
+            yield from (
+                describer.path(source.name, file.key)
+                for file in cohort.files
+                if file.rows is None and source.leaves.get(file.key, step) >= step
+            )
 
 
 def _written(path: str) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megapipe.data.order.record import RECORD
 from megapipe.data.positions import positions_in
 from megapipe.data.trace.replay import Replay
 from megapipe.data.trace.rows import Describer
@@ -90,9 +91,9 @@ def test_a_change_that_shows_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"25:bbbb", b"25:bxbb"))
     with pytest.raises(DataError, match=f"{path} changed: restore what was there"):
         open_replay(run)
-    for position in positions_in(run.directory / "data").values():
+    for position in positions_in(run.directory / RECORD).values():
         position.unlink()
-    with pytest.raises(DataError, match=r"run/data has no position in the data"):
+    with pytest.raises(DataError, match=r"run/data-record has no position in the data"):
         open_replay(run)
 
 
