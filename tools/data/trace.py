@@ -13,7 +13,7 @@ from megapipe.data.trace.replay import Replay
 from megapipe.data.trace.rows import Describer, RowUse, SampleUse
 from megapipe.data.trace.search import Wanted
 from megapipe.data.trace.trained import read_trained
-from megapipe.data.trace.verdicts import Checked, Verdict, cause, check, verdict_lines
+from megapipe.data.trace.verdicts import Checked, RowVerdict, cause, check, verdict_lines
 from megapipe.errors import DataError, UsageError
 from megapipe.files import reason, shown
 from megapipe.models.families import FAMILIES
@@ -125,8 +125,8 @@ def _say_verdicts(checked: list[Checked], first: int, replay: Replay, describer:
     asked = [one for one in checked if one.step >= first]
     for line in verdict_lines(asked):
         print(line)
-    differs = next((one for one in checked if one.verdict is Verdict.DIFFERS), None)
-    wrong = [one for one in asked if one.verdict is not Verdict.EQUAL]
+    differs = next((one for one in checked if one.verdict is RowVerdict.DIFFERS), None)
+    wrong = [one for one in asked if one.verdict is not RowVerdict.EQUAL]
     if differs is not None and wrong:
         print(cause(differs, replay, describer))
     return 1 if wrong else 0
@@ -162,7 +162,7 @@ def _table(checked: Checked, samples: Sequence[SampleUse], *, rows: bool) -> dic
         "step": checked.step,
         "hash": checked.hash,
         "trained": checked.trained,
-        "equal": checked.verdict is Verdict.EQUAL,
+        "equal": checked.verdict is RowVerdict.EQUAL,
     }
     return content | ({"samples": [sample.table() for sample in samples]} if rows else {})
 

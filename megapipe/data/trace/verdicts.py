@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
 
-from megapipe.data.trace.replay import Replay, Step
+from megapipe.data.trace.replay import Replay, ReplayedStep
 from megapipe.data.trace.rows import Describer, files_of
 from megapipe.files import shown
 
@@ -15,7 +15,7 @@ NAMED = 5
 """Files that a message names."""
 
 
-class Verdict(Enum):
+class RowVerdict(Enum):
     """Of a step."""
 
     EQUAL = "equal to what was trained"
@@ -33,13 +33,13 @@ class Checked:
     files: frozenset[tuple[str, str]]
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> RowVerdict:
         if self.trained is None:
-            return Verdict.MISSING
-        return Verdict.EQUAL if self.hash == self.trained else Verdict.DIFFERS
+            return RowVerdict.MISSING
+        return RowVerdict.EQUAL if self.hash == self.trained else RowVerdict.DIFFERS
 
 
-def check(step: Step, trained: Mapping[int, str]) -> Checked:
+def check(step: ReplayedStep, trained: Mapping[int, str]) -> Checked:
     """Compare a step with the hashes of those that were trained."""
     files = frozenset(files_of(step))
     return Checked(step.number, f"{step.batch.hash:016x}", trained.get(step.number), files)
@@ -51,7 +51,7 @@ def verdict_lines(checked: Sequence[Checked]) -> list[str]:
     for verdict, group in groupby(checked, key=lambda one: one.verdict):
         steps = list(group)
         line = f"{_range(steps[0].step, steps[-1].step)}: {verdict.value}"
-        if verdict is Verdict.DIFFERS:
+        if verdict is RowVerdict.DIFFERS:
             line += f" (hash {steps[0].hash}, trained {steps[0].trained})"
         lines.append(line)
     return lines
@@ -63,7 +63,7 @@ def cause(differs: Checked, replay: Replay, describer: Describer) -> str:
     gone = list(_gone(replay, describer, differs.step))
     if gone:
         return (
-            f"Step {differs.step} is the first that differs. {_some(gone)} had not left by then, "
+            f"ReplayedStep {differs.step} is the first that differs. {_some(gone)} had not left by then, "
             "and can't be read any more: put a copy back."
         )
     trained_at = replay.kept_at(differs.step)
@@ -72,11 +72,11 @@ def cause(differs: Checked, replay: Replay, describer: Describer) -> str:
     if written:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(_written(written[0])))
         return (
-            f"Step {differs.step} is the first that differs. Of the files that it read, "
+            f"ReplayedStep {differs.step} is the first that differs. Of the files that it read, "
             f"{_some(written)} changed after it was trained ({when}). Restore what was there."
         )
     return (
-        f"Step {differs.step} is the first that differs. It read {_some(paths)}: compare them with "
+        f"ReplayedStep {differs.step} is the first that differs. It read {_some(paths)}: compare them with "
         "a copy, since one of them may have other content than it had."
     )
 
