@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
 
-from megapipe.data.trace.replay import ReadStep, Replay
+from megapipe.data.trace.replay import Replay, ReplayedStep
 from megapipe.data.trace.rows import Describer, files_of
 from megapipe.files import shown
 
@@ -39,7 +39,7 @@ class Checked:
         return Agreement.EQUAL if self.hash == self.trained else Agreement.DIFFERS
 
 
-def check(step: ReadStep, trained: Mapping[int, str]) -> Checked:
+def check(step: ReplayedStep, trained: Mapping[int, str]) -> Checked:
     """Compare a step with the hashes of those that were trained."""
     files = frozenset(files_of(step))
     return Checked(step.number, f"{step.batch.hash:016x}", trained.get(step.number), files)

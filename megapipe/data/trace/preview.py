@@ -13,14 +13,14 @@ from megapipe.data.order.record import RECORD
 from megapipe.data.packing import Tokens
 from megapipe.data.positions import positions_in, read_position
 from megapipe.data.tokenizer import Tokenizer
-from megapipe.data.trace.replay import Bar, ReadStep
+from megapipe.data.trace.replay import Bar, ReplayedStep
 
 
 @dataclass(frozen=True)
 class Preview:
     """A step that was read, and whether the run has a position behind it already."""
 
-    step: ReadStep
+    step: ReplayedStep
     feed: BatchFeed
     past: bool
 
@@ -51,7 +51,7 @@ def read_ahead(config: Config, tokenizer: Tokenizer, number: int, bar: Bar) -> P
         batch = next(feed)
     feed.close()
     past = any(at >= number for at in positions)
-    return Preview(ReadStep(number, batch.samples[0], batch), feed, past)
+    return Preview(ReplayedStep(number, batch.samples[0], batch), feed, past)
 
 
 def token_texts(tokenizer: Tokenizer, tokens: Tokens) -> Iterator[str]:

@@ -25,7 +25,7 @@ READ_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
-class ReadStep:
+class ReplayedStep:
     """A step of the run, numbered as in metrics.jsonl, and what it read. Its first sample is number
     `first` of the run, also where only one stream is read."""
 
@@ -100,7 +100,7 @@ class Replay:
             )
         return found[-1]
 
-    def read(self, first: int, last: int, bar: Bar) -> Iterator[ReadStep]:
+    def read(self, first: int, last: int, bar: Bar) -> Iterator[ReplayedStep]:
         """The steps up to `last`, from the position before `first` on."""
         begin = self.before(first)
         with bar(f"Reading on from step {begin}", last - begin) as advance:
@@ -110,14 +110,14 @@ class Replay:
                 if step.number >= last:
                     return
 
-    def read_on(self, begin: int, stream: int | None = None) -> Generator[ReadStep, None, None]:
+    def read_on(self, begin: int, stream: int | None = None) -> Generator[ReplayedStep, None, None]:
         """All steps behind that of a position; if there is a `stream`, only its samples."""
         state = self.position(begin)
         size = self._batch_size(begin)
         self.feed.replay(state, self.exclusions, size, stream)
         try:
             for number, batch in enumerate(self.feed):
-                yield ReadStep(begin + 1 + number, state["sample"] + number * size, batch)
+                yield ReplayedStep(begin + 1 + number, state["sample"] + number * size, batch)
         finally:
             self.feed.close()
 

@@ -19,7 +19,7 @@ from megapipe.data.order.source_order import SourceOrder
 from megapipe.data.packing import Stretch
 from megapipe.data.rows import BadRowError
 from megapipe.data.splitters import Raw, Unreadable
-from megapipe.data.trace.replay import ReadStep, Replay
+from megapipe.data.trace.replay import Replay, ReplayedStep
 from megapipe.data.trace.rows import Describer, RowUse
 from megapipe.data.trace.search import FoundRow, raw_of
 from megapipe.data.trace.trained import Trained
@@ -214,7 +214,7 @@ class Uses:
                 if step.number >= self._last or (step.number >= end and not unfinished):
                     return
 
-    def _use(self, step: ReadStep, place: int, stretch: Stretch) -> Occurrence:
+    def _use(self, step: ReplayedStep, place: int, stretch: Stretch) -> Occurrence:
         batch = step.batch
         number = batch.samples[place]
         described = self._describer.row(stretch, batch.tokens[place])
@@ -236,7 +236,7 @@ class Uses:
         return f"passed over between steps {begin + 1:,} and {end:,}"
 
 
-def _stretches(step: ReadStep) -> Iterator[tuple[int, Stretch]]:
+def _stretches(step: ReplayedStep) -> Iterator[tuple[int, Stretch]]:
     for place, stretches in enumerate(step.batch.stretches):
         yield from ((place, stretch) for stretch in stretches)
 
