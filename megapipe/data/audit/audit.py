@@ -72,7 +72,7 @@ class Audit:
     tokenizer: Tokenizer
     exclusions: Exclusions | None
     sources: list[Audited]
-    budget: RunUse
+    run_use: RunUse
 
 
 class Task(NamedTuple):
@@ -130,7 +130,7 @@ def audit(
         _audited(config, one, tally, [found[tag] for tag in one.reading.tags], of_files)
         for number, (one, tally, of_files) in enumerate(zip(opened, tallies, tokens, strict=True))
     ]
-    return Audit(config, tokenizer, exclusions, sources, _budget(config, sources))
+    return Audit(config, tokenizer, exclusions, sources, _run_use(config, sources))
 
 
 def keep_records(audited: Audit, directory: Path) -> None:
@@ -233,7 +233,7 @@ def _audited(
     )
 
 
-def _budget(config: Config, sources: Sequence[Audited]) -> RunUse:
+def _run_use(config: Config, sources: Sequence[Audited]) -> RunUse:
     train = config.train
     per_step = train.global_batch_size * train.sequence_length
     supplies = {one.source.name: _supply(one) for one in sources if one.trained}

@@ -7,7 +7,7 @@ from typing import Any
 
 from megapipe.amounts import counted, scaled
 from megapipe.config import Config
-from megapipe.data.audit.findings import AUDIT_FILE, audit_settings
+from megapipe.data.audit.findings import AUDIT_FILE, audit_settings, row_bytes_of
 from megapipe.data.exclusions import Exclusions
 from megapipe.data.order.keys import ORDER_VERSION
 from megapipe.data.order.record import reading_of
@@ -77,6 +77,8 @@ def _changed_sources(audited: Mapping[str, Any], sources: Sequence[Source]) -> I
             yield f'"{source.name}" is new'
         elif one["reading"] != reading_of(source.config):
             yield f'"{source.name}" is read in another way'
+        elif one["row_bytes"] != row_bytes_of(source):
+            yield f'large files of "{source.name}" are cut in another way (data.streams)'
         else:
             yield from _changed_files(source, one["each_file"])
 

@@ -10,6 +10,7 @@ from megapipe.data.audit.tally import Side
 from megapipe.data.formats import DAMAGED
 from megapipe.data.order.keys import ORDER_VERSION
 from megapipe.data.order.record import reading_of
+from megapipe.data.sources import Source
 from megapipe.files import shown
 
 AUDIT_FILE = "data-audit.json"
@@ -58,6 +59,11 @@ def audit_settings(
     }
 
 
+def row_bytes_of(source: Source) -> int:
+    """The size of its documents where files are cut into them, which depends on data.streams."""
+    return max((file.row_bytes for cohort in source.cohorts for file in cohort.files), default=0)
+
+
 def _source(found: Audit, one: Audited) -> dict[str, Any]:
     source = one.source
     files = [file for cohort in source.cohorts for file in cohort.files]
@@ -66,6 +72,7 @@ def _source(found: Audit, one: Audited) -> dict[str, Any]:
         "path": source.config.path,
         "trained": one.trained,
         "reading": reading_of(source.config),
+        "row_bytes": row_bytes_of(source),
         "files": len(files),
         "bytes": sum(file.size for file in files),
         "units": one.units,
@@ -111,9 +118,9 @@ def _side(side: Side) -> dict[str, Any]:
 
 
 def _use(found: Audit, name: str) -> dict[str, Any]:
-    use = found.budget.uses[name]
+    use = found.run_use.uses[name]
     return {
-        "share": found.budget.share(name),
+        "share": found.run_use.share(name),
         "tokens_in_run": round(use.tokens),
         "epochs": use.epochs,
         "ends_after_step": use.ends_after,
@@ -126,11 +133,12 @@ def _use(found: Audit, name: str) -> dict[str, Any]:
 def problems(found: Audit) -> Iterator[str]:
     """A line for each thing that would stop the run."""
     config = found.config
+    validates = config.train.validation_every > 0
     for one in found.sources:
         yield from one.refused
-        if not one.training.documents:
+        if not one.training.documents and (one.trained or validates):
             yield f"{_name(one)} has no usable row{_why(one)}: name other files, or take it out."
-        elif one.set_aside is not None and not one.set_aside.documents:
+        elif validates and one.set_aside is not None and not one.set_aside.documents:
             yield (
                 f"data.validation_fraction = {config.data.validation_fraction} sets no document of "
                 f"{_name(one)} aside; raise it, or name data.validation_sources."
@@ -139,10 +147,11 @@ def problems(found: Audit) -> Iterator[str]:
     if bad > config.data.max_bad_rows:
         yield (
             f"{counted(bad, 'bad row')} of the sources are more than data.max_bad_rows = "
-            f"{config.data.max_bad_rows} allows. Repair their files, or raise data.max_bad_rows."
+            f"{config.data.max_bad_rows} allows: a run that meets them stops. Repair the files, or "
+            "raise data.max_bad_rows."
         )
-    if found.budget.stops is not None:
-        step, name = found.budget.stops
+    if found.run_use.stops is not None:
+        step, name = found.run_use.stops
         if step < config.train.steps:
             yield (
                 f'"{name}" has been read data.sources.max_epochs times behind step {step:,} of '
@@ -223,10 +232,10 @@ def _text_warnings(one: Audited) -> Iterator[str]:
 
 
 def _use_warnings(found: Audit, one: Audited) -> Iterator[str]:
-    use = found.budget.uses[one.source.name]
+    use = found.run_use.uses[one.source.name]
     if use.ran_dry:
         yield f"a phase asks for {_name(one)} while none of its files has text."
-    if use.ends_after is not None and found.budget.stops is None:
+    if use.ends_after is not None and found.run_use.stops is None:
         yield (
             f"{_name(one)} ends behind step {use.ends_after:,} (max_epochs = "
             f"{one.source.config.max_epochs}); the other sources take its share from there on."

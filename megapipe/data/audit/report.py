@@ -52,7 +52,7 @@ def _text_table(found: Audit) -> Table:
         use = ["validation", ""]
         if one.trained:
             name = one.source.name
-            use = [f"{found.budget.share(name):.1%}", f"{found.budget.uses[name].epochs:.3g}"]
+            use = [f"{found.run_use.share(name):.1%}", f"{found.run_use.uses[name].epochs:.3g}"]
         table.add_row(
             Text(one.source.name),
             f"{len(files):,}",

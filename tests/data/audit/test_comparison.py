@@ -72,6 +72,17 @@ def test_other_settings_and_sources(found: Audit, tmp_path: Path) -> None:
     assert "data.validation_fraction has changed; train.seed has changed" in said
 
 
+def test_large_files_that_are_cut_in_another_way(tmp_path: Path) -> None:
+    write(tmp_path / "a.txt", b"words and words\n" * 9000)
+    found = audited(tmp_path, data_config(source(tmp_path / "a.txt", "web"), streams=2))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / AUDIT_FILE).write_text(json.dumps(content_of(found)), encoding="utf-8")
+    assert "Warning" not in line(found)
+    data = found.config.data.model_copy(update={"streams": 4})
+    config = found.config.model_copy(update={"data": data})
+    assert 'large files of "web" are cut in another way' in line(replace(found, config=config))
+
+
 def test_an_audit_that_is_no_audit(found: Audit, tmp_path: Path) -> None:
     kept = tmp_path / "run" / AUDIT_FILE
     for content in ("{", "[]", '{"sources": 3}'):

@@ -103,8 +103,10 @@ def test_a_wrong_field_is_named(tmp_path: Path) -> None:
 def test_a_validation_fraction_that_sets_nothing_aside(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", b"one document")
     assert "data.validation_fraction = 0.001 sets no document" in said(
-        tmp_path, path, validation_fraction=0.001
+        tmp_path, path, validation_fraction=0.001, train={"validation_every": 5}
     )
+    (tmp_path / "scratch").rename(tmp_path / "before")
+    assert said(tmp_path, path, validation_fraction=0.001).endswith("--"), "nothing is validated"
 
 
 def test_tables_and_json_have_the_same_figures(tmp_path: Path) -> None:
