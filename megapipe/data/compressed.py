@@ -61,7 +61,8 @@ class Decompressed(io.RawIOBase):
     """All members or frames of a file, one after the other.
 
     Reading ends without an error at damage, behind the last byte that can be had; `damage` then
-    says where and why. Raises DataError where a frame's window is too long or does not fit.
+    says where and why. `produced` counts the bytes that were had. Raises DataError where a frame's
+    window is too long or does not fit.
 
     It begins with the frame at byte `start` of the file. Where a frame begins at byte `stop` or
     behind it, `boundary` is how many decompressed bytes come before that frame. It is known once
@@ -74,8 +75,8 @@ class Decompressed(io.RawIOBase):
         super().__init__()
         self.damage: Damage | None = None
         self.boundary: int | None = None
+        self.produced = 0
         self._stop = stop
-        self._produced = 0
         file.seek(start)
         self._file = file
         self._codec = codec
@@ -112,7 +113,7 @@ class Decompressed(io.RawIOBase):
                 return b""
             data, self._member, self._member_has_text = begins, self._position, False
             if self.boundary is None and self._stop is not None and self._member >= self._stop:
-                self.boundary = self._produced
+                self.boundary = self.produced
             self._decoder = self._codec.decoder()
         try:
             output: bytes = self._decoder.decompress(data)
@@ -121,7 +122,7 @@ class Decompressed(io.RawIOBase):
                 raise DataError(self._too_large(str(error))) from error
             return self._salvage(data)
         self._member_has_text |= bool(output)
-        self._produced += len(output)
+        self.produced += len(output)
         if self._decoder.eof:
             self._input, self._decoder = self._decoder.unused_data, None
         self._position += len(data) - len(self._input)

@@ -43,7 +43,7 @@ from megapipe.errors import DataError
 MASK = (1 << 64) - 1
 
 
-class Reading(NamedTuple):
+class FileReading(NamedTuple):
     """Time spent on reading a file of a source for one batch."""
 
     seconds: float
@@ -68,7 +68,7 @@ class Batch:
     sources: Tokens
     stretches: list[list[Stretch]]
     after: dict[int, State]
-    slowest: Reading
+    slowest: FileReading
 
     @property
     def text_bytes(self) -> Counter[str]:
@@ -398,11 +398,11 @@ class BatchFeed:
             self._slowest(),
         )
 
-    def _slowest(self) -> Reading:
+    def _slowest(self) -> FileReading:
         """The file on which most time was spent since the batch before."""
         spent = [(*order.take_seconds(), order.source.name) for order in self.orders]
         seconds, key, name = max(spent)
-        return Reading(seconds, name, key)
+        return FileReading(seconds, name, key)
 
     def _sources_of(self, sequence: Packed) -> Tokens:
         """The number of each target's source."""

@@ -160,19 +160,30 @@ class TextFile:
             yield Raw(value, address)
         damage = unpacked.damage
         if damage and (damage.offset < unit.end or unit.end == size):
-            yield Raw(_damaged(damage, cut), end)
+            passed = self._passed_behind(file, unit.end, size) if unit.end < size else 0
+            yield Raw(_damaged(damage, cut, passed), end)
         elif none and unit.start == 0 and unit.end == size:
             yield Raw(NoRows(), 0)
+
+    def _passed_behind(self, file: Any, start: int, size: int) -> int:
+        """Bytes of text that the unit which begins at `start` leaves to the one before it."""
+        unpacked = Decompressed(file, codec(self.path.suffix), start, size)
+        stream: Any = io.BufferedReader(unpacked, 1 << 17)
+        with stream:
+            first = next(self.split(stream, Extent(False, lambda: None)), None)
+        return unpacked.produced if first is None else first.address
 
     def _unreadable(self, error: OSError) -> DataError:
         return DataError(f"{self.name}: can't be read: {error.strerror or error}.")
 
 
-def _damaged(damage: Damage, cut: int) -> Unreadable:
+def _damaged(damage: Damage, cut: int, passed: int) -> Unreadable:
     detail = str(damage)
     if cut:
         detail += f"; a cut character before it ({counted(cut, 'byte')}) is dropped"
-    return Unreadable(DAMAGED, detail, text_bytes=cut, file_bytes=damage.lost)
+    if passed:
+        detail += f"; the rest of a row behind it ({counted(passed, 'byte')}) is dropped"
+    return Unreadable(DAMAGED, detail, text_bytes=cut + passed, file_bytes=damage.lost)
 
 
 def _without_cut_character(raw: object) -> tuple[object, int]:

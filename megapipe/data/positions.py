@@ -1,4 +1,4 @@
-"""Where the data stood at each checkpoint of a run: RUN/data/positions/step-00000100.json.zst.
+"""Where the data stood at each checkpoint of a run: data-record/positions/step-00000100.json.zst.
 
 Checkpoints hold the same and are removed in time; these stay, so that any step can be read again
 from the nearest one before it.

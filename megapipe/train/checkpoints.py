@@ -19,6 +19,7 @@ from megapipe.config.optimizer import read_optimizer
 from megapipe.config.problems import show
 from megapipe.conversion.optimizer_source import CheckpointOptimizer, OptimizerSource
 from megapipe.conversion.origin import saved_origin
+from megapipe.data.order.record import RECORD
 from megapipe.data.positions import begin_positions, write_position
 from megapipe.data_parallel.optimizer import WEIGHTS
 from megapipe.errors import CheckpointError
@@ -58,7 +59,7 @@ class Checkpoints:
         checkpoint, by name."""
         self.engine, self.config = engine, engine.config
         self.root = Path(self.config.train.run_dir) / "checkpoints"
-        self._data = self.root.parent / "data"
+        self._record = self.root.parent / RECORD
         self._resume = resume
         self._files = files
         self._say = say
@@ -97,13 +98,15 @@ class Checkpoints:
     def begin(self, progress: Progress, data_state: dict[str, Any]) -> None:
         """Keep where the data stands as the run goes on behind `progress`, and remove what an
         earlier start has kept of later steps; collective. Raises CheckpointError."""
-        begin = checkpoint_errors()(lambda: begin_positions(self._data, progress.step, data_state))
+        begin = checkpoint_errors()(
+            lambda: begin_positions(self._record, progress.step, data_state)
+        )
         self._ranks.from_first(begin, KEEP_POSITION)
 
     def save(self, progress: Progress, data_state: dict[str, Any]) -> Path:
         """Write a checkpoint and remove the ones beyond checkpoint.keep; collective. The position
         in the data is written too, in a file that stays."""
-        write = checkpoint_errors()(lambda: write_position(self._data, progress.step, data_state))
+        write = checkpoint_errors()(lambda: write_position(self._record, progress.step, data_state))
         self._ranks.from_first(lambda: str(write()), KEEP_POSITION)
         parallel = self.config.parallel
         path = save_checkpoint(

@@ -4,7 +4,8 @@
     metrics.jsonl            one line for each step
     metrics-replaced.jsonl   lines of steps that a later start took again
     checkpoints/             step-00000100/, ...
-    data-record/             what was found of the files of each source
+    data-record/             what was found of the files of each source, hashes of excluded rows,
+                             and where the data stood at each checkpoint (positions/)
     run.lock                 held by the run that writes here
     schedule.csv             the program of schedule auto, and why in schedule.txt
 

@@ -20,6 +20,7 @@ from megapipe.data.splitters import (
     split_text_lines,
 )
 from megapipe.data.units import Unit
+from tests.data.test_compressed import available
 from tests.data.test_splitters import texts
 
 SKIPPABLE = struct.pack("<II", 0x184D2A53, 4) + b"abcd"
@@ -201,6 +202,31 @@ def test_a_damaged_frame_loses_no_other(
     else:
         assert now[:hit] == before[:hit]
         assert len(now) <= hit + 2, "behind it nobody knows where a frame begins"
+
+
+@pytest.mark.parametrize("name", ["lines", "text lines"])
+def test_all_text_that_can_be_had_is_given_or_counted(tmp_path: Path, name: str) -> None:
+    """Also the rest of a row whose beginning is lost."""
+    text = b"".join(LINES)
+    parts = cut(text, [len(text) * n // FRAMES for n in range(1, FRAMES)])[:FRAMES]
+    stored = [frame(part, kind=1) for part in parts]
+    for number, place in ((2, 600), (4, 20)):
+        content = stored[number]
+        stored[number] = content[:place] + b"\xff" * 40 + content[place + 40 :]
+    file = TextFile(tmp_path / "a.txt.zst", SPLITTERS[name], "line")
+    file.path.write_bytes(b"".join(stored))
+    units_now = list(file.units())
+    rows = [row for rows in by_units(file) for row in rows]
+    there = 0
+    with file.path.open("rb") as opened:
+        for unit in units_now:
+            content = opened.read(unit.end - unit.start)
+            there += len(available(".zst", content)[0])
+    given = sum(len(row) for row in rows if isinstance(row, bytes))
+    damage = [row for row in rows if isinstance(row, Unreadable)]
+    assert len(damage) == 2
+    assert any("the rest of a row behind it" in row.detail for row in damage)
+    assert given + sum(row.text_bytes for row in damage) == there
 
 
 def test_damage_between_frames_loses_the_frames_behind_it(tmp_path: Path) -> None:

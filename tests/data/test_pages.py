@@ -86,3 +86,55 @@ def test_which_rows(capsys: pytest.CaptureFixture[str]) -> None:
     assert "steps 1-4: equal to what was trained" in said
     step = json.loads(Path("step-3.json").read_text(encoding="utf-8"))["steps"][0]
     assert (step["step"], step["equal"], len(step["samples"])) == (3, True, 8)
+
+
+@pytest.mark.usefixtures("here")
+def test_deleting_data(capsys: pytest.CaptureFixture[str]) -> None:
+    before, after, proof, gone = blocks("deleting-data.md", "sh")
+    _, exclude, change = blocks("deleting-data.md", "toml")
+    (ids,) = blocks("deleting-data.md", "json")
+    run_commands(before)
+    (row,) = json.loads(Path("before.json").read_text(encoding="utf-8"))["rows"]
+    assert {use["step"] for one in row["passes"] for use in one["uses"]} == {3, 4}
+    write(Path("deleted/0.jsonl"), ids.encode())
+    append(exclude)
+    run_commands(after, "--train.steps=8")
+    steps = json.loads(Path("after.json").read_text(encoding="utf-8"))["steps"]
+    rows = [row for step in steps for sample in step["samples"] for row in sample["rows"]]
+    left = [row for row in rows if row["id"] in ("doc-2", "doc-39")]
+    assert [(row["id"], row["part"]) for row in left] == [("doc-39", "cut short")]
+    assert left[0]["end"] - left[0]["start"] == 1
+    assert "excluded from step 5 on" in capsys.readouterr().out
+    run_commands(proof)
+    assert "steps 1-8: equal to what was trained" in capsys.readouterr().out
+    old = Path("data/web/0.jsonl")
+    lines = old.read_bytes().splitlines(keepends=True)
+    write(Path("data/cleaned/0.jsonl"), b"".join(line for line in lines if b"doc-2" not in line))
+    append(change)
+    run_commands(gone, "--train.steps=10")
+    run_commands(proof)
+    old.unlink()
+    assert main(["data", "trace", "runs/mine", "--steps", "9-10", "--verify-only"]) == 0
+    capsys.readouterr()
+    assert main(["data", "trace", "runs/mine", "--steps", "1-2", "--verify-only"]) == 1
+    assert f"{old} had not left by then, and can't be read" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("here")
+def test_changing_the_mix(capsys: pytest.CaptureFixture[str]) -> None:
+    (commands,) = blocks("changing-the-mix.md", "sh")
+    weights, files = blocks("changing-the-mix.md", "text")
+    config = Path("mine.toml").read_text(encoding="utf-8")
+    Path("other.toml").write_text(config.replace("weight = 3", "weight = 1"), encoding="utf-8")
+    assert main(["train", "other.toml"]) == 1
+    assert weights in capsys.readouterr().err
+    shutil.copy("data/web/1.jsonl", "data/web/2.jsonl")
+    assert main(["train", "mine.toml"]) == 1
+    assert files.split("\n", 1)[1] in capsys.readouterr().err
+    Path("data/web/2.jsonl").unlink()
+    append("".join(blocks("changing-the-mix.md", "toml")))
+    shutil.copytree("data/books", "data/new")
+    run_commands(commands, "--train.steps=8")
+    said = capsys.readouterr().out
+    assert "steps 7-8: equal to what was trained" in said
+    assert said.count("step 7: 8 samples") == 1

@@ -12,6 +12,7 @@ from megapipe import __version__
 from megapipe.checkpoint.load import CheckpointReader
 from megapipe.checkpoint.steps import committed
 from megapipe.config import Config, dump_config, load_config
+from megapipe.data.order.record import RECORD
 from megapipe.data.positions import positions_in
 from megapipe.distributed.mesh import Mesh, build_mesh
 from megapipe.errors import CheckpointError
@@ -77,9 +78,9 @@ def test_a_position_that_can_not_be_kept_is_an_error_of_the_save(tmp_path: Path)
     checkpoints = Checkpoints(engine, "auto", {}, print)
     checkpoints.save(Progress(5), {"at": 5})
     checkpoints.begin(Progress(3), {"at": 3})
-    assert list(positions_in(tmp_path / "run" / "data")) == [3]
-    (tmp_path / "run" / "data").rename(tmp_path / "moved")
-    (tmp_path / "run" / "data").write_text("in the way")
+    assert list(positions_in(tmp_path / "run" / RECORD)) == [3]
+    (tmp_path / "run" / RECORD).rename(tmp_path / "moved")
+    (tmp_path / "run" / RECORD).write_text("in the way")
     for action in (checkpoints.save, checkpoints.begin):
         with pytest.raises(CheckpointError, match="cannot keep the position in the data: "):
             action(Progress(6), {})

@@ -1,7 +1,6 @@
 """`megapipe data audit CONFIG.toml`: what a run's data holds, counted and not estimated."""
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from rich.console import Console
 
 from megapipe.checkpoint.steps import committed
 from megapipe.config.save import write_text
+from megapipe.data.audit.workers import usable_cores
 from megapipe.errors import UsageError
 from megapipe.scratch import scratch_directory
 from megapipe.tools.arguments import Parser, check_output, json_argument, path_argument, read_config
@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--json", type=json_argument, metavar="FILE", help="also write it there")
     options, overrides = parser.parse(argv)
-    workers = _cores() if options.workers is None else options.workers
+    workers = usable_cores() if options.workers is None else options.workers
     if workers < 1:
         raise UsageError(f"--workers {workers} must be 1 or more.")
     config = read_config(options.config, overrides)
@@ -75,8 +75,3 @@ def run(argv: Sequence[str]) -> int:
     Console(highlight=False, soft_wrap=True, width=width).print(*audit_tables(found), sep="\n")
     print(f"Kept in {run_dir / AUDIT_FILE}")
     return 1 if content["problems"] else 0
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

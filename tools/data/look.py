@@ -8,10 +8,10 @@ from megapipe.config import Config
 from megapipe.data.packing import Stretch, Tokens
 from megapipe.data.tokenizer import check_vocabulary, load_tokenizer
 from megapipe.data.trace.preview import Preview, document_ranges, read_ahead, token_texts
+from megapipe.data.trace.report import row_line
 from megapipe.data.trace.rows import Describer
 from megapipe.errors import UsageError
 from megapipe.tools.arguments import Parser, path_argument, read_config
-from megapipe.tools.data.trace import row_line
 from megapipe.tools.progress import count_bar
 
 _DESCRIPTION = """\
@@ -51,12 +51,12 @@ def run(argv: Sequence[str]) -> int:
     samples = len(preview.step.batch.samples)
     print(f"step {options.step}: {counted(samples, 'sample')}")
     for place in range(min(options.samples, samples)):
-        for line in sample_lines(preview, config, place, options.tokens):
+        for line in preview_lines(preview, config, place, options.tokens):
             print(line)
     return 0
 
 
-def sample_lines(preview: Preview, config: Config, place: int, most: int) -> Iterator[str]:
+def preview_lines(preview: Preview, config: Config, place: int, most: int) -> Iterator[str]:
     """A sample: its documents, and its rows with at most `most` tokens."""
     batch, feed = preview.step.batch, preview.feed
     tokens, describer = batch.tokens[place], Describer(feed.sources)
@@ -78,8 +78,9 @@ def documents_line(documents: Tokens, *, masked: bool) -> str:
     """Where documents begin, and whether attention knows that."""
     ranges = document_ranges(documents)
     shown = ", ".join(f"{first}-{last}" for first, last in ranges)
-    crosses = "does not cross their borders" if masked else "crosses their borders"
-    return f"{counted(len(ranges), 'document')} (inputs {shown}); attention {crosses}"
+    crosses = "does not cross" if masked else "crosses"
+    attention = f"; attention {crosses} their borders" if len(ranges) > 1 else ""
+    return f"{counted(len(ranges), 'document')} (inputs {shown}){attention}"
 
 
 def _text_lines(preview: Preview, stretch: Stretch, tokens: Tokens, most: int) -> Iterator[str]:

@@ -1,25 +1,17 @@
 """`megapipe data trace RUN`: which rows a step read, and every use of a row."""
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from megapipe.config import Config, parse_config
-from megapipe.config.save import write_text
-from megapipe.data.trace.replay import Replay
-from megapipe.data.trace.rows import Describer, RowUse, SampleUse
+from megapipe.data.trace.replay import Replay, run_config
 from megapipe.data.trace.search import Wanted
-from megapipe.data.trace.trained import read_trained
-from megapipe.data.trace.verdicts import Checked, Verdict, cause, check, verdict_lines
-from megapipe.errors import DataError, UsageError
-from megapipe.files import reason, shown
+from megapipe.errors import UsageError
+from megapipe.files import shown
 from megapipe.models.families import FAMILIES
 from megapipe.tools.arguments import Parser, json_argument, path_argument
+from megapipe.tools.data.steps import trace_steps
 from megapipe.tools.data.uses import trace_rows
-from megapipe.tools.progress import count_bar
 
 _DESCRIPTION = """\
 Say which rows each sample of some steps was made of, and check by the hashes in metrics.jsonl that
@@ -29,8 +21,6 @@ from the nearest position that the run has kept."""
 _USAGE = """\
 megapipe data trace RUN --steps A-B [--text] [--verify-only] [--json FILE]
        megapipe data trace RUN --id X | --row FILE:PLACE [--json FILE]"""
-METRICS = "metrics.jsonl"
-CONFIG = "resolved-config.toml"
 STEPS = re.compile(r"(\d+)(?:-(\d+))?")
 
 
@@ -38,10 +28,10 @@ def run(argv: Sequence[str]) -> int:
     """Print the rows or the uses; 1 where steps are not those that were trained, or no row is
     found."""
     options = _parse(argv)
-    replay = Replay(run_config(options.run), options.run)
+    replay = Replay(run_config(options.run, FAMILIES), options.run)
     if options.steps is None:
-        return trace_rows(replay, options.run / METRICS, options.wanted, options.json)
-    return _trace_steps(replay, options)
+        return trace_rows(replay, options.run, options.wanted, options.json)
+    return trace_steps(replay, options)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -76,95 +66,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("--verify-only prints no rows: leave --text out.")
     options.wanted = Wanted.of(options.id, options.row) if options.steps is None else None
     return options
-
-
-def run_config(run_dir: Path) -> Config:
-    """The config of a run's newest start. Raises DataError where there is none."""
-    path = run_dir / CONFIG
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        why = reason(error) if isinstance(error, OSError) else "it is not text."
-        raise DataError(
-            f"{shown(path)}: can't be read: {why} Name the directory of a run (its train.run_dir)."
-        ) from error
-    return parse_config(text, FAMILIES, str(path))
-
-
-def _trace_steps(replay: Replay, options: argparse.Namespace) -> int:
-    first, last = options.steps
-    begin = replay.before(first)
-    trained = read_trained(options.run / METRICS, begin + 1, last)
-    if last > trained.last:
-        raise DataError(
-            f"--steps {first}-{last}: the run has come to step {trained.last:,}. To see a later "
-            "one, use `megapipe data look`."
-        )
-    describer = Describer(replay.feed.sources, replay.feed.tokenizer if options.text else None)
-    checked: list[Checked] = []
-    tables: list[dict[str, Any]] = []
-    for step in replay.read(first, last, count_bar):
-        checked.append(check(step, trained.hashes))
-        if step.number < first:
-            continue
-        samples = list(describer.samples(step))
-        if not options.verify_only:
-            print(f"step {step.number}")
-            for sample in samples:
-                print("\n".join(sample_lines(sample)))
-        tables.append(_table(checked[-1], samples, rows=not options.verify_only))
-    status = _say_verdicts(checked, first, replay, describer)
-    if options.json is not None:
-        content = {"run": str(options.run), "equal": status == 0, "steps": tables}
-        write_text(json.dumps(content, indent=1) + "\n", options.json)
-    return status
-
-
-def _say_verdicts(checked: list[Checked], first: int, replay: Replay, describer: Describer) -> int:
-    """Print whether the steps from `first` on are those that were trained; 1 where one is not."""
-    asked = [one for one in checked if one.step >= first]
-    for line in verdict_lines(asked):
-        print(line)
-    differs = next((one for one in checked if one.verdict is Verdict.DIFFERS), None)
-    wrong = [one for one in asked if one.verdict is not Verdict.EQUAL]
-    if differs is not None and wrong:
-        print(cause(differs, replay, describer))
-    return 1 if wrong else 0
-
-
-def sample_lines(sample: SampleUse) -> list[str]:
-    """The rows of a sample, a line each, and their texts where they were asked for."""
-    lines = [f"  sample {sample.place} (number {sample.number:,} of the run)"]
-    for row in sample.rows:
-        lines.append(row_line(row))
-        if row.text is not None:
-            lines.append(f"      {json.dumps(row.text, ensure_ascii=False)}")
-    return lines
-
-
-def row_line(row: RowUse) -> str:
-    """What a sample has of a row, in a line."""
-    part = row.part
-    if part in ("middle", "end"):
-        behind = f", character {row.character:,}" if row.character else ""
-        part = f"{part} of it, from token {row.token:,}{behind} on"
-    name = "" if row.id is None else f", id {shown(row.id)}"
-    tokens = f"{row.start}-{row.end - 1}"
-    return (
-        f"    tokens {tokens:<11} {row.source}: {shown(row.file)}, {row.place}{name}, "
-        f"epoch {row.epoch}: {part}"
-    )
-
-
-def _table(checked: Checked, samples: Sequence[SampleUse], *, rows: bool) -> dict[str, Any]:
-    """JSON of a step."""
-    content: dict[str, Any] = {
-        "step": checked.step,
-        "hash": checked.hash,
-        "trained": checked.trained,
-        "equal": checked.verdict is Verdict.EQUAL,
-    }
-    return content | ({"samples": [sample.table() for sample in samples]} if rows else {})
 
 
 def _steps(text: str) -> tuple[int, int]:

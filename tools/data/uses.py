@@ -1,27 +1,27 @@
 """What `megapipe data trace RUN --id X` and `--row` print: every use of a row."""
 
 import json
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megapipe.amounts import counted
 from megapipe.config.save import write_text
+from megapipe.data.audit.workers import usable_cores
 from megapipe.data.trace.replay import Replay
+from megapipe.data.trace.report import pass_lines
 from megapipe.data.trace.rows import Describer
 from megapipe.data.trace.search import FoundRow, Wanted, find_rows, raw_of
-from megapipe.data.trace.trained import read_trained
-from megapipe.data.trace.uses import Pass, Uses
+from megapipe.data.trace.trained import METRICS, read_trained
+from megapipe.data.trace.uses import Uses
 from megapipe.files import shown
 from megapipe.tools.progress import bytes_bar
 
 
-def trace_rows(replay: Replay, metrics: Path, wanted: Wanted, json_file: Path | None) -> int:
+def trace_rows(replay: Replay, run_dir: Path, wanted: Wanted, json_file: Path | None) -> int:
     """Print every use of the rows that are wanted; 1 where there is no such row."""
-    uses = Uses(replay, read_trained(metrics, 1, 0))
-    rows = find_rows(replay.feed.orders, wanted, workers=_cores(), bar=bytes_bar)
+    uses = Uses(replay, read_trained(run_dir / METRICS, 1, 0))
+    rows = find_rows(replay.feed.orders, wanted, workers=usable_cores(), bar=bytes_bar)
     tables = [_say(replay, uses, row) for row in rows]
     for line in _not_searched(replay):
         print(line)
@@ -50,21 +50,11 @@ def _say(replay: Replay, uses: Uses, row: FoundRow) -> dict[str, Any]:
         print(f"  excluded from step {step:,} on")
     passes = []
     for one in uses.of(row):
-        print("\n".join(_lines(one)))
+        print("\n".join(pass_lines(one)))
         passes.append(one)
     used = {use.step for one in passes for use in one.uses}
     print(f"  used in {counted(len(used), 'step')} so far")
     return table | {"excluded_from": excluded, "passes": [one.table() for one in passes]}
-
-
-def _lines(one: Pass) -> Sequence[str]:
-    if not one.uses:
-        return [f"  epoch {one.epoch}: {one.why}"]
-    return [
-        f"  epoch {one.epoch}: step {use.step:,}, sample {use.place} (number {use.number:,} of the "
-        f"run), tokens {use.row.start}-{use.row.end - 1}: {use.row.part}"
-        for use in one.uses
-    ]
 
 
 def _not_searched(replay: Replay) -> Sequence[str]:
@@ -83,8 +73,3 @@ def _not_searched(replay: Replay) -> Sequence[str]:
     if replay.config.data.validation_sources:
         lines.append("data.validation_sources are not searched: they are never trained.")
     return lines
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

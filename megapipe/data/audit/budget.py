@@ -35,7 +35,7 @@ class Supply:
 
 
 @dataclass
-class SourceUse:
+class BudgetUse:
     """What a run takes of a source: tokens, passes, and the step behind which max_epochs ends it.
     `ran_dry`: a phase asks for it while no file of it has text."""
 
@@ -57,7 +57,7 @@ class RunUse:
     """`uses` by the name of the source; `stops`: the step behind which the run stops, and the
     source whose max_epochs is why."""
 
-    uses: dict[str, SourceUse]
+    uses: dict[str, BudgetUse]
     stops: tuple[int, str] | None = None
 
     def share(self, name: str) -> float:
@@ -71,7 +71,7 @@ def plan_budget(
 ) -> RunUse:
     """Goes through the run from change to change. The streams end a source at about the same step,
     so where max_epochs takes effect is known to about a document of each."""
-    budget = RunUse({name: SourceUse() for name in supplies})
+    budget = RunUse({name: BudgetUse() for name in supplies})
     ended: set[str] = set()
     borders = {border for border in _borders(supplies, phases) if border < steps}
     for begin, end in pairwise(sorted({0, steps} | borders)):
@@ -100,7 +100,7 @@ def plan_budget(
     return budget
 
 
-def _lasts(use: SourceUse, supply: Supply, size: int, speed: float) -> float:
+def _lasts(use: BudgetUse, supply: Supply, size: int, speed: float) -> float:
     """Steps until max_epochs ends a source that is read with a speed in tokens per step."""
     if supply.max_epochs is None or not size:
         return math.inf

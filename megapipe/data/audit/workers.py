@@ -26,6 +26,11 @@ PR_SET_PDEATHSIG = 1
 Advance = Callable[[int], None]
 
 
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
 class _Worker(Generic[Task, Result]):
     """What a worker process was begun with. There is one for each process."""
 

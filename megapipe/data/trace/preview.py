@@ -9,17 +9,18 @@ import numpy as np
 
 from megapipe.config import Config
 from megapipe.data.feed import BatchFeed
+from megapipe.data.order.record import RECORD
 from megapipe.data.packing import Tokens
 from megapipe.data.positions import positions_in, read_position
 from megapipe.data.tokenizer import Tokenizer
-from megapipe.data.trace.replay import Bar, Step
+from megapipe.data.trace.replay import Bar, ReplayedStep
 
 
 @dataclass(frozen=True)
 class Preview:
     """A step that was read, and whether the run has a position behind it already."""
 
-    step: Step
+    step: ReplayedStep
     feed: BatchFeed
     past: bool
 
@@ -27,7 +28,7 @@ class Preview:
 def read_ahead(config: Config, tokenizer: Tokenizer, number: int, bar: Bar) -> Preview:
     """Step `number` as training would read it. Raises DataError where it can't be read, or where
     the run of the config has read other data so far."""
-    record = Path(config.train.run_dir) / "data"
+    record = Path(config.train.run_dir) / RECORD
     feed = BatchFeed(
         config.data,
         seed=config.train.seed,
@@ -50,7 +51,7 @@ def read_ahead(config: Config, tokenizer: Tokenizer, number: int, bar: Bar) -> P
         batch = next(feed)
     feed.close()
     past = any(at >= number for at in positions)
-    return Preview(Step(number, batch.samples[0], batch), feed, past)
+    return Preview(ReplayedStep(number, batch.samples[0], batch), feed, past)
 
 
 def token_texts(tokenizer: Tokenizer, tokens: Tokens) -> Iterator[str]:

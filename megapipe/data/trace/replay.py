@@ -7,23 +7,25 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from megapipe.config import Config
+from megapipe.config import Config, Families, parse_config
 from megapipe.data.feed import Batch, BatchFeed, State, tokenizer_identity
+from megapipe.data.order.record import RECORD
 from megapipe.data.positions import positions_in, read_position
 from megapipe.data.tokenizer import Tokenizer, load_tokenizer
 from megapipe.errors import DataError
-from megapipe.files import shown
+from megapipe.files import reason, shown
 
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Shows work while it goes on: what it is, and how much; gives what is called with what is done."""
 
+CONFIG = "resolved-config.toml"
 NO_LIMIT = 1 << 60
 READ_AT_ONCE = 4
 """Positions that are kept in memory."""
 
 
 @dataclass(frozen=True)
-class Step:
+class ReplayedStep:
     """A step of the run, numbered as in metrics.jsonl, and what it read. Its first sample is number
     `first` of the run, also where only one stream is read."""
 
@@ -41,12 +43,12 @@ class Replay:
 
     def __init__(self, config: Config, run_dir: Path) -> None:
         self.config = config
-        data = run_dir / "data"
-        self._positions = positions_in(data)
+        record = run_dir / RECORD
+        self._positions = positions_in(record)
         if not self._positions:
             raise DataError(
-                f"{shown(data)} has no position in the data, which a run writes there at its start "
-                "and with each checkpoint. Name the directory of a run (its train.run_dir)."
+                f"{shown(record)} has no position in the data, which a run writes there at its "
+                "start and with each checkpoint. Name the directory of a run (its train.run_dir)."
             )
         self._read = lru_cache(READ_AT_ONCE)(read_position)
         newest = self.position(self.newest)
@@ -59,7 +61,7 @@ class Replay:
             replicas=1,
             global_batch_size=config.train.global_batch_size,
             sequence_length=config.train.sequence_length,
-            record=data,
+            record=record,
             reads_back=True,
             say=lambda line: None,
         )
@@ -98,7 +100,7 @@ class Replay:
             )
         return found[-1]
 
-    def read(self, first: int, last: int, bar: Bar) -> Iterator[Step]:
+    def read(self, first: int, last: int, bar: Bar) -> Iterator[ReplayedStep]:
         """The steps up to `last`, from the position before `first` on."""
         begin = self.before(first)
         with bar(f"Reading on from step {begin}", last - begin) as advance:
@@ -108,14 +110,14 @@ class Replay:
                 if step.number >= last:
                     return
 
-    def read_on(self, begin: int, stream: int | None = None) -> Generator[Step, None, None]:
+    def read_on(self, begin: int, stream: int | None = None) -> Generator[ReplayedStep, None, None]:
         """All steps behind that of a position; if there is a `stream`, only its samples."""
         state = self.position(begin)
         size = self._batch_size(begin)
         self.feed.replay(state, self.exclusions, size, stream)
         try:
             for number, batch in enumerate(self.feed):
-                yield Step(begin + 1 + number, state["sample"] + number * size, batch)
+                yield ReplayedStep(begin + 1 + number, state["sample"] + number * size, batch)
         finally:
             self.feed.close()
 
@@ -128,6 +130,19 @@ class Replay:
         one, other = self.position(begin), self.position(later[0])
         samples: int = other["sample"] - one["sample"]
         return samples // (later[0] - begin)
+
+
+def run_config(run_dir: Path, families: Families) -> Config:
+    """The config of a run's newest start. Raises DataError where there is none."""
+    path = run_dir / CONFIG
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        why = reason(error) if isinstance(error, OSError) else "it is not text."
+        raise DataError(
+            f"{shown(path)}: can't be read: {why} Name the directory of a run (its train.run_dir)."
+        ) from error
+    return parse_config(text, families, str(path))
 
 
 def _tokenizer(config: Config, run_dir: Path, state: State) -> Tokenizer:

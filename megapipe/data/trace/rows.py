@@ -10,7 +10,7 @@ from megapipe.data.packing import RowOrigin, Stretch, Tokens
 from megapipe.data.sources import Source
 from megapipe.data.streams import UNKNOWN
 from megapipe.data.tokenizer import Tokenizer
-from megapipe.data.trace.replay import Step
+from megapipe.data.trace.replay import ReplayedStep
 from megapipe.data.units import EqualUnits, Unit, Units
 
 CUT_SHORT = -1
@@ -64,7 +64,7 @@ class Describer:
         }
         self._tokenizer = tokenizer
 
-    def samples(self, step: Step) -> Iterator[SampleUse]:
+    def samples(self, step: ReplayedStep) -> Iterator[SampleUse]:
         """The samples of a step."""
         batch = step.batch
         for number, tokens, stretches in zip(
@@ -125,7 +125,7 @@ def _part(stretch: Stretch) -> str:
     return "end" if stretch.ends else "middle"
 
 
-def files_of(step: Step) -> set[tuple[str, str]]:
+def files_of(step: ReplayedStep) -> set[tuple[str, str]]:
     """The files that a step read: source and key."""
     return {
         (stretch.origin.source, stretch.origin.file)

@@ -10,6 +10,7 @@ from typing import Any
 from megapipe.errors import DataError
 from megapipe.files import reason, shown
 
+METRICS = "metrics.jsonl"
 STEP = re.compile(rb'\{"step": (\d+),')
 """How a line begins; only lines that are wanted are parsed."""
 

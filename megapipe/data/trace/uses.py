@@ -19,7 +19,7 @@ from megapipe.data.order.source_order import SourceOrder
 from megapipe.data.packing import Stretch
 from megapipe.data.rows import BadRowError
 from megapipe.data.splitters import Raw, Unreadable
-from megapipe.data.trace.replay import Replay, Step
+from megapipe.data.trace.replay import Replay, ReplayedStep
 from megapipe.data.trace.rows import Describer, RowUse
 from megapipe.data.trace.search import FoundRow, raw_of
 from megapipe.data.trace.trained import Trained
@@ -28,7 +28,7 @@ from megapipe.data.validation_split import rows_of_side
 
 
 @dataclass(frozen=True)
-class Use:
+class Occurrence:
     """Tokens of a row in a sample: the number of the step and of the sample, which is the one at
     `place` in the step's batch, from 1 on."""
 
@@ -43,7 +43,7 @@ class Pass:
     """What became of a row in one pass over its source: its uses, or why there are none."""
 
     epoch: int
-    uses: list[Use]
+    uses: list[Occurrence]
     why: str = ""
 
     def table(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ class Uses:
 
     def _read_again(
         self, turn: _Turn, begin: int, end: int, row: tuple[str, str, Unit, Raw]
-    ) -> Iterator[Use]:
+    ) -> Iterator[Occurrence]:
         """The uses of a row whose document begins between two steps, to its end."""
         source, key, unit, raw = row
         wanted = source, key, unit.start, raw.address, turn.place.epoch
@@ -214,11 +214,11 @@ class Uses:
                 if step.number >= self._last or (step.number >= end and not unfinished):
                     return
 
-    def _use(self, step: Step, place: int, stretch: Stretch) -> Use:
+    def _use(self, step: ReplayedStep, place: int, stretch: Stretch) -> Occurrence:
         batch = step.batch
         number = batch.samples[place]
         described = self._describer.row(stretch, batch.tokens[place])
-        return Use(step.number, number - step.first + 1, number, described)
+        return Occurrence(step.number, number - step.first + 1, number, described)
 
     def _why_not(self, row: FoundRow, begin: int, end: int) -> str:
         source = self._orders[row.source].source
@@ -236,7 +236,7 @@ class Uses:
         return f"passed over between steps {begin + 1:,} and {end:,}"
 
 
-def _stretches(step: Step) -> Iterator[tuple[int, Stretch]]:
+def _stretches(step: ReplayedStep) -> Iterator[tuple[int, Stretch]]:
     for place, stretches in enumerate(step.batch.stretches):
         yield from ((place, stretch) for stretch in stretches)
 

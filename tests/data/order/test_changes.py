@@ -65,7 +65,7 @@ class Run:
         for batch in batches:
             for sample, stretches in zip(batch.samples, batch.stretches, strict=True):
                 for stretch in stretches:
-                    source, file, _, address, _ = stretch.origin
+                    source, file, _, address = stretch.origin[:4]
                     self.tokens[-1][source] += stretch.length
                     if stretch.begins:
                         self.rows[source, sample % STREAMS].append((source, file, address))

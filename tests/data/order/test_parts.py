@@ -1,7 +1,9 @@
 """Every part is dealt once in every epoch, whatever the number of streams."""
 
+import math
 from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
@@ -10,9 +12,8 @@ from hypothesis import strategies as st
 from megapipe.data.order import parts
 from megapipe.data.order.keys import keyed
 from megapipe.data.order.parts import (
-    PARTS_PER_STREAM,
+    MAX_PARTS,
     FileOrder,
-    FileParts,
     Place,
     SourcePart,
     StreamParts,
@@ -20,8 +21,8 @@ from megapipe.data.order.parts import (
 from megapipe.data.sources import SourceFile
 from megapipe.data.units import EqualUnits, ListedUnits, Unit, Units
 
-PART = 100
-"""Bytes of a part in these tests."""
+PART, PER_STREAM = 128, 4
+"""Bytes of a part in these tests, and parts that a stream has at least."""
 
 EPOCHS = 4
 
@@ -29,6 +30,7 @@ EPOCHS = 4
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "PART_BYTES", PART)
+    monkeypatch.setattr(parts, "PARTS_PER_STREAM", PER_STREAM)
 
 
 def listed(sizes: Sequence[int], *, whole: bool = False) -> ListedUnits:
@@ -47,19 +49,22 @@ one_file = st.one_of(
 some_files = st.lists(one_file, min_size=1, max_size=4)
 
 
-def every_part(files: Sequence[Units], order: FileOrder) -> list[SourcePart]:
+def every_part(files: Sequence[Units], streams: int) -> list[SourcePart]:
     """By its definition: all parts of all units of all files, in their order."""
-    found = []
-    for file, units in enumerate(files):
-        for unit in range(len(units)):
-            count = 1 if units.whole else max(1, -(-units[unit].size // PART))
-            count = min(count, parts.MAX_PARTS) * order.files[file].total // base_total(units)
-            found += [SourcePart(file, unit, number, count) for number in range(count)]
-    return found
-
-
-def base_total(units: Units) -> int:
-    return FileParts(units, 0, 1).total
+    sizes = [
+        [Fraction(1) if file.whole else min(Fraction(unit.size, PART), MAX_PARTS) for unit in file]
+        for file in files
+    ]
+    total = sum(map(sum, sizes))
+    wanted = streams * (1 if all(file.whole for file in files) else PER_STREAM)
+    factor = math.ceil(wanted / total) if 0 < total < wanted else 1
+    return [
+        SourcePart(file, unit, number, count)
+        for file, units in enumerate(sizes)
+        for unit, size in enumerate(units)
+        for count in [max(1, math.ceil(factor * size))]
+        for number in range(count)
+    ]
 
 
 def order_of(files: Sequence[Units], streams: int, number: int = 0) -> FileOrder:
@@ -72,7 +77,7 @@ def order_of(files: Sequence[Units], streams: int, number: int = 0) -> FileOrder
 @given(some_files, st.integers(1, 40))
 def test_each_epoch_deals_every_part_to_one_stream(files: list[Units], streams: int) -> None:
     order = order_of(files, streams)
-    expected = every_part(files, order)
+    expected = every_part(files, streams)
     for epoch in range(EPOCHS):
         dealt = []
         for stream in range(streams):
@@ -105,22 +110,22 @@ def test_small_sources_are_cut_finer_until_every_stream_has_some(
     files: list[Units], streams: int
 ) -> None:
     order = order_of(files, streams)
-    least = 1 if all(file.whole for file in files) else PARTS_PER_STREAM
+    if all(unit.size == 0 for file in files for unit in file):
+        return  # there is nothing to cut
+    least = 1 if all(file.whole for file in files) else PER_STREAM
     assert min(order.share(stream, 0) for stream in range(streams)) >= least
-    base = sum(map(base_total, files))
-    assert order.places == base * max(1, -(-least * streams // base)), "and no finer"
 
 
 def test_rows_of_their_own_are_not_cut() -> None:
     """Where a row is a segment of 100 bytes, so is a part, however many streams there are."""
-    files = [found(EqualUnits(950, 100), 100), found(listed([0]))]
+    files = [found(EqualUnits(950, 100), 100), found(listed([1]))]
     alone = FileOrder(files[:1], key=1, number=0, streams=64)
     assert alone.places == 10
     assert {alone.part(0, place) for place in range(10)} == {
         SourcePart(0, n, 0, 1) for n in range(10)
     }
     both = FileOrder(files, key=1, number=0, streams=64)
-    assert both.places == 10 + PARTS_PER_STREAM * 64, "another file of the source may be"
+    assert both.places == 10 + PER_STREAM * 64, "another file of the source may be"
 
 
 def test_a_unit_has_no_more_than_so_many_parts() -> None:
@@ -129,7 +134,7 @@ def test_a_unit_has_no_more_than_so_many_parts() -> None:
 
 
 def test_each_epoch_and_each_cohort_has_an_order_of_its_own() -> None:
-    files = [EqualUnits(5000, 500)]
+    files = [EqualUnits(50 * PART, 1024)]
     orders = {
         tuple(order_of(files, 1, number).part(epoch, place) for place in range(50))
         for number in range(3)
@@ -172,7 +177,10 @@ def test_a_cohort_that_joins_within_an_epoch_is_read_in_it_once(
 
 def test_cohorts_are_mixed_in_proportion() -> None:
     """Of 300 parts and 100 parts, each quarter of an epoch has about three to one."""
-    cohorts = [order_of([EqualUnits(30_000, 1000)], 1), order_of([EqualUnits(10_000, 1000)], 1, 1)]
+    cohorts = [
+        order_of([EqualUnits(300 * PART, 1024)], 1),
+        order_of([EqualUnits(100 * PART, 1024)], 1, 1),
+    ]
     one = StreamParts(cohorts, key=keyed("test"), stream=0)
     found = [place.cohort for place in epoch_of(one)]
     assert Counter(found) == {0: 300, 1: 100}
@@ -195,7 +203,7 @@ def test_what_was_taken_is_the_whole_state(before: int, stream: int) -> None:
 
 
 def test_passes_are_counted_in_parts() -> None:
-    one = StreamParts([order_of([EqualUnits(40_000, 500)], 2)], key=1, stream=0)
+    one = StreamParts([order_of([EqualUnits(400 * PART, 1024)], 2)], key=1, stream=0)
     assert (one.epochs, one.left) == (0, 200)
     for _ in range(50):
         one.next()

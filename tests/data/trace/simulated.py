@@ -13,6 +13,7 @@ import pytest
 from megapipe.config import Config, dump_config, load_config, parse_config
 from megapipe.config.data import ChangeConfig, DataConfig, ExcludeConfig, PhaseConfig
 from megapipe.data import Batch, BatchFeed, merge_states
+from megapipe.data.order.record import RECORD
 from megapipe.data.positions import begin_positions, write_position
 from megapipe.data.trace.replay import Replay
 from megapipe.models.families import FAMILIES
@@ -62,7 +63,7 @@ def run_config(directory: Path, data: DataConfig) -> Config:
 def simulate(directory: Path, starts: Sequence[Start], every: int = EVERY) -> Simulated:
     """Train without a model: positions, records and metrics are those of a run."""
     run = Simulated(directory / "run")
-    data = run.directory / "data"
+    data = run.directory / RECORD
     step, state = 0, None
     for start in starts:
         config = run_config(directory, start.data)

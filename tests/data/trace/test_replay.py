@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megapipe.data.order.record import RECORD
 from megapipe.data.positions import positions_in
+from megapipe.data.trace.agreement import Checked, agreement_lines, cause, check
 from megapipe.data.trace.replay import Replay
 from megapipe.data.trace.rows import Describer
 from megapipe.data.trace.trained import read_trained
-from megapipe.data.trace.verdicts import Checked, cause, check, verdict_lines
 from megapipe.errors import DataError
 from tests.bars import no_bar
 from tests.data.samples import data_config, document, jsonl, source, write
@@ -37,7 +38,7 @@ def test_any_step_of_a_run_is_read_again_bitwise(run: Simulated) -> None:
         }
         assert list(batch.samples) == sorted(tokens) == list(range(8 * number - 8, 8 * number))
         assert np.array_equal(batch.tokens, [tokens[sample] for sample in batch.samples])
-        assert verdict_lines([check(steps[-1], trained.hashes)]) == [
+        assert agreement_lines([check(steps[-1], trained.hashes)]) == [
             f"step {number}: equal to what was trained"
         ]
     replay.feed.close()
@@ -90,9 +91,9 @@ def test_a_change_that_shows_is_refused(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"25:bbbb", b"25:bxbb"))
     with pytest.raises(DataError, match=f"{path} changed: restore what was there"):
         open_replay(run)
-    for position in positions_in(run.directory / "data").values():
+    for position in positions_in(run.directory / RECORD).values():
         position.unlink()
-    with pytest.raises(DataError, match=r"run/data has no position in the data"):
+    with pytest.raises(DataError, match=r"run/data-record has no position in the data"):
         open_replay(run)
 
 
@@ -115,7 +116,7 @@ def test_steps_that_a_run_has_not_are_named(run: Simulated, tmp_path: Path) -> N
         Checked(2, "x", None, none),
         Checked(3, "x", "y", none),
     ]
-    assert verdict_lines(checked) == [
+    assert agreement_lines(checked) == [
         "step 1: equal to what was trained",
         "step 2: not in metrics.jsonl",
         "step 3: DIFFERS from what was trained (hash x, trained y)",

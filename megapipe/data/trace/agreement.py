@@ -2,12 +2,12 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from itertools import groupby
 
-from megapipe.data.trace.replay import Replay, Step
+from megapipe.data.trace.replay import Replay, ReplayedStep
 from megapipe.data.trace.rows import Describer, files_of
 from megapipe.files import shown
 
@@ -15,7 +15,7 @@ NAMED = 5
 """Files that a message names."""
 
 
-class Verdict(Enum):
+class Agreement(Enum):
     """Of a step."""
 
     EQUAL = "equal to what was trained"
@@ -33,33 +33,39 @@ class Checked:
     files: frozenset[tuple[str, str]]
 
     @property
-    def verdict(self) -> Verdict:
+    def agreement(self) -> Agreement:
         if self.trained is None:
-            return Verdict.MISSING
-        return Verdict.EQUAL if self.hash == self.trained else Verdict.DIFFERS
+            return Agreement.MISSING
+        return Agreement.EQUAL if self.hash == self.trained else Agreement.DIFFERS
 
 
-def check(step: Step, trained: Mapping[int, str]) -> Checked:
+def check(step: ReplayedStep, trained: Mapping[int, str]) -> Checked:
     """Compare a step with the hashes of those that were trained."""
     files = frozenset(files_of(step))
     return Checked(step.number, f"{step.batch.hash:016x}", trained.get(step.number), files)
 
 
-def verdict_lines(checked: Sequence[Checked]) -> list[str]:
-    """A line for each run of steps of the same verdict."""
+def agreement_lines(checked: Sequence[Checked]) -> list[str]:
+    """A line for each run of steps of the same agreement."""
     lines = []
-    for verdict, group in groupby(checked, key=lambda one: one.verdict):
+    for agreement, group in groupby(checked, key=lambda one: one.agreement):
         steps = list(group)
-        line = f"{_range(steps[0].step, steps[-1].step)}: {verdict.value}"
-        if verdict is Verdict.DIFFERS:
+        line = f"{_range(steps[0].step, steps[-1].step)}: {agreement.value}"
+        if agreement is Agreement.DIFFERS:
             line += f" (hash {steps[0].hash}, trained {steps[0].trained})"
         lines.append(line)
     return lines
 
 
 def cause(differs: Checked, replay: Replay, describer: Describer) -> str:
-    """Why a step, the first that differs, may do so: files that it read and that were written
-    since; where there are none, all that it read."""
+    """Why a step, the first that differs, may do so: files that are gone, or that it read and that
+    were written since; where there are none, all that it read."""
+    gone = list(_gone(replay, describer, differs.step))
+    if gone:
+        return (
+            f"Step {differs.step} is the first that differs. {_some(gone)} had not left by then, "
+            "and can't be read any more: put a copy back."
+        )
     trained_at = replay.kept_at(differs.step)
     paths = [describer.path(*file) for file in sorted(differs.files)]
     written = [path for path in paths if _written(path) > trained_at]
@@ -73,6 +79,17 @@ def cause(differs: Checked, replay: Replay, describer: Describer) -> str:
         f"Step {differs.step} is the first that differs. It read {_some(paths)}: compare them with "
         "a copy, since one of them may have other content than it had."
     )
+
+
+def _gone(replay: Replay, describer: Describer, step: int) -> Iterator[str]:
+    """Files that a step may have read and that are not on the disk."""
+    for source in replay.feed.sources:
+        for cohort in source.cohorts:
+            yield from (
+                describer.path(source.name, file.key)
+                for file in cohort.files
+                if file.rows is None and source.leaves.get(file.key, step) >= step
+            )
 
 
 def _written(path: str) -> float:
