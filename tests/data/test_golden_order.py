@@ -1,9 +1,11 @@
 """What is read from healthy files, and in which order, stays the same bit by bit.
 
 A change here is a change of every run that goes on from a checkpoint. The hashes of rows were
-computed with the readers of the first version. Those of batches pin the order: where a change of it
-is meant (ORDER_VERSION is another then), `python -m tests.data.test_golden_order` prints the new
-ones, once tests/data/order/test_rule.py passes, which computes the order in another way.
+computed with the readers of the first version (but for "text-long-file", which was cut elsewhere).
+Those of batches pin the order: where a change of it is meant (ORDER_VERSION is another then),
+`python -m tests.data.test_golden_order` prints the new ones, once tests/data/order/test_rule.py
+passes, which computes the order in another way. Archives have none: the order of their rows depends
+on their size on the disk, which is not the same with every version of zlib and zstd.
 """
 
 import hashlib
@@ -100,7 +102,7 @@ ROWS = {
     "text-blank-line": "4752dd9930edf4d4",
     "text-blank-line.gz": "4752dd9930edf4d4",
     "text-blank-line.zst": "4752dd9930edf4d4",
-    "text-long-file": "fd9493884f61866b",
+    "text-long-file": "08a33f617e5c61fe",
     "text-long-paragraph": "84e10df47fa7808f",
     "jsonl": "e854e80652181e0d",
     "jsonl.gz": "e854e80652181e0d",
@@ -110,23 +112,15 @@ ROWS = {
     "arrow-file": "6b5ef7858376d18a",
 }
 BATCHES = {
-    "text-file": "ba14b30f3835c656",
-    "text-file.gz": "ba14b30f3835c656",
-    "text-file.zst": "ba14b30f3835c656",
-    "text-line": "22a0bb1de971c28f",
-    "text-line.gz": "22a0bb1de971c28f",
-    "text-line.zst": "22a0bb1de971c28f",
-    "text-blank-line": "ee04b76679ef404c",
-    "text-blank-line.gz": "ee04b76679ef404c",
-    "text-blank-line.zst": "ee04b76679ef404c",
-    "jsonl": "61cc21030251fc53",
-    "jsonl.gz": "61cc21030251fc53",
-    "jsonl.zst": "61cc21030251fc53",
-    "parquet": "1f561179d6536c61",
-    "arrow-stream": "f75a84781b2dda43",
-    "arrow-file": "f75a84781b2dda43",
-    "blend 0.0": "9fc3b29faf69d349",
-    "blend 0.2": "9c7e51e762e39bae",
+    "text-file": "c7f27c9453364f16",
+    "text-line": "a2ec9ddb148252be",
+    "text-blank-line": "2c6917ea52cf1a61",
+    "jsonl": "1438d361fcbf848f",
+    "parquet": "60c5b4e3b2588aac",
+    "arrow-stream": "aca2c897f8660b59",
+    "arrow-file": "aca2c897f8660b59",
+    "blend 0.0": "ac71bab2f4c487db",
+    "blend 0.2": "8bc095f87dfffb3d",
 }
 
 
@@ -156,7 +150,7 @@ def batches_digest(*sources: SourceConfig, steps: int, size: int, **fields: Any)
 def blend(folder: Path) -> list[SourceConfig]:
     return [
         WRITERS[name](folder / name).model_copy(update={"weight": weight, "name": name})
-        for name, weight in [("text-line", 3.0), ("parquet", 1.0), ("jsonl.zst", 2.0)]
+        for name, weight in [("text-line", 3.0), ("parquet", 1.0), ("jsonl", 2.0)]
     ]
 
 
@@ -166,7 +160,7 @@ def test_rows_of_healthy_files(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("name", [name for name in WRITERS if "long" not in name])
+@pytest.mark.parametrize("name", [name for name in BATCHES if name in WRITERS])
 def test_batches_of_healthy_files(tmp_path: Path, name: str, size: int) -> None:
     config = WRITERS[name](tmp_path / "data")
     assert batches_digest(config, steps=150, size=size) == BATCHES[name]

@@ -28,7 +28,7 @@ CHECKPOINT = HERE / "checkpoint"
 """Written by RESUMED after step SAVED_STEP."""
 
 STEPS, SAVED_STEP = 4, 2
-EXACT = ("step", "tokens", "epoch", "skipped_rows")
+EXACT = ("step", "tokens", "epoch", "skipped_rows", "batch_hash")
 ROUNDED = ("loss", "grad_norm", "validation_loss", "learning_rate")
 
 
