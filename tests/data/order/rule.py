@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ class Cohort:
         return Cohort(step, parts)
 
 
-@dataclass
+@dataclass(eq=False)
 class Source:
     name: str
     seed: int
@@ -160,7 +161,9 @@ class Source:
     open_parts: int
     excluded: Any = None
     orders: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    units: dict[tuple[str, int, int], list[int]] = field(default_factory=dict)
 
+    @cache  # noqa: B019
     def places(self, stream: int, epoch: int, cohort: int) -> list[int]:
         n = len(self.cohorts[cohort].parts)
         return [q for q in range(n) if (q + epoch * n) % self.streams == stream]
@@ -172,10 +175,13 @@ class Source:
             self.orders[epoch, cohort] = shuffle(n, draw("parts", base, cohort, epoch))
         number = self.orders[epoch, cohort][place]
         key, unit, part, count = self.cohorts[cohort].parts[number]
-        order = list(range(len(unit.rows)))
-        if not unit.own_order:
-            chance = draw("rows", self.seed, self.name, key, unit.start, epoch)
-            order = permutation(len(order), chance)
+        if (key, unit.start, epoch) not in self.units:
+            order = list(range(len(unit.rows)))
+            if not unit.own_order:
+                chance = draw("rows", self.seed, self.name, key, unit.start, epoch)
+                order = permutation(len(order), chance)
+            self.units[key, unit.start, epoch] = order
+        order = self.units[key, unit.start, epoch]
         return key, unit, order[part::count]
 
 

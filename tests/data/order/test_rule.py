@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from hashlib import sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from megapipe.config import ChangeConfig, DataConfig, PhaseConfig, SourceConfig
+from megapipe.config import ChangeConfig, DataConfig, ExcludeConfig, PhaseConfig, SourceConfig
 from megapipe.data import BatchFeed, merge_states
 from tests.data.order import rule
 from tests.data.samples import ByteTokenizer, jsonl, open_feed, write
@@ -22,6 +23,7 @@ CASES = 200
 STEPS = 14
 LENGTH = 24
 SEED = 1
+FIRST = "some text"
 KINDS = ("jsonl", "line", "parquet", "gz", "file")
 
 
@@ -33,15 +35,21 @@ class Case:
     batch: int
     sources: list[rule.Source]
     phases: list[tuple[int, dict[str, float]]]
+    restart: int
+    """The step behind which the run starts again, and excludes texts from there on."""
+    excluded: frozenset[str]
 
     def keeps(self, step: int, *row: object) -> bool:
-        name, key, start, address, _ = row
+        name, key, start, address, text = row
+        if step >= self.restart and text in self.excluded:
+            return False
         drawn = rule.draw("validation", SEED, name, key, start, address)
         return drawn / 2**64 >= self.config.validation_fraction
 
-    def out(self, name: str, key: str, row: object, step: int) -> bool:
+    def out(self, name: str, key: str, row: tuple[int, int, str], step: int) -> bool:
         (source,) = (source for source in self.sources if source.name == name)
-        return source.leaves.get(key, step + 1) == step
+        left = source.leaves.get(key, step + 1) == step
+        return left or (step == self.restart and row[2] in self.excluded)
 
     def expected(self, steps: int) -> list[np.ndarray[Any, Any]]:
         made = rule.batches(
@@ -64,7 +72,7 @@ def random_text(chance: random.Random) -> str:
 
 
 def write_file(folder: Path, kind: str, name: str, chance: random.Random) -> Path:
-    texts = ["some text"] + [random_text(chance) for _ in range(chance.choice((10, 20, 60)))]
+    texts = [FIRST] + [random_text(chance) for _ in range(chance.choice((10, 20, 60)))]
     folder.mkdir(parents=True, exist_ok=True)
     if kind == "parquet":
         path = folder / f"{name}.parquet"
@@ -151,18 +159,41 @@ def random_case(folder: Path, chance: random.Random) -> Case:
         ),
         max_bad_rows=0,
     )
-    return Case(config, 2 * streams if streams < 8 else streams, sources, sorted(phases.items()))
+    batch = 2 * streams if streams < 8 else streams
+    excluded = random_texts(sources, chance) if chance.random() < 0.5 else frozenset()
+    restart = chance.randrange(0, STEPS)
+    return Case(config, batch, sources, sorted(phases.items()), restart, excluded)
+
+
+def random_texts(sources: list[rule.Source], chance: random.Random) -> frozenset[str]:
+    """One in five of all texts that have any; but one text of each file stays."""
+    units = {
+        id(unit): unit for source in sources for c in source.cohorts for _, unit, *_ in c.parts
+    }
+    texts = sorted({text for unit in units.values() for _, text in unit.rows if text.strip()})
+    return frozenset(text for text in texts if text != FIRST and chance.random() < 0.2)
+
+
+def excluding(case: Case, folder: Path) -> DataConfig:
+    """The config of the second start."""
+    if not case.excluded:
+        return case.config
+    hashes = [{"sha256": sha256(text.encode()).hexdigest()} for text in sorted(case.excluded)]
+    path = folder / "excluded.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in hashes))
+    lists = (ExcludeConfig(path=str(path), by="sha256"),)
+    return case.config.model_copy(update={"exclude": lists})
 
 
 def fed(case: Case, folder: Path, chance: random.Random) -> Iterator[np.ndarray[Any, Any]]:
     """The feed's batches, in a random layout that changes in the middle."""
     state = None
-    stop = chance.randrange(0, STEPS)
-    for steps in (stop, STEPS - stop):
+    starts = (case.config, case.restart), (excluding(case, folder), STEPS - case.restart)
+    for config, steps in starts:
         size = chance.choice([n for n in (1, 2, 4, 8) if case.config.streams % n == 0])  # type: ignore[operator]
         feeds = [
             open_feed(
-                case.config,
+                config,
                 rank,
                 size,
                 seed=SEED,
