@@ -90,7 +90,7 @@ def table_of(kind: Any) -> type[BaseModel] | None:
 
 
 def value_words(kind: Any) -> str:
-    """What to type for a value: `INTEGER`, `gpipe|1f1b`, `[INTEGER, ...]`, `{NAME = NUMBER, ...}`."""
+    """What to type for a value: `INTEGER`, `gpipe|1f1b`, `[INTEGER, ...]`, `{NAME = NUMBER}`."""
     kind = _bare(kind)
     if get_origin(kind) in (Union, types.UnionType):
         return "|".join(value_words(part) for part in get_args(kind) if part is not type(None))

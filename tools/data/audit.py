@@ -12,7 +12,7 @@ from megapipe.config.save import write_text
 from megapipe.data.audit.workers import usable_cores
 from megapipe.errors import UsageError
 from megapipe.scratch import scratch_directory
-from megapipe.tools.arguments import Parser, json_argument, path_argument, read_config
+from megapipe.tools.arguments import Parser, check_output, json_argument, path_argument, read_config
 from megapipe.tools.progress import bytes_bar
 
 _DESCRIPTION = """\
@@ -55,6 +55,7 @@ def run(argv: Sequence[str]) -> int:
     tokenizer = load_tokenizer(config.data.tokenizer)
     check_vocabulary(tokenizer, config.model.vocab_size)
     run_dir = Path(config.train.run_dir)
+    check_output("train.run_dir", run_dir / AUDIT_FILE)
     with scratch_directory() as scratch:
         found = audit(
             config,

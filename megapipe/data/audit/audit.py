@@ -12,7 +12,7 @@ from typing import NamedTuple
 from megapipe.config import Config
 from megapipe.data.audit.budget import FileTokens, RunUse, Supply, plan_budget
 from megapipe.data.audit.duplicates import Duplicates, HashWriter, find_duplicates
-from megapipe.data.audit.tally import Reading, Side, Tally
+from megapipe.data.audit.tally import RowCounter, Side, Tally
 from megapipe.data.audit.workers import Advance, worker_processes
 from megapipe.data.exclusions import Exclusions, read_exclusions
 from megapipe.data.order.keys import keyed
@@ -88,13 +88,13 @@ class Task(NamedTuple):
 class _Opened:
     """A source and how it is counted; `files` are those of all cohorts that can be read."""
 
-    reading: Reading
+    counter: RowCounter
     trained: bool
     refused: list[str] = field(default_factory=list)
 
     @property
     def files(self) -> list[SourceFile]:
-        cohorts = self.reading.source.cohorts
+        cohorts = self.counter.source.cohorts
         return [file for cohort in cohorts for file in cohort.files if file.rows is not None]
 
 
@@ -114,10 +114,10 @@ def audit(
     """
     exclusions = read_exclusions(config.data.exclude)
     opened = list(_open_all(config, tokenizer, exclusions, record))
-    tallies = [Tally([Side() for _ in one.reading.keeps]) for one in opened]
+    tallies = [Tally([Side() for _ in one.counter.keeps]) for one in opened]
     tokens: list[dict[str, int]] = [{} for _ in opened]
     files = [one.files for one in opened]
-    work = partial(_count, [one.reading for one in opened], files, scratch)
+    work = partial(_count, [one.counter for one in opened], files, scratch)
     total = sum(unit.size for some in files for file in some for unit in file.units)
     with worker_processes(work, workers) as results, bar("Audit", total) as advance:
         for task, tally in results(_tasks(files), advance):
@@ -127,7 +127,7 @@ def audit(
             tokens[task.source][key] = tokens[task.source].get(key, 0) + more
     found = find_duplicates(scratch, [True, False] * len(opened))
     sources = [
-        _audited(config, one, tally, [found[tag] for tag in one.reading.tags], of_files)
+        _audited(config, one, tally, [found[tag] for tag in one.counter.tags], of_files)
         for number, (one, tally, of_files) in enumerate(zip(opened, tallies, tokens, strict=True))
     ]
     return Audit(config, tokenizer, exclusions, sources, _run_use(config, sources))
@@ -161,7 +161,7 @@ def _open_all(
                 record=read_record(record, one),
                 refuse=refused.append,
             )
-            reading = Reading(
+            counter = RowCounter(
                 source,
                 tokenizer,
                 [
@@ -173,7 +173,7 @@ def _open_all(
                 [exclusions if trained and side == TRAINING else None for side in sides],
                 [2 * number + (side if trained else VALIDATION) for side in sides],
             )
-            yield _Opened(reading, trained, sorted(map(str, refused)))
+            yield _Opened(counter, trained, sorted(map(str, refused)))
             number += 1
 
 
@@ -192,7 +192,7 @@ def _tasks(files: Sequence[Sequence[SourceFile]]) -> Iterator[Task]:
 
 
 def _count(
-    readings: Sequence[Reading],
+    counters: Sequence[RowCounter],
     files: Sequence[Sequence[SourceFile]],
     scratch: Path,
     task: Task,
@@ -202,7 +202,7 @@ def _count(
     hashes = HashWriter(scratch, str(os.getpid()))
     units = range(task.first, task.last)
     file = files[task.source][task.file]
-    tally = readings[task.source].count(file, task.file, units, hashes, advance)
+    tally = counters[task.source].count(file, task.file, units, hashes, advance)
     hashes.flush()
     return task, tally
 
@@ -214,7 +214,7 @@ def _audited(
     duplicates: list[Duplicates],
     tokens: Mapping[str, int],
 ) -> Audited:
-    source = opened.reading.source
+    source = opened.counter.source
     key = keyed("source", config.train.seed, source.name)
     orders = [
         FileOrder(cohort.files, key=key, number=number, streams=config.streams)

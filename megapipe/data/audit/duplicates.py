@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megapipe.errors import DataError
+from megapipe.files import write_reason
+
 PARTITIONS = 64
 ENTRY = np.dtype([("high", ">u8"), ("low", ">u8"), ("tag", "<u2")])
 HELD = 1 << 16
@@ -45,12 +48,18 @@ class HashWriter:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held."""
+        """Write what is held. Raises DataError where there is no room."""
         entries = np.frombuffer(bytes(self._held), ENTRY)
         partitions = (entries["high"] >> np.uint64(58)).astype(np.int64)
-        for number in np.unique(partitions):
-            with (self._folder / f"{number:02}-{self._name}").open("ab") as file:
-                file.write(entries[partitions == number].tobytes())
+        try:
+            for number in np.unique(partitions):
+                with (self._folder / f"{number:02}-{self._name}").open("ab") as file:
+                    file.write(entries[partitions == number].tobytes())
+        except OSError as error:
+            raise DataError(
+                f"{self._folder}: hashes of texts can't be written there: {write_reason(error)} Or "
+                "set TMPDIR to a directory with room for 18 bytes of each document."
+            ) from error
         self._held.clear()
 
 

@@ -81,7 +81,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Reading:
+class RowCounter:
     """How a source's rows are counted: which belong to each side, what is excluded there, and the
     tag by which duplicates are told apart."""
 

@@ -8,6 +8,7 @@ from megapipe.config import Config, DataConfig
 from megapipe.config.load import load_config
 from megapipe.data.audit.audit import Audit, audit
 from megapipe.data.audit.workers import Advance
+from megapipe.data.tokenizer import Tokenizer
 from megapipe.models.families import FAMILIES
 from tests.config.examples import write
 from tests.data.samples import ByteTokenizer
@@ -37,10 +38,17 @@ def config_of(folder: Path, data: DataConfig, **train: Any) -> Config:
 
 
 def audited(
-    folder: Path, data: DataConfig, *, workers: int = 1, bar: Bytes | None = None, **train: Any
+    folder: Path,
+    data: DataConfig,
+    *,
+    tokenizer: Tokenizer | None = None,
+    workers: int = 1,
+    bar: Bytes | None = None,
+    **train: Any,
 ) -> Audit:
-    """The audit of `data`, counted in bytes."""
+    """The audit of `data`, counted in bytes unless there is a `tokenizer`."""
     scratch = folder / "scratch"
     scratch.mkdir()
     config = config_of(folder, data, **train)
-    return audit(config, ByteTokenizer(), scratch=scratch, workers=workers, bar=bar or Bytes())
+    tokenizer = tokenizer or ByteTokenizer()
+    return audit(config, tokenizer, scratch=scratch, workers=workers, bar=bar or Bytes())

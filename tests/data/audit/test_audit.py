@@ -18,10 +18,12 @@ from megapipe.data.audit.findings import problems
 from megapipe.data.formats import DAMAGED
 from megapipe.data.order.record import read_record
 from megapipe.data.rows import Account
+from megapipe.data.tokenizer import load_tokenizer
 from megapipe.errors import DataError
 from tests.data.audit.samples import Bytes, audited, config_of
 from tests.data.odd_files import ODD_FILES, OddFile
 from tests.data.samples import data_config, document, jsonl, open_feed, source, write
+from tests.data.tokenizer_samples import sentencepiece_model
 
 READABLE = [odd for odd in ODD_FILES if not odd.error and odd.empty < 1000]
 
@@ -135,6 +137,20 @@ def test_an_audit_counts_what_an_epoch_of_training_sees(tmp_path: Path, fraction
         )
         for one in found.sources:
             check(one, validation[one.source.name], side=1)
+
+
+def test_documents_are_cut_where_training_cuts_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a tokenizer whose tokens depend on that."""
+    monkeypatch.setattr(pieces, "PIECE", 50)
+    tokenizer = load_tokenizer(sentencepiece_model(tmp_path / "t.model"))
+    texts = ["the quick fox\n" * 9 + "runsawayandaway" * number for number in range(20)]
+    data = data_config(source(write(tmp_path / "a.jsonl", jsonl(texts))), streams=2)
+    (one,) = audited(tmp_path, data, tokenizer=tokenizer).sources
+    check(one, first_epoch(open_feed(data, global_batch_size=2, tokenizer=tokenizer))["source"])
+    uncut = sum(len(tokenizer.encode(text)) + 1 for text in texts)
+    assert one.training.tokens > uncut
 
 
 def test_the_odd_files_of_a_corpus_are_counted_as_training_sees_them(tmp_path: Path) -> None:

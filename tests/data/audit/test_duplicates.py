@@ -9,6 +9,7 @@ import xxhash
 
 from megapipe.data.audit import duplicates
 from megapipe.data.audit.duplicates import HashWriter, find_duplicates
+from megapipe.errors import DataError
 
 TRAINED = (True, False, True)
 
@@ -36,3 +37,10 @@ def test_repeats_are_those_of_a_plain_count(
 
 def test_no_text_has_no_repeats(tmp_path: Path) -> None:
     assert [one.repeats for one in find_duplicates(tmp_path, TRAINED)] == [0, 0, 0]
+
+
+def test_a_directory_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    writer = HashWriter(tmp_path / "gone", "1")
+    writer.add(bytes(16), 0)
+    with pytest.raises(DataError, match="set TMPDIR"):
+        writer.flush()

@@ -21,7 +21,7 @@ SMALLER = """
     --train.steps=2 --train.global_batch_size=4 --train.micro_batch_size=4 --train.precision=fp32
     --train.sequence_length=16 --optimizer.warmup_steps=1 --train.device=cpu --logging.wandb=off
 """
-ROWS = 3000
+ROWS = 800
 
 
 def blocks(language: str) -> list[str]:
@@ -30,7 +30,7 @@ def blocks(language: str) -> list[str]:
 
 def run_commands(text: str) -> None:
     """Lines of a block: megapipe with a small model and little text, the rest by the shell."""
-    for line in text.replace("2M", "64K").splitlines():
+    for line in text.replace("2M", "8K").splitlines():
         program, *words = shlex.split(line)
         if program != "megapipe":
             subprocess.run(["bash", "-c", line], check=True)
