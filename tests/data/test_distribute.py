@@ -13,6 +13,7 @@ from megapipe.config import Config, load_config
 from megapipe.data import distribute
 from megapipe.data.distribute import ReplicaFeed, SlowReader
 from megapipe.data.feed import Batch, BatchFeed
+from megapipe.data.order.record import RECORD
 from megapipe.data.order.rows import Name, PartOfUnit, RowStore
 from megapipe.data.splitters import Raw
 from megapipe.distributed.mesh import Mesh, build_mesh
@@ -216,6 +217,21 @@ def test_a_batch_that_can_not_be_read_is_known_to_the_reader_and_then_told(corpu
     reader, other = run_ranks(_fails_in_step_2, 2, configured(corpus), (2, 1, 1))
     assert reader == ([False, False, True], "DataError: row 7: malformed")
     assert other == ([False, False, False], "DataError: row 7: malformed")
+
+
+def test_the_record_of_the_data_leaves_a_folder_of_the_users_alone(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """Where people train in the directory that their data lies in, as data/web.json."""
+    theirs = tmp_path / "data" / "web.json"
+    theirs.parent.mkdir()
+    theirs.write_text("{}")
+    config = configured(corpus, f"--train.run_dir={tmp_path}", "--data.sources.0.name=web")
+    feed = open_feed(config, _mesh((1, 1, 1)))
+    feed.next()
+    feed.close()
+    assert theirs.read_text() == "{}"
+    assert (tmp_path / RECORD / "web.json").exists()
 
 
 def test_an_error_of_the_device_is_not_one_of_the_text(

@@ -38,7 +38,7 @@ GLOBAL_BATCH = 8
 def blended(directory: Path) -> DataConfig:
     """Two sources with bad rows, so small that 50 steps are many epochs of one of them."""
     write_corpus(directory / "a", files=3, rows=60)
-    write_corpus(directory / "b", files=1, rows=7, start=1000)
+    write_corpus(directory / "b", files=1, rows=30, start=1000)
     write(directory / "a" / "bad.jsonl", b"{\n" + jsonl(["", "good"]))
     return data_config(
         source(directory / "a" / "*.jsonl", "a", weight=3.0),
@@ -351,7 +351,7 @@ def test_a_state_of_other_data_is_refused(
 
 
 @settings(
-    deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(rows=st.integers(1, 40), streams=st.sampled_from([1, 2, 8, 16]), parts=st.integers(1, 50))
 def test_no_stream_starves_in_a_small_source(
@@ -466,7 +466,7 @@ def test_the_order_of_a_source_is_its_own(tmp_path: Path, config: DataConfig) ->
     for fields in ({}, {"validation_fraction": 0.2}):
         split = [one.model_copy(update=fields) for one in (config, more)]
         for validation in (False, True) if fields else (False,):
-            found = [batches_of(one, 40, validation=validation) for one in split]
+            found = [batches_of(one, 15, validation=validation) for one in split]
             for name in "ab":
                 one, other = (stories(batches, name) for batches in found)
                 for rows, others in zip(one, other, strict=True):
