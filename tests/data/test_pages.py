@@ -138,3 +138,15 @@ def test_changing_the_mix(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "steps 7-8: equal to what was trained" in said
     assert said.count("step 7: 8 samples") == 1
+
+
+def test_the_tokenizer_of_a_checkpoint_will_do(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "tokenizer.model").unlink()
+    words = ["data", "trace", "runs/mine", "--steps", "2", "--verify-only"]
+    assert main(words) == 0
+    for copy in here.glob("runs/mine/checkpoints/*/tokenizer.model"):
+        copy.unlink()
+    assert main(words) == 1
+    assert "is neither at data.tokenizer = " in capsys.readouterr().err

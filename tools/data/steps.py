@@ -32,12 +32,14 @@ def trace_steps(replay: Replay, options: argparse.Namespace) -> int:
         checked.append(check(step, trained.hashes))
         if step.number < first:
             continue
-        samples = list(describer.samples(step))
+        table = step_table(checked[-1])
         if not options.verify_only:
             print(f"step {step.number}")
+            samples = list(describer.samples(step))
             for sample in samples:
                 print("\n".join(sample_lines(sample)))
-        tables.append(step_table(checked[-1], samples, rows=not options.verify_only))
+            table["samples"] = [sample.table() for sample in samples]
+        tables.append(table)
     status = _say_agreement(checked, first, replay, describer)
     if options.json is not None:
         content = {"run": str(options.run), "equal": status == 0, "steps": tables}

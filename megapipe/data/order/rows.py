@@ -24,9 +24,6 @@ WHOLE_UNITS = 64 << 20
 MOST_OF_UNIT = 8 << 20
 """A unit with more text than this is not kept whole."""
 
-LEAST_HELD = 16 << 10
-"""Kept of a part at least when its unit is read, if it has that much."""
-
 AT_ONCE = 16 << 20
 """A unit with more text than this is read twice: once to count its rows, once for those wanted."""
 
@@ -172,7 +169,9 @@ class RowStore:
         return count if count is not None else self._counts.get(_unit_name(part))
 
     def _as_much_as_fits(self, rows: Sequence[Raw]) -> tuple[int, int]:
-        room = max(LEAST_HELD, self.budget // max(self.parts, 1))
+        """At least one row. No part takes more than its share, or none would be held when its turn
+        comes again."""
+        room = self.budget // max(self.parts, 1)
         size = 0
         for kept, row in enumerate(rows):
             cost = _cost(row)

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import groupby
 
@@ -25,12 +25,13 @@ class Agreement(Enum):
 
 @dataclass(frozen=True)
 class Checked:
-    """A step, its hash, and that of what was trained, None where metrics.jsonl lacks the step."""
+    """A step, its hash, and that of what was trained, None where metrics.jsonl lacks the step. Of
+    one that differs also the files that it read: source and key."""
 
     step: int
     hash: str
     trained: str | None
-    files: frozenset[tuple[str, str]]
+    files: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def agreement(self) -> Agreement:
@@ -41,12 +42,14 @@ class Checked:
 
 def check(step: ReplayedStep, trained: Mapping[int, str]) -> Checked:
     """Compare a step with the hashes of those that were trained."""
-    files = frozenset(files_of(step))
-    return Checked(step.number, f"{step.batch.hash:016x}", trained.get(step.number), files)
+    checked = Checked(step.number, f"{step.batch.hash:016x}", trained.get(step.number))
+    if checked.agreement is not Agreement.DIFFERS:
+        return checked
+    return replace(checked, files=frozenset(files_of(step)))
 
 
 def agreement_lines(checked: Sequence[Checked]) -> list[str]:
-    """A line for each run of steps of the same agreement."""
+    """A line for each run of steps that agree or differ alike."""
     lines = []
     for agreement, group in groupby(checked, key=lambda one: one.agreement):
         steps = list(group)

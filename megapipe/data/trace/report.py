@@ -1,7 +1,6 @@
 """What traces print, and the same as JSON."""
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from megapipe.data.trace.agreement import Agreement, Checked
@@ -34,15 +33,14 @@ def row_line(row: RowUse) -> str:
     )
 
 
-def step_table(checked: Checked, samples: Sequence[SampleUse], *, rows: bool) -> dict[str, Any]:
-    """JSON of a step."""
-    content: dict[str, Any] = {
+def step_table(checked: Checked) -> dict[str, Any]:
+    """JSON of a step, without its samples."""
+    return {
         "step": checked.step,
         "hash": checked.hash,
         "trained": checked.trained,
         "equal": checked.agreement is Agreement.EQUAL,
     }
-    return content | ({"samples": [sample.table() for sample in samples]} if rows else {})
 
 
 def pass_lines(one: Pass) -> list[str]:

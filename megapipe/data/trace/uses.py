@@ -18,6 +18,7 @@ from megapipe.data.order.rows import row_key
 from megapipe.data.order.source_order import SourceOrder
 from megapipe.data.packing import Stretch
 from megapipe.data.rows import BadRowError
+from megapipe.data.sources import SourceFile
 from megapipe.data.splitters import Raw, Unreadable
 from megapipe.data.trace.replay import Replay, ReplayedStep
 from megapipe.data.trace.rows import Describer, RowUse
@@ -92,11 +93,12 @@ class Uses:
         self._orders = {order.source.name: order for order in replay.feed.orders}
         self._describer = Describer(replay.feed.sources)
         self._states: dict[tuple[int, int], State] = {}
+        self._raws: dict[FoundRow, tuple[SourceFile, Unit, Raw]] = {}
 
     def never(self, row: FoundRow) -> str:
         """Why a row is never trained, whatever is excluded; "" where it may be."""
         order = self._orders[row.source]
-        file, unit, raw = raw_of(order.source, row)
+        file, unit, raw = self._raw(row)
         config = self._replay.config
         fraction = 0.0 if config.data.validation_sources else config.data.validation_fraction
         keeps = rows_of_side(fraction, config.train.seed, row.source, validation=False)
@@ -113,7 +115,7 @@ class Uses:
     def of(self, row: FoundRow) -> Iterator[Pass]:
         """What became of a row in each pass over its source that the run has begun."""
         order = self._orders[row.source]
-        file, unit, raw = raw_of(order.source, row)
+        file, unit, raw = self._raw(row)
         for epoch in range(self._epochs(row.source)):
             turn = _turn(order, row, epoch)
             if not turn.exists(self._state(self._last, turn.stream, row.source)):
@@ -146,7 +148,7 @@ class Uses:
 
     def _excludes(self, exclusions: Exclusions | None, row: FoundRow) -> bool:
         source = self._orders[row.source].source
-        file, _, raw = raw_of(source, row)
+        file, _, raw = self._raw(row)
         assert file.rows is not None
         text = source.text(file.rows, raw.value)
         return (
@@ -154,6 +156,12 @@ class Uses:
             and text is not None
             and is_excluded(exclusions, file.rows, raw, source.config, text)
         )
+
+    def _raw(self, row: FoundRow) -> tuple[SourceFile, Unit, Raw]:
+        """The row itself: reading it may take as long as reading its unit."""
+        if row not in self._raws:
+            self._raws[row] = raw_of(self._orders[row.source].source, row)
+        return self._raws[row]
 
     def _epochs(self, source: str) -> int:
         """How many passes over a source any stream has begun, at most."""

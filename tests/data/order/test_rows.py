@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megapipe.data.formats import TextFile
 from megapipe.data.order import rows
 from megapipe.data.order.keys import permutation
-from megapipe.data.order.rows import LEAST_HELD, PartOfUnit, RowStore, row_key
+from megapipe.data.order.rows import PartOfUnit, RowStore, row_key
 from megapipe.data.splitters import Raw, Unreadable, split_lines, split_paragraphs
 from megapipe.data.units import ListedUnits, Unit, Units
 
@@ -117,7 +117,6 @@ def test_what_is_held_never_changes_the_rows(
         for part in range(4)
     }
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rows, "LEAST_HELD", 200)
         if not at_once:
             patch.setattr(rows, "AT_ONCE", 1000)
         patch.setattr(rows, "WHOLE_UNITS", draw.choice([0, 30_000, 1 << 20]))
@@ -138,9 +137,9 @@ def test_what_is_held_never_changes_the_rows(
 
 
 def test_memory_stays_under_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """100 parts of 50 KB each are open at 2 MB: less than half of each is held."""
+    """100 parts of 50 KB each are open at 1 MB: a fifth of each is held."""
     files = [numbered(40, 1000, f"file {n}") for n in range(100)]
-    budget = 2 << 20
+    budget = 1 << 20
     for units in (0, 1 << 20):
         monkeypatch.setattr(rows, "WHOLE_UNITS", units)
         store = RowStore(100, budget)
@@ -150,16 +149,16 @@ def test_memory_stays_under_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert store.row((n,), file.part(0, 1), number) is not None
                 most = max(most, store.held_bytes)
         assert budget / 2 < most <= budget + units
-    assert {file.reads for file in files} == {2 * 3}, "16 rows fit at once"
+    assert {file.reads for file in files} == {2 * 5}, "8 rows fit at once"
 
 
 def test_a_row_store_reads_again_at_a_smaller_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "WHOLE_UNITS", 0)
     file, again = numbered(40, 1000), numbered(40, 1000)
     one = all_of(RowStore(10), file.part(0, 2))
-    assert all_of(RowStore(10, LEAST_HELD), again.part(0, 2)) == one
+    assert all_of(RowStore(10, 160_000), again.part(0, 2)) == one
     assert file.reads == 1
-    assert again.reads == 2, "16 KiB of 25 KB"
+    assert again.reads == 2, "16 of 25 KB"
 
 
 def test_a_small_unit_is_read_once_for_all_of_its_parts_and_epochs() -> None:
@@ -183,7 +182,7 @@ def test_units_of_one_file_that_is_read_in_two_ways_are_kept_apart(tmp_path: Pat
 
 def test_at_least_one_row_is_held_however_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "WHOLE_UNITS", 0)
-    file = numbered(3, 10 * LEAST_HELD)
+    file = numbered(3, 100_000)
     assert len(all_of(RowStore(1000, 1000), file.part(0, 1))) == 3
 
 

@@ -110,11 +110,10 @@ def test_steps_that_a_run_has_not_are_named(run: Simulated, tmp_path: Path) -> N
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "ba')
     trained = read_trained(path, 1, 9)
     assert (trained.hashes, trained.last, trained.epoch) == ({1: "new"}, 2, 4)
-    none = frozenset[tuple[str, str]]()
     checked = [
-        Checked(1, "new", "new", none),
-        Checked(2, "x", None, none),
-        Checked(3, "x", "y", none),
+        Checked(1, "new", "new"),
+        Checked(2, "x", None),
+        Checked(3, "x", "y"),
     ]
     assert agreement_lines(checked) == [
         "step 1: equal to what was trained",

@@ -2,16 +2,20 @@
 
 import random
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
+from megapipe.data.order.record import RECORD
+from megapipe.data.positions import positions_in
 from megapipe.data.trace.replay import Replay
 from megapipe.data.trace.search import FoundRow, Wanted, find_rows, raw_of
 from megapipe.data.trace.trained import read_trained
 from megapipe.data.trace.uses import Uses
 from megapipe.errors import DataError, UsageError
 from tests.bars import no_bar
-from tests.data.trace.simulated import Simulated, open_replay
+from tests.data.samples import data_config, document, jsonl, source, write
+from tests.data.trace.simulated import Simulated, Start, open_replay, simulate
 
 Key = tuple[str, str, int, int]
 """Source, file, start of the unit, address."""
@@ -120,3 +124,21 @@ def test_a_row_that_is_not_there_is_named(replay: Replay) -> None:
     with pytest.raises(UsageError, match="names no row: write FILE:PLACE"):
         Wanted.of(None, "web/0.jsonl")
     assert Wanted.of(None, "a:b.zst:byte 1,234 of the text behind byte 99").place == (1234, 99)
+
+
+def test_more_streams_than_samples_and_steps_behind_the_newest_position(tmp_path: Path) -> None:
+    """Then some steps read nothing of a stream, and where it stands at the end is read on."""
+    for file in range(3):
+        write(tmp_path / f"{file}.jsonl", jsonl(map(document, range(30 * file, 30 * file + 30))))
+    data = data_config(source(tmp_path / "*.jsonl", "s"), streams=24)
+    run = simulate(tmp_path, [Start(40, 4, data)], every=5)
+    for step, path in positions_in(run.directory / RECORD).items():
+        if step > 20:
+            path.unlink()
+    replay = open_replay(run)
+    assert replay.newest == 20
+    uses = Uses(replay, read_trained(run.directory / "metrics.jsonl", 1, 0))
+    expected = all_uses(run)
+    late = [key for key, places in expected.items() if max(places)[1] > 20]
+    for key in random.Random(5).sample(late, 6):
+        assert uses_of(uses, row_at(replay, key)) == expected[key]
