@@ -57,7 +57,9 @@ def piece_end(text: str, start: int) -> int:
 def piece_tokens(tokenizer: Tokenizer, text: str, start: int, end: int) -> list[int]:
     """The tokens of one piece of a document; the last one ends with the end-of-document token."""
     tokens = tokenizer.encode_part(text, start, end)
-    return [*tokens, tokenizer.end_of_document] if end == len(text) else tokens
+    if end == len(text):
+        tokens.append(tokenizer.end_of_document)
+    return tokens
 
 
 def token_count(tokenizer: Tokenizer, text: str) -> int:

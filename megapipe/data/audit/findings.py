@@ -220,7 +220,8 @@ def _text_warnings(one: Audited) -> Iterator[str]:
     if repeats > WARN_REPEATS * side.documents:
         yield (
             f"{repeats:,} of {counted(side.documents, 'document')} of {_name(one)} are exact "
-            "repeats of another. Name them in a list of data.exclude, or write files without them."
+            "repeats of another. List all but one of each in data.exclude, by id, or write files "
+            "without them."
         )
     leaks = one.duplicates[-1].elsewhere if one.set_aside or not one.trained else 0
     if leaks:
