@@ -268,7 +268,7 @@ def _one_disk_is_slow(config: Config) -> tuple[list[SlowReader | None], list[str
 
     def slow(self: RowStore, name: Name, part: PartOfUnit, number: int) -> Raw | None:
         if dist.get_rank() == 1 and name[0] == "far":
-            time.sleep(0.02)
+            time.sleep(0.1)
         return read(self, name, part, number)
 
     RowStore.row = slow  # type: ignore[method-assign]  # in a process of its own
@@ -292,6 +292,7 @@ def test_the_reader_that_others_wait_for_is_named_within_20_steps(corpus: Path) 
     config = configured(corpus, *words, f"--data.sources.1.path={corpus}/text/*.txt")
     found = run_ranks(_one_disk_is_slow, 2, config)
     for slowest, (line,) in found:
-        worst = max((slow for slow in slowest if slow), key=lambda slow: slow.wait_seconds)
+        later = [slow for slow in slowest[1:] if slow]  # the first step opens files
+        worst = max(later, key=lambda slow: slow.wait_seconds)
         assert (worst.replica, worst.source) == (1, "far"), slowest
         assert all(part in line for part in ("replica 1", '"far"', "/text/"))
