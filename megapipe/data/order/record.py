@@ -85,9 +85,11 @@ def check_identity(saved: State, own: State, step: int, news: Mapping[str, "News
         *_changed_sources(saved[SOURCES], own[SOURCES], step, news),
     ]
     if found:
+        text = "; ".join(found)
+        end = "" if text.endswith("\n") else ". "  # lines of a config end the text
         raise DataError(
-            f"the checkpoint was trained on other data: {'; '.join(found)}. Or start a new run "
-            "with another train.run_dir."
+            f"the checkpoint was trained on other data: {text}{end}Or start a new run with another "
+            "train.run_dir."
         )
 
 

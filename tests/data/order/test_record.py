@@ -134,7 +134,7 @@ def test_files_that_differ_are_named_where_a_record_knows_them(
         change["add"] = str(folder / "9.jsonl")
     if "gone" in what:
         change["remove"] = str(folder / "1.jsonl")
-    written = said[said.index("[[data.changes]]") :].partition(". Or start")[0]
+    written = said[said.index("[[data.changes]]") :].partition("Or start")[0]
     assert tomllib.loads(written) == {"data": {"changes": [change]}}
     # What it says to write is accepted, also while the file is gone.
     declared = Change(0, 100, change.get("add"), change.get("remove"))
