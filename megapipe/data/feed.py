@@ -6,26 +6,23 @@ depends on D: so the state of all streams, merged, can be dealt out to any numbe
 """
 
 import logging
-import queue
-import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import xxhash
 
 from megapipe.config import DataConfig
+from megapipe.data.batch import Batch, BatchWorker, FileReading
+from megapipe.data.document_stream import DocumentStream
 from megapipe.data.exclusions import Exclusions, History, keep, kept, read_exclusions
 from megapipe.data.order.record import News, check_identity, identity, read_record, write_record
 from megapipe.data.order.rows import RowStore
 from megapipe.data.order.source_order import SourceOrder, window
 from megapipe.data.order.timeline import phase_at, phases_of
-from megapipe.data.packing import Packed, Packer, Stretch, Tokens
+from megapipe.data.packing import Packed, Packer, Tokens
 from megapipe.data.rows import Account, BadRows
+from megapipe.data.source_stream import SourceStream
 from megapipe.data.sources import (
     Keeps,
     Source,
@@ -34,62 +31,10 @@ from megapipe.data.sources import (
     open_source,
     repeated_files,
 )
-from megapipe.data.streams import DocumentStream, SourceStream
 from megapipe.data.taken import State, Taken
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.data.validation_split import rows_of_side
 from megapipe.errors import DataError
-
-MASK = (1 << 64) - 1
-
-
-class FileReading(NamedTuple):
-    """Time spent on reading a file of a source for one batch."""
-
-    seconds: float
-    source: str
-    file: str
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A rank's part of one global batch, n = global_batch_size / D samples in order.
-
-    `samples` are their numbers in the run. `tokens` int32 [n, S + 1], `documents` int32 [n, S];
-    `sources` int32 [n, S] has the number of each target's source in the config. `stretches` say of
-    each sample where its tokens come from; `after` is the state of each stream that was read,
-    behind this batch.
-    """
-
-    step: int
-    samples: Sequence[int]
-    tokens: Tokens
-    documents: Tokens
-    sources: Tokens
-    stretches: list[list[Stretch]]
-    after: dict[int, State]
-    slowest: FileReading
-
-    @property
-    def text_bytes(self) -> Counter[str]:
-        """Bytes of text that went into the tokens, by source."""
-        found: Counter[str] = Counter()
-        for stretches in self.stretches:
-            for stretch in stretches:
-                found[stretch.origin.source] += stretch.text_bytes
-        return found
-
-    @property
-    def hash(self) -> int:
-        """64 bits of all samples: the sum, modulo 2**64, of the XXH3 hash of each one's tokens
-        (as little-endian int32), seeded by its number. Those of all ranks add up."""
-        return (
-            sum(
-                xxhash.xxh3_64_intdigest(tokens.astype("<i4").tobytes(), sample & MASK)
-                for sample, tokens in zip(self.samples, self.tokens, strict=True)
-            )
-            & MASK
-        )
 
 
 class BatchFeed:
@@ -160,7 +105,7 @@ class BatchFeed:
         excluded = None if validation else read_exclusions(config.exclude)
         self._excluded = excluded
         self._exclusions = History.of(excluded)
-        self._worker: _Worker | None = None
+        self._worker: BatchWorker | None = None
         self._step = self._sample = 0
         self._closed = False
         self._before: tuple[int, dict[int, State]] | None = None
@@ -176,7 +121,7 @@ class BatchFeed:
         assert not self._closed, "a closed feed has to load a state first"
         if self._worker is None:
             self._keep_record()
-            self._worker = _Worker(self._batches(), self._config.prefetch)
+            self._worker = BatchWorker(self._batches(), self._config.prefetch)
         started = time.perf_counter()
         batch = self._worker.take()
         self.wait_seconds = time.perf_counter() - started
@@ -461,41 +406,3 @@ def merge_states(states: Sequence[State]) -> State:
 def _stacked(rows: Sequence[Tokens], width: int) -> Tokens:
     """The rows [n, width]; n may be 0."""
     return np.array(rows, dtype=np.int32).reshape(len(rows), width)
-
-
-class _Worker:
-    """A thread that makes batches up to `ahead` ahead of the one who takes them."""
-
-    def __init__(self, batches: Iterable[Batch], ahead: int) -> None:
-        self._made: queue.Queue[Batch | BaseException] = queue.Queue()
-        self._room = threading.Semaphore(ahead)
-        self._stop = False
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(
-            target=self._run, args=(iter(batches),), name="data", daemon=True
-        )
-        self._thread.start()
-
-    def take(self) -> Batch:
-        if self._error is None:
-            item = self._made.get()
-            if isinstance(item, Batch):
-                self._room.release()
-                return item
-            self._error = item
-        raise self._error
-
-    def close(self) -> None:
-        self._stop = True
-        self._room.release()
-        self._thread.join()
-
-    def _run(self, batches: Iterator[Batch]) -> None:
-        try:
-            while True:
-                self._room.acquire()
-                if self._stop:
-                    return
-                self._made.put(next(batches))
-        except BaseException as error:  # raised again where the batch is taken
-            self._made.put(error)

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megapipe.data.packing import RowOrigin, Stretch, Tokens
+from megapipe.data.source_stream import UNKNOWN
 from megapipe.data.sources import Source
-from megapipe.data.streams import UNKNOWN
 from megapipe.data.tokenizer import Tokenizer
 from megapipe.data.trace.replay import ReplayedStep
 from megapipe.data.units import EqualUnits, Unit, Units

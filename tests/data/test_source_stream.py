@@ -10,12 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megapipe.config import SourceConfig
-from megapipe.data import pieces, streams
+from megapipe.data import pieces
+from megapipe.data.document_stream import DocumentStream
 from megapipe.data.order.rows import RowStore
 from megapipe.data.order.source_order import SourceOrder
 from megapipe.data.rows import Account, BadRows
+from megapipe.data.source_stream import SourceStream
 from megapipe.data.sources import Change, Keeps, open_source
-from megapipe.data.streams import DocumentStream, SourceStream
 from megapipe.data.tokenizer import Tokenizer, load_tokenizer
 from megapipe.errors import DataError
 from tests.data.samples import ByteTokenizer, document, jsonl, source, texts_of, write
@@ -273,7 +274,7 @@ def test_a_position_is_small(tmp_path: Path) -> None:
 def test_files_without_a_usable_row_left_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "HOPELESS_EPOCHS", 2)
+    monkeypatch.setattr(source_stream, "HOPELESS_EPOCHS", 2)
     path = write(tmp_path / "a.jsonl", jsonl(["", ""]))
     with pytest.raises(DataError, match=r"data\.sources\[0\]\.path: no usable row is left"):
         build(path).read(1)
