@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megapipe.config import SourceConfig
-from megapipe.data import pieces
+from megapipe.data import pieces, source_stream
 from megapipe.data.document_stream import DocumentStream
 from megapipe.data.order.rows import RowStore
 from megapipe.data.order.source_order import SourceOrder
