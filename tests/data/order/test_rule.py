@@ -167,12 +167,16 @@ def random_case(folder: Path, chance: random.Random) -> Case:
 
 
 def random_texts(sources: list[rule.Source], chance: random.Random) -> frozenset[str]:
-    """One in five of all texts that have any; but one text of each file stays."""
+    """One in five of all rows that have text; but one of each file stays."""
     units = {
         id(unit): unit for source in sources for c in source.cohorts for _, unit, *_ in c.parts
     }
     texts = sorted({text for unit in units.values() for _, text in unit.rows if text.strip()})
-    return frozenset(text for text in texts if text != FIRST and chance.random() < 0.2)
+    return frozenset(
+        text
+        for text in texts
+        if text != FIRST and "\n" not in text and chance.random() < 0.2  # no whole file
+    )
 
 
 def excluding(case: Case, folder: Path) -> DataConfig:
