@@ -19,7 +19,7 @@ from megapipe.data import BatchFeed, merge_states
 from tests.data.order import rule
 from tests.data.samples import ByteTokenizer, jsonl, open_feed, write
 
-CASES = 100
+CASES = 60
 """In each run of the tests. 200 were run by hand: the numbers of cases are their seeds."""
 STEPS = 14
 LENGTH = 24
