@@ -65,7 +65,7 @@ class PhaseConfig(Section):
     )
     after_tokens: NonNegativeInt | None = Field(
         default=None,
-        description="The phase begins behind the step that brings the run to so many tokens: "
+        description="The phase begins behind the step that brings the run to this many tokens: "
         "steps * train.global_batch_size * train.sequence_length.",
     )
     weights: Annotated[dict[str, NonNegativeFloat], Field(min_length=1)] = Field(
