@@ -154,7 +154,7 @@ class DataConfig(Section):
     open_parts: PositiveInt = Field(
         default=1024,
         description="Parts of a source whose rows are mixed, over all streams: at any time rows "
-        "come from so many different places of the source. 1 reads part after part.",
+        "come from that many different places of the source. 1 reads part after part.",
     )
     prefetch: PositiveInt = Field(default=4, description="Batches made ready ahead of the step.")
     max_unknown_share: float = Field(

@@ -5,6 +5,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import xxhash
@@ -27,7 +28,8 @@ class FileReading(NamedTuple):
 class Batch:
     """A rank's part of one global batch, n = global_batch_size / D samples in order.
 
-    `samples` are their numbers in the run. `tokens` int32 [n, S + 1], `documents` int32 [n, S];
+    `samples` are their numbers in the run. `hash` and `text_bytes` are computed with the batch, in
+    the thread that makes it. `tokens` int32 [n, S + 1], `documents` int32 [n, S];
     `sources` int32 [n, S] has the number of each target's source in the config. `stretches` say of
     each sample where its tokens come from; `after` is the state of each stream that was read,
     behind this batch.
@@ -42,7 +44,10 @@ class Batch:
     after: dict[int, State]
     slowest: FileReading
 
-    @property
+    def __post_init__(self) -> None:
+        _ = self.hash, self.text_bytes
+
+    @cached_property
     def text_bytes(self) -> Counter[str]:
         """Bytes of text that went into the tokens, by source."""
         found: Counter[str] = Counter()
@@ -51,7 +56,7 @@ class Batch:
                 found[stretch.origin.source] += stretch.text_bytes
         return found
 
-    @property
+    @cached_property
     def hash(self) -> int:
         """64 bits of all samples: the sum, modulo 2**64, of the XXH3 hash of each one's tokens
         (as little-endian int32), seeded by its number. Those of all ranks add up."""

@@ -199,8 +199,7 @@ class ReplicaFeed(StepPart):
         place = next(
             place for place, one in enumerate(feed.sources) if one.name == batch.slowest.source
         )
-        keys = file_keys(feed.sources[place])
-        number = keys.index(batch.slowest.file) if batch.slowest.file else 0
+        number = feed.sources[place].file_numbers.get(batch.slowest.file, 0)
         return {
             WAITED: {replica: feed.wait_seconds},
             SLOW_SOURCE: {replica: place},
@@ -214,7 +213,7 @@ class ReplicaFeed(StepPart):
         waits = totals.all(WAITED)
         replica = max(range(len(waits)), key=waits.__getitem__)
         source = self._feed.sources[int(totals.all(SLOW_SOURCE)[replica])]
-        file = file_keys(source)[int(totals.all(SLOW_FILE)[replica])]
+        file = source.file_keys[int(totals.all(SLOW_FILE)[replica])]
         return SlowReader(replica, waits[replica], source.name, str(source.root / file))
 
     def close(self) -> None:
@@ -305,11 +304,6 @@ class ReplicaFeed(StepPart):
             )
             for start in range(0, count, size)
         ]
-
-
-def file_keys(source: Source) -> list[str]:
-    """The keys of a source's files, in an order that all ranks have."""
-    return [file.key for cohort in source.cohorts for file in cohort.files]
 
 
 def hash_pieces(value: int) -> list[int]:

@@ -116,6 +116,16 @@ class Source:
     def name(self) -> str:
         return self.config.name
 
+    @cached_property
+    def file_keys(self) -> list[str]:
+        """The keys of all files, cohort by cohort: an order that all ranks have."""
+        return [file.key for cohort in self.cohorts for file in cohort.files]
+
+    @cached_property
+    def file_numbers(self) -> dict[str, int]:
+        """Where each key stands among `file_keys`."""
+        return {key: number for number, key in enumerate(self.file_keys)}
+
     @property
     def files(self) -> list[RowFile]:
         """The files that can be read, cohort by cohort."""

@@ -28,6 +28,10 @@ class RowPlace(NamedTuple):
     raw: Raw
 
 
+Found = tuple[SourceFile, Unit, PartOfUnit | None]
+"""What stands at a place: file, unit and part; no part where the file is gone from the disk."""
+
+
 class SourceOrder:
     """Finds the rows of a source by their places in the order."""
 
@@ -54,7 +58,7 @@ class SourceOrder:
         self.in_turns = in_turns(source)
         self._store = store
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._parts: dict[Place, tuple[SourceFile, PartOfUnit | None]] = {}
+        self._parts: dict[Place, Found] = {}
 
     def joined(self, step: int) -> list[FileOrder]:
         """The cohorts that the batch behind step `step` may read."""
@@ -66,16 +70,16 @@ class SourceOrder:
 
     def row(self, place: Place, number: int, step: int) -> RowPlace | None:
         """Row `number` of the part at a place; None behind its last, or if its file has left."""
-        file, part = self._found(place)
+        file, unit, part = self._found(place)
         if part is None or self.has_left(file, step):
             return None
         with self._measured(file):
             raw = self._store.row((self.source.name, *place), part, number)
-        return None if raw is None else RowPlace(file, part.unit, raw)
+        return None if raw is None else RowPlace(file, unit, raw)
 
     def rows(self, place: Place, step: int) -> int | None:
         """How many rows a part has; 0 if its file has left. None where that can't be known."""
-        file, part = self._found(place)
+        file, _, part = self._found(place)
         if part is None or self.has_left(file, step):
             return 0
         with self._measured(file):
@@ -83,7 +87,7 @@ class SourceOrder:
 
     def is_gone(self, place: Place, step: int) -> bool:
         """Whether the file of a part has left."""
-        file, _ = self._found(place)
+        file, _ = self.unit(place)
         return self.has_left(file, step)
 
     def draw_turn(self, stream: int, epoch: int, turn: int, count: int) -> int:
@@ -92,9 +96,8 @@ class SourceOrder:
 
     def unit(self, place: Place) -> tuple[SourceFile, Unit]:
         """What the part at a place is of."""
-        found = self.orders[place.cohort].part(place.epoch, place.place)
-        file = self.source.cohorts[place.cohort].files[found.file]
-        return file, file.units[found.unit]
+        file, unit, _ = self._found(place)
+        return file, unit
 
     def has_left(self, file: SourceFile, step: int) -> bool:
         """Whether the batch behind step `step` must not read a file."""
@@ -114,7 +117,7 @@ class SourceOrder:
         yield
         self._seconds[file.key] += time.perf_counter() - began
 
-    def _found(self, place: Place) -> tuple[SourceFile, PartOfUnit | None]:
+    def _found(self, place: Place) -> Found:
         """The part at a place, None where its file is gone from the disk."""
         found = self._parts.get(place)
         if found is None:
@@ -123,15 +126,15 @@ class SourceOrder:
             found = self._parts[place] = self._find(place)
         return found
 
-    def _find(self, place: Place) -> tuple[SourceFile, PartOfUnit | None]:
+    def _find(self, place: Place) -> Found:
         part = self.orders[place.cohort].part(place.epoch, place.place)
         file = self.source.cohorts[place.cohort].files[part.file]
-        if file.rows is None:
-            return file, None
         unit = file.units[part.unit]
+        if file.rows is None:
+            return file, unit, None
         key = row_key(self.seed, self.source.name, file.key, unit, place.epoch)
         whole = file.units.whole
-        return file, PartOfUnit(file.rows, unit, whole, part.number, part.parts, key)
+        return file, unit, PartOfUnit(file.rows, unit, whole, part.number, part.parts, key)
 
 
 def in_turns(source: Source) -> bool:

@@ -13,7 +13,7 @@ from megapipe.data.order.record import RECORD
 from megapipe.data.packing import Tokens
 from megapipe.data.positions import positions_in, read_position
 from megapipe.data.tokenizer import Tokenizer
-from megapipe.data.trace.replay import Bar, ReplayedStep
+from megapipe.data.trace.replay import Bar, ReplayedStep, reading_back
 
 
 @dataclass(frozen=True)
@@ -29,17 +29,7 @@ def read_ahead(config: Config, tokenizer: Tokenizer, number: int, bar: Bar) -> P
     """Step `number` as training would read it. Raises DataError where it can't be read, or where
     the run of the config has read other data so far."""
     record = Path(config.train.run_dir) / RECORD
-    feed = BatchFeed(
-        config.data,
-        seed=config.train.seed,
-        tokenizer=tokenizer,
-        replica=0,
-        replicas=1,
-        global_batch_size=config.train.global_batch_size,
-        sequence_length=config.train.sequence_length,
-        record=record,
-        reads_back=True,
-    )
+    feed = reading_back(config, config.data, tokenizer, record)
     positions = positions_in(record)
     begin = max((at for at in positions if at < number), default=0)
     if begin in positions:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from megapipe.config import Config, Families, parse_config
+from megapipe.config import Config, DataConfig, Families, parse_config
 from megapipe.data.feed import Batch, BatchFeed, State, tokenizer_identity
 from megapipe.data.order.record import RECORD
 from megapipe.data.positions import positions_in, read_position
@@ -22,6 +22,29 @@ CONFIG = "resolved-config.toml"
 NO_LIMIT = 1 << 60
 READ_AT_ONCE = 4
 """Positions that are kept in memory."""
+
+
+def reading_back(
+    config: Config,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    record: Path,
+    say: Callable[[str], None] | None = None,
+) -> BatchFeed:
+    """A feed of whole global batches of a config, with `data` in place of its own, that writes
+    nothing to the run's record."""
+    return BatchFeed(
+        data,
+        seed=config.train.seed,
+        tokenizer=tokenizer,
+        replica=0,
+        replicas=1,
+        global_batch_size=config.train.global_batch_size,
+        sequence_length=config.train.sequence_length,
+        record=record,
+        reads_back=True,
+        say=say,
+    )
 
 
 @dataclass(frozen=True)
@@ -52,19 +75,10 @@ class Replay:
             )
         self._read = lru_cache(READ_AT_ONCE)(read_position)
         newest = self.position(self.newest)
-        self.feed = BatchFeed(
-            # Rows are excluded as the position has it, whose lists are kept beside the run.
-            config.data.model_copy(update={"exclude": (), "max_bad_rows": NO_LIMIT}),
-            seed=config.train.seed,
-            tokenizer=_tokenizer(config, run_dir, newest),
-            replica=0,
-            replicas=1,
-            global_batch_size=config.train.global_batch_size,
-            sequence_length=config.train.sequence_length,
-            record=record,
-            reads_back=True,
-            say=lambda line: None,
-        )
+        # Rows are excluded as the position has it, whose lists are kept beside the run.
+        data = config.data.model_copy(update={"exclude": (), "max_bad_rows": NO_LIMIT})
+        tokenizer = _tokenizer(config, run_dir, newest)
+        self.feed = reading_back(config, data, tokenizer, record, say=lambda line: None)
         self.feed.check(newest)
         self.exclusions = self.feed.history(newest)
 
